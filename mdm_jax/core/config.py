@@ -1,0 +1,439 @@
+"""The configuration: frozen dataclasses, and the way in from a config file.
+
+The dataclasses below are the only definition of what can be configured. A
+config file starts from `default_config()`, a locked `ConfigDict` with the same
+names, and changes what it wants; `from_config_dict` turns the result into
+validated dataclasses. Nothing below the programs ever sees a `ConfigDict`.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any, Literal
+
+from ml_collections import config_dict
+
+from mdm_jax.core.errors import UserError, nearest
+
+
+def _field(default: Any, doc: str) -> Any:
+  return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Which text, and how many rows of it a step sees."""
+
+  corpus: str = _field(
+    "sotu",
+    "`sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`",
+  )
+  batch_size: int = _field(8, "global rows a microbatch")
+  eval_fraction: float = _field(
+    0.05, "share of the documents held out, chosen by a hash of their text"
+  )
+  max_documents: int | None = _field(
+    None, "read only the first N documents (None: all)"
+  )
+  cache_dir: str = _field(
+    "", "where prepared rows are kept ('': $XDG_CACHE_HOME/mdm_jax)"
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+  """How text becomes token ids."""
+
+  kind: Literal["sentencepiece", "byte", "char"] = _field(
+    "sentencepiece", "sentencepiece is trained on the train split"
+  )
+  vocab_size: int = _field(8192, "pieces of a SentencePiece model to train")
+  path: str = _field("", "a given SentencePiece .model instead of training one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """The denoiser, a bidirectional transformer."""
+
+  num_layers: int = _field(12, "transformer blocks")
+  embed_dim: int = _field(768, "width D of the residual stream")
+  num_heads: int = _field(12, "attention heads H; must divide embed_dim")
+  num_kv_heads: int | None = _field(
+    None, "key/value heads for grouped-query attention (None: num_heads)"
+  )
+  mlp_dim: int | None = _field(
+    None, "SwiGLU hidden width (None: 8/3 D rounded up to 64)"
+  )
+  dropout: float = _field(0.0, "rate on the two residual branches of a block")
+  qk_norm: bool = _field(True, "RMSNorm on queries and keys")
+  tie_embeddings: bool = _field(True, "the head is the embedding transposed")
+  time_conditioning: bool = _field(
+    False, "adaLN-zero conditioning on the mask rate"
+  )
+  rope_theta: float = _field(10_000.0, "base of the rotary frequencies")
+  remat: Literal["none", "dots", "full"] = _field(
+    "none", "what the backward pass recomputes: nothing, all but matmuls, all"
+  )
+  dtype: Literal["auto", "float32", "bfloat16"] = _field(
+    "auto", "compute dtype (auto: bfloat16 on accelerators, float32 on CPU)"
+  )
+  attention: Literal["auto", "reference", "fused"] = _field(
+    "auto", "reference: plain einsums; fused: jax.nn.dot_product_attention"
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+  """The noise schedule alpha(t), used where rates come from t ~ U(0, 1)."""
+
+  schedule: Literal["linear", "cosine", "polynomial"] = _field(
+    "linear", "shape of alpha(t), from 1 at t=0 to 0 at t=1"
+  )
+  exponent: float = _field(2.0, "of the polynomial schedule 1 - t**exponent")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+  """What a training step minimises."""
+
+  weighting: Literal["masked_ce", "nelbo"] = _field(
+    "masked_ce",
+    "mean cross-entropy over masked tokens, or the unbiased likelihood bound",
+  )
+  label_smoothing: float = _field(
+    0.0, "training loss only; uniform over real tokens"
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+  """One stage of the curriculum."""
+
+  name: str = _field("train", "shown in progress lines and logs")
+  unit: Literal["sentences", "pairs", "paragraphs"] = _field(
+    "paragraphs",
+    "text unit: one sentence, two consecutive ones, or running text",
+  )
+  length: int = _field(512, "tokens a row")
+  easiest: float = _field(
+    1.0, "share of the units kept, the least difficult first"
+  )
+  min_words: int = _field(0, "shorter units are left out")
+  max_words: int | None = _field(None, "longer units are left out")
+  epochs: float = _field(1.0, "passes over the rows selected for the stage")
+  updates: int | None = _field(
+    None, "optimizer updates instead of epochs (None: from epochs)"
+  )
+  mask_rate: tuple[float, float] | None = _field(
+    None, "each row's rate r ~ U(range) (None: t ~ U(0,1) through `noise`)"
+  )
+  rehearsal: float = _field(
+    0.0, "share of the rows whose rate is r ~ U(0, 1) instead"
+  )
+  lr_factor: float = _field(
+    1.0, "multiplies the peak of the stage's cosine cycle"
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW, warm-up, then one cosine cycle a stage."""
+
+  name: Literal["adamw"] = _field("adamw", "the optimizer")
+  learning_rate: float = _field(2e-4, "peak of the first stage")
+  schedule: Literal["cosine_with_restarts"] = _field(
+    "cosine_with_restarts", "one cosine cycle a stage"
+  )
+  warmup_steps: int = _field(
+    1000, "optimizer updates of linear warm-up, once, at the start of the run"
+  )
+  min_lr_ratio: float = _field(0.1, "floor of every cycle / learning_rate")
+  weight_decay: float = _field(
+    0.1, "decoupled; not on norms, biases and embeddings"
+  )
+  clip_norm: float = _field(1.0, "global gradient norm, before Adam")
+  b1: float = _field(0.9, "decay of Adam's first moment")
+  b2: float = _field(0.95, "decay of Adam's second moment")
+  eps: float = _field(1e-8, "Adam's epsilon")
+  accumulation: int = _field(1, "microbatches an optimizer update")
+  ema_decay: float = _field(
+    0.9999, "of the averaged parameters that are evaluated and sampled"
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each mesh axis; one of them may be -1 (what is left)."""
+
+  replica: int = _field(1, "data parallel, parameters replicated")
+  fsdp: int = _field(-1, "data parallel, parameters sharded")
+  tensor: int = _field(1, "heads, mlp and vocabulary split")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """How often the loop reports and saves."""
+
+  log_every: int = _field(20, "updates between points in the logs")
+  checkpoint_every: int = _field(500, "updates between checkpoints")
+  keep_latest: int = _field(2, "newest checkpoints kept, beside the best one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """The held-out likelihood bound."""
+
+  every: int = _field(
+    500, "updates between evaluations while training (0: only at the end)"
+  )
+  rows: int = _field(128, "held-out rows of an evaluation while training")
+  final_rows: int | None = _field(
+    None, "held-out rows of the final evaluation (None: all)"
+  )
+  masks_per_row: int = _field(16, "stratified mask rates drawn for each row")
+  batch_size: int = _field(64, "masked rows a call of the denoiser")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+  """How text is drawn."""
+
+  num_samples: int = _field(4, "texts")
+  length: int | None = _field(None, "tokens a text (None: the last stage's)")
+  num_steps: int = _field(20, "denoiser calls")
+  temperature: float = _field(0.8, "divides the logits")
+  temperature_range: tuple[float, float] | None = _field(
+    (0.3, 0.8), "the temperature is clamped to this, with a warning"
+  )
+  top_k: int | None = _field(50, "keep the k likeliest tokens (None: all)")
+  top_p: float | None = _field(
+    0.9, "then the fewest that reach this mass (None: all)"
+  )
+  seed: int = _field(0, "of the samples")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Everything a run depends on."""
+
+  name: str = _field("run", "the run's name; workdir defaults to runs/<name>")
+  seed: int = _field(0, "root of every random number of the training")
+  data: DataConfig = DataConfig()
+  tokenizer: TokenizerConfig = TokenizerConfig()
+  model: ModelConfig = ModelConfig()
+  noise: NoiseConfig = NoiseConfig()
+  objective: ObjectiveConfig = ObjectiveConfig()
+  stages: tuple[StageConfig, ...] = (StageConfig(),)
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  train: TrainConfig = TrainConfig()
+  eval: EvalConfig = EvalConfig()
+  sample: SampleConfig = SampleConfig()
+
+  def __post_init__(self):
+    _validate(self)
+
+  @property
+  def rows_per_update(self) -> int:
+    """Rows an optimizer update sees: the effective batch."""
+    return self.data.batch_size * self.optimizer.accumulation
+
+  @property
+  def sample_length(self) -> int:
+    """Tokens of a sample."""
+    return self.sample.length or self.stages[-1].length
+
+
+# MARK: validation beyond types
+
+
+def _validate(c: Config) -> None:
+  """Raises UserError, naming the field, for a value that can't work."""
+  _positive(
+    c,
+    ("data.batch_size", "model.num_layers", "model.embed_dim")
+    + ("model.num_heads", "optimizer.accumulation", "optimizer.learning_rate")
+    + ("train.log_every", "train.checkpoint_every", "train.keep_latest")
+    + ("eval.rows", "eval.masks_per_row", "eval.batch_size")
+    + ("sample.num_samples", "sample.num_steps", "sample.temperature")
+    + ("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm"),
+  )
+  _within(c, "data.eval_fraction", 0, 0.5)
+  _within(c, "model.dropout", 0, 0.9)
+  _within(c, "objective.label_smoothing", 0, 0.9)
+  _within(c, "optimizer.min_lr_ratio", 0, 1)
+  _within(c, "optimizer.ema_decay", 0, 1)
+  if c.sample.top_p is not None:
+    _within(c, "sample.top_p", 0, 1)
+  m = c.model
+  if m.embed_dim % m.num_heads:
+    raise UserError(
+      f"model.num_heads={m.num_heads} does not divide"
+      f" model.embed_dim={m.embed_dim}"
+    )
+  if (m.embed_dim // m.num_heads) % 2:
+    raise UserError(
+      f"model.embed_dim / model.num_heads = {m.embed_dim // m.num_heads} is"
+      " odd; rotary positions need an even head size"
+    )
+  if m.num_kv_heads and m.num_heads % m.num_kv_heads:
+    raise UserError(
+      f"model.num_kv_heads={m.num_kv_heads} does not divide"
+      f" model.num_heads={m.num_heads}"
+    )
+  if not c.stages:
+    raise UserError("stages is empty; give at least one")
+  for i, stage in enumerate(c.stages):
+    _validate_stage(c, i, stage)
+
+
+def _validate_stage(c: Config, i: int, stage: StageConfig) -> None:
+  _positive(c, (f"stages[{i}].length", f"stages[{i}].epochs"))
+  _within(c, f"stages[{i}].rehearsal", 0, 1)
+  _within(c, f"stages[{i}].easiest", 0, 1)
+  rates = stage.mask_rate
+  if rates and not 0 <= rates[0] < rates[1] <= 1:
+    raise UserError(
+      f"stages[{i}].mask_rate={rates} must be a range inside [0, 1]"
+    )
+  if rates is None and stage.rehearsal:
+    raise UserError(
+      f"stages[{i}].rehearsal={stage.rehearsal} needs a mask_rate range;"
+      " t ~ U(0, 1) covers every rate already"
+    )
+  covers = rates is None or rates == (0.0, 1.0) or stage.rehearsal > 0
+  if c.objective.weighting == "nelbo" and not covers:
+    raise UserError(
+      f"objective.weighting=nelbo, but stages[{i}].mask_rate={rates} never"
+      " draws the other rates, so no weight can make the bound unbiased; set"
+      f" stages[{i}].rehearsal > 0 or weighting=masked_ce"
+    )
+
+
+def _lookup(c: Config, path: str) -> Any:
+  value = c
+  for part in path.replace("]", "").replace("[", ".").split("."):
+    value = value[int(part)] if part.isdigit() else getattr(value, part)
+  return value
+
+
+def _positive(c: Config, paths: tuple[str, ...]) -> None:
+  for path in paths:
+    if _lookup(c, path) <= 0:
+      raise UserError(f"{path}={_lookup(c, path)} must be positive")
+
+
+def _within(c: Config, path: str, low: float, high: float) -> None:
+  if not low <= _lookup(c, path) <= high:
+    raise UserError(f"{path}={_lookup(c, path)} must be in [{low}, {high}]")
+
+
+# MARK: from and to other forms
+
+
+def default_config() -> config_dict.ConfigDict:
+  """Returns every field at its default, locked: a typo in a file fails."""
+  return _to_config_dict(Config())
+
+
+def stage(**fields: Any) -> config_dict.ConfigDict:
+  """Returns one stage for a config file's `config.stages` tuple."""
+  return _to_config_dict(from_dict(fields, StageConfig, "stages[.]"))
+
+
+def from_config_dict(config: config_dict.ConfigDict) -> Config:
+  """Returns the validated dataclasses for a config file's result."""
+  return from_dict(json.loads(config.to_json()))
+
+
+def from_dict(raw: Any, cls: type = Config, path: str = "") -> Any:
+  """Builds `cls` from plain JSON values; a wrong name or type is named."""
+  return _coerce(raw, cls, path)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """Returns plain JSON values: lists, dicts, numbers and strings."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def quick(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Scales any config down to about a minute on a CPU, the stages kept."""
+  config.name += "_quick"
+  config.data.max_documents = 12
+  config.data.eval_fraction = 0.2
+  config.tokenizer.vocab_size = min(config.tokenizer.vocab_size, 512)
+  config.model.update(num_layers=2, embed_dim=64, num_heads=4, dtype="float32")
+  config.model.update(num_kv_heads=None, mlp_dim=None)
+  for i, part in enumerate(config.stages):
+    part.length = 32 * 2 ** min(i, 1)
+    part.updates = 12
+  config.optimizer.warmup_steps = 4
+  config.optimizer.learning_rate = max(config.optimizer.learning_rate, 1e-3)
+  config.optimizer.ema_decay = 0.9
+  config.train.update(log_every=4, checkpoint_every=12)
+  config.eval.update(every=12, rows=8, final_rows=16, masks_per_row=8)
+  config.eval.batch_size = 32
+  config.sample.length = None
+  return config
+
+
+def _to_config_dict(value: Any) -> Any:
+  result = config_dict.ConfigDict()
+  for field in dataclasses.fields(value):
+    item = getattr(value, field.name)
+    if dataclasses.is_dataclass(item):
+      item = _to_config_dict(item)
+    elif isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
+      item = tuple(_to_config_dict(part) for part in item)
+    options = [t for t in typing.get_args(field.type) if t is not type(None)]
+    if type(None) in typing.get_args(field.type):
+      # A typed placeholder can be set from the command line, None included.
+      kind = typing.get_origin(options[0]) or options[0]
+      holder = config_dict.placeholder(kind)
+      if item is not None:
+        holder.set(item)
+      item = holder
+    result[field.name] = item
+  return result.lock()
+
+
+def _coerce(value: Any, hint: Any, path: str) -> Any:
+  """Checks one value against a type hint, turning lists into tuples."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if dataclasses.is_dataclass(hint):
+    return _coerce_dataclass(value, hint, path)
+  if origin in (types.UnionType, typing.Union):
+    if value is None and type(None) in args:
+      return None
+    return _coerce(value, args[0], path)
+  if origin is Literal:
+    if value not in args:
+      raise UserError(f"{path}={value!r}: {nearest(value, args)}")
+    return value
+  if origin is tuple and isinstance(value, list | tuple):
+    hints = args[:1] * len(value) if args[-1] is Ellipsis else args
+    if len(hints) == len(value):
+      return tuple(
+        _coerce(v, h, f"{path}[{i}]")
+        for i, (v, h) in enumerate(zip(value, hints, strict=True))
+      )
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if isinstance(hint, type) and type(value) is hint:
+    return value
+  name = hint.__name__ if isinstance(hint, type) and not args else str(hint)
+  raise UserError(f"{path}={value!r} is not a {name}")
+
+
+def _coerce_dataclass(value: Any, cls: type, path: str) -> Any:
+  if not isinstance(value, dict):
+    raise UserError(f"{path or 'config'}={value!r} is not a section")
+  hints = {f.name: f.type for f in dataclasses.fields(cls)}
+  prefix = f"{path}." if path else ""
+  for key in value:
+    if key not in hints:
+      raise UserError(f"unknown field {prefix}{key}; {nearest(key, hints)}")
+  return cls(
+    **{k: _coerce(v, hints[k], f"{prefix}{k}") for k, v in value.items()}
+  )
