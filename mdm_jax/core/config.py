@@ -334,12 +334,12 @@ def _within(c: Config, path: str, low: float, high: float) -> None:
 
 def default_config() -> config_dict.ConfigDict:
   """Returns every field at its default, locked: a typo in a file fails."""
-  return _to_config_dict(Config())
+  return to_config_dict(Config())
 
 
 def stage(**fields: Any) -> config_dict.ConfigDict:
   """Returns one stage for a config file's `config.stages` tuple."""
-  return _to_config_dict(from_dict(fields, StageConfig, "stages[.]"))
+  return to_config_dict(from_dict(fields, StageConfig, "stages[.]"))
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> Config:
@@ -355,6 +355,24 @@ def from_dict(raw: Any, cls: type = Config, path: str = "") -> Any:
 def to_dict(config: Any) -> dict[str, Any]:
   """Returns plain JSON values: lists, dicts, numbers and strings."""
   return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def apply_arg(
+  config: config_dict.ConfigDict, arg: str, *names: str
+) -> config_dict.ConfigDict:
+  """Handles what follows the colon of --config=FILE:ARG, `quick` or nothing.
+
+  Args:
+    config: the config file's result.
+    arg: comma-separated words.
+    *names: words that the config file has handled itself.
+  """
+  words = [word for word in arg.split(",") if word]
+  for word in words:
+    if word not in ("quick", *names):
+      valid = nearest(word, ("quick", *names))
+      raise UserError(f"config argument {word!r}: {valid}")
+  return quick(config) if "quick" in words else config.lock()
 
 
 def quick(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
@@ -378,14 +396,14 @@ def quick(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   return config
 
 
-def _to_config_dict(value: Any) -> Any:
+def to_config_dict(value: Any) -> Any:
   result = config_dict.ConfigDict()
   for field in dataclasses.fields(value):
     item = getattr(value, field.name)
     if dataclasses.is_dataclass(item):
-      item = _to_config_dict(item)
+      item = to_config_dict(item)
     elif isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
-      item = tuple(_to_config_dict(part) for part in item)
+      item = tuple(to_config_dict(part) for part in item)
     options = [t for t in typing.get_args(field.type) if t is not type(None)]
     if type(None) in typing.get_args(field.type):
       # A typed placeholder can be set from the command line, None included.

@@ -1,0 +1,70 @@
+"""What a person sees while a run goes on: one live line, or plain lines."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+_PLAIN_SECONDS = 15.0  # between lines where there is no terminal
+
+console = Console(highlight=False)
+
+
+def duration(seconds: float) -> str:
+  """Returns a time as 3:05 or 1:02:03."""
+  minutes, seconds = divmod(max(int(seconds), 0), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+  return f"{minutes}:{seconds:02d}"
+
+
+class ProgressLine:
+  """Stage, update, loss, tokens/s, time left for the stage and for the run."""
+
+  def __init__(self, updates: int):
+    self._updates = updates
+    self._last_line = time.monotonic()
+    self._live = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(bar_width=20),
+      TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
+      console=console,
+      transient=True,
+      disable=not console.is_terminal,
+    )
+    self._task = self._live.add_task("start", total=updates, text="compiling")
+
+  def __enter__(self) -> "ProgressLine":
+    self._live.start()
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self._live.stop()
+
+  def say(self, text: str) -> None:
+    """Prints a line that stays."""
+    console.print(text)
+
+  def update(
+    self,
+    stage: str,
+    update: int,
+    loss: float,
+    tokens_per_second: float,
+    stage_left: float,
+    run_left: float,
+  ) -> None:
+    """Shows where the run is; times in seconds."""
+    text = (
+      f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s "
+      f" left: stage {duration(stage_left)}, run {duration(run_left)}"
+    )
+    self._live.update(
+      self._task, description=stage, completed=update, text=text
+    )
+    now = time.monotonic()
+    if not console.is_terminal and now - self._last_line > _PLAIN_SECONDS:
+      console.print(f"{stage}  {update}/{self._updates}  {text}")
+      self._last_line = now

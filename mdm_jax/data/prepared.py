@@ -1,0 +1,259 @@
+"""Rows on disk: text is tokenised and packed once, then only read.
+
+A folder of the cache holds the tokenizer, one pair of arrays a stage and one
+for the held-out text, and a manifest with their sizes and hashes. The folder's
+name is a hash of all it depends on (the text and the fields that shape rows),
+so equal work is found again and different work never collides. It appears
+whole, by a rename, or not at all.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+from rich.progress import Progress
+
+from mdm_jax.core.config import Config, StageConfig, to_dict
+from mdm_jax.core.errors import UserError
+from mdm_jax.data import corpora, segments
+from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.corpora import Document
+from mdm_jax.data.packing import Rows, Tokens, join_sentences, pack
+from mdm_jax.data.segments import Unit
+from mdm_jax.data.tokenizer import Tokenizer
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+_HELD_OUT = "held_out"
+_UNIT_FIELDS = ("unit", "length", "easiest", "min_words", "max_words")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+  """A run's data: what it trains on, stage by stage, and what it is measured on.
+
+  Attributes:
+    tokenizer: of this text.
+    stages: training rows, memory-mapped, in the order of `config.stages`.
+    held_out: rows of the last stage's length that hold the whole held-out text.
+    manifest: counts and hashes, as in the cache.
+  """
+
+  tokenizer: Tokenizer
+  stages: tuple[Rows, ...]
+  held_out: Rows
+  manifest: dict[str, Any]
+
+  def num_bytes(self, rows: Rows) -> np.ndarray:
+    """Returns the UTF-8 bytes of text each row holds."""
+    sizes = np.zeros(self.tokenizer.vocab.size, np.int64)
+    sizes[: len(self.tokenizer.pieces)] = [
+      len(piece) for piece in self.tokenizer.pieces
+    ]
+    return sizes[rows.tokens].sum(axis=1)
+
+
+def prepare(config: Config) -> PreparedData:
+  """Returns the rows of a config, from the cache or made now.
+
+  Raises:
+    UserError: the corpus can't be read, or a stage has no rows to train on.
+  """
+  documents = corpora.load(config.data.corpus, config.data.max_documents)
+  inputs = _inputs(config, documents)
+  key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
+  folder = _cache_dir(config) / key.hexdigest()[:16]
+  if not (folder / _MANIFEST).exists():
+    _write(folder, config, documents, inputs)
+  return _read(folder, config)
+
+
+def _inputs(config: Config, documents: list[Document]) -> dict[str, Any]:
+  """Everything that the rows depend on."""
+  given = config.tokenizer.path
+  return {
+    "format": _FORMAT,
+    "text": corpora.fingerprint(documents),
+    "eval_fraction": config.data.eval_fraction,
+    "tokenizer": to_dict(config.tokenizer),
+    "given_tokenizer": _sha256(epath.Path(given)) if given else None,
+    "stages": [
+      {name: getattr(stage, name) for name in _UNIT_FIELDS}
+      for stage in config.stages
+    ],
+  }
+
+
+def _cache_dir(config: Config) -> epath.Path:
+  if config.data.cache_dir:
+    return epath.Path(config.data.cache_dir).expanduser()
+  base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+  return epath.Path(base).expanduser() / "mdm_jax"
+
+
+# MARK: writing
+
+
+def _write(
+  folder: epath.Path,
+  config: Config,
+  documents: list[Document],
+  inputs: dict[str, Any],
+) -> None:
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = epath.Path(tempfile.mkdtemp(dir=folder.parent, prefix="tmp-"))
+  except OSError as error:
+    raise UserError(
+      f"data.cache_dir {folder.parent}: {error.strerror}"
+    ) from error
+  try:
+    with Progress(transient=True) as progress:
+      _fill(partial, config, documents, inputs, progress)
+    try:
+      partial.rename(folder)
+    except OSError:  # another process was faster, with the same bytes
+      if not (folder / _MANIFEST).exists():
+        raise
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(
+  folder: epath.Path,
+  config: Config,
+  documents: list[Document],
+  inputs: dict[str, Any],
+  progress: Progress,
+) -> None:
+  """Writes every file of a prepared folder, the manifest last."""
+  names = [_stage_name(i) for i in range(len(config.stages))]
+  task = progress.add_task("tokenizer", total=len(names) + 2)
+  train, held_out = corpora.split(documents, config.data.eval_fraction)
+  texts = [document.text for document in train]
+  tokenizer = tokenizers.build(config.tokenizer, texts)
+  tokenizer.save(folder)
+  counts = {}
+  whole = StageConfig(unit="paragraphs", length=config.stages[-1].length)
+  held_texts = [document.text for document in held_out]
+  for name, stage, source in [
+    *zip(names, config.stages, [texts] * len(names), strict=True),
+    (_HELD_OUT, whole, held_texts),
+  ]:
+    progress.update(task, description=f"rows: {name}", advance=1)
+    rows, counts[name] = _stage_rows(stage, source, tokenizer)
+    np.save(folder / f"{name}.tokens.npy", rows.tokens)
+    np.save(folder / f"{name}.segments.npy", rows.segments)
+  manifest = {
+    "inputs": inputs,
+    "documents": {"train": len(train), "held_out": len(held_out)},
+    "tokenizer": {
+      "kind": tokenizer.kind,
+      "sha256": tokenizer.sha256,
+      "vocab_size": tokenizer.vocab.size,
+    },
+    "rows": counts,
+    "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())},
+  }
+  (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def _stage_rows(
+  stage: StageConfig, texts: list[str], tokenizer: Tokenizer
+) -> tuple[Rows, dict[str, int]]:
+  """Returns a stage's packed rows, and counts of what went into them."""
+  units = segments.units(texts, stage)
+  found = len(units)
+  if stage.easiest < 1 and stage.unit != "paragraphs":
+    units = segments.easiest(units, stage.easiest)
+  pieces = _encode(units, stage, tokenizer)
+  fitting = [p for p in pieces if len(p) <= stage.length]
+  rows = pack(fitting, stage.length, tokenizer.vocab.pad)
+  return rows, {
+    "units_found": found,
+    "units_selected": len(units),
+    "texts_too_long": len(pieces) - len(fitting),
+    "rows": len(rows),
+    "tokens": int((rows.segments > 0).sum()),
+    "capacity": int(rows.tokens.size),
+  }
+
+
+def _encode(
+  units: list[Unit], stage: StageConfig, tokenizer: Tokenizer
+) -> list[Tokens]:
+  """Returns the token sequences of a stage, before packing."""
+  vocab = tokenizer.vocab
+  encoded = tokenizer.encode_batch([p for unit in units for p in unit.parts])
+  parts, at = [], 0
+  for unit in units:
+    parts.append(encoded[at : at + len(unit.parts)])
+    at += len(unit.parts)
+  match stage.unit:
+    case "sentences":
+      return [sentence for (sentence,) in parts]
+    case "pairs":
+      between = np.array([vocab.separator], np.int32)
+      return [np.concatenate([a, between, b]) for a, b in parts]
+    case "paragraphs":
+      return [
+        piece
+        for sentences in parts
+        for piece in join_sentences(sentences, stage.length, vocab.eos)
+      ]
+
+
+# MARK: reading
+
+
+def _read(folder: epath.Path, config: Config) -> PreparedData:
+  manifest = json.loads((folder / _MANIFEST).read_text())
+  for name, digest in manifest["files"].items():
+    path = folder / name
+    if not path.exists() or _sha256(path) != digest:
+      raise UserError(
+        f"prepared data is damaged: {path}; delete the folder {folder} and run"
+        " again to make it anew"
+      )
+  load = lambda name: Rows(
+    np.load(folder / f"{name}.tokens.npy", mmap_mode="r"),
+    np.load(folder / f"{name}.segments.npy", mmap_mode="r"),
+  )
+  stages = tuple(load(_stage_name(i)) for i in range(len(config.stages)))
+  _check_rows(config, stages, manifest)
+  logging.info("prepared data: %s", folder)
+  return PreparedData(
+    tokenizers.load_tokenizer(folder), stages, load(_HELD_OUT), manifest
+  )
+
+
+def _check_rows(config: Config, stages: tuple[Rows, ...], manifest) -> None:
+  for i, (stage, rows) in enumerate(zip(config.stages, stages, strict=True)):
+    if not len(rows):
+      counts = manifest["rows"][_stage_name(i)]
+      raise UserError(
+        f"stages[{i}] has no rows: of {counts['units_found']} {stage.unit}"
+        f" within [{stage.min_words}, {stage.max_words}] words,"
+        f" {counts['units_selected']} are among the easiest"
+        f" {stage.easiest:.0%}, {counts['texts_too_long']} of them longer than"
+        f" {stage.length} tokens"
+      )
+
+
+def _stage_name(index: int) -> str:
+  return f"stage_{index + 1}"
+
+
+def _sha256(path: epath.Path) -> str:
+  try:
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}") from error

@@ -1,0 +1,134 @@
+"""Text units for the stages of the curriculum, and how difficult they are."""
+
+import dataclasses
+import itertools
+import math
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import sentencex
+from jaxtyping import Float64, Int64, Num
+
+from mdm_jax.core.config import StageConfig
+
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+# The splitter fails on some texts that hold these.
+_ODD_SPACE = re.compile(r"[^\S\x00-\x7f]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """A piece of text that a stage trains on.
+
+  Attributes:
+    document: index of the document it comes from.
+    parts: one stripped sentence for "sentences"; two for "pairs", between which
+      the separator id goes; every sentence of the document, verbatim, for
+      "paragraphs", so that joining them gives the document back.
+  """
+
+  document: int
+  parts: tuple[str, ...]
+
+  @property
+  def num_words(self) -> int:
+    """Words between white space, the ones that a stage limits."""
+    return sum(len(part.split()) for part in self.parts)
+
+
+def sentences(text: str) -> list[str]:
+  """Returns the sentences of an English text; joined, they are the text.
+
+  White space and line breaks belong to the sentence before them.
+  """
+  found = sentencex.get_sentence_boundaries("en", _ODD_SPACE.sub(" ", text))
+  starts = [b["start_index"] for b in found if not b["text"].isspace()]
+  cuts = [0, *starts[1:], len(text)]
+  return [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
+
+
+def units(texts: Sequence[str], stage: StageConfig) -> list[Unit]:
+  """Returns the units of a stage, in the order of the text.
+
+  Word limits apply to a sentence or to a pair's total, not to paragraphs.
+  Nothing may be left; what that means is for the caller to say.
+  """
+  found = [
+    Unit(i, parts)
+    for i, text in enumerate(texts)
+    for parts in _parts(sentences(text), stage.unit)
+  ]
+  if stage.unit == "paragraphs":
+    return found
+  most = math.inf if stage.max_words is None else stage.max_words
+  return [u for u in found if stage.min_words <= u.num_words <= most]
+
+
+def _parts(verbatim: list[str], unit: str) -> Iterator[tuple[str, ...]]:
+  if unit == "paragraphs":
+    return iter([tuple(verbatim)])
+  stripped = [s.strip() for s in verbatim if not s.isspace()]
+  if unit == "sentences":
+    return ((s,) for s in stripped)
+  return zip(stripped[::2], stripped[1::2], strict=False)
+
+
+def difficulty(units: Sequence[Unit]) -> Float64[np.ndarray, "N"]:
+  """Returns how difficult each unit is among these, from 0 to 1.
+
+  It is the mean of four percentile ranks: rarity of the words (their mean
+  inverse document frequency, a unit being a document), number of words, mean
+  length of a word, and size after compression by zlib over size before.
+  """
+  texts = ["\n".join(unit.parts) for unit in units]
+  words = [_WORD.findall(text.lower()) for text in texts]
+  counts = np.array([len(w) for w in words], np.int64)
+  letters = np.array([sum(map(len, w)) for w in words], np.int64)
+  raw = [text.encode() for text in texts]
+  packed = [len(zlib.compress(r)) / max(len(r), 1) for r in raw]
+  signals = [
+    _mean_idf(words, counts),
+    counts,
+    letters / np.maximum(counts, 1),
+    np.array(packed, np.float64),
+  ]
+  return np.mean([_percentile_ranks(s) for s in signals], axis=0)
+
+
+def _mean_idf(
+  words: list[list[str]], counts: Int64[np.ndarray, "N"]
+) -> Float64[np.ndarray, "N"]:
+  index: dict[str, int] = {}
+  flat = [index.setdefault(w, len(index)) for ws in words for w in ws]
+  ids = np.array(flat, np.int64)
+  owner = np.repeat(np.arange(len(words)), counts)
+  pairs = np.unique(owner * max(len(index), 1) + ids)
+  frequency = np.bincount(pairs % max(len(index), 1), minlength=len(index))
+  idf = np.log(len(words) / np.maximum(frequency, 1))
+  total = np.bincount(owner, idf[ids], minlength=len(words))
+  return total / np.maximum(counts, 1)
+
+
+def _percentile_ranks(
+  values: Num[np.ndarray, "N"],
+) -> Float64[np.ndarray, "N"]:
+  """Ranks from 0 to 1; equal values share the mean of theirs."""
+  _, inverse, counts = np.unique(
+    values, return_inverse=True, return_counts=True
+  )
+  rank = np.cumsum(counts) - (counts + 1) / 2
+  return rank[inverse] / max(len(values) - 1, 1)
+
+
+def easiest(units: Sequence[Unit], fraction: float) -> list[Unit]:
+  """Returns the least difficult share of the units, in their own order.
+
+  It rounds up, and of equally difficult units the earlier ones are kept. Only
+  sentences and pairs are comparable in this way.
+  """
+  # The small amount undoes rounding: 1/3 of 3 is 1.
+  kept = math.ceil(fraction * len(units) - 1e-9)
+  order = np.argsort(difficulty(units), kind="stable")
+  return [units[i] for i in np.sort(order[:kept])]

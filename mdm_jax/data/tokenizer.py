@@ -1,0 +1,367 @@
+"""Text to token ids and back, exactly, and the one definition of the ids."""
+
+import abc
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import sentencepiece
+from absl import logging
+from etils import epath
+from jaxtyping import Int32, Integer
+
+from mdm_jax.core.config import TokenizerConfig
+from mdm_jax.core.errors import UserError
+
+_BYTES = tuple(bytes([i]) for i in range(256))
+_BREAKS = ("\n\n", "\n")
+_SMALLEST = 320  # unknown, 256 bytes, two line breaks and 61 to learn
+_MAX_LINES = 200_000  # SentencePiece learns from at most so many lines
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_PROBE = " A\u00e9\u0301\ufb01  b\t\u3000\uff21\r\n\n<s>\U0001f600 "
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """What each id means; no other place defines one.
+
+  Attributes:
+    num_text: ids below it are pieces of text.
+  """
+
+  num_text: int
+
+  @property
+  def eos(self) -> int:
+    """Ends a document."""
+    return self.num_text
+
+  @property
+  def separator(self) -> int:
+    """Stands between the two sentences of a pair."""
+    return self.num_text + 1
+
+  @property
+  def pad(self) -> int:
+    """Fills a row; never a target, never sampled."""
+    return self.num_text + 2
+
+  @property
+  def mask(self) -> int:
+    """Hides a token; never a target, never sampled."""
+    return self.num_text + 3
+
+  @property
+  def num_real(self) -> int:
+    """Ids below it can be targets and be sampled."""
+    return self.num_text + 2
+
+  @property
+  def size(self) -> int:
+    """Rows of the embedding: every id, rounded up to a multiple of 128."""
+    return -(-(self.num_text + 4) // 128) * 128
+
+
+class Tokenizer(abc.ABC):
+  """Turns text into ids below `vocab.num_text` and back.
+
+  Attributes:
+    kind: "byte", "char" or "sentencepiece".
+    filename: what `save` writes inside the folder it is given.
+    pieces: the bytes each text id stands for.
+    content: the file's bytes, all that is needed to build the tokenizer again.
+    vocab: the ids.
+  """
+
+  kind: str
+  filename: str = "tokenizer.json"
+
+  def __init__(self, pieces: tuple[bytes, ...], content: bytes):
+    self.pieces = pieces
+    self.content = content
+    self.vocab = Vocabulary(len(pieces))
+
+  @property
+  def sha256(self) -> str:
+    """The file's hash, which tells two tokenizers apart."""
+    return hashlib.sha256(self.content).hexdigest()
+
+  @abc.abstractmethod
+  def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
+    """Returns the ids of each text; faster than one `encode` a text."""
+
+  def encode(self, text: str) -> Int32[np.ndarray, "N"]:
+    """Returns the ids of a text, without any special id."""
+    return self.encode_batch([text])[0]
+
+  def decode(self, ids: Integer[np.ndarray, "N"] | Sequence[int]) -> str:
+    """Returns the text of the ids, leaving out special ones.
+
+    Bytes that are not UTF-8, which only ids that `encode` never gives in this
+    order can spell, become U+FFFD.
+    """
+    ids = np.asarray(ids, np.int64)
+    text = b"".join(self.pieces[i] for i in ids[ids < len(self.pieces)])
+    return text.decode(errors="replace")
+
+  def save(self, folder: epath.PathLike) -> None:
+    """Writes the tokenizer's one file into a folder, made if need be."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / self.filename).write_bytes(self.content)
+
+
+def build(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
+  """Returns the tokenizer a config asks for, trained on the texts if need be.
+
+  Raises:
+    UserError: the given model can't be used, or there is too little text or
+      too small a vocabulary to train one.
+  """
+  if config.kind == "byte":
+    return CharTokenizer("byte", "")
+  if config.kind == "char":
+    return CharTokenizer("char", "".join(sorted(set().union(*texts))))
+  if config.path:
+    return _given(config.path)
+  return SentencePieceTokenizer(_train(config.vocab_size, texts))
+
+
+def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
+  """Returns the tokenizer that `save` wrote into a folder.
+
+  Raises:
+    UserError: there is none, or its file is damaged.
+  """
+  model = epath.Path(folder) / SentencePieceTokenizer.filename
+  if model.exists():
+    return SentencePieceTokenizer(_checked(model))
+  path = epath.Path(folder) / CharTokenizer.filename
+  if not path.exists():
+    raise UserError(f"{folder} holds no {model.name} and no {path.name}")
+  try:
+    fields = json.loads(path.read_bytes())
+    return CharTokenizer(fields["kind"], fields["characters"])
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise UserError(f"{path} is not a tokenizer this library wrote") from e
+
+
+# MARK: bytes and characters
+
+
+class CharTokenizer(Tokenizer):
+  """One id a known character, and one a UTF-8 byte of any other."""
+
+  def __init__(self, kind: str, characters: str):
+    self.kind = kind
+    self._known = _code_points(characters)
+    fields = {"kind": kind, "characters": characters}
+    pieces = _BYTES + tuple(c.encode() for c in characters)
+    super().__init__(pieces, json.dumps(fields).encode())
+
+  def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
+    """Returns the ids of each text."""
+    return [self._encode(text) for text in texts]
+
+  def _encode(self, text: str) -> Int32[np.ndarray, "N"]:
+    if not len(self._known):
+      return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    points = _code_points(text)
+    index = np.searchsorted(self._known, points).clip(max=len(self._known) - 1)
+    rare = self._known[index] != points
+    widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
+    ids = np.repeat(index + 256, np.where(rare, widths, 1)).astype(np.int32)
+    spelt = points[rare].tobytes().decode("utf-32-le").encode()
+    ids[np.repeat(rare, np.where(rare, widths, 1))] = list(spelt)
+    return ids
+
+
+def _code_points(text: str) -> np.ndarray:
+  return np.frombuffer(text.encode("utf-32-le"), "<u4")
+
+
+# MARK: SentencePiece
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """A SentencePiece model with byte fallback.
+
+  Ids are the model's own without its unknown and control symbols, which no
+  text is ever encoded to. A model trained here gives every text back exactly.
+  """
+
+  kind = "sentencepiece"
+  filename = "tokenizer.model"
+
+  def __init__(self, content: bytes):
+    self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+    names = [self._model.id_to_piece(i) for i in range(len(self._model))]
+    kept = [i for i in range(len(names)) if not self._is_special(i)]
+    super().__init__(tuple(self._piece(i, names[i]) for i in kept), content)
+    self._ids = np.full(len(names), -1, np.int32)
+    self._ids[kept] = np.arange(len(kept))
+    # The space symbol itself would come back as a space, so it is spelt.
+    self._spelt = [
+      self._model.piece_to_id(f"<0x{b:02X}>") for b in b"\xe2\x96\x81"
+    ]
+    self.lossless = self._is_lossless()
+
+  def _is_special(self, i: int) -> bool:
+    m = self._model
+    return m.is_unknown(i) or m.is_control(i) or m.is_unused(i)
+
+  def _piece(self, i: int, name: str) -> bytes:
+    if self._model.is_byte(i):
+      return bytes([int(name[3:5], 16)])
+    return name.replace(_SPACE, " ").encode()
+
+  def _is_lossless(self) -> bool:
+    self.lossless = False  # a model that normalises may not be cut into chunks
+    return self.decode(self.encode(_PROBE)) == _PROBE
+
+  def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
+    """Returns the ids of each text, on all cores."""
+    cut = [_chunks(t) if self.lossless else [t] for t in texts]
+    flat = list(itertools.chain.from_iterable(cut))
+    encoded = self._model.encode(flat, num_threads=os.cpu_count() or 1)
+    parts = iter(
+      self._spelt if self.lossless and chunk == _SPACE else ids
+      for chunk, ids in zip(flat, encoded, strict=True)
+    )
+    return [self._join(itertools.islice(parts, len(chunks))) for chunks in cut]
+
+  def _join(self, parts: Iterable[list[int]]) -> Int32[np.ndarray, "N"]:
+    ids = np.fromiter(itertools.chain.from_iterable(parts), np.int32)
+    ids = self._ids[ids]
+    if np.any(ids < 0):
+      raise UserError("the SentencePiece model uses its unknown symbol in text")
+    return ids
+
+
+# Cutting a text changes none of its ids when the cut is where no piece crosses:
+# around line breaks, or before a space. It keeps the sums of the model's scores
+# small, so that they stay exact in float32, and keeps every core busy. The
+# second quantifier bounds a chunk of text that has no spaces.
+_CHUNK = re.compile(
+  f"{_SPACE}|[^\n{_SPACE}]{{1,1000}}[^\n {_SPACE}]{{0,1000}}\n*|\n+"
+)
+
+
+def _chunks(text: str) -> list[str]:
+  return _CHUNK.findall(text)
+
+
+def _given(path: str) -> SentencePieceTokenizer:
+  file = epath.Path(path).expanduser()
+  if not file.is_file():
+    raise UserError(f"tokenizer.path={path}: there is no such file")
+  tokenizer = SentencePieceTokenizer(_checked(file))
+  if not tokenizer.lossless:
+    logging.warning(
+      "tokenizer.path=%s changes text (spaces or characters are normalised), so"
+      " decoding does not give it back exactly and bits per byte are of the"
+      " original text's bytes.",
+      path,
+    )
+  return tokenizer
+
+
+def _checked(path: epath.Path) -> bytes:
+  """Returns a model's bytes once it is clear that they can be used."""
+  content = path.read_bytes()
+  try:
+    if not content:
+      raise RuntimeError("empty")
+    model = sentencepiece.SentencePieceProcessor(model_proto=content)
+  except RuntimeError as e:
+    raise UserError(f"{path} is not a SentencePiece model") from e
+  if sum(model.is_byte(i) for i in range(len(model))) != 256:
+    raise UserError(
+      f"{path} has no byte fallback, so text would be lost; train it with"
+      " --byte_fallback=true"
+    )
+  return content
+
+
+def _train(vocab_size: int, texts: Sequence[str]) -> bytes:
+  if vocab_size < _SMALLEST:
+    raise UserError(
+      f"tokenizer.vocab_size={vocab_size} must be at least {_SMALLEST}, or set"
+      " tokenizer.kind=byte"
+    )
+  lines = [line for text in texts for line in _lines(text)]
+  if len(lines) > _MAX_LINES:
+    lines = random.Random(0).sample(lines, _MAX_LINES)
+  content = _train_on(_common_characters(lines, vocab_size), vocab_size)
+  size = len(sentencepiece.SentencePieceProcessor(model_proto=content))
+  if size < vocab_size:
+    logging.info(
+      "The text is too short for tokenizer.vocab_size=%d: SentencePiece found"
+      " %d pieces.",
+      vocab_size,
+      size,
+    )
+  return content
+
+
+def _lines(text: str) -> Iterator[str]:
+  # Line breaks are symbols of their own, so nothing is learnt across them.
+  chunks = (chunk.rstrip("\n") for chunk in _chunks(text))
+  return (chunk for chunk in chunks if chunk and not chunk.isspace())
+
+
+def _common_characters(lines: list[str], vocab_size: int) -> list[str]:
+  """Blanks the rarest characters where a piece for each leaves no room."""
+  counts = Counter(itertools.chain.from_iterable(lines))
+  room = (vocab_size - 256) // 2
+  if len(counts) <= room:
+    return lines
+  logging.info(
+    "Only the %d commonest of %d characters can become pieces; the rest is"
+    " spelt in bytes.",
+    room,
+    len(counts),
+  )
+  rare = [c for c, _ in counts.most_common()[room:]]
+  table = str.maketrans(dict.fromkeys(rare, " "))
+  return [line.translate(table) for line in lines]
+
+
+def _train_on(lines: list[str], vocab_size: int) -> bytes:
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines),
+      model_writer=model,
+      model_type="unigram",
+      vocab_size=vocab_size,
+      hard_vocab_limit=False,
+      character_coverage=0.9995,
+      required_chars=_SPACE,  # a space spelt in bytes would be the symbol
+      byte_fallback=True,
+      user_defined_symbols=list(_BREAKS),
+      unk_id=0,
+      bos_id=-1,
+      eos_id=-1,
+      pad_id=-1,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      max_sentence_length=16_384,  # bytes; a chunk has at most 8,000
+      num_threads=2,
+      minloglevel=2,
+    )
+  except RuntimeError as e:
+    raise UserError(
+      f"SentencePiece can't train on {len(lines)} lines of text; set"
+      " tokenizer.kind=byte"
+    ) from e
+  return model.getvalue()

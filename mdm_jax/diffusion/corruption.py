@@ -1,0 +1,100 @@
+"""The forward process: which tokens of x0 are masked to make xt.
+
+A row with rate r and n real tokens loses exactly ceil(r n) of them, drawn
+uniformly without replacement. Against independent coin flips with probability
+r this has the same expected bound: over r ~ U(0, 1) both draw every count
+1..n equally often after weighting, and given the count both are uniform
+(integral of C(n,k) r^(k-1) (1-r)^(n-k) dr = 1/k). What it adds: no row is ever
+without a masked token, the estimate varies less, and the number of masked
+tokens in a batch is bounded before it is drawn, so the vocabulary projection
+needs no spare room.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mdm_jax.diffusion.noise import RateDistribution
+
+# ceil(r n) must not jump where r n is a whole number up to float32 rounding.
+_ROUNDING = 1e-3
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Corrupted:
+  """A corrupted batch: the denoiser's input, and where it is asked."""
+
+  xt: Int[Array, "*B L"]
+  masked: Bool[Array, "*B L"]
+
+
+def strata(rows: int) -> np.ndarray:
+  """Returns which of `rows` strata each row of an update draws from.
+
+  The order is by bit reversal (van der Corput), so that every aligned run of
+  rows, a microbatch or a device's shard, is itself spread over all strata.
+  """
+  bits = max(rows - 1, 1).bit_length()
+  reverse = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(rows)]
+  return np.argsort(np.argsort(reverse))
+
+
+def stratified_uniforms(
+  key: Key[Array, ""], rows: int
+) -> Float[Array, "{rows}"]:
+  """Draws one uniform in (0, 1] a row, one in every stratum of width 1/rows.
+
+  All rows share one offset (Kingma et al. 2021, arXiv 2107.00630, app. I.1):
+  each is uniform by itself, and their mean hardly varies.
+  """
+  offset = 1 - jax.random.uniform(key)  # in (0, 1]: a rate of 0 masks nothing
+  return (jnp.asarray(strata(rows), jnp.float32) + offset) / rows
+
+
+def num_masked(
+  rate: Float[Array, "*B"], length: Int[Array, "*B"]
+) -> Int[Array, "*B"]:
+  """Returns ceil(rate * length), at least 1 where rate > 0."""
+  count = jnp.ceil(rate * length.astype(rate.dtype) - _ROUNDING)
+  count = count.astype(length.dtype)
+  return jnp.where(rate > 0, jnp.clip(count, jnp.minimum(1, length), length), 0)
+
+
+def max_masked(
+  rates: RateDistribution, rows: int, length: int, groups: int
+) -> int:
+  """Bounds the masked tokens in each of `groups` equal runs of an update."""
+  upper = (jnp.asarray(strata(rows), jnp.float32) + 1) / rows
+  counts = num_masked(rates.rate(upper), jnp.full(rows, length))
+  return int(np.asarray(counts).reshape(groups, -1).sum(axis=1).max())
+
+
+def corrupt(
+  keys: Key[Array, "*B"],
+  x0: Int[Array, "*B L"],
+  real: Bool[Array, "*B L"],
+  rate: Float[Array, "*B"],
+  mask_id: int,
+) -> Corrupted:
+  """Draws xt given x0: masks ceil(rate * n) of the n real tokens of each row.
+
+  Args:
+    keys: one key a row (`rng.per_row`), so that a row's mask depends on nothing
+      else in the batch.
+    x0: clean tokens.
+    real: False at padding, which is never masked.
+    rate: the share to mask; 0 gives x0 back, 1 masks every real token.
+    mask_id: what a masked token becomes.
+  """
+  draw = lambda key: jax.random.uniform(key, x0.shape[-1:])
+  for _ in range(keys.ndim):
+    draw = jax.vmap(draw)
+  noise = jnp.where(real, draw(keys), 2.0)  # padding ranks last
+  rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
+  count = num_masked(rate, real.sum(axis=-1))
+  masked = rank < count[..., None]
+  return Corrupted(jnp.where(masked, mask_id, x0), masked)

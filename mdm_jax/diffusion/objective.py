@@ -1,0 +1,127 @@
+"""The training objective: cross-entropy at the masked positions, and no other.
+
+Unmasked positions never reach the vocabulary: the hidden states of the masked
+ones are gathered first, into a buffer whose size the stage's rates bound
+(`corruption.max_masked`), so the loss costs what is masked and a [B, L, V]
+array is never built. Rows are gathered within their own data shard, which
+costs no communication.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from mdm_jax.core.config import ObjectiveConfig
+from mdm_jax.core.sharding import BATCH_AXES
+
+Head = Callable[[Float[Array, "N D"]], Float[Array, "N V"]]
+
+
+def row_weights(
+  config: ObjectiveConfig,
+  masked: Bool[Array, "*B L"],
+  real: Bool[Array, "*B L"],
+  inverse_density: Float[Array, "*B"],
+) -> Float[Array, "*B"]:
+  """Returns what each masked token of a row weighs; all rows together sum to 1.
+
+  `masked_ce`: the mean over masked tokens, every one weighing the same.
+  `nelbo`: the bound per real token. For a row of n real tokens, k of them
+  masked, with a rate drawn from the density p, the estimate of its bound is
+  n / p(r) times the mean cross-entropy of the k.
+  """
+  count = masked.sum(axis=-1).astype(jnp.float32)
+  length = real.sum(axis=-1).astype(jnp.float32)
+  match config.weighting:
+    case "masked_ce":
+      return jnp.ones_like(count) / jnp.maximum(count.sum(), 1)
+    case "nelbo":
+      share = length / jnp.maximum(length.sum(), 1)
+      return share * inverse_density / jnp.maximum(count, 1)
+
+
+def cross_entropy(
+  logits: Float[Array, "N V"],
+  targets: Int[Array, "N"],
+  num_real: int,
+  label_smoothing: float = 0.0,
+) -> Float[Array, "N"]:
+  """Returns -log p(target), in float32, against a smoothed target if asked.
+
+  The smoothed target is (1 - s) at the token and s / num_real at each of the
+  ids below `num_real`: never at MASK or PAD, whose logits are -inf.
+  """
+  assert logits.dtype == jnp.float32, logits.dtype
+  ids = jnp.arange(logits.shape[-1])
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  # Compare and sum: one fused pass that also works on a split vocabulary.
+  target = jnp.where(ids == targets[:, None], logits, 0.0).sum(axis=-1)
+  if label_smoothing == 0:
+    return log_z - target
+  mean = jnp.where(ids < num_real, logits, 0.0).sum(axis=-1) / num_real
+  return log_z - (1 - label_smoothing) * target - label_smoothing * mean
+
+
+def masked_cross_entropy(
+  head: Head,
+  hidden: Float[Array, "B L D"],
+  x0: Int[Array, "B L"],
+  masked: Bool[Array, "B L"],
+  capacity: int,
+  num_real: int,
+  label_smoothing: float = 0.0,
+) -> Float[Array, "B L"]:
+  """Returns the cross-entropy at masked positions, and zeros elsewhere.
+
+  Args:
+    head: the vocabulary projection, to float32 logits.
+    hidden: the denoiser's output before the head.
+    x0: clean tokens.
+    masked: where the loss is.
+    capacity: masked tokens a data shard has at most; a batch with more is a
+      bug, and gives NaN rather than a wrong number.
+    num_real: ids that can be targets.
+    label_smoothing: see `cross_entropy`.
+  """
+  rows = P(BATCH_AXES)
+  gather = jax.shard_map(
+    lambda *shard: _gather(*shard, capacity=capacity),
+    in_specs=(rows, rows, rows),
+    out_specs=(rows, rows, rows),
+  )
+  states, targets, index = gather(hidden, x0, masked)
+  losses = cross_entropy(head(states), targets, num_real, label_smoothing)
+  scatter = jax.shard_map(
+    _scatter, in_specs=(rows, rows, rows), out_specs=rows
+  )
+  return scatter(losses, index, masked)
+
+
+def _gather(
+  hidden: Float[Array, "B L D"],
+  x0: Int[Array, "B L"],
+  masked: Bool[Array, "B L"],
+  capacity: int,
+) -> tuple[Float[Array, "N D"], Int[Array, "N"], Int[Array, "N"]]:
+  """Packs one shard's masked positions; unused slots point past the end."""
+  (index,) = jnp.nonzero(
+    masked.reshape(-1), size=capacity, fill_value=masked.size
+  )
+  take = lambda x: x.at[index].get(mode="fill", fill_value=0)
+  states = take(hidden.reshape(-1, hidden.shape[-1]))
+  return states, take(x0.reshape(-1)), index
+
+
+def _scatter(
+  losses: Float[Array, "N"],
+  index: Int[Array, "N"],
+  masked: Bool[Array, "B L"],
+) -> Float[Array, "B L"]:
+  """Puts one shard's losses back where they came from."""
+  flat = jnp.zeros(masked.size, losses.dtype)
+  flat = flat.at[index].set(losses, mode="drop", unique_indices=False)
+  overflow = masked.sum() > index.shape[0]
+  return jnp.where(overflow, jnp.nan, flat).reshape(masked.shape)

@@ -1,0 +1,293 @@
+"""The denoiser p(x0 | xt): a bidirectional pre-norm transformer.
+
+RMSNorm, rotary positions, SwiGLU, no biases. Blocks are stacked along a leading
+layer axis and run by one scan, so compile time does not grow with depth. NNX
+modules only hold the parameters: outside this file they are a plain nested
+dict, and `Denoiser` merges them back (`bind`).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mdm_jax.core import rng
+from mdm_jax.core.config import ModelConfig
+from mdm_jax.core.sharding import RULES
+from mdm_jax.model import layers
+
+Params = dict[str, Any]
+
+_REMAT = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def mlp_size(config: ModelConfig) -> int:
+  """Returns the SwiGLU hidden width: 8/3 D rounded up to 64 by default."""
+  return config.mlp_dim or -(-8 * config.embed_dim // (3 * 64)) * 64
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+  """Returns the activations' dtype; `auto` depends on the backend."""
+  if config.dtype == "auto":
+    on_cpu = jax.default_backend() == "cpu"
+    return jnp.dtype(jnp.float32 if on_cpu else jnp.bfloat16)
+  return jnp.dtype(config.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Context:
+  """What every block needs beside the residual stream."""
+
+  visible: Bool[Array, "B L L"]
+  cos: Float[Array, "B L K/2"]
+  sin: Float[Array, "B L K/2"]
+  condition: Float[Array, "B D"] | None
+  row_keys: Key[Array, "B"] | None
+
+
+class Attention(nnx.Module):
+  """Grouped-query self-attention over everything visible."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    width, groups = config.embed_dim, config.num_kv_heads or config.num_heads
+    repeats = config.num_heads // groups
+    size = width // config.num_heads
+    key_axes = ("embed", "heads", None)
+    self.query = layers.normal(
+      rngs(), (width, groups, repeats, size), "embed", "heads", None, None
+    )
+    self.key = layers.normal(rngs(), (width, groups, size), *key_axes)
+    self.value = layers.normal(rngs(), (width, groups, size), *key_axes)
+    self.out = layers.normal(
+      rngs(), (groups, repeats, size, width), "heads", None, None, "embed",
+      scale=(2 * config.num_layers) ** -0.5,
+    )
+    if config.qk_norm:
+      self.query_norm = layers.RMSNorm(size)
+      self.key_norm = layers.RMSNorm(size)
+
+  def __call__(
+    self, x: Float[Array, "B L D"], context: _Context
+  ) -> Float[Array, "B L D"]:
+    heads = ("batch", "length", "heads", None)
+    query = layers.project("bld,dgrk->blgrk", x, self.query, *heads, None)
+    key = layers.project("bld,dgk->blgk", x, self.key, *heads)
+    value = layers.project("bld,dgk->blgk", x, self.value, *heads)
+    if self.config.qk_norm:
+      query, key = self.query_norm(query), self.key_norm(key)
+    query = layers.rotate(query, context.cos, context.sin)
+    key = layers.rotate(key, context.cos, context.sin)
+    mixed = layers.attend(
+      self.config.attention, query, key, value, context.visible
+    )
+    return layers.project(
+      "blgrk,grkd->bld", mixed, self.out, "batch", "length", None
+    )
+
+
+class SwiGLU(nnx.Module):
+  """silu(x gate) * (x up), projected down (arXiv 2002.05202)."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    width, hidden = config.embed_dim, mlp_size(config)
+    self.gate_up = layers.normal(
+      rngs(), (width, 2, hidden), "embed", None, "mlp"
+    )
+    self.down = layers.normal(
+      rngs(), (hidden, width), "mlp", "embed",
+      scale=(2 * config.num_layers) ** -0.5,
+    )
+
+  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    both = layers.project(
+      "bld,dcf->blcf", x, self.gate_up, "batch", "length", None, "mlp"
+    )
+    hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
+    return layers.project(
+      "blf,fd->bld", hidden, self.down, "batch", "length", None
+    )
+
+
+class Block(nnx.Module):
+  """Attention and SwiGLU, each on a normed branch of the residual stream."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.attention_norm = layers.RMSNorm(config.embed_dim)
+    self.attention = Attention(config, rngs)
+    self.mlp_norm = layers.RMSNorm(config.embed_dim)
+    self.mlp = SwiGLU(config, rngs)
+    if config.time_conditioning:
+      shape = (config.embed_dim, 6, config.embed_dim)
+      self.modulation = layers.zeros(shape, "embed", None, None)
+
+  def __call__(
+    self, x: Float[Array, "B L D"], layer: Int[Array, ""], context: _Context
+  ) -> Float[Array, "B L D"]:
+    shift, scale, gate = self._modulation(x, context)
+    keys = self._dropout_keys(layer, context)
+    h = self.attention_norm(x) * (1 + scale[0]) + shift[0]
+    h = layers.dropout(
+      self.attention(h, context), self.config.dropout, keys[0]
+    )
+    x = x + gate[0] * h
+    h = self.mlp_norm(x) * (1 + scale[1]) + shift[1]
+    h = layers.dropout(self.mlp(h), self.config.dropout, keys[1])
+    return x + gate[1] * h
+
+  def _modulation(self, x: Float[Array, "B L D"], context: _Context):
+    """adaLN-zero (arXiv 2212.09748): shift, scale and gate of two branches."""
+    if context.condition is None:
+      return (0, 0), (0, 0), (1, 1)
+    parts = layers.project(
+      "bd,dcf->bcf", context.condition.astype(x.dtype), self.modulation,
+      "batch", None, None,
+    )
+    a, b, c, d, e, f = (parts[:, i, None] for i in range(6))
+    return (a, b), (c, d), (e, f)
+
+  def _dropout_keys(self, layer: Int[Array, ""], context: _Context):
+    if context.row_keys is None or self.config.dropout == 0:
+      return None, None
+    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    return fold(context.row_keys, 2 * layer), fold(
+      context.row_keys, 2 * layer + 1
+    )
+
+
+class Network(nnx.Module):
+  """All parameters of the denoiser, and its forward pass."""
+
+  def __init__(
+    self, config: ModelConfig, vocab_size: int, num_real: int, rngs: nnx.Rngs
+  ):
+    self.config, self.num_real = config, num_real
+    width = config.embed_dim
+    self.embedding = layers.normal(
+      rngs(), (vocab_size, width), "vocab", "embed"
+    )
+    keys = jax.random.split(rngs(), config.num_layers)
+    self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
+    self.final_norm = layers.RMSNorm(width)
+    if not config.tie_embeddings:
+      self.head = layers.normal(rngs(), (vocab_size, width), "vocab", "embed")
+    if config.time_conditioning:
+      self.time_in = layers.normal(rngs(), (width, width), None, "embed")
+
+  def hidden(
+    self,
+    xt: Int[Array, "B L"],
+    segments: Int[Array, "B L"],
+    rate: Float[Array, "B"],
+    row_keys: Key[Array, "B"] | None,
+  ) -> Float[Array, "B L D"]:
+    """Runs the blocks; see `Denoiser.hidden`."""
+    dtype = compute_dtype(self.config)
+    # Gathering from a split table makes XLA rematerialise; bring it together.
+    table = jax.reshard(self.embedding[...].astype(dtype), P(None, None))
+    rows = RULES.spec("batch", "length", None)
+    x = table.at[xt].get(out_sharding=rows)
+    context = self._context(segments, rate, row_keys)
+
+    def body(x, layer):
+      block, index = layer
+      return block(x, index, context), None
+
+    body = jax.checkpoint(
+      body, prevent_cse=False, policy=_REMAT[self.config.remat]
+    )
+    index = jnp.arange(self.config.num_layers)
+    x, _ = jax.lax.scan(body, x, (self.blocks, index))
+    return x
+
+  def logits(self, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
+    """Projects to the vocabulary, in float32; see `Denoiser.logits`."""
+    head = self.embedding if self.config.tie_embeddings else self.head
+    h = self.final_norm(hidden)
+    logits = jnp.einsum(
+      "nd,vd->nv", h, head[...].astype(h.dtype),
+      preferred_element_type=jnp.float32,
+      out_sharding=RULES.spec("batch", "vocab"),
+    )
+    ids = jnp.arange(logits.shape[-1])
+    return jnp.where(ids < self.num_real, logits, -jnp.inf)
+
+  def _context(self, segments, rate, row_keys) -> _Context:
+    size = self.config.embed_dim // self.config.num_heads
+    positions = layers.segment_positions(segments)
+    cos, sin = layers.rotary(positions, size, self.config.rope_theta)
+    visible = segments[:, :, None] == segments[:, None, :]
+    condition = self._condition(rate) if self.config.time_conditioning else None
+    return _Context(visible, cos, sin, condition, row_keys)
+
+  def _condition(self, rate: Float[Array, "B"]) -> Float[Array, "B D"]:
+    half = self.config.embed_dim // 2
+    frequency = 1000.0 ** jnp.linspace(0.0, 1.0, half)
+    angles = rate[:, None] * frequency
+    features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jax.nn.silu(
+      layers.project("bd,df->bf", features, self.time_in, "batch", None)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """The denoiser as pure functions of a parameter dict.
+
+  Attributes:
+    config: the architecture.
+    vocab_size: rows of the embedding, special ids and padding included.
+    num_real: ids below it can be predicted; all others get a logit of -inf.
+  """
+
+  config: ModelConfig
+  vocab_size: int
+  num_real: int
+
+  def init(self, key: Key[Array, ""]) -> Params:
+    """Returns fresh parameters, sharded over the current mesh."""
+    return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
+
+  def hidden(
+    self,
+    params: Params,
+    xt: Int[Array, "B L"],
+    segments: Int[Array, "B L"],
+    rate: Float[Array, "B"],
+    row_keys: Key[Array, "B"] | None = None,
+  ) -> Float[Array, "B L D"]:
+    """Returns the last block's output, before the final norm and the head.
+
+    Args:
+      params: from `init`.
+      xt: corrupted tokens.
+      segments: the packed text each token belongs to (0: padding); tokens of
+        different segments don't see each other.
+      rate: each row's mask rate; only read with time conditioning.
+      row_keys: keys for dropout, one a row; None switches it off.
+    """
+    return self._bind(params).hidden(xt, segments, rate, row_keys)
+
+  def logits(
+    self, params: Params, hidden: Float[Array, "N D"]
+  ) -> Float[Array, "N V"]:
+    """Returns float32 logits of any hidden states; -inf at unreal ids."""
+    return self._bind(params).logits(hidden)
+
+  def _build(self, key: Key[Array, ""]) -> Network:
+    rngs = nnx.Rngs(key)
+    return Network(self.config, self.vocab_size, self.num_real, rngs)
+
+  def _bind(self, params: Params) -> Network:
+    abstract = nnx.eval_shape(lambda: self._build(jax.random.key(0)))
+    return nnx.merge(nnx.graphdef(abstract), params)

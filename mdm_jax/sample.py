@@ -1,0 +1,34 @@
+"""From a checkpoint and a prompt to text."""
+
+import jax
+
+from mdm_jax import evaluate
+from mdm_jax.core.config import Config
+from mdm_jax.core.progress import console
+from mdm_jax.core.sharding import make_mesh
+from mdm_jax.core.workdir import Workdir
+from mdm_jax.data.tokenizer import load_tokenizer
+from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.sampling.generate import generate
+from mdm_jax.training.checkpoint import Checkpoints
+
+
+def sample_workdir(
+  config: Config, workdir: Workdir, prompt: str = ""
+) -> list[str]:
+  """Draws texts from a run's best checkpoint, prints and returns them."""
+  tokenizer = load_tokenizer(workdir.path)
+  evaluate.check_tokenizer(workdir, tokenizer)
+  vocab = tokenizer.vocab
+  denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
+    _, params = evaluate.load_best(workdir, checkpoints, denoiser)
+    texts = generate(
+      config.sample, denoiser, tokenizer, params, mesh, config.sample_length,
+      prompt,
+    )
+  for i, text in enumerate(texts, start=1):
+    console.rule(f"sample {i}")
+    console.print(text, markup=False, soft_wrap=True)
+  return texts

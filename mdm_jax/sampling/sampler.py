@@ -1,0 +1,89 @@
+"""The reverse process: from masks to text in a fixed number of denoiser calls.
+
+Every step decides where before what: the positions come from an order drawn in
+advance, only their hidden states pass through the vocabulary projection, and
+only they are drawn. One token a step is then an exact sample of the model's
+any-order distribution. (Drawing everywhere and keeping the likeliest is an
+undeclared temperature: Hayakawa et al. 2025, arXiv 2510.04525.)
+
+A step that re-uses the hidden states of a finished block would replace the
+`denoiser.hidden` call in `_step`; nothing else knows how they are computed.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mdm_jax.core.config import SampleConfig
+from mdm_jax.core.sharding import RULES
+from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.sampling import order, schedule, tokens
+
+Sampler = Callable[
+  [Params, Int[Array, "B L"], Bool[Array, "B L"], Key[Array, "B"]],
+  Int[Array, "B L"],
+]
+
+
+def make_sampler(
+  config: SampleConfig, denoiser: Denoiser, mask_id: int
+) -> Sampler:
+  """Returns the jitted sampler: (params, tokens, free, row_keys) -> tokens.
+
+  Positions with `free` False keep their token; all others are drawn. A row
+  depends on its own tokens and key only, not on the batch around it.
+  """
+  temperature = tokens.effective_temperature(config)
+
+  def draw(keys, logits):
+    return tokens.draw(keys, logits, temperature, config.top_k, config.top_p)
+
+  @jax.jit
+  def sample(
+    params: Params,
+    x: Int[Array, "B L"],
+    free: Bool[Array, "B L"],
+    row_keys: Key[Array, "B"],
+  ) -> Int[Array, "B L"]:
+    positions = order.random_order(_fold(row_keys, 0), free)
+    rank = jnp.argsort(positions, axis=1)
+    total = free.sum(axis=1)
+    most = schedule.most_revealed(config.num_steps, x.shape[1])
+
+    def step(i, x):
+      start = schedule.revealed_before(i, config.num_steps, total)
+      stop = schedule.revealed_before(i + 1, config.num_steps, total)
+      slots = jnp.minimum(start[:, None] + jnp.arange(most), x.shape[1] - 1)
+      where = jnp.take_along_axis(positions, slots, axis=1)
+      rate = ((total - start) / x.shape[1]).astype(jnp.float32)
+      logits = _logits_at(denoiser, params, x, rate, where)
+      drawn = draw(_fold(row_keys, i + 1), logits)
+      turn = (start[:, None] <= rank) & (rank < stop[:, None])
+      slot = jnp.clip(rank - start[:, None], 0, most - 1)
+      return jnp.where(turn, jnp.take_along_axis(drawn, slot, axis=1), x)
+
+    x = jnp.where(free, mask_id, x)
+    return jax.lax.fori_loop(0, config.num_steps, step, x)
+
+  return sample
+
+
+def _logits_at(
+  denoiser: Denoiser,
+  params: Params,
+  x: Int[Array, "B L"],
+  rate: Float[Array, "B"],
+  where: Int[Array, "B N"],
+) -> Float[Array, "B N V"]:
+  """One denoiser call; the head runs on the asked positions alone."""
+  hidden = denoiser.hidden(params, x, jnp.ones_like(x), rate)
+  picked = jnp.take_along_axis(hidden, where[..., None], axis=1)
+  flat = denoiser.logits(params, picked.reshape(-1, picked.shape[-1]))
+  flat = jax.reshard(flat, RULES.spec("batch", None))
+  return flat.reshape(*where.shape, -1)
+
+
+def _fold(keys: Key[Array, "B"], number: int | Int[Array, ""]):
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)

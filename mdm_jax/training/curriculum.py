@@ -1,0 +1,63 @@
+"""When each stage of the curriculum runs, counted in optimizer updates."""
+
+import bisect
+import dataclasses
+import math
+
+from mdm_jax.core.config import Config, StageConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+  """One stage's place in the run.
+
+  Attributes:
+    index: position in `config.stages`.
+    config: the stage.
+    rows: prepared rows the stage draws from.
+    start: its first optimizer update.
+    end: one past its last.
+  """
+
+  index: int
+  config: StageConfig
+  rows: int
+  start: int
+  end: int
+
+  @property
+  def updates(self) -> int:
+    """Optimizer updates of this stage."""
+    return self.end - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+  """The stages, one after the other."""
+
+  stages: tuple[StagePlan, ...]
+
+  @property
+  def updates(self) -> int:
+    """Optimizer updates of the whole run."""
+    return self.stages[-1].end
+
+  def stage_at(self, update: int) -> StagePlan:
+    """Returns the stage that an update belongs to; the last one after it."""
+    ends = [stage.end for stage in self.stages]
+    at = bisect.bisect_right(ends, update)
+    return self.stages[min(at, len(ends) - 1)]
+
+
+def make_curriculum(config: Config, rows: list[int]) -> Curriculum:
+  """Lays the stages out in updates, given the rows prepared for each."""
+  plans, start = [], 0
+  for index, (stage, count) in enumerate(
+    zip(config.stages, rows, strict=True)
+  ):
+    updates = stage.updates or max(
+      1, math.ceil(stage.epochs * count / config.rows_per_update)
+    )
+    plans.append(StagePlan(index, stage, count, start, start + updates))
+    start += updates
+  return Curriculum(tuple(plans))

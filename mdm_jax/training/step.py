@@ -1,0 +1,170 @@
+"""One optimizer update, jitted once a stage.
+
+  corrupt all rows -> for each microbatch: denoiser, objective, gradient,
+  optimizer (averaging inside optax.MultiSteps) -> average the parameters
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mdm_jax.core import rng
+from mdm_jax.core.config import Config
+from mdm_jax.core.sharding import RULES, data_shards
+from mdm_jax.data.batches import Batch
+from mdm_jax.diffusion import corruption, objective
+from mdm_jax.diffusion.corruption import Corrupted
+from mdm_jax.diffusion.noise import stage_rates
+from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.training.curriculum import StagePlan
+from mdm_jax.training.state import TrainState
+
+Metrics = dict[str, Float[Array, ""]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Task:
+  """What the denoiser is asked, for one or all microbatches."""
+
+  x0: Int[Array, "*A B L"]
+  segments: Int[Array, "*A B L"]
+  corrupted: Corrupted
+  rate: Float[Array, "*A B"]
+  weight: Float[Array, "*A B"]
+  dropout_keys: Key[Array, "*A B"]
+
+
+def make_train_step(
+  config: Config,
+  stage: StagePlan,
+  denoiser: Denoiser,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  mask_id: int,
+) -> TrainStep:
+  """Returns the jitted update of one stage; it consumes the state it is given.
+
+  The mean loss is over the whole update: every microbatch knows the share of
+  the weight that falls to it, so 2 x 8 rows give the update of 1 x 16.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  rates = stage_rates(stage.config, config.noise)
+  capacity = corruption.max_masked(
+    rates,
+    config.rows_per_update,
+    stage.config.length,
+    groups=config.optimizer.accumulation * data_shards(mesh),
+  )
+
+  def loss_fn(params: Params, task: _Task):
+    hidden = denoiser.hidden(
+      params, task.corrupted.xt, task.segments, task.rate, task.dropout_keys
+    )
+    losses = objective.masked_cross_entropy(
+      lambda h: denoiser.logits(params, h),
+      hidden,
+      task.x0,
+      task.corrupted.masked,
+      capacity,
+      denoiser.num_real,
+      config.objective.label_smoothing,
+    )
+    return (losses.sum(axis=1) * task.weight).sum()
+
+  def microbatch(carry, task: _Task):
+    params, opt_state = carry
+    loss, grads = jax.value_and_grad(loss_fn)(params, task)
+    # MultiSteps averages; the weights ask for the sum.
+    grads = jax.tree.map(lambda g: g * config.optimizer.accumulation, grads)
+    grad_norm = optax.tree.norm(_mean_gradient(opt_state, grads))
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return (params, opt_state), (loss, grad_norm)
+
+  @jax.jit(donate_argnums=0)
+  def train_step(state: TrainState, batch: Batch):
+    tasks = _make_tasks(config, rates, mask_id, state.step, batch)
+    (params, opt_state), (losses, grad_norms) = jax.lax.scan(
+      microbatch, (state.params, state.opt_state), tasks
+    )
+    decay = jnp.minimum(
+      config.optimizer.ema_decay, (1 + state.step) / (10 + state.step)
+    )
+    new = TrainState(
+      step=state.step + 1,
+      params=params,
+      ema_params=optax.incremental_update(params, state.ema_params, 1 - decay),
+      opt_state=opt_state,
+    )
+    # The last norm is that of the update's mean gradient.
+    finite = jnp.isfinite(losses.sum()) & jnp.isfinite(grad_norms[-1])
+    metrics = _metrics(state, new, tasks, finite)
+    metrics["loss"] = losses.sum()
+    metrics["grad_norm"] = grad_norms[-1]
+    metrics["learning_rate"] = schedule(state.step)
+    return _keep_if(finite, new, state), metrics
+
+  return train_step
+
+
+def _make_tasks(config, rates, mask_id, step, batch: Batch) -> _Task:
+  """Draws rates and masks for the whole update; rows keep their own keys."""
+  shape = batch.tokens.shape[:2]
+  spread = lambda x: jax.reshard(x.reshape(shape), RULES.spec(None, "batch"))
+  rows = jnp.arange(config.rows_per_update)
+  keys = lambda name: spread(
+    rng.per_row(rng.stream(config.seed, name, step), rows)
+  )
+  u = spread(
+    corruption.stratified_uniforms(
+      rng.stream(config.seed, "rate", step), config.rows_per_update
+    )
+  )
+  real = batch.segments > 0
+  rate = rates.rate(u)
+  corrupted = corruption.corrupt(
+    keys("mask"), batch.tokens, real, rate, mask_id
+  )
+  weight = objective.row_weights(
+    config.objective, corrupted.masked, real, rates.inverse_density(u)
+  )
+  return _Task(
+    batch.tokens, batch.segments, corrupted, rate, weight, keys("dropout")
+  )
+
+
+def _mean_gradient(opt_state, grads: Params) -> Params:
+  """The mean over the microbatches so far, this one included."""
+  if not isinstance(opt_state, optax.MultiStepsState):
+    return grads
+  count = opt_state.mini_step + 1
+  return jax.tree.map(
+    lambda mean, g: mean + (g - mean) / count, opt_state.acc_grads, grads
+  )
+
+
+def _metrics(state, new, tasks: _Task, finite) -> Metrics:
+  change = jax.tree.map(jnp.subtract, new.params, state.params)
+  real = (tasks.segments > 0).sum()
+  masked = tasks.corrupted.masked.sum()
+  return {
+    "mask_rate": masked / jnp.maximum(real, 1),
+    "tokens": real.astype(jnp.float32),
+    "param_norm": optax.tree.norm(new.params),
+    "update_norm": optax.tree.norm(change),
+    "skipped": 1.0 - finite.astype(jnp.float32),
+  }
+
+
+def _keep_if(
+  finite: Bool[Array, ""], new: TrainState, old: TrainState
+) -> TrainState:
+  """Takes the new state only if finite; the step counts on either way."""
+  kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+  return dataclasses.replace(kept, step=new.step)
