@@ -8,12 +8,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mdm_jax.core.config import StageConfig
+from mdm_jax.core.config import StageConfig, TokenizerConfig
 from mdm_jax.data import corpora, segments
+from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.segments import Unit
 
-SPLIT = ["One here. ", "Two is here!\n\n", "Three, Dr. Lee? "]
-SPLIT += ["Four \u2014 na\u00efve \U0001f600 end.  ", "Five"]
+SPLIT = ["One here.", " Two is here!\n\n", "Three, Dr. Lee?"]
+SPLIT += [" Four \u2014 na\u00efve \U0001f600 end. ", " Five"]
 TEXT = "".join(SPLIT)
 DOCS = [d.text for d in corpora.load("python_docs")]
 
@@ -47,8 +48,19 @@ def test_long_texts_are_not_lost_in_gaps(words):
   assert "".join(segments.sentences(text)) == text
 
 
-def test_sentences_keep_the_space_that_follows():
+def test_a_space_belongs_to_the_sentence_it_is_before():
   assert segments.sentences(TEXT) == SPLIT
+
+
+def test_sentences_apart_take_as_many_tokens_as_their_text():
+  config = TokenizerConfig(vocab_size=400)
+  tokenizer = tokenizers.build(config, DOCS[:20])
+  apart = tokenizer.encode_batch(
+    [s for t in DOCS for s in segments.sentences(t)]
+  )
+  whole = tokenizer.encode_batch(DOCS)
+  # A cut inside a run of line breaks may pair them in another way.
+  assert abs(sum(map(len, apart)) / sum(map(len, whole)) - 1) < 1e-3
 
 
 def test_documents_divide_into_sentences():
@@ -169,6 +181,9 @@ def test_easiest_keeps_the_share_in_order(fraction):
 
 
 def test_equally_difficult_units_are_kept_from_the_start():
-  units = _units(*["same words here"] * 100)
-  assert segments.easiest(units, 0.345) == units[:35]
-  assert 0.07 * 100 > 7 and segments.easiest(units, 0.07) == units[:7]
+  units = _units(
+    *["same words here", "unequal wording prevails astonishingly"] * 100
+  )
+  easy = int(segments.difficulty(units).argmin())
+  assert segments.easiest(units, 0.172) == units[easy::2][:35]
+  assert 0.07 * 200 > 14 and len(segments.easiest(units, 0.07)) == 14

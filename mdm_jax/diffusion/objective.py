@@ -107,9 +107,9 @@ def _gather(
   capacity: int,
 ) -> tuple[Float[Array, "N D"], Int[Array, "N"], Int[Array, "N"]]:
   """Packs one shard's masked positions; unused slots point past the end."""
-  (index,) = jnp.nonzero(
-    masked.reshape(-1), size=capacity, fill_value=masked.size
-  )
+  flat = masked.reshape(-1)
+  first = jnp.argsort(~flat, stable=True)[:capacity]  # faster than nonzero
+  index = jnp.where(flat[first], first, masked.size)
   take = lambda x: x.at[index].get(mode="fill", fill_value=0)
   states = take(hidden.reshape(-1, hidden.shape[-1]))
   return states, take(x0.reshape(-1)), index

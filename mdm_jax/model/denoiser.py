@@ -79,10 +79,15 @@ class Attention(nnx.Module):
   def __call__(
     self, x: Float[Array, "B L D"], context: _Context
   ) -> Float[Array, "B L D"]:
-    heads = ("batch", "length", "heads", None)
-    query = layers.project("bld,dgrk->blgrk", x, self.query, *heads, None)
-    key = layers.project("bld,dgk->blgk", x, self.key, *heads)
-    value = layers.project("bld,dgk->blgk", x, self.value, *heads)
+    # Heads come before the length: matmuls over [L, K] then need no copies.
+    batch_heads = ("batch", "heads")
+    query = layers.project(
+      "bld,dgrk->bgrlk", x, self.query, *batch_heads, None, "length", None
+    )
+    key, value = (
+      layers.project("bld,dgk->bglk", x, w, *batch_heads, "length", None)
+      for w in (self.key, self.value)
+    )
     if self.config.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
     query = layers.rotate(query, context.cos, context.sin)
@@ -91,7 +96,7 @@ class Attention(nnx.Module):
       self.config.attention, query, key, value, context.visible
     )
     return layers.project(
-      "blgrk,grkd->bld", mixed, self.out, "batch", "length", None
+      "bgrlk,grkd->bld", mixed, self.out, "batch", "length", None
     )
 
 

@@ -73,13 +73,13 @@ def rotary(
 
 
 def rotate(
-  x: Float[Array, "B L *H K"],
+  x: Float[Array, "B *H L K"],
   cos: Float[Array, "B L K/2"],
   sin: Float[Array, "B L K/2"],
-) -> Float[Array, "B L *H K"]:
+) -> Float[Array, "B *H L K"]:
   """Turns the two halves of every head by the rotary angles."""
-  between = tuple(range(2, x.ndim - 1))
-  cos, sin = (jnp.expand_dims(a, between).astype(x.dtype) for a in (cos, sin))
+  heads = tuple(range(1, x.ndim - 2))
+  cos, sin = (jnp.expand_dims(a, heads).astype(x.dtype) for a in (cos, sin))
   left, right = jnp.split(x, 2, axis=-1)
   return jnp.concatenate(
     [left * cos - right * sin, right * cos + left * sin], axis=-1
@@ -87,42 +87,43 @@ def rotate(
 
 
 def reference_attention(
-  query: Float[Array, "B L G R K"],
-  key: Float[Array, "B L G K"],
-  value: Float[Array, "B L G K"],
+  query: Float[Array, "B G R L K"],
+  key: Float[Array, "B G L K"],
+  value: Float[Array, "B G L K"],
   visible: Bool[Array, "B L L"],
-) -> Float[Array, "B L G R K"]:
+) -> Float[Array, "B G R L K"]:
   """Attention by plain einsums, softmax in float32; G groups of R heads."""
   scale = query.shape[-1] ** -0.5
-  scores = jnp.einsum("blgrk,bmgk->bgrlm", query * scale, key)
+  scores = jnp.einsum("bgrlk,bgmk->bgrlm", query * scale, key)
   scores = scores.astype(jnp.float32)
   scores = jnp.where(visible[:, None, None], scores, -1e30)
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return jnp.einsum("bgrlm,bmgk->blgrk", weights, value)
+  return jnp.einsum("bgrlm,bgmk->bgrlk", weights, value)
 
 
 def fused_attention(
-  query: Float[Array, "B L G R K"],
-  key: Float[Array, "B L G K"],
-  value: Float[Array, "B L G K"],
+  query: Float[Array, "B G R L K"],
+  key: Float[Array, "B G L K"],
+  value: Float[Array, "B G L K"],
   visible: Bool[Array, "B L L"],
-) -> Float[Array, "B L G R K"]:
+) -> Float[Array, "B G R L K"]:
   """The same through `jax.nn.dot_product_attention`."""
-  batch, length, groups, repeats, size = query.shape
-  heads = query.reshape(batch, length, groups * repeats, size)
+  batch, groups, repeats, length, size = query.shape
+  heads = query.reshape(batch, groups * repeats, length, size)
   result = jax.nn.dot_product_attention(
-    heads, key, value, mask=visible[:, None]
+    *(jnp.swapaxes(x, 1, 2) for x in (heads, key, value)),
+    mask=visible[:, None],
   )
-  return result.reshape(query.shape)
+  return jnp.swapaxes(result, 1, 2).reshape(query.shape)
 
 
 def attend(
   implementation: str,
-  query: Float[Array, "B L G R K"],
-  key: Float[Array, "B L G K"],
-  value: Float[Array, "B L G K"],
+  query: Float[Array, "B G R L K"],
+  key: Float[Array, "B G L K"],
+  value: Float[Array, "B G L K"],
   visible: Bool[Array, "B L L"],
-) -> Float[Array, "B L G R K"]:
+) -> Float[Array, "B G R L K"]:
   """Bidirectional attention where `visible`, by the configured means."""
   if implementation == "auto":
     # Measured: plain einsums win on the CPU.
