@@ -1,6 +1,6 @@
 """The recipe scaled down to two CPU cores and ten minutes, on real text.
 
-  python -m mdm_jax.main --config=configs/quickstart.py
+python -m mdm_jax.main --config=configs/quickstart.py
 """
 
 from mdm_jax.core import config as config_lib

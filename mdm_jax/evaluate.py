@@ -84,8 +84,8 @@ def check_tokenizer(workdir: Workdir, tokenizer: Tokenizer) -> None:
   if saved not in (None, tokenizer.sha256):
     raise UserError(
       f"workdir {workdir.path} was started with another tokenizer (sha256"
-      f" {saved[:12]}, now {tokenizer.sha256[:12]}): the text or the tokenizer's"
-      " config has changed; use another workdir"
+      f" {saved[:12]}, now {tokenizer.sha256[:12]}): the text or the"
+      " tokenizer's config has changed; use another workdir"
     )
 
 

@@ -25,7 +25,12 @@ def sample_workdir(
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
     _, params = evaluate.load_best(workdir, checkpoints, denoiser)
     texts = generate(
-      config.sample, denoiser, tokenizer, params, mesh, config.sample_length,
+      config.sample,
+      denoiser,
+      tokenizer,
+      params,
+      mesh,
+      config.sample_length,
       prompt,
     )
   for i, text in enumerate(texts, start=1):

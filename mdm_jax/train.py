@@ -55,8 +55,6 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
   check_divides("eval.batch_size", config.eval.batch_size, mesh)
   check_model(config.model, mesh)
   evaluate_lib.check_tokenizer(workdir, data.tokenizer)
-  workdir.write_config(config, data.tokenizer.sha256)
-  data.tokenizer.save(workdir.path)
   with (
     jax.set_mesh(mesh),
     Checkpoints(workdir.path, config.train.keep_latest) as checkpoints,
@@ -110,6 +108,9 @@ class _Run:
   def train(self) -> None:
     """Runs every update that is left."""
     state = self._restore_or_init()
+    # Only now, so that a config that can't resume the run leaves it as it is.
+    self.workdir.write_config(self.config, self.data.tokenizer.sha256)
+    self.data.tokenizer.save(self.workdir.path)
     with (
       Writers(self.workdir.path, after=int(state.step)) as writers,
       ProgressLine(self.curriculum.updates) as line,
@@ -279,7 +280,9 @@ class _Log:
     left = _seconds_left(
       self._run.curriculum, self._stage, update, seconds / count
     )
-    self._line.update(self._stage.config.name, update, means["loss"], speed, *left)
+    self._line.update(
+      self._stage.config.name, update, means["loss"], speed, *left
+    )
     self._window, self._since = [], time.monotonic()
 
 

@@ -8,6 +8,7 @@ validated dataclasses. Nothing below the programs ever sees a `ConfigDict`.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -257,15 +258,27 @@ def _validate(c: Config) -> None:
     + ("train.log_every", "train.checkpoint_every", "train.keep_latest")
     + ("eval.rows", "eval.masks_per_row", "eval.batch_size")
     + ("sample.num_samples", "sample.num_steps", "sample.temperature")
-    + ("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm"),
+    + ("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm")
+    + ("data.max_documents", "model.num_kv_heads", "model.mlp_dim")
+    + ("eval.final_rows", "sample.length", "sample.top_k"),
   )
   _within(c, "data.eval_fraction", 0, 0.5)
   _within(c, "model.dropout", 0, 0.9)
   _within(c, "objective.label_smoothing", 0, 0.9)
   _within(c, "optimizer.min_lr_ratio", 0, 1)
   _within(c, "optimizer.ema_decay", 0, 1)
+  _within(c, "optimizer.b1", 0, 1)
+  _within(c, "optimizer.b2", 0, 1)
+  _within(c, "optimizer.weight_decay", 0, math.inf)
+  _within(c, "optimizer.warmup_steps", 0, math.inf)
+  _within(c, "eval.every", 0, math.inf)
   if c.sample.top_p is not None:
     _within(c, "sample.top_p", 0, 1)
+  temperatures = c.sample.temperature_range
+  if temperatures and not 0 < temperatures[0] <= temperatures[1]:
+    raise UserError(
+      f"sample.temperature_range={temperatures} must be positive and rise"
+    )
   m = c.model
   if m.embed_dim % m.num_heads:
     raise UserError(
@@ -289,7 +302,8 @@ def _validate(c: Config) -> None:
 
 
 def _validate_stage(c: Config, i: int, stage: StageConfig) -> None:
-  _positive(c, (f"stages[{i}].length", f"stages[{i}].epochs"))
+  for name in ("length", "epochs", "updates", "max_words", "lr_factor"):
+    _positive(c, (f"stages[{i}].{name}",))
   _within(c, f"stages[{i}].rehearsal", 0, 1)
   _within(c, f"stages[{i}].easiest", 0, 1)
   rates = stage.mask_rate
@@ -320,11 +334,12 @@ def _lookup(c: Config, path: str) -> Any:
 
 def _positive(c: Config, paths: tuple[str, ...]) -> None:
   for path in paths:
-    if _lookup(c, path) <= 0:
-      raise UserError(f"{path}={_lookup(c, path)} must be positive")
+    value = _lookup(c, path)
+    if value is not None and not value > 0:
+      raise UserError(f"{path}={value} must be positive")
 
 
-def _within(c: Config, path: str, low: float, high: float) -> None:
+def _within(c: Config, path: str, low: int | float, high: int | float) -> None:
   if not low <= _lookup(c, path) <= high:
     raise UserError(f"{path}={_lookup(c, path)} must be in [{low}, {high}]")
 
@@ -350,6 +365,21 @@ def from_config_dict(config: config_dict.ConfigDict) -> Config:
 def from_dict(raw: Any, cls: type = Config, path: str = "") -> Any:
   """Builds `cls` from plain JSON values; a wrong name or type is named."""
   return _coerce(raw, cls, path)
+
+
+def check_field(path: str) -> None:
+  """Raises UserError, naming the nearest, if no field is at a dotted path."""
+  hint: Any = Config
+  for done, part in enumerate(path.split(".")):
+    name, _, index = part.partition("[")
+    fields = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+    hints = {f.name: f.type for f in fields}
+    if name not in hints:
+      parents = ".".join(path.split(".")[:done])
+      hint = nearest(name, hints) if hints else f"{parents} has no fields"
+      where = f"{parents}.{name}" if parents else name
+      raise UserError(f"unknown field {where}; {hint}")
+    hint = typing.get_args(hints[name])[0] if index else hints[name]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

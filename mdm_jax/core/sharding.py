@@ -51,8 +51,10 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
   sizes = [config.replica, config.fsdp, config.tensor]
   total = jax.device_count()
   if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-    raise UserError(f"mesh sizes {dict(zip(AXES, sizes, strict=True))}: use"
-                    " positive numbers and at most one -1")
+    raise UserError(
+      f"mesh sizes {dict(zip(AXES, sizes, strict=True))}: use"
+      " positive numbers and at most one -1"
+    )
   if -1 in sizes:
     known = -sizes[0] * sizes[1] * sizes[2]
     sizes[sizes.index(-1)] = max(total // known, 1)
@@ -71,7 +73,9 @@ def check_divides(what: str, rows: int, mesh: jax.sharding.Mesh) -> None:
   """Raises UserError if rows can't be split evenly over the data shards."""
   shards = data_shards(mesh)
   if rows % shards:
-    near = sorted({max(rows // shards, 1) * shards, -(-rows // shards) * shards})
+    near = sorted(
+      {max(rows // shards, 1) * shards, -(-rows // shards) * shards}
+    )
     raise UserError(
       f"{what}={rows} does not split over {shards} data shards"
       f" (replica x fsdp); nearest valid: {' or '.join(map(str, near))}"

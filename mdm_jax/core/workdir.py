@@ -1,8 +1,8 @@
 """The files of a run's folder, beside checkpoints and metrics.
 
-  config.json     the run's config; what eval, sample and a resume read
-  versions.json   the packages it was started with
-  results.json    the last evaluation
+config.json     the run's config; what eval, sample and a resume read
+versions.json   the packages it was started with
+results.json    the last evaluation
 """
 
 import importlib.metadata
@@ -17,9 +17,13 @@ from mdm_jax.core.config import Config
 from mdm_jax.core.errors import UserError
 
 _PACKAGES = (
-  ("mdm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-  + ("grain", "numpy", "sentencepiece", "sentencex")
-)
+  "mdm_jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+) + ("grain", "numpy", "sentencepiece", "sentencex")
 
 
 class Workdir:
@@ -79,4 +83,4 @@ class Workdir:
     """Writes JSON so that a crash leaves the old file or the new one."""
     partial = self.path / f".{name}.{os.getpid()}"
     partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.rename(self.path / name)
+    partial.replace(self.path / name)

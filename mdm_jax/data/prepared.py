@@ -37,7 +37,7 @@ _UNIT_FIELDS = ("unit", "length", "easiest", "min_words", "max_words")
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-  """A run's data: what it trains on, stage by stage, and what it is measured on.
+  """A run's data: what each stage trains on, and what the run is measured on.
 
   Attributes:
     tokenizer: of this text.
@@ -214,14 +214,14 @@ def _encode(
 
 
 def _read(folder: epath.Path, config: Config) -> PreparedData:
-  manifest = json.loads((folder / _MANIFEST).read_text())
-  for name, digest in manifest["files"].items():
-    path = folder / name
-    if not path.exists() or _sha256(path) != digest:
-      raise UserError(
-        f"prepared data is damaged: {path}; delete the folder {folder} and run"
-        " again to make it anew"
-      )
+  try:
+    manifest = json.loads((folder / _MANIFEST).read_text())
+    files = manifest["files"].items()
+  except (ValueError, KeyError):
+    raise _damaged(folder, _MANIFEST) from None
+  for name, digest in files:
+    if not (folder / name).exists() or _sha256(folder / name) != digest:
+      raise _damaged(folder, name)
   load = lambda name: Rows(
     np.load(folder / f"{name}.tokens.npy", mmap_mode="r"),
     np.load(folder / f"{name}.segments.npy", mmap_mode="r"),
@@ -231,6 +231,13 @@ def _read(folder: epath.Path, config: Config) -> PreparedData:
   logging.info("prepared data: %s", folder)
   return PreparedData(
     tokenizers.load_tokenizer(folder), stages, load(_HELD_OUT), manifest
+  )
+
+
+def _damaged(folder: epath.Path, name: str) -> UserError:
+  return UserError(
+    f"prepared data is damaged: {folder / name}; delete the folder {folder} and"
+    " run again to make it anew"
   )
 
 

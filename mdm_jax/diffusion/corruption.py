@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.diffusion.noise import RateDistribution
 
-# ceil(r n) must not jump where r n is a whole number up to float32 rounding.
-_ROUNDING = 1e-3
+# ceil(r n) must not jump where r n is a whole number but for float32 rounding.
+_ROUNDING = 1e-6
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +59,7 @@ def num_masked(
   rate: Float[Array, "*B"], length: Int[Array, "*B"]
 ) -> Int[Array, "*B"]:
   """Returns ceil(rate * length), at least 1 where rate > 0."""
-  count = jnp.ceil(rate * length.astype(rate.dtype) - _ROUNDING)
+  count = jnp.ceil(rate * length.astype(rate.dtype) * (1 - _ROUNDING))
   count = count.astype(length.dtype)
   return jnp.where(rate > 0, jnp.clip(count, jnp.minimum(1, length), length), 0)
 

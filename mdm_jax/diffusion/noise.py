@@ -12,7 +12,7 @@ how densely it draws each rate: see `RateDistribution`.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from mdm_jax.core.config import NoiseConfig, StageConfig
 
 
+@runtime_checkable
 class NoiseSchedule(Protocol):
   """alpha(t) and its derivative, for t in [0, 1]."""
 
@@ -82,6 +83,7 @@ def loss_weight(
   return -schedule.dalpha(t) / (1 - schedule.alpha(t))
 
 
+@runtime_checkable
 class RateDistribution(Protocol):
   """How a row's mask rate is drawn, by inverse transform."""
 

@@ -55,7 +55,7 @@ def cross_entropy(
   ids below `num_real`: never at MASK or PAD, whose logits are -inf.
   """
   assert logits.dtype == jnp.float32, logits.dtype
-  ids = jnp.arange(logits.shape[-1])
+  ids = jnp.arange(logits.shape[-1])[None]
   log_z = jax.nn.logsumexp(logits, axis=-1)
   # Compare and sum: one fused pass that also works on a split vocabulary.
   target = jnp.where(ids == targets[:, None], logits, 0.0).sum(axis=-1)
@@ -94,9 +94,7 @@ def masked_cross_entropy(
   )
   states, targets, index = gather(hidden, x0, masked)
   losses = cross_entropy(head(states), targets, num_real, label_smoothing)
-  scatter = jax.shard_map(
-    _scatter, in_specs=(rows, rows, rows), out_specs=rows
-  )
+  scatter = jax.shard_map(_scatter, in_specs=(rows, rows, rows), out_specs=rows)
   return scatter(losses, index, masked)
 
 

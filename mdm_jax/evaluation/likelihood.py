@@ -103,7 +103,8 @@ class Evaluator:
     )
     lengths = (rows.segments > 0).sum(axis=1)
     curve = losses.reshape(len(CURVE_RATES), -1) @ (lengths / lengths.sum())
-    return {f"{r:.2f}": float(ce) for r, ce in zip(CURVE_RATES, curve)}
+    by_rate = zip(CURVE_RATES, curve, strict=True)
+    return {f"{rate:.2f}": float(loss) for rate, loss in by_rate}
 
   def _losses(
     self,
@@ -116,7 +117,10 @@ class Evaluator:
     """Mean CE per masked token of each (row, rate), in batches."""
     size, total = self.config.batch_size, len(which)
     pad = -total % size
-    which, rates = np.pad(which, (0, pad), "wrap"), np.pad(rates, (0, pad), "wrap")
+    which, rates = (
+      np.pad(which, (0, pad), "wrap"),
+      np.pad(rates, (0, pad), "wrap"),
+    )
     capacity = self._capacity(rows, which, rates)
     results = []
     for start in range(0, total + pad, size):
@@ -155,7 +159,7 @@ def _row_rates(rows: int, draws: int) -> Float[Array, "N K"]:
   """Rates stratified over (0, 1] for each row, by the row's own offset."""
   keys = rng.per_row(rng.stream(_SEED, "rate"), jnp.arange(rows))
   offset = 1 - jax.vmap(jax.random.uniform)(keys)
-  return (jnp.arange(draws) + offset[:, None]) / draws
+  return (jnp.arange(draws, dtype=offset.dtype)[None] + offset[:, None]) / draws
 
 
 def _masked_ce(
@@ -171,7 +175,9 @@ def _masked_ce(
   capacity: int,
 ) -> Float[Array, "B"]:
   """Corrupts and scores one batch; keys follow from the row and the draw."""
-  keys = jax.vmap(lambda r, d: jax.random.fold_in(jax.random.fold_in(key, r), d))
+  keys = jax.vmap(
+    lambda r, d: jax.random.fold_in(jax.random.fold_in(key, r), d)
+  )
   real = segments > 0
   corrupted = corruption.corrupt(keys(row, draw), tokens, real, rate, mask_id)
   losses = objective.masked_cross_entropy(
@@ -182,7 +188,8 @@ def _masked_ce(
     capacity,
     denoiser.num_real,
   )
-  return losses.sum(axis=1) / jnp.maximum(corrupted.masked.sum(axis=1), 1)
+  count = corrupted.masked.sum(axis=1).astype(losses.dtype)
+  return losses.sum(axis=1) / jnp.maximum(count, 1)
 
 
 def subset(rows: Rows, count: int | None) -> Rows:

@@ -15,7 +15,6 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mdm_jax.core import rng
 from mdm_jax.core.config import ModelConfig
 from mdm_jax.core.sharding import RULES
 from mdm_jax.model import layers
@@ -48,8 +47,8 @@ class _Context:
   """What every block needs beside the residual stream."""
 
   visible: Bool[Array, "B L L"]
-  cos: Float[Array, "B L K/2"]
-  sin: Float[Array, "B L K/2"]
+  cos: Float[Array, "B L half"]
+  sin: Float[Array, "B L half"]
   condition: Float[Array, "B D"] | None
   row_keys: Key[Array, "B"] | None
 
@@ -69,7 +68,12 @@ class Attention(nnx.Module):
     self.key = layers.normal(rngs(), (width, groups, size), *key_axes)
     self.value = layers.normal(rngs(), (width, groups, size), *key_axes)
     self.out = layers.normal(
-      rngs(), (groups, repeats, size, width), "heads", None, None, "embed",
+      rngs(),
+      (groups, repeats, size, width),
+      "heads",
+      None,
+      None,
+      "embed",
       scale=(2 * config.num_layers) ** -0.5,
     )
     if config.qk_norm:
@@ -109,7 +113,10 @@ class SwiGLU(nnx.Module):
       rngs(), (width, 2, hidden), "embed", None, "mlp"
     )
     self.down = layers.normal(
-      rngs(), (hidden, width), "mlp", "embed",
+      rngs(),
+      (hidden, width),
+      "mlp",
+      "embed",
       scale=(2 * config.num_layers) ** -0.5,
     )
 
@@ -142,9 +149,7 @@ class Block(nnx.Module):
     shift, scale, gate = self._modulation(x, context)
     keys = self._dropout_keys(layer, context)
     h = self.attention_norm(x) * (1 + scale[0]) + shift[0]
-    h = layers.dropout(
-      self.attention(h, context), self.config.dropout, keys[0]
-    )
+    h = layers.dropout(self.attention(h, context), self.config.dropout, keys[0])
     x = x + gate[0] * h
     h = self.mlp_norm(x) * (1 + scale[1]) + shift[1]
     h = layers.dropout(self.mlp(h), self.config.dropout, keys[1])
@@ -155,8 +160,12 @@ class Block(nnx.Module):
     if context.condition is None:
       return (0, 0), (0, 0), (1, 1)
     parts = layers.project(
-      "bd,dcf->bcf", context.condition.astype(x.dtype), self.modulation,
-      "batch", None, None,
+      "bd,dcf->bcf",
+      context.condition.astype(x.dtype),
+      self.modulation,
+      "batch",
+      None,
+      None,
     )
     a, b, c, d, e, f = (parts[:, i, None] for i in range(6))
     return (a, b), (c, d), (e, f)
@@ -220,11 +229,13 @@ class Network(nnx.Module):
     head = self.embedding if self.config.tie_embeddings else self.head
     h = self.final_norm(hidden)
     logits = jnp.einsum(
-      "nd,vd->nv", h, head[...].astype(h.dtype),
+      "nd,vd->nv",
+      h,
+      head[...].astype(h.dtype),
       preferred_element_type=jnp.float32,
       out_sharding=RULES.spec("batch", "vocab"),
     )
-    ids = jnp.arange(logits.shape[-1])
+    ids = jnp.arange(logits.shape[-1])[None]
     return jnp.where(ids < self.num_real, logits, -jnp.inf)
 
   def _context(self, segments, rate, row_keys) -> _Context:
@@ -238,7 +249,7 @@ class Network(nnx.Module):
   def _condition(self, rate: Float[Array, "B"]) -> Float[Array, "B D"]:
     half = self.config.embed_dim // 2
     frequency = 1000.0 ** jnp.linspace(0.0, 1.0, half)
-    angles = rate[:, None] * frequency
+    angles = rate[:, None] * frequency[None]
     features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jax.nn.silu(
       layers.project("bd,df->bf", features, self.time_in, "batch", None)

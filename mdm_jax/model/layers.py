@@ -51,12 +51,13 @@ class RMSNorm(nnx.Module):
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     normed = x32 * jax.lax.rsqrt(mean_square + 1e-6)
-    return (normed * self.scale[...]).astype(x.dtype)
+    scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+    return (normed * scale).astype(x.dtype)
 
 
 def segment_positions(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
   """Returns each token's position within its packed segment."""
-  index = jnp.arange(segments.shape[1])
+  index = jnp.arange(segments.shape[1])[None]
   starts = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
   starts = starts.at[:, 0].set(True)
   first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
@@ -65,17 +66,19 @@ def segment_positions(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 def rotary(
   positions: Int[Array, "B L"], head_size: int, theta: float
-) -> tuple[Float[Array, "B L K/2"], Float[Array, "B L K/2"]]:
+) -> tuple[Float[Array, "B L half"], Float[Array, "B L half"]]:
   """Returns cos and sin of the rotary angles (arXiv 2104.09864)."""
   powers = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
-  angles = positions[..., None].astype(jnp.float32) * theta**-powers
+  angles = (
+    positions[..., None].astype(jnp.float32) * theta ** -powers[None, None]
+  )
   return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(
   x: Float[Array, "B *H L K"],
-  cos: Float[Array, "B L K/2"],
-  sin: Float[Array, "B L K/2"],
+  cos: Float[Array, "B L half"],
+  sin: Float[Array, "B L half"],
 ) -> Float[Array, "B *H L K"]:
   """Turns the two halves of every head by the rotary angles."""
   heads = tuple(range(1, x.ndim - 2))

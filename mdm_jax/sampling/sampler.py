@@ -11,6 +11,7 @@ A step that re-uses the hidden states of a finished block would replace the
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,34 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.config import SampleConfig
 from mdm_jax.core.sharding import RULES
-from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling import order, schedule, tokens
 
+
+@runtime_checkable
+class Predictor(Protocol):
+  """What is asked of a denoiser: hidden states, and logits of some of them."""
+
+  def hidden(
+    self,
+    params: Any,
+    xt: Int[Array, "B L"],
+    segments: Int[Array, "B L"],
+    rate: Float[Array, "B"],
+  ) -> Float[Array, "B L D"]: ...
+
+  def logits(
+    self, params: Any, hidden: Float[Array, "N D"]
+  ) -> Float[Array, "N V"]: ...
+
+
 Sampler = Callable[
-  [Params, Int[Array, "B L"], Bool[Array, "B L"], Key[Array, "B"]],
+  [Any, Int[Array, "B L"], Bool[Array, "B L"], Key[Array, "B"]],
   Int[Array, "B L"],
 ]
 
 
 def make_sampler(
-  config: SampleConfig, denoiser: Denoiser, mask_id: int
+  config: SampleConfig, denoiser: Predictor, mask_id: int
 ) -> Sampler:
   """Returns the jitted sampler: (params, tokens, free, row_keys) -> tokens.
 
@@ -42,7 +60,7 @@ def make_sampler(
 
   @jax.jit
   def sample(
-    params: Params,
+    params: Any,
     x: Int[Array, "B L"],
     free: Bool[Array, "B L"],
     row_keys: Key[Array, "B"],
@@ -55,7 +73,9 @@ def make_sampler(
     def step(i, x):
       start = schedule.revealed_before(i, config.num_steps, total)
       stop = schedule.revealed_before(i + 1, config.num_steps, total)
-      slots = jnp.minimum(start[:, None] + jnp.arange(most), x.shape[1] - 1)
+      slots = jnp.minimum(
+        start[:, None] + jnp.arange(most)[None], x.shape[1] - 1
+      )
       where = jnp.take_along_axis(positions, slots, axis=1)
       rate = ((total - start) / x.shape[1]).astype(jnp.float32)
       logits = _logits_at(denoiser, params, x, rate, where)
@@ -71,8 +91,8 @@ def make_sampler(
 
 
 def _logits_at(
-  denoiser: Denoiser,
-  params: Params,
+  denoiser: Predictor,
+  params: Any,
   x: Int[Array, "B L"],
   rate: Float[Array, "B"],
   where: Int[Array, "B N"],

@@ -22,7 +22,7 @@ class Checkpoints:
   Saving is asynchronous; leaving the `with` block waits for it.
   """
 
-  def __init__(self, workdir: epath.Path, keep_latest: int = 2):
+  def __init__(self, workdir: epath.PathLike, keep_latest: int = 2):
     keep = [
       policies.LatestN(keep_latest),
       policies.BestN(get_metric_fn=_bound, reverse=True, n=1),
@@ -125,8 +125,9 @@ class Checkpoints:
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   """Puts an abstract leaf on the current mesh's devices, at its own spec."""
-  mesh = jax.sharding.get_mesh()
-  sharding = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
+  # Constants of an abstract state, such as counters, have no sharding.
+  spec = leaf.sharding.spec if leaf.sharding else jax.sharding.PartitionSpec()
+  sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -52,9 +52,7 @@ class Curriculum:
 def make_curriculum(config: Config, rows: list[int]) -> Curriculum:
   """Lays the stages out in updates, given the rows prepared for each."""
   plans, start = [], 0
-  for index, (stage, count) in enumerate(
-    zip(config.stages, rows, strict=True)
-  ):
+  for index, (stage, count) in enumerate(zip(config.stages, rows, strict=True)):
     updates = stage.updates or max(
       1, math.ceil(stage.epochs * count / config.rows_per_update)
     )

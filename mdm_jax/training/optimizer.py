@@ -47,8 +47,9 @@ def learning_rate_schedule(
   last = np.maximum(ends - starts - 1, 1)
 
   def schedule(update: Int[Array, ""] | int) -> Float[Array, ""]:
-    update = jnp.asarray(update)
-    stage = jnp.searchsorted(jnp.asarray(ends[:-1]), update, side="right")
+    update = jnp.asarray(update, jnp.float32)
+    bounds = jnp.asarray(ends[:-1], jnp.float32)
+    stage = jnp.searchsorted(bounds, update, side="right")
     pick = lambda values: jnp.asarray(values, jnp.float32)[stage]
     peak = pick(peaks)
     done = (update - pick(starts)) / pick(last)
@@ -56,7 +57,7 @@ def learning_rate_schedule(
     ramp = (update + 1) / max(warmup, 1)
     return jnp.where(
       update < warmup, peak * ramp, floor + (peak - floor) * cosine
-    ).astype(jnp.float32)
+    )
 
   return schedule
 

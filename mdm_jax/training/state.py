@@ -1,11 +1,12 @@
 """The train state: everything a run carries from one update to the next."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
 from mdm_jax.model.denoiser import Denoiser, Params
 
@@ -15,10 +16,14 @@ from mdm_jax.model.denoiser import Denoiser, Params
 class TrainState:
   """Parameters, their average, the optimizer's state and the update count.
 
-  No random key and no data position: both follow from `step`.
+  No random key and no data position: both follow from `step`. Leaves are arrays
+  in a run, but also shapes or whatever else a tree map makes of them.
+
+  Attributes:
+    step: optimizer updates done, an int32 scalar.
   """
 
-  step: Int[Array, ""]
+  step: Any
   params: Params
   ema_params: Params
   opt_state: optax.OptState

@@ -1,7 +1,7 @@
 """One optimizer update, jitted once a stage.
 
-  corrupt all rows -> for each microbatch: denoiser, objective, gradient,
-  optimizer (averaging inside optax.MultiSteps) -> average the parameters
+corrupt all rows -> for each microbatch: denoiser, objective, gradient,
+optimizer (averaging inside optax.MultiSteps) -> average the parameters
 """
 
 import dataclasses
@@ -93,9 +93,7 @@ def make_train_step(
     (params, opt_state), (losses, grad_norms) = jax.lax.scan(
       microbatch, (state.params, state.opt_state), tasks
     )
-    decay = jnp.minimum(
-      config.optimizer.ema_decay, (1 + state.step) / (10 + state.step)
-    )
+    decay = _ema_decay(config.optimizer.ema_decay, state.step)
     new = TrainState(
       step=state.step + 1,
       params=params,
@@ -139,11 +137,17 @@ def _make_tasks(config, rates, mask_id, step, batch: Batch) -> _Task:
   )
 
 
+def _ema_decay(longest: float, step: Int[Array, ""]) -> Float[Array, ""]:
+  """Averages over few updates at first: the start of a run is no guide."""
+  step = step.astype(jnp.float32)
+  return jnp.minimum(longest, (1 + step) / (10 + step))
+
+
 def _mean_gradient(opt_state, grads: Params) -> Params:
   """The mean over the microbatches so far, this one included."""
   if not isinstance(opt_state, optax.MultiStepsState):
     return grads
-  count = opt_state.mini_step + 1
+  count = (opt_state.mini_step + 1).astype(jnp.float32)
   return jax.tree.map(
     lambda mean, g: mean + (g - mean) / count, opt_state.acc_grads, grads
   )

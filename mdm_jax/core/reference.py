@@ -1,0 +1,83 @@
+"""The configuration reference, written from the dataclasses.
+
+python -m mdm_jax.core.reference > docs/configuration.md
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from mdm_jax.core.config import Config
+
+_INTRO = """\
+# Configuration
+
+Every field of `--config`, with its type and default. A config file sets them on
+what `mdm_jax.core.config.default_config()` returns; on the command line each is
+a flag, as in `--config.data.batch_size=4` or
+`'--config.stages[0].epochs=2'`. A field whose type allows `None` takes it
+there too.
+
+This file is made by `python -m mdm_jax.core.reference > docs/configuration.md`.
+"""
+
+
+def reference() -> str:
+  """Returns the whole reference as Markdown."""
+  parts = [_INTRO, *(_section(path, cls) for path, cls in sections())]
+  return "\n".join(parts)
+
+
+def sections(cls: type = Config, path: str = "") -> Iterator[tuple[str, type]]:
+  """Yields every dataclass under `cls` and where it is, in order."""
+  yield path, cls
+  prefix = f"{path}." if path else ""
+  for field in dataclasses.fields(cls):
+    inner, many = _inner(field.type)
+    if inner is not None:
+      name = f"{prefix}{field.name}{'[i]' if many else ''}"
+      yield from sections(inner, name)
+
+
+def _section(path: str, cls: type) -> str:
+  summary = cls.__doc__.strip().partition("\n")[0]
+  lines = [f"## {f'`{path}`' if path else 'Top level'}", "", summary, ""]
+  lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
+  prefix = f"{path}." if path else ""
+  for field in dataclasses.fields(cls):
+    if _inner(field.type)[0] is None:
+      cells = (
+        f"`{prefix}{field.name}`",
+        f"`{_type_name(field.type)}`",
+        f"`{field.default!r}`",
+        field.metadata["doc"].replace("<", "\\<"),
+      )
+      lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def _inner(hint: Any) -> tuple[type | None, bool]:
+  """Returns the dataclass a field holds, if it does, and if it holds many."""
+  if dataclasses.is_dataclass(hint):
+    return hint, False
+  args = typing.get_args(hint)
+  if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(args[0]):
+    return args[0], True
+  return None, False
+
+
+def _type_name(hint: Any) -> str:
+  if typing.get_origin(hint) is typing.Literal:
+    return " | ".join(map(repr, typing.get_args(hint)))
+  if isinstance(hint, type) and not typing.get_args(hint):
+    return hint.__name__
+  return str(hint)
+
+
+def _cell(text: str) -> str:
+  return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+  print(reference(), end="")

@@ -1,0 +1,138 @@
+"""Batches: which rows an update sees, and on which device each lies."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdm_jax.core.sharding import data_shards
+from mdm_jax.data import batches
+from mdm_jax.data.batches import make_batch, row_numbers, stage_seed
+from mdm_jax.data.packing import Rows
+
+ROWS = Rows(
+  np.arange(40 * 6, dtype=np.uint16).reshape(40, 6),
+  np.tile(np.arange(6, dtype=np.uint16), (40, 1)),
+)
+CASES = {
+  "rows": st.integers(1, 200),
+  "seed": st.integers(0, 2**32 - 1),
+  "per_update": st.integers(1, 16),
+}
+
+
+def _epochs(rows, seed, per_update, count):
+  """The order of the first epochs, however updates divide them."""
+  updates = -(-rows * count // per_update)
+  drawn = [row_numbers(rows, seed, u, per_update) for u in range(updates)]
+  flat = np.concatenate(drawn)[: rows * count]
+  return flat.reshape(count, rows)
+
+
+# MARK: which rows
+
+
+@given(**CASES)
+@settings(deadline=None, max_examples=40)
+def test_every_epoch_is_a_permutation(rows, seed, per_update):
+  for epoch in _epochs(rows, seed, per_update, 3):
+    assert sorted(epoch) == list(range(rows))
+
+
+@given(**CASES, update=st.integers(0, 10**7))
+@settings(deadline=None, max_examples=40)
+def test_an_update_depends_on_its_number_alone(rows, seed, per_update, update):
+  first = row_numbers(rows, seed, update, per_update)
+  row_numbers(rows, seed, update + 1, per_update)
+  np.random.seed(0)
+  assert (row_numbers(rows, seed, update, per_update) == first).all()
+
+
+def test_the_batch_size_does_not_change_the_order():
+  orders = [_epochs(60, 5, n, 3) for n in (1, 7, 16)]
+  assert (orders[0] == orders[1]).all() and (orders[0] == orders[2]).all()
+
+
+def test_epochs_stages_and_seeds_differ():
+  orders = [
+    tuple(epoch)
+    for seed in range(8)
+    for stage in range(4)
+    for epoch in _epochs(50, stage_seed(seed, stage), 5, 4)
+  ]
+  assert len(set(orders)) == len(orders)
+  assert tuple(range(50)) not in orders
+
+
+def test_rows_are_well_mixed():
+  first = _epochs(1000, 0, 10, 1)[0]
+  assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.1
+  assert (np.abs(np.diff(first)) == 1).mean() < 0.02
+
+
+def test_stage_seeds_are_pure_and_far_apart():
+  seeds = [stage_seed(seed, stage) for seed in range(50) for stage in range(4)]
+  assert seeds == [stage_seed(s, i) for s in range(50) for i in range(4)]
+  assert all(0 <= seed < 2**32 for seed in seeds)
+  assert np.diff(sorted(seeds)).min() > 10_000
+
+
+def test_the_largest_seed_does_not_overflow():
+  assert sorted(_epochs(20, 2**32 - 1, 4, 2)[1]) == list(range(20))
+
+
+# MARK: where rows lie
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rows_are_placed_in_order(any_mesh, accumulation):
+  numbers = row_numbers(40, 3, 0, 16)
+  batch = make_batch(ROWS, numbers, accumulation, any_mesh)
+  shape = (accumulation, 16 // accumulation, 6)
+  for found, values in (
+    (batch.tokens, ROWS.tokens),
+    (batch.segments, ROWS.segments),
+  ):
+    assert found.shape == shape and found.dtype == np.int32
+    assert (np.asarray(found) == values[numbers].reshape(shape)).all()
+
+
+def test_every_device_holds_its_share_of_each_microbatch(any_mesh):
+  numbers = row_numbers(40, 3, 0, 16)
+  tokens = make_batch(ROWS, numbers, 2, any_mesh).tokens
+  whole = ROWS.tokens[numbers].reshape(2, 8, 6)
+  share = 8 // data_shards(any_mesh)
+  for shard in tokens.addressable_shards:
+    assert shard.data.shape == (2, share, 6)
+    assert (np.asarray(shard.data) == whole[shard.index]).all()
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_take_disjoint_contiguous_shares(monkeypatch, mesh, hosts):
+  taken = []
+
+  def place(sharding, local):
+    taken[-1].append(local)
+    return jax.numpy.asarray(local)
+
+  monkeypatch.setattr(batches.jax, "process_count", lambda: hosts)
+  monkeypatch.setattr(batches.jax, "make_array_from_process_local_data", place)
+  numbers = row_numbers(40, 3, 0, 16)
+  for host in range(hosts):
+    taken.append([])
+    monkeypatch.setattr(batches.jax, "process_index", lambda h=host: h)
+    make_batch(ROWS, numbers, 2, mesh)
+  whole = ROWS.tokens[numbers].reshape(2, 8, 6)
+  share = 8 // hosts
+  for host, (tokens, segments) in enumerate(taken):
+    part = slice(host * share, (host + 1) * share)
+    assert (tokens == whole[:, part]).all()
+    assert segments.shape == tokens.shape
+  assert (np.concatenate([t for t, _ in taken], axis=1) == whole).all()
+
+
+def test_a_batch_passes_through_jit(mesh):
+  batch = make_batch(ROWS, np.arange(8), 1, mesh)
+  total = jax.jit(lambda b: b.tokens.sum())(batch)
+  assert int(total) == ROWS.tokens[:8].sum()

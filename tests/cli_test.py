@@ -1,0 +1,506 @@
+"""The programs as a user runs them: real processes, files and exit codes."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mdm_jax.core import config as config_lib
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+OTHERS = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "quickstart")
+PLANTED = """
+import pathlib
+pathlib.Path(__file__).with_suffix(".ran").touch()
+"""
+RESULTS = {
+  *("nelbo_per_token", "nelbo_stderr", "ppl_bound", "bits_per_byte"),
+  *("ce_by_mask_rate", "tokens_seen", "updates", "wall_seconds"),
+  *("tokens_per_second", "samples"),
+}
+CURVES = {
+  *("train/loss", "train/learning_rate", "train/grad_norm"),
+  *("train/mask_rate", "train/tokens_per_second"),
+  *("eval/nelbo_per_token", "eval/ppl_bound", "eval/bits_per_byte"),
+}
+TIMINGS = {"train/tokens_per_second", "train/update_seconds"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished training in its own current folder."""
+
+  folder: pathlib.Path
+  args: tuple[str, ...]
+  out: str
+  env: dict[str, str]
+
+  @property
+  def workdir(self) -> pathlib.Path:
+    return self.folder / "runs" / "quickstart_quick"
+
+  @property
+  def marker(self) -> pathlib.Path:
+    return self.folder / "quickstart.ran"
+
+  def results(self) -> dict:
+    return json.loads((self.workdir / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def env(tmp_path_factory):
+  """Rows and programs are made once; programs are compiled in a hurry."""
+  return os.environ | {
+    "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    "NPROC": "16",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true",
+  }
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, env):
+  """One run of the quick quickstart that most tests share."""
+  folder = tmp_path_factory.mktemp("trained")
+  source = (CONFIGS / "quickstart.py").read_text()
+  (folder / "quickstart.py").write_text(source + PLANTED)
+  args = ("--config=quickstart.py:quick", "--config.train.log_every=1")
+  done = _call(folder, env, *args, "--json")
+  assert done.returncode == 0, done.stderr
+  return Run(folder, args, done.stdout, env)
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+  """A copy of the trained run's workdir, to be changed."""
+  return shutil.copytree(trained.workdir, tmp_path / "copy")
+
+
+def _call(folder, env, *args):
+  return subprocess.run(
+    [sys.executable, "-m", "mdm_jax.main", *map(str, args)],
+    cwd=folder,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def _last_json(done):
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def _lines(workdir):
+  path = workdir / "metrics.jsonl"
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _series(workdir, kind):
+  """The (step, value) of every name in metrics.jsonl."""
+  series = collections.defaultdict(list)
+  for line in _lines(workdir):
+    for name, value in line.items():
+      if name != "step" and isinstance(value, kind):
+        series[name].append((line["step"], value))
+  return dict(series)
+
+
+# MARK: a training's files
+
+
+def test_results_hold_what_was_measured(trained):
+  results = trained.results()
+  assert set(results) >= RESULTS
+  for name in RESULTS - {"ce_by_mask_rate", "samples"}:
+    assert math.isfinite(results[name]) and results[name] > 0, name
+  assert results["ppl_bound"] == pytest.approx(
+    math.exp(results["nelbo_per_token"])
+  )
+  assert results["tokens_per_second"] == pytest.approx(
+    results["tokens_seen"] / results["wall_seconds"]
+  )
+  rates = [float(rate) for rate in results["ce_by_mask_rate"]]
+  assert rates == [round(0.05 * i, 2) for i in range(1, 21)]
+  assert all(0 < ce < 10 for ce in results["ce_by_mask_rate"].values())
+  assert results["updates"] in (12, 24, 36)
+  assert len(results["samples"]) == 4
+  assert all(isinstance(text, str) for text in results["samples"])
+
+
+def test_the_last_line_is_the_results(trained):
+  assert json.loads(trained.out.splitlines()[-1]) == trained.results()
+
+
+def test_the_workdir_is_named_after_the_config(trained):
+  saved = json.loads((trained.workdir / "config.json").read_text())
+  assert saved["name"] == trained.workdir.name == "quickstart_quick"
+
+
+def test_config_versions_and_tokenizer_are_saved(trained):
+  saved = json.loads((trained.workdir / "config.json").read_text())
+  config = config_lib.from_dict(saved)
+  assert config.train.log_every == 1
+  assert config_lib.to_dict(config) == saved
+  versions = json.loads((trained.workdir / "versions.json").read_text())
+  assert versions["packages"]["jax"] == jax.__version__
+  content = (trained.workdir / "tokenizer.model").read_bytes()
+  digest = hashlib.sha256(content).hexdigest()
+  assert versions["tokenizer_sha256"] == digest
+
+
+def test_training_learns(trained):
+  series = _series(trained.workdir, float)
+  losses = [loss for _, loss in series["train/loss"]]
+  bounds = [bound for _, bound in series["eval/nelbo_per_token"]]
+  assert np.mean(losses[-8:]) < np.mean(losses[:4]) - 0.5
+  assert bounds == sorted(bounds, reverse=True)
+
+
+def test_every_update_is_logged_once(trained):
+  series = _series(trained.workdir, float)
+  assert [step for step, _ in series["train/loss"]] == list(range(1, 37))
+  assert [step for step, _ in series["eval/nelbo_per_token"]] == [12, 24, 36]
+
+
+# MARK: TensorBoard
+
+
+@pytest.fixture(scope="session")
+def events(trained):
+  """What TensorBoard reads back."""
+  return _events(trained.workdir)
+
+
+def _events(workdir):
+  accumulators = pytest.importorskip(
+    "tensorboard.backend.event_processing.event_accumulator"
+  )
+  sizes = {"scalars": 0, "tensors": 0}
+  found = accumulators.EventAccumulator(str(workdir / "tensorboard"), sizes)
+  return found.Reload()
+
+
+def _text(events, name):
+  return {
+    e.step: e.tensor_proto.string_val[0].decode()
+    for e in events.Tensors(f"{name}/text_summary")
+  }
+
+
+def test_tensorboard_shows_every_curve(events):
+  assert set(events.Tags()["scalars"]) >= CURVES
+
+
+def test_tensorboard_and_metrics_file_hold_the_same(trained, events):
+  series = _series(trained.workdir, (int, float))
+  assert set(series) == set(events.Tags()["scalars"])
+  for name, points in series.items():
+    shown = [(e.step, e.value) for e in events.Scalars(name)]
+    assert shown == [(step, np.float32(value)) for step, value in points]
+
+
+def test_tensorboard_shows_samples_of_each_evaluation(trained, events):
+  written = _series(trained.workdir, str)
+  for i in range(4):
+    shown = _text(events, f"samples/{i}")
+    assert sorted(shown) == [12, 24, 36]
+    for step, text in written[f"samples/{i}"]:
+      lines = [line[4:] for line in shown[step].split("\n")]
+      assert lines == (text.splitlines() or [""])
+
+
+def test_tensorboard_shows_the_config(events):
+  text = _text(events, "config")[0]
+  for word in ("quickstart_quick", "learning_rate", "III refinement"):
+    assert word in text
+
+
+# MARK: the same command again
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(trained):
+  files = [p for p in trained.workdir.rglob("*") if p.is_file()]
+  before = {p: p.read_bytes() for p in files}
+  done = _call(trained.folder, trained.env, *trained.args, "--json")
+  assert _last_json(done) == trained.results()
+  assert "finished" in done.stdout
+  assert {p: p.read_bytes() for p in before} == before
+  assert {p for p in trained.workdir.rglob("*") if p.is_file()} == set(files)
+
+
+def test_another_model_does_not_spoil_a_finished_run(trained, copied):
+  before = (copied / "config.json").read_text()
+  wide = "--config.model.embed_dim=32"
+  _call(trained.folder, trained.env, *trained.args, f"--workdir={copied}", wide)
+  assert (copied / "config.json").read_text() == before
+
+
+def test_another_model_can_not_resume(trained, copied):
+  before = (copied / "config.json").read_text()
+  done = _call(
+    *(trained.folder, trained.env, *trained.args),
+    *(f"--workdir={copied}", "--config.model.embed_dim=32"),
+    "--config.stages[2].updates=20",
+  )
+  _check_error(done, "the config asks for", "another workdir")
+  assert (copied / "config.json").read_text() == before
+
+
+def _interrupt(folder, env, args, workdir, number, after):
+  """Starts a run and sends it a signal after so many logged updates."""
+  process = subprocess.Popen(
+    [sys.executable, "-m", "mdm_jax.main", *args, f"--workdir={workdir}"],
+    cwd=folder,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    log = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+      steps = log.read_text().count("train/loss") if log.exists() else 0
+      if steps >= after:
+        process.send_signal(number)
+        break
+      time.sleep(0.02)
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out + err
+  finally:
+    process.kill()
+
+
+def test_signals_save_and_the_run_continues_bit_for_bit(trained, tmp_path):
+  workdir = tmp_path / "interrupted"
+  parts = (trained.folder, trained.env, trained.args, workdir)
+  stopped = []
+  for number, after in ((signal.SIGTERM, 3), (signal.SIGINT, 15)):
+    code, out = _interrupt(*parts, number, after)
+    assert code == 42, out
+    assert number.name in out and "resumes" in out
+    stopped.append(len(_series(workdir, float)["train/loss"]))
+    assert (workdir / "checkpoints" / str(stopped[-1])).is_dir()
+  assert 3 <= stopped[0] < stopped[1] < 36
+  assert not (workdir / "results.json").exists()
+  done = _call(
+    trained.folder, trained.env, *trained.args, f"--workdir={workdir}"
+  )
+  assert done.returncode == 0, done.stderr
+  assert f"at update {stopped[1]}" in " ".join(done.stdout.split())
+
+  whole, resumed = (
+    _series(w, (int, float, str)) for w in (trained.workdir, workdir)
+  )
+  assert set(resumed) == set(whole)
+  for name in set(whole) - TIMINGS:
+    assert resumed[name] == whole[name], name
+  shown = [e.step for e in _events(workdir).Scalars("train/loss")]
+  assert shown == list(range(1, 37))
+  results = json.loads((workdir / "results.json").read_text())
+  for name in RESULTS - {"wall_seconds", "tokens_per_second"}:
+    assert results[name] == trained.results()[name], name
+
+
+# MARK: evaluation and samples, from the workdir alone
+
+
+def test_evaluation_needs_only_the_workdir(trained, copied):
+  trained.marker.unlink(missing_ok=True)
+  (copied / "results.json").unlink()
+  done = _call(
+    trained.folder, trained.env, "--mode=eval", f"--workdir={copied}", "--json"
+  )
+  results = _last_json(done)
+  assert results == json.loads((copied / "results.json").read_text())
+  assert results == trained.results()
+  assert not trained.marker.exists()
+
+
+def test_samples_begin_with_the_prompt(trained):
+  trained.marker.unlink(missing_ok=True)
+  prompt = "Fellow citizens,\n we  "
+  args = ["--mode=sample", f"--workdir={trained.workdir}", "--json"]
+  args += [f"--prompt={prompt}", "--num_samples=3"]
+  texts = _last_json(_call(trained.folder, trained.env, *args))
+  assert len(texts) == 3
+  assert all(text.startswith(prompt) for text in texts)
+  assert any(len(text) > len(prompt) for text in texts)
+  changed = ["--config.sample.temperature=0.3", "--config.sample.top_k=None"]
+  others = _last_json(_call(trained.folder, trained.env, *args, *changed))
+  assert len(others) == 3 and others != texts
+  assert all(text.startswith(prompt) for text in others)
+  assert not trained.marker.exists()
+
+
+def test_samples_without_a_prompt_are_those_of_the_evaluation(
+  trained, tmp_path
+):
+  env = trained.env | {"XDG_CACHE_HOME": str(tmp_path)}
+  del env["JAX_COMPILATION_CACHE_DIR"]
+  done = _call(
+    *(trained.folder, env, "--mode=sample", "--json"),
+    f"--workdir={trained.workdir}",
+  )
+  texts = _last_json(done)
+  assert texts == trained.results()["samples"]
+  assert done.stdout.count("── sample ") == len(texts)
+  assert list((tmp_path / "mdm_jax" / "xla").iterdir())
+
+
+# MARK: every config
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_config_runs_quickly(name, env, tmp_path):
+  done = _call(tmp_path, env, f"--config={CONFIGS / name}.py:quick", "--json")
+  results = _last_json(done)
+  workdir = tmp_path / "runs" / f"{name}_quick"
+  assert results == json.loads((workdir / "results.json").read_text())
+  assert set(results) >= RESULTS
+  assert math.isfinite(results["nelbo_per_token"])
+
+
+# MARK: mistakes
+
+QUICK = f"--config={CONFIGS / 'quickstart.py'}:quick"
+MISTAKES = {
+  "field": ([QUICK, "--config.data.batchsize=4"], "data.batchsize|batch_size"),
+  "section": ([QUICK, "--config.dat.batch_size=4"], "dat;|'data'"),
+  "stage_field": ([QUICK, "--config.stages[0].lenth=4"], "lenth|'length'"),
+  "stage_index": ([QUICK, "--config.stages[9].length=4"], "stage"),
+  "choice": ([QUICK, "--config.model.dtype=float31"], "dtype|'float32'"),
+  "integer": ([QUICK, "--config.data.batch_size=four"], "data.batch_size|four"),
+  "none": ([QUICK, "--config.data.batch_size=None"], "data.batch_size|None"),
+  "fraction": ([QUICK, "--config.data.batch_size=4.5"], "data.batch_size|4.5"),
+  "boolean": ([QUICK, "--config.model.qk_norm=maybe"], "qk_norm|maybe"),
+  "section_value": ([QUICK, "--config.data=3"], "config.data"),
+  "range": ([QUICK, "--config.sample.top_p=2"], "sample.top_p|[0, 1]"),
+  "rates": (
+    [QUICK, "--config.stages[0].mask_rate=(0.5,2)"],
+    "mask_rate|[0, 1]",
+  ),
+  "config": (["--config=nothing.py"], "nothing.py|does not exist"),
+  "near": ([f"--config={CONFIGS / 'quickstrt.py'}"], "quickstart.py"),
+  "config_argument": ([QUICK[:-5] + "quik"], "'quik'|'quick'"),
+  "no_value": (["--config"], "config"),
+  "nothing": ([], "--config|--workdir"),
+  "no_workdir": (["--mode=sample"], "--config|--workdir"),
+  "flag": ([QUICK, "--modee=eval"], "modee|mode"),
+  "mode": ([QUICK, "--mode=evl"], "evl|eval"),
+  "number": ([QUICK, "--num_samples=x"], "num_samples"),
+  "zero": ([QUICK, "--num_samples=0"], "num_samples|positive"),
+  "extra": ([QUICK, "extra"], "'extra'"),
+  "corpus": ([QUICK, "--config.data.corpus=sotv"], "data.corpus|'sotu'"),
+  "text": ([QUICK, "--config.data.corpus=text:none/*.txt"], "none|not exist"),
+  "mesh": ([QUICK, "--config.mesh.fsdp=3"], "fsdp=3|1 device"),
+  "no_run": (["--mode=eval", "--workdir=none"], "none|config.json"),
+  "empty_run": (["--mode=sample", "--workdir=."], "config.json"),
+  "stages": ([QUICK, "--config.stages[1].min_words=900"], "stages[1] has no"),
+}
+BROKEN = {
+  "syntax": ("def get_config(:\n", "line 1"),
+  "no_function": ("x = 1\n", "get_config"),
+  "no_argument": ("def get_config():\n  return 1\n", "get_config"),
+  "import": ("\nimport no_such_module\n", "line 2|no_such_module"),
+  "typo": (
+    "from mdm_jax.core import config\n\n\ndef get_config(arg=''):\n"
+    "  c = config.default_config()\n  c.data.batchsize = 4\n  return c\n",
+    "line 6|batch_size",
+  ),
+  "wrong_type": (
+    "from mdm_jax.core import config\n\n\ndef get_config(arg=''):\n"
+    "  c = config.default_config()\n  c.data.batch_size = 'x'\n  return c\n",
+    "line 6|batch_size",
+  ),
+  "stage": (
+    "from mdm_jax.core import config\n\n\ndef get_config(arg=''):\n"
+    "  c = config.default_config()\n  c.stages = (config.stage(lenth=4),)\n"
+    "  return c\n",
+    "lenth|'length'",
+  ),
+}
+
+
+def _check_error(done, *words):
+  assert done.returncode == 2, done.stderr
+  assert done.stderr.startswith("error: ")
+  assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n")
+  assert "Traceback" not in done.stderr + done.stdout
+  for word in words:
+    assert word in done.stderr
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, env, tmp_path):
+  args, words = MISTAKES[name]
+  _check_error(_call(tmp_path, env, *args), *words.split("|"))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_config_file_is_one_line(name, env, tmp_path):
+  source, words = BROKEN[name]
+  (tmp_path / "broken.py").write_text(source)
+  done = _call(tmp_path, env, "--config=broken.py:x")
+  _check_error(done, *words.split("|"))
+
+
+def test_a_batch_that_devices_can_not_divide(env, tmp_path):
+  env = env | {"JAX_NUM_CPU_DEVICES": "3"}
+  done = _call(tmp_path, env, QUICK)
+  _check_error(done, "data.batch_size=8", "6 or 9")
+
+
+def test_a_prompt_that_is_too_long(trained):
+  args = ["--mode=sample", f"--workdir={trained.workdir}"]
+  done = _call(trained.folder, trained.env, *args, f"--prompt={'We ' * 99}")
+  _check_error(done, "prompt", "sample.length")
+
+
+def test_a_run_without_a_checkpoint(trained, tmp_path):
+  for name in ("config.json", "versions.json", "tokenizer.model"):
+    shutil.copy(trained.workdir / name, tmp_path)
+  args = ["--mode=sample", f"--workdir={tmp_path}"]
+  done = _call(trained.folder, trained.env, *args)
+  _check_error(done, "no checkpoint yet")
+
+
+def test_a_run_with_another_tokenizer(trained, copied):
+  versions = json.loads((copied / "versions.json").read_text())
+  versions["tokenizer_sha256"] = "0" * 64
+  (copied / "versions.json").write_text(json.dumps(versions))
+  for mode in ("eval", "sample"):
+    args = [f"--mode={mode}", f"--workdir={copied}"]
+    done = _call(trained.folder, trained.env, *args)
+    _check_error(done, "another tokenizer")
+
+
+def test_a_field_from_the_command_line_is_used(env, tmp_path):
+  done = _call(
+    *(tmp_path, env, QUICK, "--config.data.batch_size=5"),
+    *("--config.mesh.fsdp=3", "--workdir=w"),
+  )
+  _check_error(done, "mesh")
+  done = _call(
+    tmp_path,
+    env | {"JAX_NUM_CPU_DEVICES": "3"},
+    QUICK,
+    "--config.data.batch_size=5",
+  )
+  _check_error(done, "data.batch_size=5")

@@ -1,0 +1,417 @@
+"""Configuration: round trips, every refusal, and what a config file can do."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdm_jax.core import config as config_lib
+from mdm_jax.core import errors
+from mdm_jax.core.config import Config, ModelConfig, StageConfig
+from mdm_jax.core.errors import UserError
+
+OPTIONAL = {
+  "data.max_documents": 7,
+  "model.num_kv_heads": 4,
+  "model.mlp_dim": 128,
+  "eval.final_rows": 16,
+  "sample.length": 32,
+  "sample.temperature_range": (0.2, 0.9),
+  "sample.top_k": 3,
+  "sample.top_p": 0.5,
+  "stages[0].max_words": 9,
+  "stages[0].updates": 5,
+  "stages[0].mask_rate": (0.1, 0.4),
+}
+
+
+def _error(call, *args, **kwargs):
+  with pytest.raises(UserError) as caught:
+    call(*args, **kwargs)
+  message = str(caught.value)
+  assert "\n" not in message
+  return message
+
+
+def _nested(path, value):
+  """A dict that sets one dotted path."""
+  section, _, name = path.rpartition(".")
+  if section == "stages[0]":
+    return {"stages": [{name: value}]}
+  return {section: {name: value}} if section else {name: value}
+
+
+def _section(config, path):
+  section, _, name = path.rpartition(".")
+  if section == "stages[0]":
+    return config.stages[0], name
+  return getattr(config, section), name
+
+
+# MARK: round trips
+
+
+def test_defaults_survive_every_form():
+  raw = config_lib.default_config()
+  assert config_lib.from_config_dict(raw) == Config()
+  plain = config_lib.to_dict(Config())
+  assert config_lib.from_dict(plain) == Config()
+  assert config_lib.from_dict(json.loads(json.dumps(plain))) == Config()
+  saved = config_lib.to_config_dict(config_lib.from_dict(plain))
+  assert config_lib.from_config_dict(saved) == Config()
+
+
+@pytest.mark.parametrize("path", OPTIONAL)
+def test_optional_values_survive_every_form(path):
+  config = config_lib.from_dict(_nested(path, OPTIONAL[path]))
+  section, name = _section(config, path)
+  assert getattr(section, name) == OPTIONAL[path]
+  assert config_lib.from_dict(config_lib.to_dict(config)) == config
+  raw = config_lib.to_config_dict(config)
+  assert config_lib.from_config_dict(raw) == config
+
+
+@given(
+  st.lists(
+    st.builds(
+      StageConfig,
+      name=st.text(),
+      unit=st.sampled_from(["sentences", "pairs", "paragraphs"]),
+      length=st.integers(1, 4096),
+      epochs=st.floats(0.01, 100),
+      updates=st.none() | st.integers(1, 10),
+      mask_rate=st.none() | st.just((0.25, 0.5)),
+    ),
+    min_size=1,
+    max_size=3,
+  )
+)
+def test_any_stages_survive_every_form(stages):
+  config = Config(stages=tuple(stages))
+  assert config_lib.from_dict(config_lib.to_dict(config)) == config
+  raw = config_lib.to_config_dict(config)
+  assert config_lib.from_config_dict(raw) == config
+
+
+@pytest.mark.parametrize("path", OPTIONAL)
+def test_optional_fields_are_set_to_none_and_back(path):
+  raw = config_lib.default_config()
+  section, name = _section(raw, path)
+  section[name] = OPTIONAL[path]
+  section[name] = None
+  read, _ = _section(config_lib.from_config_dict(raw), path)
+  assert getattr(read, name) is None
+  section[name] = OPTIONAL[path]
+  read, _ = _section(config_lib.from_config_dict(raw), path)
+  assert getattr(read, name) == OPTIONAL[path]
+
+
+def test_optional_names_every_optional_field():
+  found = {
+    f"{prefix}{field.name}"
+    for prefix, cls in [
+      *((f"{f.name}.", f.type) for f in dataclasses.fields(Config)),
+      ("stages[0].", StageConfig),
+    ]
+    if dataclasses.is_dataclass(cls)
+    for field in dataclasses.fields(cls)
+    if "None" in str(field.type)
+  }
+  assert found == set(OPTIONAL)
+
+
+def test_other_fields_can_not_be_none():
+  raw = config_lib.default_config()
+  raw.data.batch_size = None
+  message = _error(config_lib.from_config_dict, raw)
+  assert "data.batch_size" in message
+
+
+# MARK: names and types
+
+
+@pytest.mark.parametrize(
+  "raw, wrong, right",
+  [
+    ({"sed": 1}, "sed", "seed"),
+    ({"data": {"batchsize": 4}}, "data.batchsize", "batch_size"),
+    ({"stages": [{"lenth": 4}]}, "stages[0].lenth", "length"),
+    ({"tokenizer": {"kind": "bite"}}, "tokenizer.kind", "byte"),
+    ({"model": {"dtype": "float31"}}, "model.dtype", "float32"),
+  ],
+)
+def test_a_typo_is_told_with_the_nearest_name(raw, wrong, right):
+  message = _error(config_lib.from_dict, raw)
+  assert wrong in message and f"did you mean {right!r}?" in message
+
+
+@pytest.mark.parametrize(
+  "path, wrong, nearest",
+  [
+    ("data.batchsize", "data.batchsize", "batch_size"),
+    ("dat.batch_size", "dat", "data"),
+    ("stages[3].lenth", "stages[3].lenth", "length"),
+    ("stages.length", "stages.length", None),
+    ("data.batch_size.x", "data.batch_size.x", None),
+  ],
+)
+def test_a_flag_for_no_field_is_told(path, wrong, nearest):
+  message = _error(config_lib.check_field, path)
+  assert f"unknown field {wrong};" in message
+  assert nearest is None or repr(nearest) in message
+
+
+def test_every_field_may_be_a_flag():
+  def walk(cls, prefix):
+    for field in dataclasses.fields(cls):
+      config_lib.check_field(f"{prefix}{field.name}")
+      if dataclasses.is_dataclass(field.type):
+        walk(field.type, f"{prefix}{field.name}.")
+
+  walk(Config, "")
+  walk(StageConfig, "stages[12].")
+
+
+def test_names_far_from_any_are_told_them_all():
+  assert errors.nearest("zzzz", ["b", "a"]) == "valid: a, b"
+  assert errors.nearest("quik", ["slow", "quick"]) == "did you mean 'quick'?"
+
+
+@pytest.mark.parametrize(
+  "path, value",
+  [
+    ("data.batch_size", "4"),
+    ("data.batch_size", 4.0),
+    ("data.batch_size", True),
+    ("data.corpus", 3),
+    ("model.qk_norm", 1),
+    ("model.dropout", True),
+    ("model.dropout", "0.1"),
+    ("model.num_kv_heads", "2"),
+    ("sample.temperature_range", 0.5),
+    ("sample.temperature_range", [0.1, 0.2, 0.3]),
+    ("stages[0].mask_rate", ["a", 0.5]),
+    ("data", 3),
+    ("stages", 3),
+  ],
+)
+def test_a_wrong_type_is_told_with_its_field(path, value):
+  assert path in _error(config_lib.from_dict, _nested(path, value))
+
+
+def test_int_becomes_float_and_list_becomes_tuple():
+  config = config_lib.from_dict(
+    {"optimizer": {"clip_norm": 2}, "stages": [{"mask_rate": [0, 1]}]}
+  )
+  assert type(config.optimizer.clip_norm) is float
+  assert config.stages[0].mask_rate == (0.0, 1.0)
+  assert all(type(rate) is float for rate in config.stages[0].mask_rate)
+
+
+def test_a_config_can_not_be_changed():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    Config().seed = 1
+
+
+# MARK: values that can't work
+
+POSITIVE = [
+  *("data.batch_size", "model.num_layers", "model.embed_dim"),
+  *("model.num_heads", "optimizer.accumulation", "optimizer.learning_rate"),
+  *("train.log_every", "train.checkpoint_every", "train.keep_latest"),
+  *("eval.rows", "eval.masks_per_row", "eval.batch_size"),
+  *("sample.num_samples", "sample.num_steps", "sample.temperature"),
+  *("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm"),
+  *("data.max_documents", "model.num_kv_heads", "model.mlp_dim"),
+  *("eval.final_rows", "sample.length", "sample.top_k"),
+  *("stages[0].length", "stages[0].epochs", "stages[0].updates"),
+  *("stages[0].max_words", "stages[0].lr_factor"),
+]
+WITHIN = {
+  "data.eval_fraction": (0, 0.5),
+  "model.dropout": (0, 0.9),
+  "objective.label_smoothing": (0, 0.9),
+  "optimizer.min_lr_ratio": (0, 1),
+  "optimizer.ema_decay": (0, 1),
+  "optimizer.b1": (0, 1),
+  "optimizer.b2": (0, 1),
+  "sample.top_p": (0, 1),
+  "stages[0].easiest": (0, 1),
+}
+
+
+@pytest.mark.parametrize("path", POSITIVE)
+@pytest.mark.parametrize("value", [0, -1])
+def test_what_must_be_positive(path, value):
+  message = _error(config_lib.from_dict, _nested(path, value))
+  assert path in message and "positive" in message
+
+
+@pytest.mark.parametrize("path", WITHIN)
+def test_what_must_be_within_a_range(path):
+  low, high = WITHIN[path]
+  for value in (low, high):
+    config_lib.from_dict(_nested(path, value))
+  for value in (low - 0.01, high + 0.01, float("nan")):
+    message = _error(config_lib.from_dict, _nested(path, value))
+    assert path in message and f"[{low}, {high}]" in message
+
+
+@pytest.mark.parametrize(
+  "path", ["optimizer.weight_decay", "optimizer.warmup_steps", "eval.every"]
+)
+def test_what_must_not_be_negative(path):
+  config_lib.from_dict(_nested(path, 0))
+  assert path in _error(config_lib.from_dict, _nested(path, -1))
+
+
+def test_not_a_number_is_not_positive():
+  raw = {"optimizer": {"learning_rate": float("nan")}}
+  assert "optimizer.learning_rate" in _error(config_lib.from_dict, raw)
+
+
+@pytest.mark.parametrize("value", [[0, 1], [0.8, 0.3], [-1, 1]])
+def test_temperatures_are_positive_and_rise(value):
+  raw = {"sample": {"temperature_range": value}}
+  assert "sample.temperature_range" in _error(config_lib.from_dict, raw)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_rehearsal_is_a_share(value):
+  stage = {"mask_rate": [0.1, 0.2], "rehearsal": value}
+  message = _error(config_lib.from_dict, {"stages": [stage]})
+  assert "stages[0].rehearsal" in message
+
+
+@pytest.mark.parametrize(
+  "model, named",
+  [
+    ({"embed_dim": 100, "num_heads": 3}, "model.num_heads=3"),
+    ({"embed_dim": 12, "num_heads": 4}, "even head size"),
+    ({"num_heads": 12, "num_kv_heads": 5}, "model.num_kv_heads=5"),
+  ],
+)
+def test_heads_must_fit(model, named):
+  message = _error(config_lib.from_dict, {"model": model})
+  assert named in message
+
+
+def test_stages_must_not_be_empty():
+  assert "stages is empty" in _error(Config, stages=())
+
+
+@pytest.mark.parametrize(
+  "rates", [(0.5, 0.5), (0.6, 0.4), (-0.1, 0.5), (0.5, 1.1), (0.0, 0.0)]
+)
+def test_mask_rates_must_be_a_range(rates):
+  message = _error(Config, stages=(StageConfig(), StageConfig(mask_rate=rates)))
+  assert "stages[1].mask_rate" in message
+
+
+def test_rehearsal_needs_a_range():
+  message = _error(Config, stages=(StageConfig(rehearsal=0.5),))
+  assert "stages[0].rehearsal" in message and "mask_rate" in message
+
+
+def test_the_bound_needs_every_rate():
+  def build(**stage):
+    raw = {"objective": {"weighting": "nelbo"}, "stages": [stage]}
+    return config_lib.from_dict(raw)
+
+  build()
+  build(mask_rate=[0, 1])
+  build(mask_rate=[0.1, 0.2], rehearsal=0.1)
+  message = _error(build, mask_rate=[0.1, 0.2])
+  assert "stages[0].rehearsal" in message and "masked_ce" in message
+
+
+# MARK: what a config file does
+
+
+def test_a_typo_in_a_config_file_fails_there():
+  config = config_lib.default_config()
+  with pytest.raises((AttributeError, KeyError), match="batch_size"):
+    config.data.batchsize = 4
+  with pytest.raises((AttributeError, KeyError), match="batch_size"):
+    config.data.update(batchsize=4)
+  assert "length" in _error(config_lib.stage, lenth=3)
+
+
+def test_a_wrong_type_in_a_config_file_fails_there():
+  config = config_lib.default_config()
+  with pytest.raises(TypeError):
+    config.data.batch_size = "four"
+  assert "length" in _error(config_lib.stage, length="long")
+
+
+def test_stages_take_their_fields():
+  config = config_lib.default_config()
+  config.stages = (
+    config_lib.stage(name="a", length=32, mask_rate=(0.5, 0.6)),
+    config_lib.stage(name="b"),
+  )
+  stages = config_lib.from_config_dict(config).stages
+  assert stages[0] == StageConfig(name="a", length=32, mask_rate=(0.5, 0.6))
+  assert stages[1] == StageConfig(name="b")
+
+
+def test_the_effective_batch_and_sample_length():
+  config = config_lib.from_dict(
+    {"data": {"batch_size": 6}, "optimizer": {"accumulation": 3}}
+  )
+  assert config.rows_per_update == 18
+  assert config.sample_length == config.stages[-1].length
+  config = config_lib.from_dict({"sample": {"length": 17}})
+  assert config.sample_length == 17
+
+
+def test_quick_keeps_the_stages_and_shrinks_the_rest():
+  config = config_lib.default_config()
+  config.name = "big"
+  config.model = config_lib.to_config_dict(
+    ModelConfig(num_kv_heads=3, mlp_dim=999, remat="dots")
+  )
+  config.stages = tuple(
+    config_lib.stage(name=str(i), epochs=50, unit=unit, lr_factor=0.5)
+    for i, unit in enumerate(["sentences", "pairs", "paragraphs"])
+  )
+  before = config_lib.from_config_dict(config)
+  after = config_lib.from_config_dict(config_lib.quick(config))
+  assert after.name == "big_quick"
+  assert after.model.embed_dim <= 64 and after.model.num_layers <= 2
+  assert after.data.max_documents <= 20
+  assert sum(s.updates for s in after.stages) <= 40
+  assert max(s.length for s in after.stages) <= 64
+  assert after.eval.every <= 12 and after.eval.final_rows <= 16
+  assert after.sample_length == after.stages[-1].length
+  for kept in ("name", "unit", "lr_factor", "mask_rate", "easiest"):
+    assert [getattr(s, kept) for s in after.stages] == [
+      getattr(s, kept) for s in before.stages
+    ]
+  for section in ("objective", "noise", "mesh"):
+    assert getattr(after, section) == getattr(before, section)
+  assert after.model.remat == "dots"
+
+
+def test_arguments_of_a_config():
+  name = lambda *args: (
+    config_lib.apply_arg(config_lib.default_config(), *args).name
+  )
+  assert name("") == "run"
+  assert name("quick") == "run_quick"
+  assert name("mine,quick", "mine") == "run_quick"
+  assert name("mine", "mine") == "run"
+  config = config_lib.default_config()
+  message = _error(config_lib.apply_arg, config, "quik")
+  assert "'quik'" in message and "did you mean 'quick'?" in message
+  assert "mine" in _error(config_lib.apply_arg, config, "min", "mine")
+
+
+@pytest.mark.parametrize("arg", ["", "quick"])
+def test_the_result_is_locked(arg):
+  config = config_lib.apply_arg(config_lib.default_config(), arg)
+  for section in (config, config.data, config.stages[0]):
+    with pytest.raises((AttributeError, KeyError)):
+      section.no_such_field = 1

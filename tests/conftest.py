@@ -1,0 +1,59 @@
+"""Eight fake devices, strict promotion, and a compilation cache."""
+
+import os
+
+# Before jax starts: with two cores, unsynchronised steps on several fake
+# devices deadlock unless the thread pool is larger than the core count.
+os.environ["NPROC"] = "16"
+
+import jax
+import pytest
+
+from mdm_jax.core.config import Config, EvalConfig, ModelConfig
+from mdm_jax.core.sharding import AXES
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update(
+  "jax_compilation_cache_dir",
+  os.path.expanduser("~/.cache/mdm_jax/xla_tests"),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+MESHES = {"1x1": (1, 1, 1), "4x2": (1, 4, 2)}
+
+
+def make_mesh(name: str) -> jax.sharding.Mesh:
+  """Returns a mesh of that many of the fake devices."""
+  shape = MESHES[name]
+  count = shape[0] * shape[1] * shape[2]
+  return jax.make_mesh(shape, AXES, devices=jax.devices()[:count])
+
+
+@pytest.fixture
+def mesh():
+  """One device, as the current mesh."""
+  mesh = make_mesh("1x1")
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+@pytest.fixture(params=list(MESHES))
+def any_mesh(request):
+  """One device, then eight, as the current mesh."""
+  mesh = make_mesh(request.param)
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+@pytest.fixture
+def tiny_model() -> ModelConfig:
+  """A denoiser that compiles fast."""
+  return ModelConfig(num_layers=2, embed_dim=16, num_heads=2)
+
+
+@pytest.fixture
+def tiny_config(tiny_model) -> Config:
+  """A config around the tiny denoiser."""
+  return Config(model=tiny_model, eval=EvalConfig(batch_size=8))

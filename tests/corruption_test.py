@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdm_jax.core import rng
+from mdm_jax.diffusion import corruption, noise
+
+MASK = 99
+
+
+def corrupt(rate, rows=64, length=50, padding=0, seed=0):
+  x0 = jnp.arange(rows * length).reshape(rows, length) % 90
+  real = jnp.broadcast_to(jnp.arange(length) < length - padding, x0.shape)
+  keys = rng.per_row(rng.stream(seed, "mask"), jnp.arange(rows))
+  rate = jnp.broadcast_to(jnp.asarray(rate, jnp.float32), (rows,))
+  return x0, real, corruption.corrupt(keys, x0, real, rate, MASK)
+
+
+def test_time_zero_is_the_identity():
+  x0, _, out = corrupt(1 - noise.Cosine().alpha(jnp.zeros(())))
+  np.testing.assert_array_equal(out.xt, x0)
+  assert not out.masked.any()
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_time_one_masks_every_real_token_and_no_padding(padding):
+  x0, real, out = corrupt(
+    1 - noise.Linear().alpha(jnp.ones(())), padding=padding
+  )
+  np.testing.assert_array_equal(out.masked, real)
+  np.testing.assert_array_equal(out.xt, jnp.where(real, MASK, x0))
+
+
+@pytest.mark.parametrize(
+  "schedule", [noise.Linear(), noise.Cosine(), noise.Polynomial(2.0)]
+)
+def test_realised_rate_is_one_minus_alpha(schedule):
+  rows, length = 64, 1000
+  for t in (0.03, 0.3, 0.5, 0.9):
+    rate = 1 - schedule.alpha(jnp.asarray(t))
+    _, _, out = corrupt(rate, rows, length)
+    sigma = float(jnp.sqrt(rate * (1 - rate) / (rows * length)))
+    # Rounding a count up adds at most 1 / length, half of that on average.
+    assert abs(out.masked.mean() - rate) < 3 * sigma + 1 / length
+
+
+def test_positions_are_masked_equally_often():
+  _, _, out = corrupt(0.3, rows=4000, length=20)
+  share = out.masked.mean(axis=0)
+  sigma = np.sqrt(0.3 * 0.7 / 4000)
+  assert abs(share - 0.3).max() < 4.5 * sigma
+
+
+def test_at_least_one_token_is_masked():
+  _, _, out = corrupt(1e-6)
+  np.testing.assert_array_equal(out.masked.sum(axis=1), 1)
+
+
+def test_counts_are_uniform_when_rates_are():
+  """r ~ U(0, 1) must ask for 1, 2, ..., n masked tokens equally often."""
+  rates = jnp.linspace(0, 1, 5001)[1:] - 0.5 / 5000
+  counts = corruption.num_masked(rates, jnp.full(5000, 10))
+  np.testing.assert_array_equal(jnp.bincount(counts, length=11)[1:], 500)
+
+
+def test_whole_counts_are_not_rounded_up():
+  rates = jnp.arange(1, 21) / 20
+  counts = corruption.num_masked(rates.astype(jnp.float32), jnp.full(20, 20))
+  np.testing.assert_array_equal(counts, jnp.arange(1, 21))
+
+
+def test_a_rows_mask_depends_on_its_key_alone():
+  _, _, whole = corrupt(0.4)
+  _, _, part = corrupt(0.4, rows=8)
+  np.testing.assert_array_equal(whole.masked[:8], part.masked)
+  _, _, other = corrupt(0.4, seed=1)
+  assert (whole.masked != other.masked).any()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 12, 16])
+def test_strata_are_a_permutation(rows):
+  assert sorted(corruption.strata(rows)) == list(range(rows))
+
+
+def test_aligned_runs_spread_over_the_strata():
+  for run in corruption.strata(16).reshape(4, 4):
+    assert sorted(run // 4) == [0, 1, 2, 3]
+
+
+def test_uniforms_fall_one_in_each_stratum():
+  u = corruption.stratified_uniforms(rng.stream(0, "rate", 3), 16)
+  assert u.min() > 0 and u.max() <= 1
+  np.testing.assert_array_equal(jnp.ceil(u * 16) - 1, corruption.strata(16))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(
+  "rates",
+  [noise.RateRange(0.05, 0.2, 0.25), noise.ScheduledRates(noise.Cosine())],
+)
+def test_bound_on_masked_tokens_holds_and_is_near(rates, groups):
+  bound = corruption.max_masked(rates, 16, 64, groups)
+  most = 0
+  for update in range(200):
+    u = corruption.stratified_uniforms(rng.stream(0, "rate", update), 16)
+    counts = corruption.num_masked(rates.rate(u), jnp.full(16, 64))
+    most = max(most, int(counts.reshape(groups, -1).sum(axis=1).max()))
+  assert 0.95 * bound <= most <= bound
+
+
+def test_streams_differ_by_name_and_counters():
+  keys = [
+    rng.stream(0, "mask", 1),
+    rng.stream(0, "mask", 2),
+    rng.stream(0, "rate", 1),
+    rng.stream(1, "mask", 1),
+  ]
+  data = {tuple(np.asarray(jax.random.key_data(k))) for k in keys}
+  assert len(data) == len(keys)

@@ -1,0 +1,191 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdm_jax.core import rng
+from mdm_jax.core.config import ModelConfig
+from mdm_jax.model import layers
+from mdm_jax.model.denoiser import Denoiser
+
+BASE = ModelConfig(num_layers=2, embed_dim=16, num_heads=4)
+XT = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def build(**fields):
+  denoiser = Denoiser(dataclasses.replace(BASE, **fields), 16, 12)
+  return denoiser, jax.jit(denoiser.init)(rng.stream(0, "init"))
+
+
+def run(denoiser, params, xt=XT, segments=None, rate=0.5, row_keys=None):
+  segments = jnp.ones_like(xt) if segments is None else segments
+  rates = jnp.full(len(xt), rate, jnp.float32)
+  return denoiser.hidden(params, xt, segments, rates, row_keys)
+
+
+def test_packed_segments_do_not_see_each_other(mesh):
+  """The gradient of one text's states by another's embeddings is zero."""
+  denoiser, params = build()
+  segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0]])
+
+  def first_segment(embedding):
+    h = run(denoiser, params | {"embedding": embedding}, segments=segments)
+    return (h[:, :3] ** 2).sum()
+
+  grad = np.asarray(jax.grad(first_segment)(params["embedding"]))
+  mine, others = {3, 1, 4}, {5, 9, 2, 6}
+  for token in others:
+    assert (grad[token] == 0).all()
+  for token in mine:
+    assert np.abs(grad[token]).max() > 0
+
+
+def test_a_packed_text_gets_the_states_it_gets_alone(mesh):
+  denoiser, params = build()
+  segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]])
+  packed = run(denoiser, params, segments=segments)
+  alone = run(denoiser, params, xt=XT[:, 3:])
+  np.testing.assert_allclose(packed[:, 3:], alone, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_restart_in_each_segment():
+  segments = jnp.array([[1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 2]])
+  np.testing.assert_array_equal(
+    layers.segment_positions(segments),
+    [[0, 1, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 0]],
+  )
+
+
+def test_attention_is_bidirectional(mesh):
+  denoiser, params = build()
+  changed = run(denoiser, params, xt=XT.at[0, 7].set(0))
+  assert np.abs(changed - run(denoiser, params))[0, 0].max() > 0
+
+
+def test_unreal_ids_are_never_predicted(mesh):
+  denoiser, params = build()
+  logits = denoiser.logits(params, run(denoiser, params)[0])
+  assert np.isneginf(logits[:, 12:]).all()
+  assert np.isfinite(logits[:, :12]).all()
+
+
+def test_grouped_queries_equal_repeated_heads(mesh):
+  grouped, params = build(num_kv_heads=2)
+  full, _ = build()
+  attention = jax.tree.map(np.asarray, params["blocks"]["attention"])
+  attention["query"] = attention["query"].reshape(2, 16, 4, 1, 4)
+  attention["out"] = attention["out"].reshape(2, 4, 1, 4, 16)
+  for name in ("key", "value"):
+    attention[name] = np.repeat(attention[name], 2, axis=2)
+  repeated = params | {"blocks": params["blocks"] | {"attention": attention}}
+  np.testing.assert_allclose(
+    run(grouped, params), run(full, repeated), rtol=1e-4, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_fused_attention_equals_the_reference(mesh, groups):
+  segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0]])
+  denoiser, params = build(num_kv_heads=groups)
+  fused, _ = build(num_kv_heads=groups, attention="fused")
+  np.testing.assert_allclose(
+    run(denoiser, params, segments=segments),
+    run(fused, params, segments=segments),
+    rtol=1e-4,
+    atol=1e-6,
+  )
+
+
+def test_rotation_depends_on_relative_positions_only():
+  q, k = jax.random.normal(rng.stream(0, "qk"), (2, 1, 1, 1, 8))
+
+  def score(m, n):
+    at = lambda p: layers.rotary(jnp.array([[p]]), 8, 10_000.0)
+    return (layers.rotate(q, *at(m)) * layers.rotate(k, *at(n))).sum()
+
+  np.testing.assert_allclose(score(3, 1), score(13, 11), rtol=1e-4)
+  assert abs(score(3, 1) - score(3, 2)) > 1e-4
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(mesh, remat):
+  plain, params = build()
+  other, _ = build(remat=remat)
+  loss = lambda d: lambda p: (run(d, p) ** 2).sum()
+  want, got = jax.grad(loss(plain))(params), jax.grad(loss(other))(params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    want,
+    got,
+  )
+
+
+def test_rate_is_read_only_with_time_conditioning(mesh):
+  plain, params = build()
+  np.testing.assert_array_equal(
+    run(plain, params, rate=0.1), run(plain, params, rate=0.9)
+  )
+  timed, params = build(time_conditioning=True)
+  # adaLN-zero starts as the identity; wake it up.
+  params = jax.tree.map(lambda p: p + 0.3, params)
+  change = run(timed, params, rate=0.1) - run(timed, params, rate=0.9)
+  assert np.abs(change).max() > 1e-3
+
+
+def test_fresh_time_conditioning_is_the_identity(mesh):
+  timed, params = build(time_conditioning=True)
+  embedded = np.asarray(params["embedding"])[XT]
+  np.testing.assert_array_equal(run(timed, params), embedded)
+
+
+def test_dropout_follows_the_rows_keys(mesh):
+  denoiser, params = build(dropout=0.5)
+  xt = jnp.repeat(XT, 2, axis=0)
+  keys = rng.per_row(rng.stream(0, "dropout"), jnp.arange(2))
+  out = run(denoiser, params, xt=xt, row_keys=keys)
+  out = np.asarray(out)
+  assert np.abs(out[0] - out[1]).max() > 0
+  alone = run(denoiser, params, row_keys=keys[1:])
+  np.testing.assert_allclose(out[1:], alone, rtol=1e-4, atol=1e-6)
+  without = np.asarray(run(denoiser, params, xt=xt))
+  np.testing.assert_array_equal(without[0], without[1])
+
+
+def test_bfloat16_keeps_float32_parameters_and_logits(mesh):
+  denoiser, params = build(dtype="bfloat16")
+  hidden = run(denoiser, params)
+  assert hidden.dtype == jnp.bfloat16
+  assert denoiser.logits(params, hidden[0]).dtype == jnp.float32
+  assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+  exact, _ = build()
+  np.testing.assert_allclose(
+    hidden.astype(jnp.float32), run(exact, params), atol=0.02
+  )
+
+
+def test_layers_differ_and_paths_are_readable(mesh):
+  _, params = build()
+  query = params["blocks"]["attention"]["query"]
+  assert query.shape == (2, 16, 4, 1, 4)
+  assert np.abs(query[0] - query[1]).max() > 0
+
+
+def test_program_size_does_not_grow_with_depth(mesh):
+  def size(layers):
+    denoiser, params = build(num_layers=layers)
+    loss = lambda p: run(denoiser, p).sum()
+    return len(jax.jit(jax.grad(loss)).lower(params).as_text().splitlines())
+
+  assert size(6) < 1.05 * size(2)
+
+
+def test_parameters_are_split_as_the_rules_say(any_mesh):
+  _, params = build()
+  specs = jax.tree.map(lambda p: p.sharding.spec, params)
+  assert specs["embedding"] == jax.P("tensor", "fsdp")
+  assert specs["blocks"]["mlp"]["down"] == jax.P(None, "tensor", "fsdp")
+  assert specs["blocks"]["attention"]["key"] == jax.P(
+    None, "fsdp", "tensor", None
+  )

@@ -1,0 +1,145 @@
+"""Imports go downwards, modules stay small, and nothing runs foreign code."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "mdm_jax"
+MODULES = sorted(
+  p.relative_to(ROOT) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"
+)
+FLOORS = {
+  "core": 0,
+  "data": 1,
+  "diffusion": 1,
+  "model": 1,
+  "training": 2,
+  "sampling": 2,
+  "evaluation": 2,
+  "benchmarks": 4,
+}
+PROGRAMS = 3
+MAX_MODULE_LINES = 400
+MAX_FUNCTION_LINES = 80
+
+SIDEWAYS = {
+  ("main.py", "train.py"): "main is the door to the three programs",
+  ("main.py", "evaluate.py"): "main is the door to the three programs",
+  ("main.py", "sample.py"): "main is the door to the three programs",
+  ("train.py", "evaluate.py"): "training ends with the evaluation",
+  ("train.py", "plan.py"): "training begins by telling its plan",
+  ("sample.py", "evaluate.py"): "both load the same best checkpoint",
+}
+TOO_LONG = {
+  "mdm_jax/core/config.py": "one definition of every field, in one place",
+}
+
+
+def _tree(module):
+  return ast.parse((ROOT / module).read_text())
+
+
+def _home(module):
+  parts = pathlib.Path(module).parts
+  return parts[1]
+
+
+def _floor(module):
+  home = _home(module)
+  return PROGRAMS if home.endswith(".py") else FLOORS[home]
+
+
+def _file(name):
+  path = pathlib.Path(*name.split("."))
+  if (ROOT / path).with_suffix(".py").exists():
+    return path.with_suffix(".py")
+  return None
+
+
+def _imports(module):
+  for node in ast.walk(_tree(module)):
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{module}: a relative import"
+      names = [f"{node.module}.{alias.name}" for alias in node.names]
+      names.append(node.module)
+    else:
+      continue
+    for name in names:
+      if name.split(".")[0] == "mdm_jax" and _file(name):
+        yield _file(name)
+
+
+def _edges():
+  return {(m, target) for m in MODULES for target in _imports(m)}
+
+
+def test_the_edges_are_found():
+  names = {(a.as_posix(), b.as_posix()) for a, b in _edges()}
+  assert ("mdm_jax/main.py", "mdm_jax/train.py") in names
+  assert ("mdm_jax/train.py", "mdm_jax/core/rng.py") in names
+  assert len(names) > 50
+
+
+def test_every_folder_has_a_floor():
+  assert {_home(m) for m in MODULES if not _home(m).endswith(".py")} <= set(
+    FLOORS
+  )
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_go_down(module):
+  for target in _imports(module):
+    inside = _home(module) == _home(target)
+    listed = (_home(module), _home(target)) in SIDEWAYS
+    assert _floor(target) < _floor(module) or inside or listed, target
+
+
+def test_every_exception_is_needed():
+  edges = {(_home(a), _home(b)) for a, b in _edges()}
+  assert set(SIDEWAYS) <= edges
+  assert all(
+    _floor(f"mdm_jax/{a}") == _floor(f"mdm_jax/{b}") for a, b in SIDEWAYS
+  )
+  for path in TOO_LONG:
+    assert len((ROOT / path).read_text().splitlines()) > MAX_MODULE_LINES
+
+
+def test_nothing_goes_in_a_circle():
+  below = {m: set(_imports(m)) - {m} for m in MODULES}
+  while below:
+    done = [m for m, targets in below.items() if not targets]
+    assert done, f"a circle among {sorted(map(str, below))}"
+    for m in done:
+      del below[m]
+    for targets in below.values():
+      targets.difference_update(done)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_modules_and_functions_are_short(module):
+  lines = (ROOT / module).read_text().splitlines()
+  assert len(lines) <= MAX_MODULE_LINES or module.as_posix() in TOO_LONG
+  for node in ast.walk(_tree(module)):
+    if isinstance(node, ast.FunctionDef):
+      length = node.end_lineno - node.lineno + 1
+      assert length <= MAX_FUNCTION_LINES, f"{node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_no_data_is_run_as_code(module):
+  for node in ast.walk(_tree(module)):
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      names = [alias.name for alias in node.names]
+      names.append(getattr(node, "module", None))
+      roots = {(name or "").split(".")[0] for name in names}
+      assert not roots & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+    if isinstance(node, ast.Call):
+      called = ast.unparse(node.func)
+      assert called not in ("eval", "exec", "compile", "__import__")
+      assert called not in ("yaml.load", "yaml.unsafe_load", "yaml.full_load")
+    if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+      assert ast.unparse(node.value) == "False"

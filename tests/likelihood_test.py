@@ -1,0 +1,161 @@
+"""The bound against enumeration, on a vocabulary of 3 and rows of 3."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdm_jax.core import rng
+from mdm_jax.core.config import EvalConfig, ModelConfig
+from mdm_jax.data.packing import Rows
+from mdm_jax.evaluation import likelihood
+from mdm_jax.evaluation.likelihood import Evaluator
+from mdm_jax.model.denoiser import Denoiser
+
+V, L, MASK = 3, 3, 5
+TEXTS = list(itertools.product(range(V), repeat=L))
+ORDERS = list(itertools.permutations(range(L)))
+
+
+def make_rows(texts):
+  tokens = np.array(texts, np.uint16)
+  return Rows(tokens, np.ones_like(tokens))
+
+
+@pytest.fixture
+def model(mesh):
+  """A random denoiser, sharp enough that a wrong weight shows."""
+  del mesh
+  config = ModelConfig(num_layers=1, embed_dim=8, num_heads=2)
+  denoiser = Denoiser(config, vocab_size=8, num_real=V)
+  params = jax.jit(denoiser.init)(rng.stream(0, "init"))
+  return denoiser, jax.tree.map(lambda p: p * 12, params)
+
+
+@pytest.fixture
+def table(model):
+  """log p(token at i | the visible others) for every pattern of masks."""
+  denoiser, params = model
+  patterns = list(itertools.product([*range(V), MASK], repeat=L))
+  xt = jnp.array(patterns)
+  hidden = denoiser.hidden(
+    params, xt, jnp.ones_like(xt), jnp.ones(len(patterns))
+  )
+  logits = denoiser.logits(params, hidden.reshape(-1, hidden.shape[-1]))
+  logp = np.asarray(jax.nn.log_softmax(logits)).reshape(len(patterns), L, -1)
+  return {p: logp[i] for i, p in enumerate(patterns)}
+
+
+def log_prob_in_order(table, text, order):
+  xt, total = [MASK] * L, 0.0
+  for i in order:
+    total += table[tuple(xt)][i, text[i]]
+    xt[i] = text[i]
+  return total
+
+
+def brute_nelbo(table, text):
+  return -np.mean([log_prob_in_order(table, text, o) for o in ORDERS])
+
+
+def exact_nll(table, text):
+  return -np.log(
+    np.mean([np.exp(log_prob_in_order(table, text, o)) for o in ORDERS])
+  )
+
+
+def mean_ce(table, text, count):
+  """Mean cross-entropy per masked token over all masks of `count` tokens."""
+  losses = []
+  for masked in itertools.combinations(range(L), count):
+    xt = tuple(MASK if i in masked else text[i] for i in range(L))
+    losses.append(-np.mean([table[xt][i, text[i]] for i in masked]))
+  return np.mean(losses)
+
+
+def test_probabilities_sum_to_one(table):
+  total = sum(np.exp(-exact_nll(table, text)) for text in TEXTS)
+  np.testing.assert_allclose(total, 1, rtol=1e-5)
+
+
+def test_the_integral_of_ce_is_the_bound(table):
+  for text in TEXTS:
+    integral = np.mean([mean_ce(table, text, n) for n in (1, 2, 3)])
+    np.testing.assert_allclose(
+      L * integral, brute_nelbo(table, text), rtol=1e-5
+    )
+
+
+def test_the_bound_is_at_least_the_exact_nll(table):
+  gaps = [brute_nelbo(table, x) - exact_nll(table, x) for x in TEXTS]
+  assert min(gaps) > -1e-6
+  assert max(gaps) > 1e-3  # the orders of this model do disagree
+
+
+def test_evaluator_gives_the_bound_of_enumeration(model, table, mesh):
+  denoiser, params = model
+  config = EvalConfig(masks_per_row=900, batch_size=2700)
+  got = Evaluator(config, denoiser, MASK, mesh).likelihood(
+    params, make_rows(TEXTS)
+  )
+  expected = np.mean([brute_nelbo(table, text) for text in TEXTS]) / L
+  np.testing.assert_allclose(got.nelbo_per_token, expected, rtol=3e-3)
+  assert got.rows == len(TEXTS) and got.tokens == L * len(TEXTS)
+  np.testing.assert_allclose(got.ppl_bound, np.exp(got.nelbo_per_token))
+  per_row = np.array([brute_nelbo(table, text) for text in TEXTS]) / L
+  np.testing.assert_allclose(
+    got.stderr, per_row.std(ddof=1) / np.sqrt(len(TEXTS)), rtol=0.05
+  )
+
+
+def test_curve_is_ce_at_each_rate(model, table, mesh):
+  denoiser, params = model
+  rows = make_rows(TEXTS * 40)
+  evaluator = Evaluator(EvalConfig(batch_size=2700), denoiser, MASK, mesh)
+  curve = evaluator.ce_by_mask_rate(params, rows)
+  assert len(curve) == 20
+  for rate, loss in curve.items():
+    count = int(np.ceil(float(rate) * L - 1e-6))
+    expected = np.mean([mean_ce(table, text, count) for text in TEXTS])
+    np.testing.assert_allclose(loss, expected, rtol=0.05)
+
+
+def test_padding_and_batch_size_change_nothing(model, mesh):
+  denoiser, params = model
+  rows = make_rows(TEXTS[:7])
+  padded = Rows(
+    np.pad(rows.tokens, ((0, 0), (0, 2)), constant_values=4),
+    np.pad(rows.segments, ((0, 0), (0, 2))),
+  )
+  measure = lambda rows, size: Evaluator(
+    EvalConfig(masks_per_row=256, batch_size=size), denoiser, MASK, mesh
+  ).likelihood(params, rows)
+  whole, parts = measure(rows, 7 * 256), measure(rows, 100)
+  np.testing.assert_allclose(
+    whole.nelbo_per_token, parts.nelbo_per_token, rtol=1e-5
+  )
+  again = measure(padded, 100)
+  assert again.tokens == whole.tokens
+  assert abs(again.nelbo_per_token - whole.nelbo_per_token) < 0.1
+
+
+def test_every_checkpoint_meets_the_same_masks(model, mesh):
+  denoiser, params = model
+  evaluator = Evaluator(EvalConfig(), denoiser, MASK, mesh)
+  rows = make_rows(TEXTS)
+  first = evaluator.likelihood(params, rows)
+  assert first == evaluator.likelihood(params, rows)
+
+
+def test_bits_per_byte():
+  measured = likelihood.Likelihood(1.0, 0.1, 8 * np.log(2), 2, 10)
+  assert measured.bits_per_byte(4) == pytest.approx(2)
+
+
+def test_subset_is_spread_over_the_rows():
+  rows = make_rows(TEXTS)
+  part = likelihood.subset(rows, 3)
+  np.testing.assert_array_equal(part.tokens, rows.tokens[[0, 13, 26]])
+  assert likelihood.subset(rows, None) is rows

@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdm_jax.core.config import NoiseConfig, StageConfig
+from mdm_jax.diffusion import noise
+
+SCHEDULES = [noise.Linear(), noise.Cosine(), noise.Polynomial(3.0)]
+RANGES = [
+  noise.RateRange(0.05, 0.2, 0.25),
+  noise.RateRange(0.75, 0.9, 0.5),
+  noise.RateRange(0.0, 1.0, 0.3),
+  noise.RateRange(0.3, 0.6, 1.0),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_alpha_runs_from_one_to_zero(schedule):
+  ends = schedule.alpha(jnp.array([0.0, 1.0]))
+  np.testing.assert_allclose(ends, [1, 0], atol=1e-6)
+  assert (jnp.diff(schedule.alpha(jnp.linspace(0, 1, 101))) < 0).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_dalpha_is_the_derivative_of_alpha(schedule):
+  t = jnp.linspace(0.01, 0.99, 50)
+  slope = jax.vmap(jax.grad(lambda t: schedule.alpha(t)))(t)
+  np.testing.assert_allclose(schedule.dalpha(t), slope, rtol=1e-5)
+
+
+def test_linear_weight_is_one_over_t():
+  t = jnp.array([0.1, 0.5, 1.0])
+  weight = noise.loss_weight(noise.Linear(), t)
+  np.testing.assert_allclose(weight, 1 / t, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rates", RANGES)
+def test_rates_follow_the_mixture(rates):
+  r = rates.rate(jnp.linspace(0, 1, 100_001))
+  assert r.min() >= 0 and r.max() <= 1
+  assert (jnp.diff(r) >= -1e-6).all()
+  inside = ((r >= rates.low) & (r <= rates.high)).mean()
+  width = rates.high - rates.low
+  expected = rates.rehearsal * width + 1 - rates.rehearsal
+  np.testing.assert_allclose(inside, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("rates", RANGES)
+def test_inverse_density_makes_rates_uniform(rates):
+  """Weighted by 1/p, every test function has its mean over U(0, 1)."""
+  u = jnp.linspace(0, 1, 200_001)[1:] - 0.5 / 200_000
+  r, w = rates.rate(u), rates.inverse_density(u)
+  assert w.max() <= 1 / rates.rehearsal + 1e-4
+  for power in range(4):
+    mean = (w * r**power).mean()
+    np.testing.assert_allclose(mean, 1 / (power + 1), atol=2e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_scheduled_rates_are_one_minus_alpha(schedule):
+  rates = noise.ScheduledRates(schedule)
+  u = jnp.linspace(0, 1, 200_001)[1:] - 0.5 / 200_000
+  r = rates.rate(u)
+  np.testing.assert_allclose(r, 1 - schedule.alpha(u), rtol=1e-6)
+  mean = (rates.inverse_density(u) * r**2).mean()
+  np.testing.assert_allclose(mean, 1 / 3, atol=2e-3)
+
+
+def test_no_rehearsal_stays_inside_the_range():
+  rates = noise.RateRange(0.05, 0.2)
+  r = rates.rate(jnp.array([0.0, 1e-7, 0.5, 1.0]))
+  np.testing.assert_allclose(r, [0.05, 0.05, 0.125, 0.2], atol=1e-6)
+  np.testing.assert_allclose(
+    rates.inverse_density(jnp.array([0.0, 1.0])), 0.15, rtol=1e-5
+  )
+
+
+def test_stage_rates_reads_the_config():
+  stage = StageConfig(mask_rate=(0.4, 0.6), rehearsal=0.1)
+  got = noise.stage_rates(stage, NoiseConfig())
+  assert got == noise.RateRange(0.4, 0.6, 0.1)
+  free = noise.stage_rates(StageConfig(), NoiseConfig(schedule="cosine"))
+  assert free == noise.ScheduledRates(noise.Cosine())
+  poly = NoiseConfig(schedule="polynomial", exponent=3.0)
+  assert noise.make_schedule(poly) == noise.Polynomial(3.0)

@@ -1,0 +1,370 @@
+"""Prepared rows: found again, never mixed up, whole or not there at all."""
+
+import dataclasses
+import pydoc_data.topics
+
+import numpy as np
+import pytest
+
+from mdm_jax.core import config as config_lib
+from mdm_jax.core.errors import UserError
+from mdm_jax.data import corpora, prepared
+from mdm_jax.data.prepared import prepare
+
+TOPICS = [
+  pydoc_data.topics.topics[name]
+  for name in sorted(pydoc_data.topics.topics)
+  if len(pydoc_data.topics.topics[name]) < 6000
+][:24]
+STAGES = [
+  {"unit": "sentences", "length": 48, "min_words": 3, "easiest": 0.5},
+  {"unit": "pairs", "length": 96, "easiest": 0.7},
+  {"unit": "paragraphs", "length": 64},
+]
+
+
+@pytest.fixture
+def texts(tmp_path):
+  """A folder of real text, one file a document."""
+  folder = tmp_path / "texts"
+  folder.mkdir()
+  for i, text in enumerate(TOPICS):
+    (folder / f"{i:02d}.txt").write_text(text, newline="")
+  return folder
+
+
+@pytest.fixture
+def cache(tmp_path):
+  """Where rows are kept."""
+  return tmp_path / "cache"
+
+
+@pytest.fixture
+def config(texts, cache):
+  """Three stages over the folder."""
+  return config_lib.from_dict(
+    {
+      "data": {
+        "corpus": f"text:{texts}/*.txt",
+        "cache_dir": str(cache),
+        "eval_fraction": 0.25,
+      },
+      "tokenizer": {"vocab_size": 400},
+      "stages": STAGES,
+    }
+  )
+
+
+def _change(config, section, **fields):
+  raw = config_lib.to_dict(config)
+  target = raw["stages"][0] if section == "stage" else raw[section]
+  target.update(fields)
+  return config_lib.from_dict(raw)
+
+
+def _folders(cache):
+  return sorted(path.name for path in cache.iterdir())
+
+
+def _split(config):
+  documents = corpora.load(config.data.corpus, config.data.max_documents)
+  return corpora.split(documents, config.data.eval_fraction)
+
+
+def _pieces(rows):
+  for tokens, segments in zip(rows.tokens, rows.segments, strict=True):
+    for number in range(1, segments.max() + 1):
+      yield tokens[segments == number]
+
+
+def _error(config):
+  with pytest.raises(UserError) as caught:
+    prepare(config)
+  message = str(caught.value)
+  assert "\n" not in message
+  return message
+
+
+# MARK: the cache
+
+
+def test_the_second_time_nothing_is_made(config, cache, monkeypatch):
+  first = prepare(config)
+
+  def refuse(*_):
+    raise AssertionError("made again")
+
+  monkeypatch.setattr(prepared.tokenizers, "build", refuse)
+  monkeypatch.setattr(prepared.segments, "units", refuse)
+  second = prepare(config)
+  assert len(_folders(cache)) == 1
+  assert second.tokenizer.sha256 == first.tokenizer.sha256
+  assert second.manifest == first.manifest
+  for a, b in zip(
+    (*first.stages, first.held_out),
+    (*second.stages, second.held_out),
+    strict=True,
+  ):
+    assert (a.tokens == b.tokens).all() and (a.segments == b.segments).all()
+
+
+def test_the_same_text_gives_the_same_bytes(config, cache, tmp_path):
+  prepare(config)
+  prepare(_change(config, "data", cache_dir=str(tmp_path / "other")))
+  assert _folders(cache) == _folders(tmp_path / "other")
+  for path in (cache / _folders(cache)[0]).iterdir():
+    twin = tmp_path / "other" / path.relative_to(cache)
+    assert path.read_bytes() == twin.read_bytes()
+
+
+@pytest.mark.parametrize(
+  "section, fields",
+  [
+    ("data", {"eval_fraction": 0.3}),
+    ("data", {"max_documents": 20}),
+    ("tokenizer", {"vocab_size": 420}),
+    ("tokenizer", {"kind": "byte"}),
+    ("stage", {"length": 40}),
+    ("stage", {"unit": "pairs"}),
+    ("stage", {"easiest": 0.4}),
+    ("stage", {"min_words": 4}),
+    ("stage", {"max_words": 12}),
+  ],
+)
+def test_a_field_that_shapes_rows_makes_a_new_folder(
+  config, cache, section, fields
+):
+  prepare(config)
+  prepare(_change(config, section, **fields))
+  assert len(_folders(cache)) == 2
+
+
+def test_other_fields_share_the_folder(config, cache):
+  prepare(config)
+  other = _change(config, "stage", name="x", epochs=9, mask_rate=[0.1, 0.2])
+  other = _change(other, "data", batch_size=2)
+  prepare(dataclasses.replace(other, seed=5, name="other"))
+  assert len(_folders(cache)) == 1
+
+
+def test_a_changed_text_makes_a_new_folder(config, cache, texts):
+  prepare(config)
+  with (texts / "03.txt").open("a") as file:
+    file.write(" ")
+  prepare(config)
+  assert len(_folders(cache)) == 2
+
+
+def test_a_given_tokenizer_is_known_by_its_bytes(config, cache, tmp_path):
+  path = tmp_path / "given.model"
+  for size in (400, 420):
+    made = prepare(_change(config, "tokenizer", vocab_size=size))
+    path.write_bytes(made.tokenizer.content)
+    given = prepare(_change(config, "tokenizer", path=str(path)))
+    assert given.tokenizer.sha256 == made.tokenizer.sha256
+  assert len(_folders(cache)) == 4
+
+
+@pytest.mark.parametrize(
+  "name", ["stage_2.tokens.npy", "held_out.segments.npy", "tokenizer.model"]
+)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_file_is_refused(config, cache, name, damage):
+  prepare(config)
+  folder = cache / _folders(cache)[0]
+  content = bytearray((folder / name).read_bytes())
+  if damage == "flip":
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+  elif damage == "cut":
+    (folder / name).write_bytes(content[:-1])
+  else:
+    (folder / name).unlink()
+  message = _error(config)
+  assert name in message and "delete the folder" in message
+  assert str(folder) in message
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"files": {'])
+def test_a_damaged_manifest_is_refused(config, cache, content):
+  prepare(config)
+  manifest = cache / _folders(cache)[0] / "manifest.json"
+  manifest.write_text(content)
+  assert "delete the folder" in _error(config)
+
+
+@pytest.mark.parametrize("step", ["pack", "_sha256"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_death_half_way_leaves_nothing(
+  config, cache, monkeypatch, step, error
+):
+  calls = []
+  whole = getattr(prepared, step)
+
+  def die(*args):
+    calls.append(args)
+    if len(calls) == 3:
+      raise error
+    return whole(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(prepared, step, die)
+    with pytest.raises(error):
+      prepare(config)
+  assert _folders(cache) == []
+  prepare(config)
+  assert len(_folders(cache)) == 1
+
+
+def test_a_faster_process_wins(config, cache, monkeypatch):
+  whole = prepared._fill
+
+  def overtaken(*args):
+    whole(*args)
+    with monkeypatch.context() as patch:
+      patch.setattr(prepared, "_fill", whole)
+      prepare(config)
+
+  monkeypatch.setattr(prepared, "_fill", overtaken)
+  data = prepare(config)
+  assert len(data.held_out)
+  assert len(_folders(cache)) == 1
+
+
+def test_a_cache_that_can_not_be_made_is_told(config, tmp_path):
+  (tmp_path / "file").write_text("")
+  message = _error(_change(config, "data", cache_dir=f"{tmp_path}/file/x"))
+  assert "data.cache_dir" in message
+
+
+def test_the_cache_follows_the_environment(config, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  prepare(_change(config, "data", cache_dir=""))
+  assert len(_folders(tmp_path / "xdg" / "mdm_jax")) == 1
+
+
+# MARK: the rows
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte", "char"])
+def test_held_out_rows_are_the_held_out_text(config, kind):
+  config = _change(config, "tokenizer", kind=kind)
+  data = prepare(config)
+  _, held_out = _split(config)
+  eos = data.tokenizer.vocab.eos
+  assert sum(piece[-1] == eos for piece in _pieces(data.held_out)) == len(
+    held_out
+  )
+  for document in held_out:
+    ids = np.append(data.tokenizer.encode(document.text), eos)
+    assert data.tokenizer.decode(ids) == document.text
+  decoded = sorted(data.tokenizer.decode(p) for p in _pieces(data.held_out))
+  for document in held_out:
+    rest = document.text
+    while rest:
+      piece = max((d for d in decoded if d and rest.startswith(d)), key=len)
+      rest = rest.removeprefix(piece)
+  assert sum(map(len, decoded)) == sum(len(d.text) for d in held_out)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte", "char"])
+def test_bytes_of_held_out_rows_are_those_of_the_text(config, kind):
+  config = _change(config, "tokenizer", kind=kind)
+  data = prepare(config)
+  _, held_out = _split(config)
+  assert data.num_bytes(data.held_out).sum() == sum(
+    len(d.text.encode()) for d in held_out
+  )
+
+
+def test_bytes_of_a_row_are_those_of_its_text(config):
+  data = prepare(config)
+  for rows in data.stages:
+    counted = data.num_bytes(rows)
+    for row, size in zip(rows.tokens, counted, strict=True):
+      assert len(data.tokenizer.decode(row).encode()) == size
+
+
+def test_held_out_text_is_never_trained_on(config):
+  data = prepare(config)
+  train, held_out = _split(config)
+  trained = "".join(d.text for d in train)
+  for rows in data.stages:
+    for piece in _pieces(rows):
+      cuts = np.flatnonzero(piece == data.tokenizer.vocab.separator)
+      for part in np.split(piece, cuts):
+        assert data.tokenizer.decode(part) in trained
+  only_held_out = [
+    line
+    for d in held_out
+    for line in d.text.splitlines()
+    if len(line.strip()) > 50 and line not in trained
+  ]
+  assert len(only_held_out) > 20
+  seen = "".join(
+    data.tokenizer.decode(p) for rows in data.stages for p in _pieces(rows)
+  )
+  assert not [line for line in only_held_out if line in seen]
+
+
+def test_the_last_stage_holds_the_whole_training_text(config):
+  data = prepare(config)
+  train, _ = _split(config)
+  assert data.num_bytes(data.stages[-1]).sum() == sum(
+    len(d.text.encode()) for d in train
+  )
+
+
+def test_stages_hold_what_their_config_asks(config):
+  data = prepare(config)
+  vocab = data.tokenizer.vocab
+  assert [rows.length for rows in data.stages] == [48, 96, 64]
+  assert data.held_out.length == 64
+  sentences, pairs, running = (list(_pieces(rows)) for rows in data.stages)
+  assert not any(vocab.separator in p or vocab.eos in p for p in sentences)
+  assert all((p == vocab.separator).sum() == 1 for p in pairs)
+  assert all(len(data.tokenizer.decode(p).split()) >= 3 for p in sentences)
+  assert not any(vocab.separator in p for p in running)
+  for rows in (*data.stages, data.held_out):
+    assert rows.tokens.max() <= vocab.pad
+    assert ((rows.tokens == vocab.pad) == (rows.segments == 0)).all()
+
+
+def test_counts_are_those_of_the_rows(config):
+  data = prepare(config)
+  train, held_out = _split(config)
+  counts = data.manifest["rows"]
+  assert data.manifest["documents"] == {
+    "train": len(train),
+    "held_out": len(held_out),
+  }
+  for i, rows in enumerate(data.stages):
+    count = counts[f"stage_{i + 1}"]
+    assert count["rows"] == len(rows)
+    assert count["tokens"] == (rows.segments > 0).sum()
+    assert count["capacity"] == rows.tokens.size
+    assert count["units_selected"] <= count["units_found"]
+  assert counts["stage_1"]["units_selected"] == -(
+    -counts["stage_1"]["units_found"] // 2
+  )
+
+
+def test_rows_are_read_from_disk_and_can_not_be_changed(config):
+  rows = prepare(config).stages[0]
+  assert isinstance(rows.tokens, np.memmap)
+  with pytest.raises(ValueError):
+    rows.tokens[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+  "fields, told",
+  [
+    ({"min_words": 5000}, "of 0 sentences within [5000, None] words"),
+    ({"length": 1}, "longer than 1 tokens"),
+    ({"easiest": 0.0}, "0 are among the easiest 0%"),
+  ],
+)
+def test_a_stage_without_rows_says_why(config, fields, told):
+  message = _error(_change(config, "stage", **fields))
+  assert message.startswith("stages[0] has no rows:")
+  assert told in message

@@ -1,0 +1,57 @@
+"""docs/configuration.md is what the dataclasses say."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from mdm_jax.core import config as config_lib
+from mdm_jax.core import reference
+
+FILE = pathlib.Path(__file__).parents[1] / "docs" / "configuration.md"
+CLASSES = [
+  cls
+  for name, cls in vars(config_lib).items()
+  if name.endswith("Config") and dataclasses.is_dataclass(cls)
+]
+
+
+def test_the_file_is_up_to_date():
+  assert FILE.read_text() == reference.reference(), (
+    "run: python -m mdm_jax.core.reference > docs/configuration.md"
+  )
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_has_a_doc(cls):
+  for field in dataclasses.fields(cls):
+    if not reference._inner(field.type)[0]:
+      doc = field.metadata.get("doc", "").strip()
+      assert doc, f"{cls.__name__}.{field.name}"
+      assert "\n" not in doc
+
+
+def test_every_dataclass_is_a_section_with_a_docstring():
+  found = [cls for _, cls in reference.sections()]
+  assert set(found) == set(CLASSES)
+  assert len(found) == len(set(found))
+  generated = dataclasses.make_dataclass("Bare", []).__doc__
+  for cls in found:
+    assert cls.__doc__.strip() and not cls.__doc__.startswith(cls.__name__)
+  assert generated.startswith("Bare")
+
+
+def test_every_name_is_one_that_a_flag_can_set():
+  text = reference.reference()
+  for path, cls in reference.sections():
+    for field in dataclasses.fields(cls):
+      name = f"{path}.{field.name}" if path else field.name
+      config_lib.check_field(name.replace("[i]", "[0]"))
+      if not reference._inner(field.type)[0]:
+        assert text.count(f"| `{name}` |") == 1
+
+
+def test_nested_names_are_written_in_full():
+  text = reference.reference()
+  assert "`data.batch_size`" in text
+  assert "`stages[i].epochs`" in text
