@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from rich import box
 from rich.table import Table
 
 from mdm_jax.core.config import Config
@@ -14,10 +15,46 @@ from mdm_jax.data.prepared import PreparedData, prepare
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.likelihood import Evaluator, subset
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.sampling.generate import generate
+from mdm_jax.sampling.generate import TextSampler
 from mdm_jax.training.checkpoint import Checkpoints
 
 _CURVE_ROWS = 64
+_SETTINGS = ("num_steps", "temperature", "top_k", "top_p", "seed")
+
+
+class Measures:
+  """What a model is measured with; each part is compiled once a process."""
+
+  def __init__(
+    self, config: Config, data: PreparedData, mesh: jax.sharding.Mesh
+  ):
+    vocab = data.tokenizer.vocab
+    self.config, self.data = config, data
+    self.denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
+    self.sample = TextSampler(
+      config.sample, self.denoiser, data.tokenizer, mesh, config.sample_length
+    )
+    self._evaluator = Evaluator(config.eval, self.denoiser, vocab.mask, mesh)
+
+  def likelihood(self, params: Params, count: int | None) -> dict[str, Any]:
+    """Returns the bound over `count` held-out rows (None: all)."""
+    rows = subset(self.data.held_out, count)
+    measured = self._evaluator.likelihood(params, rows)
+    num_bytes = int(self.data.num_bytes(rows).sum())
+    return {
+      "nelbo_per_token": measured.nelbo_per_token,
+      "nelbo_stderr": measured.stderr,
+      "ppl_bound": measured.ppl_bound,
+      "bits_per_byte": measured.bits_per_byte(num_bytes),
+      "eval_rows": measured.rows,
+      "eval_tokens": measured.tokens,
+    }
+
+  def ce_by_mask_rate(self, params: Params) -> dict[str, float]:
+    """Returns the curve over a few of the rows."""
+    count = min(_CURVE_ROWS, self.config.eval.final_rows or _CURVE_ROWS)
+    rows = subset(self.data.held_out, count)
+    return self._evaluator.ce_by_mask_rate(params, rows)
 
 
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
@@ -27,40 +64,28 @@ def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   mesh = make_mesh(config.mesh)
   check_divides("eval.batch_size", config.eval.batch_size, mesh)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
-    return evaluate_checkpoint(config, workdir, data, mesh, checkpoints)
+    measures = Measures(config, data, mesh)
+    return evaluate_checkpoint(workdir, measures, checkpoints)
 
 
 def evaluate_checkpoint(
-  config: Config,
-  workdir: Workdir,
-  data: PreparedData,
-  mesh: jax.sharding.Mesh,
-  checkpoints: Checkpoints,
+  workdir: Workdir, measures: Measures, checkpoints: Checkpoints
 ) -> dict[str, Any]:
   """Measures the best checkpoint, writes results.json and prints a table."""
-  vocab = data.tokenizer.vocab
-  denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
-  step, params = load_best(workdir, checkpoints, denoiser)
-  evaluator = Evaluator(config.eval, denoiser, vocab.mask, mesh)
-  rows = subset(data.held_out, config.eval.final_rows)
-  measured = evaluator.likelihood(params, rows)
-  curve = evaluator.ce_by_mask_rate(params, subset(rows, _CURVE_ROWS))
-  saved = checkpoints.metrics(step)
-  wall, tokens = saved["wall_seconds"], saved["tokens_seen"]
-  results = {
-    "nelbo_per_token": measured.nelbo_per_token,
-    "nelbo_stderr": measured.stderr,
-    "ppl_bound": measured.ppl_bound,
-    "bits_per_byte": measured.bits_per_byte(int(data.num_bytes(rows).sum())),
-    "ce_by_mask_rate": curve,
-    "eval_rows": measured.rows,
-    "eval_tokens": measured.tokens,
+  config = measures.config
+  step, params = load_best(workdir, checkpoints, measures.denoiser)
+  latest = checkpoints.latest()
+  run = checkpoints.metrics(latest)
+  wall, tokens = run["wall_seconds"], run["tokens_seen"]
+  results = measures.likelihood(params, config.eval.final_rows) | {
+    "ce_by_mask_rate": measures.ce_by_mask_rate(params),
+    "checkpoint": step,
+    "updates": latest,
     "tokens_seen": tokens,
-    "updates": step,
     "wall_seconds": wall,
     "tokens_per_second": tokens / wall,
-    "samples": draw_samples(config, denoiser, data.tokenizer, params, mesh),
-    "sampling": _sampling_settings(config),
+    "sampling": {name: getattr(config.sample, name) for name in _SETTINGS},
+    "samples": measures.sample(params),
   }
   workdir.write_results(results)
   show(results)
@@ -89,22 +114,10 @@ def check_tokenizer(workdir: Workdir, tokenizer: Tokenizer) -> None:
     )
 
 
-def draw_samples(
-  config: Config,
-  denoiser: Denoiser,
-  tokenizer: Tokenizer,
-  params: Params,
-  mesh: jax.sharding.Mesh,
-) -> list[str]:
-  """Returns `sample.num_samples` texts drawn without a prompt."""
-  return generate(
-    config.sample, denoiser, tokenizer, params, mesh, config.sample_length
-  )
-
-
 def show(results: dict[str, Any]) -> None:
   """Prints the results as tables."""
-  table = Table(title=f"held-out text, update {results['updates']:,}")
+  title = f"held-out text, update {results['checkpoint']:,}"
+  table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
   table.add_column("measure")
   table.add_column("value", justify="right")
   nelbo, stderr = results["nelbo_per_token"], results["nelbo_stderr"]
@@ -121,8 +134,3 @@ def show(results: dict[str, Any]) -> None:
   for i, text in enumerate(results["samples"], start=1):
     console.rule(f"sample {i} ({settings})")
     console.print(text, markup=False, soft_wrap=True)
-
-
-def _sampling_settings(config: Config) -> dict[str, Any]:
-  names = ("num_steps", "temperature", "top_k", "top_p", "seed")
-  return {name: getattr(config.sample, name) for name in names}

@@ -2,13 +2,14 @@
 
 import jax
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from mdm_jax.core.config import Config
 from mdm_jax.core.progress import console
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.training.curriculum import Curriculum
+from mdm_jax.training.curriculum import Curriculum, StagePlan
 
 
 def show(
@@ -19,20 +20,22 @@ def show(
   mesh: jax.sharding.Mesh,
 ) -> None:
   """Prints the stages, the model and what the sampler will meet untrained."""
-  table = Table(title=f"{config.name}: {config.data.corpus}")
-  for name in ("stage", "text", "rows", "length", "mask rate", "rehearsal"):
-    table.add_column(name)
-  for name in ("epochs", "updates", "tokens"):
-    table.add_column(name, justify="right")
-  for stage, rows in zip(curriculum.stages, data.stages, strict=True):
-    table.add_row(*_stage_row(config, stage, rows))
+  title = f"{config.name}: {config.data.corpus}"
+  table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+  for name in ("stage", "text", "mask rate (+any)"):
+    table.add_column(name, no_wrap=True)
+  for name in ("rows", "epochs", "updates"):
+    table.add_column(name, justify="right", no_wrap=True)
+  for stage in curriculum.stages:
+    table.add_row(*_stage_row(config, stage))
   console.print(table)
-  sizes = dict(mesh.shape)
+  sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
   console.print(
-    f"parameters {num_params(denoiser):,}; vocabulary"
-    f" {data.tokenizer.vocab.size:,}; effective batch"
-    f" {config.rows_per_update} rows; held-out rows {len(data.held_out):,};"
-    f" {mesh.devices.flat[0].device_kind} mesh {sizes}"
+    f"{num_params(denoiser):,} parameters, vocabulary"
+    f" {data.tokenizer.vocab.size:,}, {config.rows_per_update} rows an update,"
+    f" {len(data.held_out):,} held-out rows;"
+    f" {mesh.devices.flat[0].device_kind}: {sizes}",
+    soft_wrap=True,
   )
   for warning in uncovered_rates(config):
     console.print(f"warning: {warning}")
@@ -63,19 +66,17 @@ def uncovered_rates(config: Config) -> list[str]:
   ]
 
 
-def _stage_row(config: Config, stage, rows) -> list[str]:
+def _stage_row(config: Config, stage: StagePlan) -> list[str]:
   drawn = stage.updates * config.rows_per_update
-  filled = float((rows.segments[:256] > 0).mean())
   s = stage.config
   rates = "U(0, 1)" if s.mask_rate is None else "{:g}-{:g}".format(*s.mask_rate)
+  if s.rehearsal:
+    rates += f" +{s.rehearsal:.0%}"
   return [
     s.name,
-    s.unit,
-    f"{stage.rows:,}",
-    str(s.length),
+    f"{s.unit} {s.length}",
     rates,
-    f"{s.rehearsal:g}",
+    f"{stage.rows:,}",
     f"{drawn / stage.rows:.2f}",
     f"{stage.updates:,}",
-    f"{drawn * s.length * filled / 1e6:.2f}M",
   ]

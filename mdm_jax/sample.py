@@ -9,7 +9,7 @@ from mdm_jax.core.sharding import make_mesh
 from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.tokenizer import load_tokenizer
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.sampling.generate import generate
+from mdm_jax.sampling.generate import TextSampler
 from mdm_jax.training.checkpoint import Checkpoints
 
 
@@ -24,15 +24,10 @@ def sample_workdir(
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
     _, params = evaluate.load_best(workdir, checkpoints, denoiser)
-    texts = generate(
-      config.sample,
-      denoiser,
-      tokenizer,
-      params,
-      mesh,
-      config.sample_length,
-      prompt,
+    sampler = TextSampler(
+      config.sample, denoiser, tokenizer, mesh, config.sample_length
     )
+    texts = sampler(params, prompt)
   for i, text in enumerate(texts, start=1):
     console.rule(f"sample {i}")
     console.print(text, markup=False, soft_wrap=True)

@@ -28,8 +28,6 @@ from mdm_jax.core.workdir import Workdir
 from mdm_jax.data import batches
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData, prepare
-from mdm_jax.evaluation.likelihood import Evaluator, subset
-from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.training.checkpoint import Checkpoints
 from mdm_jax.training.curriculum import Curriculum, StagePlan, make_curriculum
 from mdm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -95,14 +93,13 @@ class _Run:
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
   ):
-    vocab = data.tokenizer.vocab
     self.config, self.workdir, self.data = config, workdir, data
     self.mesh, self.checkpoints = mesh, checkpoints
-    self.denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
+    self.measures = evaluate_lib.Measures(config, data, mesh)
+    self.denoiser = self.measures.denoiser
     self.curriculum = make_curriculum(config, [len(r) for r in data.stages])
     self.schedule = learning_rate_schedule(config.optimizer, self.curriculum)
     self.optimizer = make_optimizer(config.optimizer, self.schedule)
-    self.evaluator = Evaluator(config.eval, self.denoiser, vocab.mask, mesh)
     self.clock = _Clock()
 
   def train(self) -> None:
@@ -124,7 +121,7 @@ class _Run:
   def finish(self) -> dict[str, Any]:
     """Measures the best checkpoint and writes the results."""
     return evaluate_lib.evaluate_checkpoint(
-      self.config, self.workdir, self.data, self.mesh, self.checkpoints
+      self.workdir, self.measures, self.checkpoints
     )
 
   def _restore_or_init(self) -> TrainState:
@@ -236,29 +233,22 @@ class _Log:
     """Measures the averaged parameters on a few held-out rows."""
     self.flush()
     began = time.monotonic()
-    run = self._run
-    rows = subset(run.data.held_out, run.config.eval.rows)
-    measured = run.evaluator.likelihood(state.ema_params, rows)
-    bpb = measured.bits_per_byte(int(run.data.num_bytes(rows).sum()))
-    scalars = {
-      "eval/nelbo_per_token": measured.nelbo_per_token,
-      "eval/nelbo_stderr": measured.stderr,
-      "eval/ppl_bound": measured.ppl_bound,
-      "eval/bits_per_byte": bpb,
-    }
+    measures = self._run.measures
+    rows = self._run.config.eval.rows
+    measured = measures.likelihood(state.ema_params, rows)
+    scalars = {f"eval/{name}": value for name, value in measured.items()}
     self._writers.write_scalars(done, scalars)
-    texts = evaluate_lib.draw_samples(
-      run.config, run.denoiser, run.data.tokenizer, state.ema_params, run.mesh
-    )
-    named = {f"samples/{i}": text for i, text in enumerate(texts)}
-    self._writers.write_texts(done, named)
+    samples = measures.sample(state.ema_params)
+    texts = {f"samples/{i}": text for i, text in enumerate(samples)}
+    self._writers.write_texts(done, texts)
+    bound, stderr = measured["nelbo_per_token"], measured["nelbo_stderr"]
     self._line.say(
-      f"update {done}: held-out NELBO"
-      f" {measured.nelbo_per_token:.4f} ± {measured.stderr:.4f} nats/token,"
-      f" {bpb:.3f} bits/byte ({duration(run.clock.seconds)})"
+      f"update {done}: held-out NELBO {bound:.4f} ± {stderr:.4f} nats/token,"
+      f" {measured['bits_per_byte']:.3f} bits/byte"
+      f" ({duration(self._run.clock.seconds)})"
     )
     self._since += time.monotonic() - began  # not the training's time
-    return {"nelbo_per_token": measured.nelbo_per_token}
+    return {"nelbo_per_token": bound}
 
   def _write_window(self, update: int) -> None:
     """Writes means since the last time, and moves the progress line."""

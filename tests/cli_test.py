@@ -305,6 +305,24 @@ def test_signals_save_and_the_run_continues_bit_for_bit(trained, tmp_path):
   assert done.returncode == 0, done.stderr
   assert f"at update {stopped[1]}" in " ".join(done.stdout.split())
 
+  _check_same(trained, workdir)
+
+
+def test_a_crash_is_made_good_from_the_last_checkpoint(trained, copied):
+  shutil.rmtree(copied / "checkpoints" / "36")
+  (copied / "results.json").unlink()
+  with (copied / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 36, "train/lo')
+  done = _call(
+    trained.folder, trained.env, *trained.args, f"--workdir={copied}"
+  )
+  assert done.returncode == 0, done.stderr
+  assert "at update 24" in " ".join(done.stdout.split())
+  _check_same(trained, copied)
+
+
+def _check_same(trained, workdir):
+  """A run in pieces has the numbers and texts of the one in one piece."""
   whole, resumed = (
     _series(w, (int, float, str)) for w in (trained.workdir, workdir)
   )

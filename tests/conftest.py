@@ -12,12 +12,14 @@ import pytest
 from mdm_jax.core.config import Config, EvalConfig, ModelConfig
 from mdm_jax.core.sharding import AXES
 
+CACHE = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update(
   "jax_compilation_cache_dir",
-  os.path.expanduser("~/.cache/mdm_jax/xla_tests"),
+  os.path.join(CACHE, "mdm_jax", "xla_tests"),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -82,16 +82,8 @@ def test_rows_are_as_few_as_first_fit_decreasing_makes_them(case):
   texts, length = case
   sizes = sorted(map(len, texts), reverse=True)
   rows = pack(texts, length, PAD)
-  # The proven limit of best-fit decreasing; first-fit decreasing is compared
-  # by its own bins, which is equal in all but rare cases.
   fewest = -(-sum(sizes) // length)
-  assert fewest <= len(rows) <= 11 / 9 * max(fewest, _lower(sizes, length)) + 4
-  assert len(rows) <= _first_fit(sizes, length) + 1
-
-
-def _lower(sizes, length):
-  """Texts longer than half a row never share one."""
-  return sum(2 * size > length for size in sizes)
+  assert fewest <= len(rows) <= _first_fit(sizes, length) + 1
 
 
 @given(_texts())

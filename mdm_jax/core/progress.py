@@ -45,7 +45,7 @@ class ProgressLine:
 
   def say(self, text: str) -> None:
     """Prints a line that stays."""
-    console.print(text)
+    console.print(text, soft_wrap=True)
 
   def update(
     self,
@@ -66,5 +66,6 @@ class ProgressLine:
     )
     now = time.monotonic()
     if not console.is_terminal and now - self._last_line > _PLAIN_SECONDS:
-      console.print(f"{stage}  {update}/{self._updates}  {text}")
+      line = f"{stage}  {update}/{self._updates}  {text}"
+      console.print(line, soft_wrap=True)
       self._last_line = now

@@ -14,46 +14,57 @@ from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling.sampler import make_sampler
 
 
-def generate(
-  config: SampleConfig,
-  denoiser: Denoiser,
-  tokenizer: Tokenizer,
-  params: Params,
-  mesh: jax.sharding.Mesh,
-  length: int,
-  prompt: str = "",
-) -> list[str]:
-  """Returns `config.num_samples` texts that begin with the prompt.
+class TextSampler:
+  """Draws texts with one set of settings; compiled once.
 
-  Args:
-    config: how to draw.
-    denoiser: the model.
-    tokenizer: of the model.
-    params: its parameters.
-    mesh: where they live; it is the current mesh.
+  Attributes:
+    config: how to draw, and how many.
     length: tokens of a text, the prompt included.
-    prompt: kept as it is.
-
-  Raises:
-    UserError: the prompt fills the whole length.
   """
-  start = tokenizer.encode(prompt)
-  if len(start) >= length:
-    raise UserError(
-      f"the prompt has {len(start)} tokens, a sample only {length}; shorten it"
-      f" to at most {length - 1} or set sample.length"
-    )
-  # More rows than asked for where the mesh needs them; a row's text is its own.
-  rows = -(-config.num_samples // data_shards(mesh)) * data_shards(mesh)
-  vocab = tokenizer.vocab
-  x = np.full((rows, length), vocab.mask, np.int32)
-  x[:, : len(start)] = start
-  place = lambda a: jax.device_put(a, batch_sharding(mesh, a.ndim))
-  keys = rng.per_row(rng.stream(config.seed, "sample"), jnp.arange(rows))
-  sampler = make_sampler(config, denoiser, vocab.mask)
-  drawn = sampler(params, place(x), place(x == vocab.mask), place(keys))
-  drawn = np.asarray(drawn)[: config.num_samples]
-  return [tokenizer.decode(_until_end(row, vocab)) for row in drawn]
+
+  def __init__(
+    self,
+    config: SampleConfig,
+    denoiser: Denoiser,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    length: int,
+  ):
+    self.config, self.length = config, length
+    self._tokenizer, self._mesh = tokenizer, mesh
+    self._sample = make_sampler(config, denoiser, tokenizer.vocab.mask)
+
+  def __call__(self, params: Params, prompt: str = "") -> list[str]:
+    """Returns `config.num_samples` texts that begin with the prompt.
+
+    Raises:
+      UserError: the prompt fills the whole length.
+    """
+    start = self._tokenizer.encode(prompt)
+    if len(start) >= self.length:
+      raise UserError(
+        f"the prompt has {len(start)} tokens, a sample only {self.length};"
+        f" shorten it to at most {self.length - 1} or set sample.length"
+      )
+    vocab = self._tokenizer.vocab
+    x = np.full((self._rows(), self.length), vocab.mask, np.int32)
+    x[:, : len(start)] = start
+    stream = rng.stream(self.config.seed, "sample")
+    keys = rng.per_row(stream, jnp.arange(len(x)))
+    inputs = x, x == vocab.mask, keys
+    drawn = np.asarray(self._sample(params, *map(self._place, inputs)))
+    return [
+      self._tokenizer.decode(_until_end(row, vocab))
+      for row in drawn[: self.config.num_samples]
+    ]
+
+  def _rows(self) -> int:
+    """More than asked for where the mesh needs it; a row's text is its own."""
+    shards = data_shards(self._mesh)
+    return -(-self.config.num_samples // shards) * shards
+
+  def _place(self, values):
+    return jax.device_put(values, batch_sharding(self._mesh, values.ndim))
 
 
 def _until_end(row: Int[np.ndarray, "L"], vocab: Vocabulary):
