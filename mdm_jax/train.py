@@ -58,7 +58,7 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     Checkpoints(workdir.path, config.train.keep_latest) as checkpoints,
   ):
     run = _Run(config, workdir, data, mesh, checkpoints)
-    if checkpoints.latest() == run.curriculum.updates:
+    if (checkpoints.latest() or 0) >= run.curriculum.updates:
       console.print(f"{workdir.path} is finished: nothing to train")
       results = workdir.read_results()
       if results is not None:
