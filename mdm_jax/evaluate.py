@@ -7,12 +7,10 @@ from rich import box
 from rich.table import Table
 
 from mdm_jax.core.config import Config
-from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import check_divides, make_mesh
 from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.prepared import PreparedData, prepare
-from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.likelihood import Evaluator, subset
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling.generate import TextSampler
@@ -60,7 +58,7 @@ class Measures:
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   """Measures a run's best checkpoint, writes and returns the results."""
   data = prepare(config)
-  check_tokenizer(workdir, data.tokenizer)
+  workdir.check_tokenizer(data.tokenizer.sha256)
   mesh = make_mesh(config.mesh)
   check_divides("eval.batch_size", config.eval.batch_size, mesh)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
@@ -73,7 +71,7 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
   """Measures the best checkpoint, writes results.json and prints a table."""
   config = measures.config
-  step, params = load_best(workdir, checkpoints, measures.denoiser)
+  step, params = checkpoints.restore_best_params(measures.denoiser)
   latest = checkpoints.latest()
   run = checkpoints.metrics(latest)
   wall, tokens = run["wall_seconds"], run["tokens_seen"]
@@ -90,28 +88,6 @@ def evaluate_checkpoint(
   workdir.write_results(results)
   show(results)
   return results
-
-
-def load_best(
-  workdir: Workdir, checkpoints: Checkpoints, denoiser: Denoiser
-) -> tuple[int, Params]:
-  """Returns the best checkpoint's update and averaged parameters."""
-  step = checkpoints.best()
-  if step is None:
-    raise UserError(f"workdir {workdir.path} has no checkpoint yet")
-  like = jax.eval_shape(denoiser.init, jax.random.key(0))
-  return step, checkpoints.restore_ema_params(step, like)
-
-
-def check_tokenizer(workdir: Workdir, tokenizer: Tokenizer) -> None:
-  """Raises UserError if a run was started with another tokenizer."""
-  saved = workdir.tokenizer_sha256()
-  if saved not in (None, tokenizer.sha256):
-    raise UserError(
-      f"workdir {workdir.path} was started with another tokenizer (sha256"
-      f" {saved[:12]}, now {tokenizer.sha256[:12]}): the text or the"
-      " tokenizer's config has changed; use another workdir"
-    )
 
 
 def show(results: dict[str, Any]) -> None:

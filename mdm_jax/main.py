@@ -8,28 +8,15 @@ Any field of the config can be set: --config.data.batch_size=4. Without
 --config, the config saved in the workdir is used.
 """
 
-import glob
-import itertools
 import json
 import os
-import re
-import sys
-import traceback
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
-from ml_collections.config_flags import tuple_parser
 
-from mdm_jax.core import config as config_lib
+from mdm_jax.core import command_line
 from mdm_jax.core.config import Config
-from mdm_jax.core.errors import (
-  EXIT_OK,
-  EXIT_STOPPED,
-  EXIT_USER,
-  UserError,
-  nearest,
-)
+from mdm_jax.core.errors import EXIT_OK, EXIT_STOPPED, Stopped, UserError
 from mdm_jax.core.workdir import Workdir
 
 _MODE = flags.DEFINE_enum(
@@ -50,40 +37,37 @@ _JSON = flags.DEFINE_bool(
 def main(_: list[str]) -> int:
   """Runs the program the flags ask for; returns the exit code."""
   try:
-    results = _run(*_config_and_workdir())
+    config = command_line.read_config(_NUM_SAMPLES.value)
+    path = _WORKDIR.value or os.path.join("runs", config.name)
+    results = _run(config, Workdir(path))
   except UserError as error:
-    return _fail(str(error))
+    return command_line.fail(error)
+  except Stopped as stopped:
+    print(stopped)
+    return EXIT_STOPPED
   if _JSON.value:
     print(json.dumps(results))
   return EXIT_OK
 
 
-def _run(config: Config, workdir: Workdir):
-  _configure_jax()
+def _run(config: Config, workdir: Workdir) -> Any:
+  _keep_compiled_programs()
   # Imported here, so that --help and a wrong flag answer at once.
   from mdm_jax import evaluate, sample, train
 
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
-  if _NUM_SAMPLES.value is not None:
-    raw = config_lib.to_dict(config)
-    raw["sample"]["num_samples"] = _NUM_SAMPLES.value
-    config = config_lib.from_dict(raw)
   match _MODE.value:
     case "train":
-      try:
-        return train.train_and_evaluate(config, workdir)
-      except train.Stopped as stopped:
-        print(stopped)
-        sys.exit(EXIT_STOPPED)
+      return train.train_and_evaluate(config, workdir)
     case "eval":
       return evaluate.evaluate_workdir(config, workdir)
     case "sample":
       return sample.sample_workdir(config, workdir, _PROMPT.value)
 
 
-def _configure_jax() -> None:
-  """Keeps compiled programs for the next start."""
+def _keep_compiled_programs() -> None:
+  """Compiles nothing twice, not even in another process."""
   import jax
 
   cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
@@ -93,119 +77,5 @@ def _configure_jax() -> None:
     )
 
 
-def _config_and_workdir() -> tuple[Config, Workdir]:
-  value = flags.FLAGS["config"].value
-  if value is None:
-    raise UserError(
-      "give --config=FILE, for example --config=configs/quickstart.py, or"
-      " --workdir=FOLDER of a run"
-    )
-  config = config_lib.from_config_dict(value)
-  path = _WORKDIR.value or os.path.join("runs", config.name)
-  return config, Workdir(path)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses all flags; a mistake is one line on stderr and exit code 2."""
-  path = _config_path(argv)
-  try:
-    flags.FLAGS(argv, known_only=True)  # --workdir decides how config is read
-    _check_overrides(argv)
-    _define_config(path)
-    flags.FLAGS.unparse_flags()
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise UserError(f"unexpected argument {rest[1]!r}")
-    return rest
-  except UserError as error:
-    sys.exit(_fail(str(error)))
-  except Exception as error:  # whatever a config file's own code raises
-    sys.exit(_fail(_tell(error, path)))
-
-
-def _config_path(argv: list[str]) -> str | None:
-  """Returns the file that --config names, without its argument, if any."""
-  for given, following in itertools.pairwise([*argv[1:], ""]):
-    name, equals, value = given.lstrip("-").partition("=")
-    if given.startswith("-") and name == "config":
-      return (value if equals else following).partition(":")[0]
-  return None
-
-
-def _check_overrides(argv: list[str]) -> None:
-  for given in argv[1:]:
-    field = re.match(r"--?(?:no)?config\.([^=]+)", given)
-    if field:
-      config_lib.check_field(field[1])
-
-
-def _define_config(path: str | None) -> None:
-  """--config reads a file, or else overrides what the workdir has saved."""
-  for kind, parser in (
-    (int, flags.IntegerParser()),
-    (float, flags.FloatParser()),
-    (tuple, tuple_parser.TupleParser()),
-  ):
-    config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
-  if path is None and _WORKDIR.value is not None:
-    saved = config_lib.from_dict(Workdir(_WORKDIR.value).read_config_dict())
-    config_flags.DEFINE_config_dict("config", config_lib.to_config_dict(saved))
-    return
-  if path and not os.path.isfile(path):
-    others = glob.glob(os.path.join(os.path.dirname(path), "*.py"))
-    hint = f"; {nearest(path, others)}" if others else ""
-    raise UserError(f"config file {path} does not exist{hint}")
-  config_flags.DEFINE_config_file(
-    "config", help_string="Config file, as FILE or FILE:ARGUMENT."
-  )
-
-
-class _OrNone(flags.ArgumentParser):
-  """Lets None be given for a field; whether it may be is checked later."""
-
-  def __init__(self, parser: flags.ArgumentParser):
-    self._parser = parser
-    self.syntactic_help = parser.syntactic_help
-
-  def parse(self, argument: Any) -> Any:
-    return None if argument == "None" else self._parser.parse(argument)
-
-  def flag_type(self) -> str:
-    return self._parser.flag_type()
-
-
-def _tell(error: BaseException, path: str | None) -> str:
-  """Says what is wrong in the flags, or in which line of a config file."""
-  chain = [error]
-  while chain[-1].__context__ is not None:
-    chain.append(chain[-1].__context__)
-  for cause in chain if path else ():
-    if isinstance(cause, SyntaxError):
-      return f"{cause.filename}, line {cause.lineno}: {cause.msg}"
-    for frame in reversed(traceback.extract_tb(cause.__traceback__)):
-      if os.path.abspath(frame.filename) == os.path.abspath(path):
-        return f"{path}, line {frame.lineno}: {_one_line(cause)}"
-  if isinstance(error, IndexError):
-    return "a --config.stages[...] asks for a stage that does not exist"
-  if "get_config" in str(chain[-1]):
-    return f"{path}: {_one_line(chain[-1])}; see configs/quickstart.py"
-  return _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-  text = " ".join(str(part) for part in error.args) or repr(error)
-  return " ".join(text.split())
-
-
-def _fail(message: str) -> int:
-  print(f"error: {message}", file=sys.stderr)
-  return EXIT_USER
-
-
-def run() -> None:
-  """The program's entry."""
-  app.run(main, flags_parser=parse_flags)
-
-
 if __name__ == "__main__":
-  run()
+  app.run(main, flags_parser=command_line.parse)

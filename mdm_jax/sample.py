@@ -2,7 +2,6 @@
 
 import jax
 
-from mdm_jax import evaluate
 from mdm_jax.core.config import Config
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import make_mesh
@@ -18,12 +17,12 @@ def sample_workdir(
 ) -> list[str]:
   """Draws texts from a run's best checkpoint, prints and returns them."""
   tokenizer = load_tokenizer(workdir.path)
-  evaluate.check_tokenizer(workdir, tokenizer)
+  workdir.check_tokenizer(tokenizer.sha256)
   vocab = tokenizer.vocab
   denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
-    _, params = evaluate.load_best(workdir, checkpoints, denoiser)
+    _, params = checkpoints.restore_best_params(denoiser)
     sampler = TextSampler(
       config.sample, denoiser, tokenizer, mesh, config.sample_length
     )

@@ -20,6 +20,7 @@ from mdm_jax import evaluate as evaluate_lib
 from mdm_jax import plan as plan_lib
 from mdm_jax.core import rng
 from mdm_jax.core.config import Config
+from mdm_jax.core.errors import Stopped
 from mdm_jax.core.metrics import Writers
 from mdm_jax.core.progress import ProgressLine, console, duration
 from mdm_jax.core.sharding import check_divides, check_model, make_mesh
@@ -35,10 +36,6 @@ from mdm_jax.training.state import TrainState, abstract_state, init_state
 from mdm_jax.training.step import make_train_step
 
 
-class Stopped(Exception):
-  """A signal stopped the run after everything was saved."""
-
-
 def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
   """Trains all stages, or what is left of them, and returns the results.
 
@@ -52,7 +49,7 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
   check_divides("data.batch_size", config.data.batch_size, mesh)
   check_divides("eval.batch_size", config.eval.batch_size, mesh)
   check_model(config.model, mesh)
-  evaluate_lib.check_tokenizer(workdir, data.tokenizer)
+  workdir.check_tokenizer(data.tokenizer.sha256)
   with (
     jax.set_mesh(mesh),
     Checkpoints(workdir.path, config.train.keep_latest) as checkpoints,

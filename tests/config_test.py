@@ -381,7 +381,7 @@ def test_quick_keeps_the_stages_and_shrinks_the_rest():
   after = config_lib.from_config_dict(config_lib.quick(config))
   assert after.name == "big_quick"
   assert after.model.embed_dim <= 64 and after.model.num_layers <= 2
-  assert after.data.max_documents <= 20
+  assert after.data.max_documents <= 24
   assert sum(s.updates for s in after.stages) <= 40
   assert max(s.length for s in after.stages) <= 64
   assert after.eval.every <= 12 and after.eval.final_rows <= 16

@@ -30,11 +30,8 @@ SIDEWAYS = {
   ("main.py", "sample.py"): "main is the door to the three programs",
   ("train.py", "evaluate.py"): "training ends with the evaluation",
   ("train.py", "plan.py"): "training begins by telling its plan",
-  ("sample.py", "evaluate.py"): "both load the same best checkpoint",
 }
-TOO_LONG = {
-  "mdm_jax/core/config.py": "one definition of every field, in one place",
-}
+TOO_LONG = {}
 
 
 def _tree(module):

@@ -12,6 +12,10 @@ class UserError(Exception):
   """A mistake the user can mend; `main` prints it as one line and exits 2."""
 
 
+class Stopped(Exception):
+  """A signal stopped the run after everything was saved."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
   """Returns a clause that names the closest valid value, or all of them."""
   valid = sorted(map(str, valid))

@@ -41,9 +41,7 @@ class TensorBoardWriter:
   """An event file; what an earlier run wrote beyond `after` is hidden."""
 
   def __init__(self, folder: epath.Path, after: int):
-    self._writer = tensorboardX.SummaryWriter(
-      str(folder), purge_step=after + 1 if after else None
-    )
+    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=after + 1)
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
     for name, value in scalars.items():

@@ -70,6 +70,16 @@ class Workdir:
       return None
     return json.loads(path.read_text())["tokenizer_sha256"]
 
+  def check_tokenizer(self, sha256: str) -> None:
+    """Raises UserError if the run was started with another tokenizer."""
+    saved = self.tokenizer_sha256()
+    if saved not in (None, sha256):
+      raise UserError(
+        f"workdir {self.path} was started with another tokenizer (sha256"
+        f" {saved[:12]}, now {sha256[:12]}): the text or the tokenizer's config"
+        " has changed; use another workdir"
+      )
+
   def write_results(self, results: dict[str, Any]) -> None:
     """Stores the last evaluation."""
     self._write("results.json", results)

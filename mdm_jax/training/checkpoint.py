@@ -9,7 +9,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mdm_jax.core.errors import UserError
-from mdm_jax.model.denoiser import Params
+from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.training.state import TrainState
 
 _FOLDER = "checkpoints"
@@ -91,6 +91,19 @@ class Checkpoints:
       UserError: the checkpoint is of another architecture or optimizer.
     """
     return self._restore(step, like)
+
+  def restore_best_params(self, denoiser: Denoiser) -> tuple[int, Params]:
+    """Returns the best step and its averaged parameters, on the current mesh.
+
+    Raises:
+      UserError: nothing was saved yet, or it is of another architecture.
+    """
+    step = self.best()
+    if step is None:
+      folder = epath.Path(self._manager.directory).parent
+      raise UserError(f"workdir {folder} has no checkpoint yet")
+    like = jax.eval_shape(denoiser.init, jax.random.key(0))
+    return step, self.restore_ema_params(step, like)
 
   def restore_ema_params(self, step: int, like: Params) -> Params:
     """Restores only the averaged parameters of a step."""

@@ -1,0 +1,104 @@
+"""Which values of the configuration can work, alone and together."""
+
+import math
+from typing import Any
+
+from mdm_jax.core.errors import UserError
+
+
+def check(c: Any) -> None:
+  """Raises UserError, naming the field, for a value that can't work."""
+  _positive(
+    c,
+    ("data.batch_size", "model.num_layers", "model.embed_dim")
+    + ("model.num_heads", "optimizer.accumulation", "optimizer.learning_rate")
+    + ("train.log_every", "train.checkpoint_every", "train.keep_latest")
+    + ("eval.rows", "eval.masks_per_row", "eval.batch_size")
+    + ("sample.num_samples", "sample.num_steps", "sample.temperature")
+    + ("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm")
+    + ("data.max_documents", "model.num_kv_heads", "model.mlp_dim")
+    + ("eval.final_rows", "sample.length", "sample.top_k"),
+  )
+  _within(c, "data.eval_fraction", 0, 0.5)
+  _within(c, "model.dropout", 0, 0.9)
+  _within(c, "objective.label_smoothing", 0, 0.9)
+  _within(c, "optimizer.min_lr_ratio", 0, 1)
+  _within(c, "optimizer.ema_decay", 0, 1)
+  _within(c, "optimizer.b1", 0, 1)
+  _within(c, "optimizer.b2", 0, 1)
+  _within(c, "optimizer.weight_decay", 0, math.inf)
+  _within(c, "optimizer.warmup_steps", 0, math.inf)
+  _within(c, "eval.every", 0, math.inf)
+  if c.sample.top_p is not None:
+    _within(c, "sample.top_p", 0, 1)
+  temperatures = c.sample.temperature_range
+  if temperatures and not 0 < temperatures[0] <= temperatures[1]:
+    raise UserError(
+      f"sample.temperature_range={temperatures} must be positive and rise"
+    )
+  _check_model(c.model)
+  if not c.stages:
+    raise UserError("stages is empty; give at least one")
+  for i, stage in enumerate(c.stages):
+    _check_stage(c, i, stage)
+
+
+def _check_model(m: Any) -> None:
+  if m.embed_dim % m.num_heads:
+    raise UserError(
+      f"model.num_heads={m.num_heads} does not divide"
+      f" model.embed_dim={m.embed_dim}"
+    )
+  if (m.embed_dim // m.num_heads) % 2:
+    raise UserError(
+      f"model.embed_dim / model.num_heads = {m.embed_dim // m.num_heads} is"
+      " odd; rotary positions need an even head size"
+    )
+  if m.num_kv_heads and m.num_heads % m.num_kv_heads:
+    raise UserError(
+      f"model.num_kv_heads={m.num_kv_heads} does not divide"
+      f" model.num_heads={m.num_heads}"
+    )
+
+
+def _check_stage(c: Any, i: int, stage: Any) -> None:
+  for name in ("length", "epochs", "updates", "max_words", "lr_factor"):
+    _positive(c, (f"stages[{i}].{name}",))
+  _within(c, f"stages[{i}].rehearsal", 0, 1)
+  _within(c, f"stages[{i}].easiest", 0, 1)
+  rates = stage.mask_rate
+  if rates and not 0 <= rates[0] < rates[1] <= 1:
+    raise UserError(
+      f"stages[{i}].mask_rate={rates} must be a range inside [0, 1]"
+    )
+  if rates is None and stage.rehearsal:
+    raise UserError(
+      f"stages[{i}].rehearsal={stage.rehearsal} needs a mask_rate range;"
+      " t ~ U(0, 1) covers every rate already"
+    )
+  covers = rates is None or rates == (0.0, 1.0) or stage.rehearsal > 0
+  if c.objective.weighting == "nelbo" and not covers:
+    raise UserError(
+      f"objective.weighting=nelbo, but stages[{i}].mask_rate={rates} never"
+      " draws the other rates, so no weight can make the bound unbiased; set"
+      f" stages[{i}].rehearsal > 0 or weighting=masked_ce"
+    )
+
+
+def _lookup(c: Any, path: str) -> Any:
+  value = c
+  for part in path.replace("]", "").replace("[", ".").split("."):
+    value = value[int(part)] if part.isdigit() else getattr(value, part)
+  return value
+
+
+def _positive(c: Any, paths: tuple[str, ...]) -> None:
+  for path in paths:
+    value = _lookup(c, path)
+    if value is not None and not value > 0:
+      raise UserError(f"{path}={value} must be positive")
+
+
+def _within(c: Any, path: str, low: int | float, high: int | float) -> None:
+  if not low <= _lookup(c, path) <= high:
+    raise UserError(f"{path}={_lookup(c, path)} must be in [{low}, {high}]")
