@@ -62,6 +62,39 @@ def test_loss_is_the_cross_entropy_at_masked_positions(case):
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_gradient_is_that_of_the_full_array(mesh):
+  denoiser, params = network(tie_embeddings=True)
+  rows = batch_sharding(mesh, rank=2)
+  x0 = jax.device_put(np.arange(80).reshape(8, 10) % REAL, rows)
+  masked = jax.device_put(np.random.default_rng(0).random((8, 10)) < 0.4, rows)
+  xt = jnp.where(masked, MASK, x0)
+
+  def hidden(params):
+    return denoiser.hidden(params, xt, jnp.ones_like(xt), jnp.ones(8))
+
+  def packed(params):
+    loss = objective.masked_cross_entropy(
+      lambda h: denoiser.logits(params, h),
+      hidden(params),
+      x0,
+      masked,
+      int(masked.sum()) + 3,
+      REAL,
+    )
+    return (loss**2).sum()
+
+  def full(params):
+    logits = denoiser.logits(params, hidden(params).reshape(80, -1))
+    loss = objective.cross_entropy(logits, x0.reshape(-1), REAL)
+    return (jnp.where(masked.reshape(-1), loss, 0.0) ** 2).sum()
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    jax.grad(packed)(params),
+    jax.grad(full)(params),
+  )
+
+
 def test_gradient_is_zero_at_unmasked_positions(case):
   denoiser, params = network()
   hidden = jax.random.normal(rng.stream(0, "h"), (8, 10, 8))

@@ -87,39 +87,71 @@ def masked_cross_entropy(
     label_smoothing: see `cross_entropy`.
   """
   rows = P(BATCH_AXES)
-  gather = jax.shard_map(
-    lambda *shard: _gather(*shard, capacity=capacity),
+  pack = jax.shard_map(
+    lambda *shard: _pack(*shard, capacity=capacity),
     in_specs=(rows, rows, rows),
-    out_specs=(rows, rows, rows),
+    out_specs=(rows, rows, rows, rows),
   )
-  states, targets, index = gather(hidden, x0, masked)
+  states, targets, position, slot = pack(hidden, x0, masked)
   losses = cross_entropy(head(states), targets, num_real, label_smoothing)
-  scatter = jax.shard_map(_scatter, in_specs=(rows, rows, rows), out_specs=rows)
-  return scatter(losses, index, masked)
+  unpack = jax.shard_map(
+    _unpack, in_specs=(rows, rows, rows, rows), out_specs=rows
+  )
+  return unpack(losses, masked, position, slot)
 
 
-def _gather(
+def _pack(
   hidden: Float[Array, "B L D"],
   x0: Int[Array, "B L"],
   masked: Bool[Array, "B L"],
   capacity: int,
-) -> tuple[Float[Array, "N D"], Int[Array, "N"], Int[Array, "N"]]:
-  """Packs one shard's masked positions; unused slots point past the end."""
+) -> tuple[
+  Float[Array, "N D"], Int[Array, "N"], Int[Array, "N"], Int[Array, "M"]
+]:
+  """Puts one shard's masked positions in the slots of a short buffer.
+
+  Returns also which position fills each slot, and which slot each position
+  fills; past the end for slots and positions that are left over.
+  """
   flat = masked.reshape(-1)
   first = jnp.argsort(~flat, stable=True)[:capacity]  # faster than nonzero
-  index = jnp.where(flat[first], first, masked.size)
-  take = lambda x: x.at[index].get(mode="fill", fill_value=0)
-  states = take(hidden.reshape(-1, hidden.shape[-1]))
-  return states, take(x0.reshape(-1)), index
+  position = jnp.where(flat[first], first, flat.size)
+  slot = jnp.where(flat, jnp.cumsum(flat) - 1, capacity)
+  states = _move(hidden.reshape(flat.size, -1), position, slot)
+  targets = x0.reshape(-1).at[position].get(mode="fill", fill_value=0)
+  return states, targets, position, slot
 
 
-def _scatter(
+def _unpack(
   losses: Float[Array, "N"],
-  index: Int[Array, "N"],
   masked: Bool[Array, "B L"],
+  position: Int[Array, "N"],
+  slot: Int[Array, "M"],
 ) -> Float[Array, "B L"]:
   """Puts one shard's losses back where they came from."""
-  flat = jnp.zeros(masked.size, losses.dtype)
-  flat = flat.at[index].set(losses, mode="drop", unique_indices=False)
-  overflow = masked.sum() > index.shape[0]
-  return jnp.where(overflow, jnp.nan, flat).reshape(masked.shape)
+  placed = _move(losses, slot, position).reshape(masked.shape)
+  overflow = masked.sum() > losses.shape[0]
+  return jnp.where(overflow, jnp.nan, placed)
+
+
+@jax.custom_vjp
+def _move(
+  x: Float[Array, "N *D"], source: Int[Array, "M"], back: Int[Array, "N"]
+) -> Float[Array, "M *D"]:
+  """Takes rows of x, zeros past the end; `back` is the inverse of `source`.
+
+  Knowing the inverse, the gradient is a gather too, where JAX would scatter.
+  """
+  return x.at[source].get(mode="fill", fill_value=0)
+
+
+def _move_forward(x, source, back):
+  return _move(x, source, back), (source, back)
+
+
+def _move_backward(indices, grad):
+  source, back = indices
+  return _move(grad, back, source), None, None
+
+
+_move.defvjp(_move_forward, _move_backward)
