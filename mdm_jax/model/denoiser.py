@@ -7,6 +7,7 @@ dict, and `Denoiser` merges them back (`bind`).
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -53,6 +54,11 @@ class _Context:
   row_keys: Key[Array, "B"] | None
 
 
+def _branch_scale(config: ModelConfig) -> float:
+  """Keeps the residual stream's size the same at any depth."""
+  return (2 * config.num_layers) ** -0.5
+
+
 class Attention(nnx.Module):
   """Grouped-query self-attention over everything visible."""
 
@@ -61,20 +67,17 @@ class Attention(nnx.Module):
     width, groups = config.embed_dim, config.num_kv_heads or config.num_heads
     repeats = config.num_heads // groups
     size = width // config.num_heads
-    key_axes = ("embed", "heads", None)
-    self.query = layers.normal(
-      rngs(), (width, groups, repeats, size), "embed", "heads", None, None
-    )
-    self.key = layers.normal(rngs(), (width, groups, size), *key_axes)
-    self.value = layers.normal(rngs(), (width, groups, size), *key_axes)
+    inward = functools.partial(layers.normal, fan_in=width)
+    heads = ("embed", "heads", None)
+    self.query = inward(rngs(), (width, groups, repeats, size), *heads, None)
+    self.key = inward(rngs(), (width, groups, size), *heads)
+    self.value = inward(rngs(), (width, groups, size), *heads)
     self.out = layers.normal(
       rngs(),
       (groups, repeats, size, width),
-      "heads",
-      None,
-      None,
-      "embed",
-      scale=(2 * config.num_layers) ** -0.5,
+      *("heads", None, None, "embed"),
+      fan_in=width,
+      scale=_branch_scale(config),
     )
     if config.qk_norm:
       self.query_norm = layers.RMSNorm(size)
@@ -110,14 +113,14 @@ class SwiGLU(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     width, hidden = config.embed_dim, mlp_size(config)
     self.gate_up = layers.normal(
-      rngs(), (width, 2, hidden), "embed", None, "mlp"
+      rngs(), (width, 2, hidden), "embed", None, "mlp", fan_in=width
     )
     self.down = layers.normal(
       rngs(),
       (hidden, width),
-      "mlp",
-      "embed",
-      scale=(2 * config.num_layers) ** -0.5,
+      *("mlp", "embed"),
+      fan_in=hidden,
+      scale=_branch_scale(config),
     )
 
   def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -187,16 +190,19 @@ class Network(nnx.Module):
   ):
     self.config, self.num_real = config, num_real
     width = config.embed_dim
+    table = (vocab_size, width)
     self.embedding = layers.normal(
-      rngs(), (vocab_size, width), "vocab", "embed"
+      rngs(), table, "vocab", "embed", fan_in=width
     )
     keys = jax.random.split(rngs(), config.num_layers)
     self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
     self.final_norm = layers.RMSNorm(width)
     if not config.tie_embeddings:
-      self.head = layers.normal(rngs(), (vocab_size, width), "vocab", "embed")
+      self.head = layers.normal(rngs(), table, "vocab", "embed", fan_in=width)
     if config.time_conditioning:
-      self.time_in = layers.normal(rngs(), (width, width), None, "embed")
+      self.time_in = layers.normal(
+        rngs(), (width, width), None, "embed", fan_in=width
+      )
 
   def hidden(
     self,

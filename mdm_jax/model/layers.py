@@ -12,14 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mdm_jax.core.sharding import RULES
 
-_INIT_SCALE = 0.02
-
 
 def normal(
-  key: jax.Array, shape: tuple[int, ...], *axes: str | None, scale: float = 1.0
+  key: jax.Array,
+  shape: tuple[int, ...],
+  *axes: str | None,
+  fan_in: int,
+  scale: float = 1.0,
 ) -> nnx.Param:
-  """Returns a float32 parameter, normal with std 0.02 * scale, sharded."""
-  init = jax.nn.initializers.normal(_INIT_SCALE * scale)
+  """Returns a float32 parameter, normal with std scale / sqrt(fan_in)."""
+  init = jax.nn.initializers.normal(scale * fan_in**-0.5)
   return nnx.Param(
     init(key, shape, jnp.float32, out_sharding=RULES.spec(*axes))
   )
