@@ -31,7 +31,7 @@ def model(mesh):
   config = ModelConfig(num_layers=1, embed_dim=8, num_heads=2)
   denoiser = Denoiser(config, vocab_size=8, num_real=V)
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
-  return denoiser, jax.tree.map(lambda p: p * 12, params)
+  return denoiser, jax.tree.map(lambda p: p * 3, params)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_a_prompt_conditions_and_stays(mesh):
 def network(mesh):
   denoiser = Denoiser(ModelConfig(num_layers=1, embed_dim=8, num_heads=2), 8, 4)
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
-  return denoiser, jax.tree.map(lambda p: p * 10, params)
+  return denoiser, jax.tree.map(lambda p: p * 3, params)
 
 
 def test_no_mask_and_no_unreal_id_is_left(network, mesh):
