@@ -6,7 +6,7 @@ import jax
 from rich import box
 from rich.table import Table
 
-from mdm_jax.core.config import Config
+from mdm_jax.core.config import Config, SampleConfig
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import check_divides, make_mesh
 from mdm_jax.core.workdir import Workdir
@@ -14,10 +14,10 @@ from mdm_jax.data.prepared import PreparedData, prepare
 from mdm_jax.evaluation.likelihood import Evaluator, subset
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling.generate import TextSampler
+from mdm_jax.sampling.tokens import effective_temperature
 from mdm_jax.training.checkpoint import Checkpoints
 
 _CURVE_ROWS = 64
-_SETTINGS = ("num_steps", "temperature", "top_k", "top_p", "seed")
 
 
 class Measures:
@@ -82,12 +82,23 @@ def evaluate_checkpoint(
     "tokens_seen": tokens,
     "wall_seconds": wall,
     "tokens_per_second": tokens / wall,
-    "sampling": {name: getattr(config.sample, name) for name in _SETTINGS},
+    "sampling": _sampling(config.sample),
     "samples": measures.sample(params),
   }
   workdir.write_results(results)
   show(results)
   return results
+
+
+def _sampling(config: SampleConfig) -> dict[str, Any]:
+  """Returns the settings in effect, to stand beside the samples."""
+  return {
+    "num_steps": config.num_steps,
+    "temperature": effective_temperature(config),
+    "top_k": config.top_k,
+    "top_p": config.top_p,
+    "seed": config.seed,
+  }
 
 
 def show(results: dict[str, Any]) -> None:

@@ -45,6 +45,9 @@ def main(_: list[str]) -> int:
   except Stopped as stopped:
     print(stopped)
     return EXIT_STOPPED
+  except KeyboardInterrupt:
+    print("interrupted: the same command goes on from what was saved")
+    return EXIT_STOPPED
   if _JSON.value:
     print(json.dumps(results))
   return EXIT_OK

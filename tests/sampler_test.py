@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from conftest import make_mesh
 
 from mdm_jax.core import rng
 from mdm_jax.core.config import ModelConfig, SampleConfig
@@ -158,6 +159,21 @@ def test_a_row_does_not_depend_on_its_batch(network, mesh):
   np.testing.assert_array_equal(whole[3:5], part)
   other = sample(settings(num_steps=5), *network, x, mesh, seed=1)
   assert (whole != other).any()
+
+
+def test_a_row_does_not_depend_on_the_mesh():
+  drawn = []
+  for name in ("1x1", "4x2"):
+    mesh = make_mesh(name)
+    with jax.set_mesh(mesh):
+      denoiser = Denoiser(
+        ModelConfig(num_layers=1, embed_dim=8, num_heads=2), 8, 4
+      )
+      params = jax.jit(denoiser.init)(rng.stream(0, "init"))
+      x = np.full((8, 10), MASK)
+      config = settings(num_steps=5, top_k=3, top_p=0.9)
+      drawn.append(sample(config, denoiser, params, x, mesh))
+  np.testing.assert_array_equal(*drawn)
 
 
 def test_steps_are_even_and_complete():
