@@ -1,0 +1,32 @@
+"""The README's first command, whole."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_what_the_readme_says(tmp_path):
+  command = [sys.executable, "-m", "mdm_jax.main"]
+  command += [f"--config={ROOT / 'configs' / 'quickstart.py'}"]
+  command += [f"--workdir={tmp_path}", "--json"]
+  env = {k: v for k, v in os.environ.items() if k != "NPROC"}
+  done = subprocess.run(
+    command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000
+  )
+  assert done.returncode == 0, done.stderr
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert json.loads(done.stdout.splitlines()[-1]) == results
+  assert results["updates"] == 1400
+  # 1.82 in the README; bytes drawn from their frequencies alone need 4.5.
+  assert results["bits_per_byte"] < 1.95
+  assert results["nelbo_stderr"] < 0.05
+  curve = list(results["ce_by_mask_rate"].values())
+  assert curve[0] < curve[-1] - 0.8  # it reads what is visible
+  assert len(results["samples"]) == 4 and all(results["samples"])
