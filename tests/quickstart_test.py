@@ -24,7 +24,7 @@ def test_the_quickstart_learns_what_the_readme_says(tmp_path):
   results = json.loads((tmp_path / "results.json").read_text())
   assert json.loads(done.stdout.splitlines()[-1]) == results
   assert results["updates"] == 1400
-  # 1.82 in the README; bytes drawn from their frequencies alone need 4.5.
+  # 1.82 in the README.
   assert results["bits_per_byte"] < 1.95
   assert results["nelbo_stderr"] < 0.05
   curve = list(results["ce_by_mask_rate"].values())
