@@ -383,7 +383,7 @@ def test_quick_keeps_the_stages_and_shrinks_the_rest():
   assert after.model.embed_dim <= 64 and after.model.num_layers <= 2
   assert after.data.max_documents <= 24
   assert sum(s.updates for s in after.stages) <= 40
-  assert max(s.length for s in after.stages) <= 64
+  assert max(s.length for s in after.stages) <= 128
   assert after.eval.every <= 12 and after.eval.final_rows <= 16
   assert after.sample_length == after.stages[-1].length
   for kept in ("name", "unit", "lr_factor", "mask_rate", "easiest"):

@@ -5,6 +5,10 @@ import os
 # Before jax starts: with two cores, unsynchronised steps on several fake
 # devices deadlock unless the thread pool is larger than the core count.
 os.environ["NPROC"] = "16"
+# Tiny programs: compiling them costs more than running them.
+os.environ["XLA_FLAGS"] = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import jax
 import pytest

@@ -14,6 +14,9 @@ BASE = ModelConfig(num_layers=2, embed_dim=16, num_heads=4)
 XT = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
+hidden = jax.jit(Denoiser.hidden, static_argnums=0)
+
+
 def build(**fields):
   denoiser = Denoiser(dataclasses.replace(BASE, **fields), 16, 12)
   return denoiser, jax.jit(denoiser.init)(rng.stream(0, "init"))
@@ -22,7 +25,7 @@ def build(**fields):
 def run(denoiser, params, xt=XT, segments=None, rate=0.5, row_keys=None):
   segments = jnp.ones_like(xt) if segments is None else segments
   rates = jnp.full(len(xt), rate, jnp.float32)
-  return denoiser.hidden(params, xt, segments, rates, row_keys)
+  return hidden(denoiser, params, xt, segments, rates, row_keys)
 
 
 def test_packed_segments_do_not_see_each_other(mesh):

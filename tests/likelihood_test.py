@@ -40,7 +40,7 @@ def table(model):
   denoiser, params = model
   patterns = list(itertools.product([*range(V), MASK], repeat=L))
   xt = jnp.array(patterns)
-  hidden = denoiser.hidden(
+  hidden = jax.jit(denoiser.hidden)(
     params, xt, jnp.ones_like(xt), jnp.ones(len(patterns))
   )
   logits = denoiser.logits(params, hidden.reshape(-1, hidden.shape[-1]))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,10 +33,13 @@ def network(tie_embeddings=False):
   return denoiser, jax.jit(denoiser.init)(rng.stream(0, "init"))
 
 
+@functools.partial(
+  jax.jit, static_argnames=("denoiser", "capacity", "smoothing")
+)
 def losses(denoiser, params, case, hidden=None, capacity=80, smoothing=0.0):
   x0, real, corrupted = case
   if hidden is None:
-    hidden = denoiser.hidden(
+    hidden = jax.jit(denoiser.hidden)(
       params, corrupted.xt, real.astype(jnp.int32), jnp.ones(8)
     )
   return objective.masked_cross_entropy(
@@ -52,7 +57,7 @@ def test_loss_is_the_cross_entropy_at_masked_positions(case):
   denoiser, params = network()
   x0, real, corrupted = case
   got = losses(denoiser, params, case)
-  hidden = denoiser.hidden(
+  hidden = jax.jit(denoiser.hidden)(
     params, corrupted.xt, real.astype(jnp.int32), jnp.ones(8)
   )
   logits = denoiser.logits(params, hidden.reshape(80, -1)).reshape(8, 10, V)
@@ -68,9 +73,10 @@ def test_gradient_is_that_of_the_full_array(mesh):
   x0 = jax.device_put(np.arange(80).reshape(8, 10) % REAL, rows)
   masked = jax.device_put(np.random.default_rng(0).random((8, 10)) < 0.4, rows)
   xt = jnp.where(masked, MASK, x0)
+  capacity = int(masked.sum()) + 3
 
   def hidden(params):
-    return denoiser.hidden(params, xt, jnp.ones_like(xt), jnp.ones(8))
+    return jax.jit(denoiser.hidden)(params, xt, jnp.ones_like(xt), jnp.ones(8))
 
   def packed(params):
     loss = objective.masked_cross_entropy(
@@ -78,7 +84,7 @@ def test_gradient_is_that_of_the_full_array(mesh):
       hidden(params),
       x0,
       masked,
-      int(masked.sum()) + 3,
+      capacity,
       REAL,
     )
     return (loss**2).sum()
@@ -90,8 +96,8 @@ def test_gradient_is_that_of_the_full_array(mesh):
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    jax.grad(packed)(params),
-    jax.grad(full)(params),
+    jax.jit(jax.grad(packed))(params),
+    jax.jit(jax.grad(full))(params),
   )
 
 
@@ -120,7 +126,7 @@ def test_logits_do_not_depend_on_x0_where_it_is_masked(case):
   other = jnp.where(corrupted.masked, (x0 + 1) % REAL, x0)
   xt = jnp.where(corrupted.masked, MASK, other)
   np.testing.assert_array_equal(xt, corrupted.xt)
-  run = lambda xt: denoiser.hidden(
+  run = lambda xt: jax.jit(denoiser.hidden)(
     params, xt, real.astype(jnp.int32), jnp.ones(8)
   )
   np.testing.assert_array_equal(run(xt), run(corrupted.xt))

@@ -1,6 +1,7 @@
 """The update step: masks, accumulation, meshes, resumes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -93,13 +94,9 @@ class Run:
 
   def tasks(self, update):
     stage = self.config.stages[0]
-    return step_lib._make_tasks(
-      self.config,
-      stage_rates(stage, self.config.noise),
-      MASK,
-      jnp.asarray(update),
-      self.batch(update),
-    )
+    rates = stage_rates(stage, self.config.noise)
+    make = functools.partial(step_lib._make_tasks, self.config, rates, MASK)
+    return jax.jit(make)(jnp.asarray(update), self.batch(update))
 
 
 def on(name, config=CONFIG):
@@ -335,7 +332,7 @@ def test_loss_is_the_weighted_mean_it_says(mesh, weighting):
   total = 0.0
   for i in range(2):
     part = jax.tree.map(lambda x, i=i: x[i], tasks)
-    hidden = run.denoiser.hidden(
+    hidden = jax.jit(run.denoiser.hidden)(
       state.params, part.corrupted.xt, part.segments, part.rate
     )
     logits = run.denoiser.logits(state.params, hidden.reshape(-1, 16))
