@@ -16,7 +16,8 @@ def test_the_quickstart_learns_what_the_readme_says(tmp_path):
   command = [sys.executable, "-m", "mdm_jax.main"]
   command += [f"--config={ROOT / 'configs' / 'quickstart.py'}"]
   command += [f"--workdir={tmp_path}", "--json"]
-  env = {k: v for k, v in os.environ.items() if k != "NPROC"}
+  ours = ("NPROC", "XLA_FLAGS")  # set for the other tests, in conftest.py
+  env = {k: v for k, v in os.environ.items() if k not in ours}
   done = subprocess.run(
     command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000
   )
