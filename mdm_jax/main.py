@@ -4,6 +4,8 @@
   python -m mdm_jax.main --mode=eval --workdir=runs/quickstart
   python -m mdm_jax.main --mode=sample --workdir=runs/quickstart --prompt="We"
 
+--mode=data and --mode=plan look at what a run would do; train does it; eval,
+sample, frontier (a temperature sweep) and report (a page) look at what it did.
 Any field of the config can be set: --config.data.batch_size=4. Without
 --config, the config saved in the workdir is used.
 """
@@ -20,7 +22,10 @@ from mdm_jax.core.errors import EXIT_OK, EXIT_STOPPED, Stopped, UserError
 from mdm_jax.core.workdir import Workdir
 
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "eval", "sample"], "What to do."
+  "mode",
+  "train",
+  ["data", "plan", "train", "eval", "sample", "frontier", "report"],
+  "What to do.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "The run's folder (default: runs/<config name>)."
@@ -56,17 +61,25 @@ def main(_: list[str]) -> int:
 def _run(config: Config, workdir: Workdir) -> Any:
   _keep_compiled_programs()
   # Imported here, so that --help and a wrong flag answer at once.
-  from mdm_jax import evaluate, sample, train
+  from mdm_jax import evaluate, frontier, plan, preview, report, sample, train
 
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
   match _MODE.value:
+    case "data":
+      return preview.show_data(config)
+    case "plan":
+      return plan.plan_run(config)
     case "train":
       return train.train_and_evaluate(config, workdir)
     case "eval":
       return evaluate.evaluate_workdir(config, workdir)
     case "sample":
       return sample.sample_workdir(config, workdir, _PROMPT.value)
+    case "frontier":
+      return frontier.frontier_workdir(config, workdir)
+    case "report":
+      return report.report_workdir(config, workdir)
 
 
 def _keep_compiled_programs() -> None:

@@ -1,4 +1,16 @@
-"""What a run is going to do, before it does it."""
+"""What a run is going to do, before it does it.
+
+  python -m mdm_jax.plan --config=configs/quickstart.py
+
+is short for `python -m mdm_jax.main --mode=plan`; with `--json` the last line
+is the plan as JSON.
+"""
+
+import dataclasses
+import math
+import runpy
+import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,39 +18,152 @@ from rich import box
 from rich.table import Table
 
 from mdm_jax.core.config import Config
-from mdm_jax.core.progress import console
-from mdm_jax.data.prepared import PreparedData
+from mdm_jax.core.progress import console, duration
+from mdm_jax.core.sharding import training_mesh
+from mdm_jax.data.prepared import prepare
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.training.curriculum import Curriculum, StagePlan
+from mdm_jax.training import calibration, scaling_laws
+from mdm_jax.training.curriculum import StagePlan
+from mdm_jax.training.scaling_laws import Forecast
+from mdm_jax.training.trainer import Trainer
 
 
-def show(
-  config: Config,
-  data: PreparedData,
-  curriculum: Curriculum,
-  denoiser: Denoiser,
-  mesh: jax.sharding.Mesh,
-) -> None:
-  """Prints the stages, the model and what the sampler will meet untrained."""
-  title = f"{config.name}: {config.data.corpus}"
-  table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-  for name in ("stage", "text", "mask rate (+any)"):
-    table.add_column(name, no_wrap=True)
-  for name in ("rows", "epochs", "updates"):
-    table.add_column(name, justify="right", no_wrap=True)
-  for stage in curriculum.stages:
-    table.add_row(*_stage_row(config, stage))
-  console.print(table)
-  sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-  console.print(
-    f"{num_params(denoiser):,} parameters, vocabulary"
-    f" {data.tokenizer.vocab.size:,}, {config.rows_per_update} rows an update,"
-    f" {len(data.held_out):,} held-out rows;"
-    f" {mesh.devices.flat[0].device_kind}: {sizes}",
-    soft_wrap=True,
+@dataclasses.dataclass(frozen=True)
+class StageForecast:
+  """What one stage is going to do.
+
+  Attributes:
+    name: of the stage.
+    text: its unit and its row length.
+    mask_rate: the rates it draws, in words.
+    rows: prepared rows it draws from.
+    tokens: in these rows.
+    epochs: passes over them.
+    updates: optimizer updates.
+    flops: 6 N D.
+    seconds: of its updates, as tried out; None for a stage that is over.
+  """
+
+  name: str
+  text: str
+  mask_rate: str
+  rows: int
+  tokens: int
+  epochs: float
+  updates: int
+  flops: float
+  seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a run is going to do.
+
+  Attributes:
+    name: of the run.
+    corpus: its text.
+    devices: kind and mesh.
+    params: parameters of the denoiser.
+    vocabulary: ids, the padding ones too.
+    rows_per_update: the effective batch.
+    held_out_rows: rows the likelihood is measured on.
+    stages: in order.
+    unique_tokens: of the largest stage's rows.
+    tokens: to be seen, repeats included.
+    laws: what the scaling laws expect of this compute and this corpus.
+    warnings: sentences.
+  """
+
+  name: str
+  corpus: str
+  devices: str
+  params: int
+  vocabulary: int
+  rows_per_update: int
+  held_out_rows: int
+  stages: tuple[StageForecast, ...]
+  unique_tokens: int
+  tokens: int
+  laws: Forecast
+  warnings: tuple[str, ...]
+
+  @property
+  def seconds(self) -> float:
+    """Of all updates that are left; evaluations and saving come on top."""
+    return sum(s.seconds or 0.0 for s in self.stages)
+
+
+def plan_run(config: Config) -> dict[str, Any]:
+  """Prints the plan of a run and returns it as plain values."""
+  data = prepare(config)
+  mesh = training_mesh(config)
+  with jax.set_mesh(mesh):
+    plan = make_plan(Trainer(config, data, mesh))
+  show(plan)
+  values = dataclasses.asdict(plan) | {"seconds": plan.seconds}
+  # JSON has no infinity: a crossover that never comes is null.
+  never = {k: None for k, v in values["laws"].items() if v == math.inf}
+  return values | {"laws": values["laws"] | never}
+
+
+def make_plan(trainer: Trainer, after: int = 0) -> Plan:
+  """Returns the plan of a run, its updates tried out on the current mesh.
+
+  Args:
+    trainer: the run.
+    after: updates that are done already.
+  """
+  config, data, mesh = trainer.config, trainer.data, trainer.mesh
+  params = num_params(trainer.denoiser)
+  seconds = calibration.update_seconds(trainer, after)
+  counts = data.manifest["rows"]
+  stages = tuple(
+    _forecast(config, stage, counts, params, seconds.get(stage.index), after)
+    for stage in trainer.curriculum.stages
   )
-  for warning in uncovered_rates(config):
-    console.print(f"warning: {warning}")
+  unique = max(stage.tokens for stage in stages)
+  tokens = sum(stage.tokens * stage.epochs for stage in stages)
+  sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  return Plan(
+    name=config.name,
+    corpus=config.data.corpus,
+    devices=f"{mesh.devices.flat[0].device_kind}: {sizes}",
+    params=params,
+    vocabulary=data.tokenizer.vocab.size,
+    rows_per_update=config.rows_per_update,
+    held_out_rows=len(data.held_out),
+    stages=stages,
+    unique_tokens=unique,
+    tokens=round(tokens),
+    laws=scaling_laws.forecast(params, unique, tokens / unique),
+    warnings=tuple(uncovered_rates(config)),
+  )
+
+
+def _forecast(
+  config: Config,
+  stage: StagePlan,
+  counts: dict[str, Any],
+  params: int,
+  update_seconds: float | None,
+  after: int,
+) -> StageForecast:
+  s = stage.config
+  tokens = counts[f"stage_{stage.index + 1}"]["tokens"]
+  epochs = stage.updates * config.rows_per_update / stage.rows
+  left = stage.end - max(stage.start, after)
+  rates = "U(0, 1)" if s.mask_rate is None else "{:g}-{:g}".format(*s.mask_rate)
+  return StageForecast(
+    name=s.name,
+    text=f"{s.unit} {s.length}",
+    mask_rate=rates + (f" +{s.rehearsal:.0%}" if s.rehearsal else ""),
+    rows=stage.rows,
+    tokens=tokens,
+    epochs=epochs,
+    updates=stage.updates,
+    flops=scaling_laws.training_flops(params, tokens * epochs),
+    seconds=None if update_seconds is None else left * update_seconds,
+  )
 
 
 def num_params(denoiser: Denoiser) -> int:
@@ -66,17 +191,51 @@ def uncovered_rates(config: Config) -> list[str]:
   ]
 
 
-def _stage_row(config: Config, stage: StagePlan) -> list[str]:
-  drawn = stage.updates * config.rows_per_update
-  s = stage.config
-  rates = "U(0, 1)" if s.mask_rate is None else "{:g}-{:g}".format(*s.mask_rate)
-  if s.rehearsal:
-    rates += f" +{s.rehearsal:.0%}"
+# MARK: printing
+
+
+def show(plan: Plan) -> None:
+  """Prints the stages, the model, the data budget and the warnings."""
+  console.print(_stage_table(plan))
+  for line in (*_facts(plan), *(f"warning: {w}" for w in plan.warnings)):
+    console.print(line, soft_wrap=True)
+
+
+def _stage_table(plan: Plan) -> Table:
+  title = f"{plan.name}: {plan.corpus}"
+  table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+  for name in ("stage", "text", "rate (+any)"):
+    table.add_column(name, no_wrap=True)
+  for name in ("rows", "epochs", "updates", "time"):
+    table.add_column(name, justify="right", no_wrap=True)
+  for s in plan.stages:
+    time = "done" if s.seconds is None else duration(s.seconds)
+    numbers = f"{s.rows:,}", f"{s.epochs:.2f}", f"{s.updates:,}"
+    table.add_row(s.name, s.text, s.mask_rate, *numbers, time)
+  return table
+
+
+def _facts(plan: Plan) -> list[str]:
+  laws = plan.laws
+  where = "" if laws.in_fitted_range else " (outside the fitted range)"
+  by_compute = "diffusion" if laws.past_critical_flops else "autoregression"
+  by_loss = "diffusion" if laws.diffusion_wins else "autoregression"
   return [
-    s.name,
-    f"{s.unit} {s.length}",
-    rates,
-    f"{stage.rows:,}",
-    f"{drawn / stage.rows:.2f}",
-    f"{stage.updates:,}",
+    f"{plan.params:,} parameters, vocabulary {plan.vocabulary:,},"
+    f" {plan.rows_per_update} rows an update, {plan.held_out_rows:,} held-out"
+    f" rows; {plan.devices}",
+    f"training {duration(plan.seconds)} by a short trial, evaluations not"
+    f" counted; {laws.flops:.2e} FLOPs",
+    f"{plan.unique_tokens:,} unique tokens, read"
+    f" {plan.tokens / plan.unique_tokens:.2f} times: worth"
+    f" {laws.effective_tokens_diffusion:,.0f} fresh ones to diffusion,"
+    f" {laws.effective_tokens_ar:,.0f} to autoregression",
+    f"scaling laws{where}: past {laws.critical_flops:.1e} FLOPs diffusion wins"
+    f" on this much text, so here {by_compute}; by fitted losses {by_loss};"
+    f" overfitting after about {laws.best_epochs:,.0f} epochs",
   ]
+
+
+if __name__ == "__main__":
+  sys.argv.insert(1, "--mode=plan")
+  runpy.run_module("mdm_jax.main", run_name="__main__", alter_sys=True)

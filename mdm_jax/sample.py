@@ -26,7 +26,7 @@ def sample_workdir(
     sampler = TextSampler(
       config.sample, denoiser, tokenizer, mesh, config.sample_length
     )
-    texts = sampler(params, prompt)
+    texts = sampler(params, prompt).texts
   for i, text in enumerate(texts, start=1):
     console.rule(f"sample {i}")
     console.print(text, markup=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """The training loop: from a config and a workdir to a measured model.
 
-  prepare data -> lay out the stages -> restore or initialise
+  prepare data -> tell the plan -> restore or initialise
   -> update, log, evaluate, save -> final evaluation and samples
 
 The state saved under update k is the state after k updates; batch, masks and
@@ -18,22 +18,19 @@ from absl import logging
 
 from mdm_jax import evaluate as evaluate_lib
 from mdm_jax import plan as plan_lib
-from mdm_jax.core import rng
+from mdm_jax import preview
 from mdm_jax.core.config import Config
 from mdm_jax.core.errors import Stopped
 from mdm_jax.core.metrics import Writers
 from mdm_jax.core.progress import ProgressLine, console, duration
-from mdm_jax.core.sharding import check_divides, check_model, make_mesh
+from mdm_jax.core.sharding import training_mesh
 from mdm_jax.core.signals import StopRequest
 from mdm_jax.core.workdir import Workdir
-from mdm_jax.data import batches
-from mdm_jax.data.batches import Batch
-from mdm_jax.data.prepared import PreparedData, prepare
+from mdm_jax.data.prepared import prepare
 from mdm_jax.training.checkpoint import Checkpoints
-from mdm_jax.training.curriculum import Curriculum, StagePlan, make_curriculum
-from mdm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from mdm_jax.training.state import TrainState, abstract_state, init_state
-from mdm_jax.training.step import make_train_step
+from mdm_jax.training.curriculum import Curriculum, StagePlan
+from mdm_jax.training.state import TrainState
+from mdm_jax.training.trainer import Trainer
 
 
 def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
@@ -44,24 +41,20 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     Stopped: a signal came; the same command resumes.
   """
   workdir.create()
-  data = prepare(config)
-  mesh = make_mesh(config.mesh)
-  check_divides("data.batch_size", config.data.batch_size, mesh)
-  check_divides("eval.batch_size", config.eval.batch_size, mesh)
-  check_model(config.model, mesh)
+  data = prepare(config, workdir.path)
+  mesh = training_mesh(config)
   workdir.check_tokenizer(data.tokenizer.sha256)
   with (
     jax.set_mesh(mesh),
     Checkpoints(workdir.path, config.train.keep_latest) as checkpoints,
   ):
-    run = _Run(config, workdir, data, mesh, checkpoints)
+    run = _Run(Trainer(config, data, mesh), workdir, checkpoints)
     if (checkpoints.latest() or 0) >= run.curriculum.updates:
       console.print(f"{workdir.path} is finished: nothing to train")
       results = workdir.read_results()
       if results is not None:
         return results
     else:
-      plan_lib.show(config, data, run.curriculum, run.denoiser, mesh)
       run.train()
     return run.finish()
 
@@ -83,36 +76,39 @@ class _Run:
   """One attempt at a run: what it is made of, and the loop."""
 
   def __init__(
-    self,
-    config: Config,
-    workdir: Workdir,
-    data: PreparedData,
-    mesh: jax.sharding.Mesh,
-    checkpoints: Checkpoints,
+    self, trainer: Trainer, workdir: Workdir, checkpoints: Checkpoints
   ):
-    self.config, self.workdir, self.data = config, workdir, data
-    self.mesh, self.checkpoints = mesh, checkpoints
-    self.measures = evaluate_lib.Measures(config, data, mesh)
-    self.denoiser = self.measures.denoiser
-    self.curriculum = make_curriculum(config, [len(r) for r in data.stages])
-    self.schedule = learning_rate_schedule(config.optimizer, self.curriculum)
-    self.optimizer = make_optimizer(config.optimizer, self.schedule)
+    self.trainer, self.workdir = trainer, workdir
+    self.checkpoints = checkpoints
+    self.config, self.data = trainer.config, trainer.data
+    self.curriculum = trainer.curriculum
+    self.measures = evaluate_lib.Measures(
+      self.config, self.data, trainer.denoiser, trainer.mesh
+    )
     self.clock = _Clock()
 
   def train(self) -> None:
-    """Runs every update that is left."""
+    """Tells the plan, then runs every update that is left."""
+    # First what is only looked at: a config that can't resume the run must
+    # leave it as it is, and the calibration's state must be gone before ours.
+    done = self.checkpoints.latest() or 0
+    if done:
+      self.checkpoints.check(done, self.trainer.abstract())
+    preview.show(self.config, self.data)
+    plan_lib.show(plan_lib.make_plan(self.trainer, done))
     state = self._restore_or_init()
-    # Only now, so that a config that can't resume the run leaves it as it is.
     self.workdir.write_config(self.config, self.data.tokenizer.sha256)
+    self.workdir.write_data(self.data.manifest)
     self.data.tokenizer.save(self.workdir.path)
     with (
-      Writers(self.workdir.path, after=int(state.step)) as writers,
+      Writers(self.workdir.path, after=done) as writers,
       ProgressLine(self.curriculum.updates) as line,
       StopRequest() as stop,
     ):
-      if int(state.step) == 0:
-        texts = {"config": _as_text(self.config)}
-        writers.write_texts(0, texts)
+      if done == 0:
+        writers.write_texts(0, {"config": _as_text(self.config)})
+        texts = preview.describe(self.config, self.data)
+        writers.write_texts(0, {f"data/{k}": v for k, v in texts.items()})
       self._loop(state, _Log(self, writers, line), stop)
 
   def finish(self) -> dict[str, Any]:
@@ -124,47 +120,31 @@ class _Run:
   def _restore_or_init(self) -> TrainState:
     latest = self.checkpoints.latest()
     if latest is None:
-      key = rng.stream(self.config.seed, "init")
-      return init_state(self.denoiser, self.optimizer, key)
+      return self._start()
     saved = self.checkpoints.metrics(latest)
-    self.clock.tokens = saved["tokens_seen"]
-    self.clock.seconds_before = saved["wall_seconds"]
+    self.clock = _Clock(saved["tokens_seen"], saved["wall_seconds"])
     console.print(f"resuming {self.workdir.path} at update {latest}")
-    like = abstract_state(self.denoiser, self.optimizer)
-    return self.checkpoints.restore(latest, like)
+    return self.checkpoints.restore(latest, self.trainer.abstract())
+
+  def _start(self) -> TrainState:
+    self.clock = _Clock()
+    source = self.config.init_from
+    if not source:
+      return self.trainer.init()
+    with Checkpoints(source) as finished:
+      step, params = finished.restore_best_params(self.trainer.denoiser)
+    console.print(f"starting from the parameters of {source}, update {step}")
+    return self.trainer.init_from(params)
 
   def _loop(self, state: TrainState, log: "_Log", stop: StopRequest) -> None:
-    stage = step_fn = None
+    stage = None
     for update in range(int(state.step), self.curriculum.updates):
       if self.curriculum.stage_at(update) is not stage:
         stage = self.curriculum.stage_at(update)
-        step_fn = self._make_step(stage)
         log.start_stage(stage)
-      state, metrics = step_fn(state, self._batch(stage, update))
+      state, metrics = self.trainer.update(state, update)
       log.add(update + 1, metrics)
       self._after_update(update + 1, state, log, stop)
-
-  def _make_step(self, stage: StagePlan):
-    return make_train_step(
-      self.config,
-      stage,
-      self.denoiser,
-      self.optimizer,
-      self.schedule,
-      self.data.tokenizer.vocab.mask,
-    )
-
-  def _batch(self, stage: StagePlan, update: int) -> Batch:
-    numbers = batches.row_numbers(
-      stage.rows,
-      batches.stage_seed(self.config.seed, stage.index),
-      update - stage.start,
-      self.config.rows_per_update,
-    )
-    rows = self.data.stages[stage.index]
-    return batches.make_batch(
-      rows, numbers, self.config.optimizer.accumulation, self.mesh
-    )
 
   def _after_update(
     self, done: int, state: TrainState, log: "_Log", stop: StopRequest
@@ -236,7 +216,7 @@ class _Log:
     scalars = {f"eval/{name}": value for name, value in measured.items()}
     self._writers.write_scalars(done, scalars)
     samples = measures.sample(state.ema_params)
-    texts = {f"samples/{i}": text for i, text in enumerate(samples)}
+    texts = {f"samples/{i}": text for i, text in enumerate(samples.texts)}
     self._writers.write_texts(done, texts)
     bound, stderr = measured["nelbo_per_token"], measured["nelbo_stderr"]
     self._line.say(

@@ -20,7 +20,10 @@ import pytest
 from mdm_jax.core import config as config_lib
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-OTHERS = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "quickstart")
+# The quickstart is what most tests run; ablate_test runs the ablation.
+OTHERS = sorted(
+  {p.stem for p in CONFIGS.glob("*.py")} - {"quickstart", "ablation"}
+)
 PLANTED = """
 import pathlib
 pathlib.Path(__file__).with_suffix(".ran").touch()
@@ -28,8 +31,9 @@ pathlib.Path(__file__).with_suffix(".ran").touch()
 RESULTS = {
   *("nelbo_per_token", "nelbo_stderr", "ppl_bound", "bits_per_byte"),
   *("ce_by_mask_rate", "tokens_seen", "updates", "wall_seconds"),
-  *("tokens_per_second", "samples"),
+  *("tokens_per_second", "samples", "stage_ce", "text_metrics", "targets"),
 }
+WORDS = {"ce_by_mask_rate", "samples", "stage_ce", "text_metrics", "targets"}
 CURVES = {
   *("train/loss", "train/learning_rate", "train/grad_norm"),
   *("train/mask_rate", "train/tokens_per_second"),
@@ -127,7 +131,7 @@ def _series(workdir, kind):
 def test_results_hold_what_was_measured(trained):
   results = trained.results()
   assert set(results) >= RESULTS
-  for name in RESULTS - {"ce_by_mask_rate", "samples"}:
+  for name in RESULTS - WORDS:
     assert math.isfinite(results[name]) and results[name] > 0, name
   assert results["ppl_bound"] == pytest.approx(
     math.exp(results["nelbo_per_token"])
@@ -141,6 +145,51 @@ def test_results_hold_what_was_measured(trained):
   assert results["updates"] in (12, 24, 36)
   assert len(results["samples"]) == 4
   assert all(isinstance(text, str) for text in results["samples"])
+
+
+def test_samples_are_measured_beside_held_out_text(trained):
+  results = trained.results()
+  found = dict(results["text_metrics"])
+  assert "8-gram" in found.pop("judge")
+  assert list(found) == ["sampling", "untruncated", "held_out"]
+  for name, measured in found.items():
+    assert list(measured)[-2:] == ["copied_8gram", "judge_nll"], name
+    assert {m["n"] for m in measured.values()} == {8}
+    assert math.isfinite(measured["unigram_entropy"]["stderr"])
+  nll = {name: m["judge_nll"]["value"] for name, m in found.items()}
+  assert nll["held_out"] < min(nll["sampling"], nll["untruncated"])
+  entropy = {n: m["unigram_entropy"]["value"] for n, m in found.items()}
+  assert entropy["sampling"] < entropy["untruncated"]  # T = 0.6 against 1
+  assert [t["passed"] for t in results["targets"]].count(True) >= 1
+  assert len(results["targets"]) == 8
+  for word in ("samples, T = 1", "the guide's targets", "masked_ppl@[0.05,"):
+    assert word in trained.out
+
+
+def test_a_sample_is_kept_step_by_step(trained):
+  kept = json.loads((trained.workdir / "unmasking.json").read_text())
+  steps = kept["steps"]
+  assert len(steps) == 25 + 1
+  masked = [step.count(None) for step in steps]
+  assert masked[0] == len(steps[0]) and masked[-1] == 0
+  assert masked == sorted(masked, reverse=True)
+  for before, after in zip(steps, steps[1:], strict=False):
+    shown = [
+      (a, b) for a, b in zip(before, after, strict=True) if a is not None
+    ]
+    assert all(a == b for a, b in shown)
+
+
+def test_what_the_stages_read_is_kept_and_told(trained, events):
+  kept = json.loads((trained.workdir / "data.json").read_text())
+  counts = kept["rows"]["stage_1"]
+  cut, bars = counts["difficulty"]["cut"], counts["difficulty"]["histogram"]
+  assert sum(bars) == counts["units_found"] > counts["units_selected"]
+  assert len(counts["examples"]) == 5
+  told = _text(events, "data/1 I foundational")[0]
+  for text in (told, trained.out):
+    assert f"cut at {cut:.3f}" in text
+    assert f"the easiest {counts['units_selected']:,} of" in text
 
 
 def test_the_last_line_is_the_results(trained):
@@ -382,12 +431,86 @@ def test_samples_without_a_prompt_are_those_of_the_evaluation(
   assert list((tmp_path / "mdm_jax" / "xla").iterdir())
 
 
+# MARK: before a training, and after it
+
+
+def test_the_plan_is_told_without_training(env, tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "mdm_jax.plan", QUICK, "--json"],
+    cwd=tmp_path,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  plan = _last_json(done)
+  assert [s["updates"] for s in plan["stages"]] == [12, 12, 12]
+  assert all(s["seconds"] > 0 for s in plan["stages"])
+  assert plan["seconds"] == pytest.approx(
+    sum(s["seconds"] for s in plan["stages"])
+  )
+  assert plan["laws"]["in_fitted_range"] is False
+  assert f"{plan['params']:,} parameters" in done.stdout
+  assert not (tmp_path / "runs").exists()
+
+
+def test_the_data_is_told_without_training(env, trained, tmp_path):
+  done = _call(tmp_path, env, "--mode=data", QUICK, "--json")
+  kept = json.loads((trained.workdir / "data.json").read_text())
+  assert _last_json(done) == kept
+  assert "cut at" in done.stdout
+  assert not (tmp_path / "runs").exists()
+
+
+def test_the_report_needs_only_the_workdir(trained, copied):
+  args = ["--mode=report", f"--workdir={copied}"]
+  done = _call(trained.folder, trained.env, *args, "--json")
+  assert _last_json(done) == str(copied / "report.html")
+  page = (copied / "report.html").read_text()
+  results = trained.results()
+  for word in (f"{results['bits_per_byte']:.4f}", "III refinement", "<svg"):
+    assert word in page
+  (copied / "results.json").unlink()  # a run that goes on has a page too
+  assert _call(trained.folder, trained.env, *args).returncode == 0
+  assert "--mode=eval" in (copied / "report.html").read_text()
+
+
+def test_the_frontier_is_a_table_and_a_plot(trained, copied):
+  args = ["--mode=frontier", f"--workdir={copied}", "--json"]
+  done = _call(trained.folder, trained.env, *args)
+  points = _last_json(done)
+  header, *lines = (copied / "frontier.csv").read_text().splitlines()
+  assert header.startswith("drawn,judge_nll,") and len(lines) == len(points)
+  swept = [p for p in points if p["drawn"].startswith("T = ")]
+  assert len(swept) == 8 and points[-1]["drawn"] == "held-out text"
+  assert swept[0]["unigram_entropy"] < swept[-1]["unigram_entropy"]
+  own = trained.results()["text_metrics"]["sampling"]["judge_nll"]["value"]
+  assert points[0]["judge_nll"] == pytest.approx(own)
+  assert (copied / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_quick_fix_starts_from_a_finished_run(trained, env, tmp_path):
+  config = f"--config={CONFIGS / 'quick_fix.py'}:quick"
+  _check_error(_call(tmp_path, env, config), "runs/baseline", "holds no")
+  given = f"--config.init_from={trained.workdir}"
+  done = _call(tmp_path, env, config, given, "--config.train.log_every=1")
+  assert done.returncode == 0, done.stderr
+  assert "starting from the parameters of" in done.stdout
+  losses = _series(tmp_path / "runs" / "quick_fix_quick", float)["train/loss"]
+  assert len(losses) == 12  # the last stage alone
+  first = _series(trained.workdir, float)["train/loss"][0][1]
+  assert losses[0][1] < first - 0.5  # nothing was learned in one update
+
+
 # MARK: every config
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_config_runs_quickly(name, env, tmp_path):
-  done = _call(tmp_path, env, f"--config={CONFIGS / name}.py:quick", "--json")
+def test_every_config_runs_quickly(name, trained, env, tmp_path):
+  args = [f"--config={CONFIGS / name}.py:quick", "--json"]
+  if name == "quick_fix":
+    args.append(f"--config.init_from={trained.workdir}")
+  done = _call(tmp_path, env, *args)
   results = _last_json(done)
   workdir = tmp_path / "runs" / f"{name}_quick"
   assert results == json.loads((workdir / "results.json").read_text())

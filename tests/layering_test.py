@@ -25,11 +25,17 @@ MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
 SIDEWAYS = {
-  ("main.py", "train.py"): "main is the door to the three programs",
-  ("main.py", "evaluate.py"): "main is the door to the three programs",
-  ("main.py", "sample.py"): "main is the door to the three programs",
+  **{
+    ("main.py", name): "main is the door to the programs"
+    for name in (
+      *("train.py", "evaluate.py", "sample.py", "plan.py", "preview.py"),
+      *("frontier.py", "report.py"),
+    )
+  },
   ("train.py", "evaluate.py"): "training ends with the evaluation",
   ("train.py", "plan.py"): "training begins by telling its plan",
+  ("train.py", "preview.py"): "training begins by telling what it reads",
+  ("evaluation", "sampling"): "samples are measured as they are drawn",
 }
 TOO_LONG = {}
 
@@ -77,7 +83,7 @@ def _edges():
 def test_the_edges_are_found():
   names = {(a.as_posix(), b.as_posix()) for a, b in _edges()}
   assert ("mdm_jax/main.py", "mdm_jax/train.py") in names
-  assert ("mdm_jax/train.py", "mdm_jax/core/rng.py") in names
+  assert ("mdm_jax/train.py", "mdm_jax/core/signals.py") in names
   assert len(names) > 50
 
 

@@ -27,7 +27,11 @@ def settings(**fields):
   return dataclasses.replace(PLAIN, **fields)
 
 
-def sample(config, denoiser, params, x, mesh, seed=0, first=0):
+def sample(*args, **kwargs):
+  return sample_path(*args, **kwargs)[-1]
+
+
+def sample_path(config, denoiser, params, x, mesh, seed=0, first=0):
   place = lambda a: jax.device_put(a, batch_sharding(mesh, a.ndim))
   keys = rng.per_row(
     rng.stream(seed, "sample"), jnp.arange(first, first + len(x))
@@ -108,8 +112,10 @@ def test_calls_and_reveals_follow_the_schedule(mesh, num_steps):
   x = np.full((2, 12), MASK)
   x[1, :5] = [0, 1, 2, 3, 4]
   oracle = Oracle()
-  sample(settings(num_steps=num_steps), oracle, truth, x, mesh)
+  path = sample_path(settings(num_steps=num_steps), oracle, truth, x, mesh)
   jax.effects_barrier()
+  np.testing.assert_array_equal(path[:-1], oracle.seen)
+  np.testing.assert_array_equal(path[-1, 0], truth[0])
   assert len(oracle.seen) == num_steps
   for step, seen in enumerate(oracle.seen):
     left = [12 - step * 12 // num_steps, 7 - step * 7 // num_steps]

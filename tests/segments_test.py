@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mdm_jax.core.config import StageConfig, TokenizerConfig
-from mdm_jax.data import corpora, segments
+from mdm_jax.data import corpora, readability, segments
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.segments import Unit
 
@@ -129,7 +129,7 @@ def _rank(value, values):
 
 def _slow_difficulty(units):
   """The definition, one unit at a time."""
-  words = [segments._WORD.findall("\n".join(u.parts).lower()) for u in units]
+  words = [readability.words("\n".join(u.parts)) for u in units]
   idf = {
     word: math.log(len(units) / sum(word in other for other in words))
     for word in set().union(*words)
@@ -137,9 +137,14 @@ def _slow_difficulty(units):
   raw = ["\n".join(u.parts).encode() for u in units]
   signals = [
     [_mean([idf[w] for w in ws]) for ws in words],
-    [len(ws) for ws in words],
-    [_mean([len(w) for w in ws]) for ws in words],
+    [
+      -readability.reading_ease(
+        max(len(ws), 1), len(u.parts), sum(map(readability.syllables, ws))
+      )
+      for u, ws in zip(units, words, strict=True)
+    ],
     [len(zlib.compress(r)) / len(r) for r in raw],
+    [len(ws) for ws in words],
   ]
   return np.mean([[_rank(v, s) for v in s] for s in signals], axis=0)
 
@@ -171,13 +176,25 @@ def test_difficulty_of_one_and_of_none():
 def test_easiest_keeps_the_share_in_order(fraction):
   units = segments.units(DOCS, _stage("sentences", min_words=5))
   units = units[: len(units) // 3 * 3]
-  kept = segments.easiest(units, fraction)
+  selection = segments.easiest(units, fraction)
+  kept = selection.units
   assert len(kept) == math.ceil(round(fraction * len(units), 6))
   scores = dict(zip(map(id, units), segments.difficulty(units), strict=True))
   chosen = set(map(id, kept))
   left_out = [s for key, s in scores.items() if key not in chosen]
-  assert max(scores[id(u)] for u in kept) <= min(left_out, default=1.0)
+  assert selection.cut == max(scores[id(u)] for u in kept)
+  assert selection.cut <= min(left_out, default=1.0)
   assert kept == [u for u in units if id(u) in chosen]
+  np.testing.assert_array_equal(selection.kept, [scores[id(u)] for u in kept])
+
+
+def test_the_histogram_counts_every_unit():
+  units = segments.units(DOCS[:20], _stage("sentences"))
+  selection = segments.easiest(units, 1 / 3)
+  bars = selection.histogram(20)
+  assert len(bars) == 20 and sum(bars) == len(units)
+  below = sum(bars[: math.floor(selection.cut * 20)])
+  assert below <= len(selection.units) <= below + bars[int(selection.cut * 20)]
 
 
 def test_equally_difficult_units_are_kept_from_the_start():
@@ -185,5 +202,11 @@ def test_equally_difficult_units_are_kept_from_the_start():
     *["same words here", "unequal wording prevails astonishingly"] * 100
   )
   easy = int(segments.difficulty(units).argmin())
-  assert segments.easiest(units, 0.172) == units[easy::2][:35]
-  assert 0.07 * 200 > 14 and len(segments.easiest(units, 0.07)) == 14
+  assert segments.easiest(units, 0.172).units == units[easy::2][:35]
+  assert 0.07 * 200 > 14 and len(segments.easiest(units, 0.07).units) == 14
+
+
+def test_of_nothing_nothing_is_kept():
+  selection = segments.easiest([], 0.5)
+  assert selection.units == [] and selection.cut == 0
+  assert sum(selection.histogram(20)) == 0

@@ -62,6 +62,17 @@ def parse(argv: list[str]) -> list[str]:
     sys.exit(fail(_tell(error, path)))
 
 
+def parse_plain(argv: list[str]) -> list[str]:
+  """Parses the flags of a program whose --config is only handed on."""
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise UserError(f"unexpected argument {rest[1]!r}")
+    return rest
+  except (UserError, flags.Error) as error:
+    sys.exit(fail(_one_line(error)))
+
+
 def _config_path(argv: list[str]) -> str | None:
   """Returns the file that --config names, without its argument, if any."""
   for given, following in itertools.pairwise([*argv[1:], ""]):

@@ -183,7 +183,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-  """The held-out likelihood bound."""
+  """The held-out likelihood bound, and measures of samples."""
 
   every: int = _field(
     500, "updates between evaluations while training (0: only at the end)"
@@ -194,6 +194,14 @@ class EvalConfig:
   )
   masks_per_row: int = _field(16, "stratified mask rates drawn for each row")
   batch_size: int = _field(64, "masked rows a call of the denoiser")
+  samples: int = _field(
+    64, "texts drawn to measure repetition, diversity, grade (0: none)"
+  )
+  judge: str = _field(
+    "",
+    "folder of a Hugging Face causal LM that judges samples ('': an n-gram"
+    " model of the training text)",
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,6 +228,9 @@ class Config:
 
   name: str = _field("run", "the run's name; workdir defaults to runs/<name>")
   seed: int = _field(0, "root of every random number of the training")
+  init_from: str = _field(
+    "", "folder of a run whose best parameters and tokenizer to start from"
+  )
   data: DataConfig = DataConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()
   model: ModelConfig = ModelConfig()
@@ -323,7 +334,7 @@ def quick(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.optimizer.ema_decay = 0.9
   config.train.update(log_every=4, checkpoint_every=12)
   config.eval.update(every=12, rows=8, final_rows=16, masks_per_row=8)
-  config.eval.batch_size = 32
+  config.eval.update(batch_size=32, samples=8)
   config.sample.length = None
   return config
 

@@ -29,12 +29,18 @@ def check(c: Any) -> None:
   _within(c, "optimizer.weight_decay", 0, math.inf)
   _within(c, "optimizer.warmup_steps", 0, math.inf)
   _within(c, "eval.every", 0, math.inf)
+  _within(c, "eval.samples", 0, math.inf)
   if c.sample.top_p is not None:
     _within(c, "sample.top_p", 0, 1)
   temperatures = c.sample.temperature_range
   if temperatures and not 0 < temperatures[0] <= temperatures[1]:
     raise UserError(
       f"sample.temperature_range={temperatures} must be positive and rise"
+    )
+  if c.init_from and c.tokenizer.path:
+    raise UserError(
+      f"tokenizer.path={c.tokenizer.path!r} and init_from={c.init_from!r}: a"
+      " run to start from brings its own tokenizer; give one of the two"
     )
   _check_model(c.model)
   if not c.stages:

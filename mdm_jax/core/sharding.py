@@ -6,7 +6,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mdm_jax.core.config import MeshConfig, ModelConfig
+from mdm_jax.core.config import Config, MeshConfig, ModelConfig
 from mdm_jax.core.errors import UserError
 
 AXES = ("replica", "fsdp", "tensor")
@@ -62,6 +62,15 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     text = " x ".join(f"{n}={s}" for n, s in zip(AXES, sizes, strict=True))
     raise UserError(f"mesh {text} does not fit {total} device(s)")
   return jax.make_mesh(tuple(sizes), AXES)
+
+
+def training_mesh(config: Config) -> jax.sharding.Mesh:
+  """Returns a config's mesh, checked to split its batches and its model."""
+  mesh = make_mesh(config.mesh)
+  check_divides("data.batch_size", config.data.batch_size, mesh)
+  check_divides("eval.batch_size", config.eval.batch_size, mesh)
+  check_model(config.model, mesh)
+  return mesh
 
 
 def data_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:

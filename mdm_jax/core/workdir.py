@@ -2,7 +2,11 @@
 
 config.json     the run's config; what eval, sample and a resume read
 versions.json   the packages it was started with
+data.json       what its stages read: counts, difficulty, examples
 results.json    the last evaluation
+unmasking.json  one of its samples, step by step
+report.html     all of it as a page
+frontier.csv    the judge's opinion and entropy by temperature; also .png
 """
 
 import importlib.metadata
@@ -80,17 +84,55 @@ class Workdir:
         " has changed; use another workdir"
       )
 
-  def write_results(self, results: dict[str, Any]) -> None:
-    """Stores the last evaluation."""
+  def write_data(self, manifest: dict[str, Any]) -> None:
+    """Stores what the stages read."""
+    self._write("data.json", manifest)
+
+  def read_data(self) -> dict[str, Any] | None:
+    """Returns what the stages read, or None."""
+    return self._read("data.json")
+
+  def write_results(
+    self, results: dict[str, Any], unmasking: dict[str, Any]
+  ) -> None:
+    """Stores the last evaluation, and a sample step by step."""
+    self._write("unmasking.json", unmasking)
     self._write("results.json", results)
 
   def read_results(self) -> dict[str, Any] | None:
     """Returns the last evaluation, or None."""
-    path = self.path / "results.json"
+    return self._read("results.json")
+
+  def read_unmasking(self) -> dict[str, Any] | None:
+    """Returns a sample of the last evaluation step by step, or None."""
+    return self._read("unmasking.json")
+
+  def read_metrics(self) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl; none before a run's first."""
+    path = self.path / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+  def write_frontier(self, table: str, plot: bytes) -> None:
+    """Stores a temperature sweep."""
+    self._write_bytes("frontier.csv", table.encode())
+    self._write_bytes("frontier.png", plot)
+
+  def write_page(self, html: str) -> epath.Path:
+    """Stores the report and returns where."""
+    self._write_bytes("report.html", html.encode())
+    return self.path / "report.html"
+
+  def _read(self, name: str) -> dict[str, Any] | None:
+    path = self.path / name
     return json.loads(path.read_text()) if path.exists() else None
 
   def _write(self, name: str, values: dict[str, Any]) -> None:
-    """Writes JSON so that a crash leaves the old file or the new one."""
+    text = json.dumps(values, indent=2) + "\n"
+    self._write_bytes(name, text.encode())
+
+  def _write_bytes(self, name: str, content: bytes) -> None:
+    """Writes a file so that a crash leaves the old one or the new one."""
     partial = self.path / f".{name}.{os.getpid()}"
-    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.write_bytes(content)
     partial.replace(self.path / name)

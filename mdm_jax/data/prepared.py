@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,14 @@ from mdm_jax.data import corpora, segments
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.corpora import Document
 from mdm_jax.data.packing import Rows, Tokens, join_sentences, pack
-from mdm_jax.data.segments import Unit
+from mdm_jax.data.segments import Selection, Unit
 from mdm_jax.data.tokenizer import Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "manifest.json"
 _HELD_OUT = "held_out"
+_BINS = 20  # of the histogram of difficulty
+_EXAMPLES = 5
 _UNIT_FIELDS = ("unit", "length", "easiest", "min_words", "max_words")
 
 
@@ -60,30 +63,57 @@ class PreparedData:
     return sizes[rows.tokens].sum(axis=1)
 
 
-def prepare(config: Config) -> PreparedData:
+def prepare(
+  config: Config, workdir: epath.PathLike | None = None
+) -> PreparedData:
   """Returns the rows of a config, from the cache or made now.
+
+  Args:
+    config: of the run.
+    workdir: the run's folder. A run that started from another one's parameters
+      has its tokenizer there, and needs that other one no more.
 
   Raises:
     UserError: the corpus can't be read, or a stage has no rows to train on.
   """
+  given = _given_tokenizer(config, workdir)
   documents = corpora.load(config.data.corpus, config.data.max_documents)
-  inputs = _inputs(config, documents)
+  inputs = _inputs(config, documents, given)
   key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
   folder = _cache_dir(config) / key.hexdigest()[:16]
   if not (folder / _MANIFEST).exists():
-    _write(folder, config, documents, inputs)
+    _write(folder, config, documents, inputs, given)
   return _read(folder, config)
 
 
-def _inputs(config: Config, documents: list[Document]) -> dict[str, Any]:
+def training_texts(config: Config) -> list[str]:
+  """Returns the text of the train split, as it was before tokens."""
+  documents = corpora.load(config.data.corpus, config.data.max_documents)
+  train, _ = corpora.split(documents, config.data.eval_fraction)
+  return [document.text for document in train]
+
+
+def _given_tokenizer(
+  config: Config, workdir: epath.PathLike | None
+) -> Tokenizer | None:
+  if not config.init_from:
+    return None
+  own = workdir is not None and tokenizers.is_saved_in(workdir)
+  return tokenizers.load_tokenizer(workdir if own else config.init_from)
+
+
+def _inputs(
+  config: Config, documents: list[Document], given: Tokenizer | None
+) -> dict[str, Any]:
   """Everything that the rows depend on."""
-  given = config.tokenizer.path
+  path = config.tokenizer.path
+  sha256 = given.sha256 if given else path and _sha256(epath.Path(path))
   return {
     "format": _FORMAT,
     "text": corpora.fingerprint(documents),
     "eval_fraction": config.data.eval_fraction,
-    "tokenizer": to_dict(config.tokenizer),
-    "given_tokenizer": _sha256(epath.Path(given)) if given else None,
+    "tokenizer": None if given else to_dict(config.tokenizer),
+    "given_tokenizer": sha256 or None,
     "stages": [
       {name: getattr(stage, name) for name in _UNIT_FIELDS}
       for stage in config.stages
@@ -106,6 +136,7 @@ def _write(
   config: Config,
   documents: list[Document],
   inputs: dict[str, Any],
+  given: Tokenizer | None,
 ) -> None:
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +147,7 @@ def _write(
     ) from error
   try:
     with Progress(transient=True) as progress:
-      _fill(partial, config, documents, inputs, progress)
+      _fill(partial, config, documents, inputs, given, progress)
     try:
       partial.rename(folder)
     except OSError:  # another process was faster, with the same bytes
@@ -131,6 +162,7 @@ def _fill(
   config: Config,
   documents: list[Document],
   inputs: dict[str, Any],
+  given: Tokenizer | None,
   progress: Progress,
 ) -> None:
   """Writes every file of a prepared folder, the manifest last."""
@@ -138,7 +170,7 @@ def _fill(
   task = progress.add_task("tokenizer", total=len(names) + 2)
   train, held_out = corpora.split(documents, config.data.eval_fraction)
   texts = [document.text for document in train]
-  tokenizer = tokenizers.build(config.tokenizer, texts)
+  tokenizer = given or tokenizers.build(config.tokenizer, texts)
   tokenizer.save(folder)
   counts = {}
   whole = StageConfig(unit="paragraphs", length=config.stages[-1].length)
@@ -167,12 +199,14 @@ def _fill(
 
 def _stage_rows(
   stage: StageConfig, texts: list[str], tokenizer: Tokenizer
-) -> tuple[Rows, dict[str, int]]:
-  """Returns a stage's packed rows, and counts of what went into them."""
+) -> tuple[Rows, dict[str, Any]]:
+  """Returns a stage's packed rows, and what is to be known of them."""
   units = segments.units(texts, stage)
   found = len(units)
-  if stage.easiest < 1 and stage.unit != "paragraphs":
-    units = segments.easiest(units, stage.easiest)
+  selection = None
+  if stage.unit != "paragraphs":
+    selection = segments.easiest(units, stage.easiest)
+    units = selection.units
   pieces = _encode(units, stage, tokenizer)
   fitting = [p for p in pieces if len(p) <= stage.length]
   rows = pack(fitting, stage.length, tokenizer.vocab.pad)
@@ -183,7 +217,30 @@ def _stage_rows(
     "rows": len(rows),
     "tokens": int((rows.segments > 0).sum()),
     "capacity": int(rows.tokens.size),
+    "difficulty": _difficulty(selection),
+    "examples": _examples(selection, fitting, tokenizer),
   }
+
+
+def _difficulty(selection: Selection | None) -> dict[str, Any] | None:
+  if selection is None:
+    return None
+  return {"histogram": selection.histogram(_BINS), "cut": selection.cut}
+
+
+def _examples(
+  selection: Selection | None, pieces: list[Tokens], tokenizer: Tokenizer
+) -> list[str]:
+  """A few texts, from easy to difficult, or else from first to last."""
+  if selection is None:
+    return [tokenizer.decode(piece) for piece in _spread(pieces)]
+  rising = np.argsort(selection.kept, kind="stable").tolist()
+  return ["\n".join(selection.units[i].parts) for i in _spread(rising)]
+
+
+def _spread(values: Sequence[Any]) -> list[Any]:
+  at = np.linspace(0, len(values) - 1, min(_EXAMPLES, len(values)))
+  return [values[int(i)] for i in at]
 
 
 def _encode(

@@ -12,8 +12,8 @@ import sentencex
 from jaxtyping import Float64, Int64, Num
 
 from mdm_jax.core.config import StageConfig
+from mdm_jax.data import readability
 
-_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 # The splitter fails on some texts that hold these.
 _ODD_SPACE = re.compile(r"[^\S\x00-\x7f]")
 
@@ -80,28 +80,32 @@ def _parts(verbatim: list[str], unit: str) -> Iterator[tuple[str, ...]]:
 def difficulty(units: Sequence[Unit]) -> Float64[np.ndarray, "N"]:
   """Returns how difficult each unit is among these, from 0 to 1.
 
-  It is the mean of four percentile ranks: rarity of the words (their mean
-  inverse document frequency, a unit being a document), number of words, mean
-  length of a word, and size after compression by zlib over size before.
+  It is the mean of four percentile ranks, of signals that serve a curriculum
+  (Zhang et al. 2025, arXiv 2506.11300): rarity of the words (their mean inverse
+  document frequency, a unit being a document), Flesch's reading ease, size
+  after compression by zlib over size before, and number of words.
   """
   texts = ["\n".join(unit.parts) for unit in units]
-  words = [_WORD.findall(text.lower()) for text in texts]
-  counts = np.array([len(w) for w in words], np.int64)
-  letters = np.array([sum(map(len, w)) for w in words], np.int64)
   raw = [text.encode() for text in texts]
   packed = [len(zlib.compress(r)) / max(len(r), 1) for r in raw]
+  words = [readability.words(text) for text in texts]
+  counts = np.array([len(w) for w in words], np.int64)
+  sentences = np.array([len(unit.parts) for unit in units], np.int64)
+  rarity, syllables = _rarity_and_syllables(words, counts)
+  some = np.maximum(counts, 1)
   signals = [
-    _mean_idf(words, counts),
-    counts,
-    letters / np.maximum(counts, 1),
+    rarity / some,
+    -readability.reading_ease(some, sentences, syllables),
     np.array(packed, np.float64),
+    counts,
   ]
   return np.mean([_percentile_ranks(s) for s in signals], axis=0)
 
 
-def _mean_idf(
+def _rarity_and_syllables(
   words: list[list[str]], counts: Int64[np.ndarray, "N"]
-) -> Float64[np.ndarray, "N"]:
+) -> tuple[Num[np.ndarray, "N"], ...]:
+  """Returns the sums of inverse document frequencies and of syllables."""
   index: dict[str, int] = {}
   flat = [index.setdefault(w, len(index)) for ws in words for w in ws]
   ids = np.array(flat, np.int64)
@@ -109,8 +113,11 @@ def _mean_idf(
   pairs = np.unique(owner * max(len(index), 1) + ids)
   frequency = np.bincount(pairs % max(len(index), 1), minlength=len(index))
   idf = np.log(len(words) / np.maximum(frequency, 1))
-  total = np.bincount(owner, idf[ids], minlength=len(words))
-  return total / np.maximum(counts, 1)
+  syllables = np.array([readability.syllables(w) for w in index], np.float64)
+  return tuple(
+    np.bincount(owner, of_word[ids], minlength=len(words))
+    for of_word in (idf, syllables)
+  )
 
 
 def _percentile_ranks(
@@ -124,13 +131,38 @@ def _percentile_ranks(
   return rank[inverse] / max(len(values) - 1, 1)
 
 
-def easiest(units: Sequence[Unit], fraction: float) -> list[Unit]:
-  """Returns the least difficult share of the units, in their own order.
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """The least difficult share of some units.
+
+  Attributes:
+    units: those kept, in their own order.
+    kept: their difficulty.
+    difficulty: of all units, the ones left out too.
+  """
+
+  units: list[Unit]
+  kept: Float64[np.ndarray, "K"]
+  difficulty: Float64[np.ndarray, "N"]
+
+  @property
+  def cut(self) -> float:
+    """The highest difficulty that is kept."""
+    return float(self.kept.max(initial=0))
+
+  def histogram(self, bins: int) -> list[int]:
+    """Returns how many units fall in each of equal parts of [0, 1]."""
+    return np.histogram(self.difficulty, bins, (0, 1))[0].tolist()
+
+
+def easiest(units: Sequence[Unit], fraction: float) -> Selection:
+  """Selects the least difficult share of the units.
 
   It rounds up, and of equally difficult units the earlier ones are kept. Only
   sentences and pairs are comparable in this way.
   """
   # The small amount undoes rounding: 1/3 of 3 is 1.
-  kept = math.ceil(fraction * len(units) - 1e-9)
-  order = np.argsort(difficulty(units), kind="stable")
-  return [units[i] for i in np.sort(order[:kept])]
+  count = math.ceil(fraction * len(units) - 1e-9)
+  scores = difficulty(units)
+  kept = np.sort(np.argsort(scores, kind="stable")[:count])
+  return Selection([units[i] for i in kept], scores[kept], scores)

@@ -135,6 +135,12 @@ def build(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
   return SentencePieceTokenizer(_train(config.vocab_size, texts))
 
 
+def is_saved_in(folder: epath.PathLike) -> bool:
+  """Whether `save` wrote a tokenizer into the folder."""
+  names = SentencePieceTokenizer.filename, CharTokenizer.filename
+  return any((epath.Path(folder) / name).exists() for name in names)
+
+
 def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
   """Returns the tokenizer that `save` wrote into a folder.
 

@@ -106,6 +106,21 @@ class Evaluator:
     by_rate = zip(CURVE_RATES, curve, strict=True)
     return {f"{rate:.2f}": float(loss) for rate, loss in by_rate}
 
+  def ce_in_range(
+    self, params: Params, rows: Rows, low: float, high: float
+  ) -> float:
+    """Returns the CE of a masked token at r ~ U(low, high): no likelihood."""
+    draws = self.config.masks_per_row
+    which = np.repeat(np.arange(len(rows)), draws)
+    rates = low + (high - low) * _row_rates(len(rows), draws)
+    losses = self._losses(
+      params, rows, which, np.asarray(rates).reshape(-1), "range"
+    )
+    lengths = (rows.segments > 0).sum(axis=1)
+    return float(
+      losses.reshape(-1, draws).mean(axis=1) @ (lengths / lengths.sum())
+    )
+
   def _losses(
     self,
     params: Params,

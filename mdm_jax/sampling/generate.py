@@ -1,5 +1,7 @@
 """From parameters and a prompt to text."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,21 @@ from mdm_jax.core.sharding import batch_sharding, data_shards
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling.sampler import make_sampler
+
+_ROWS_A_CALL = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """Texts, and how they came about.
+
+  Attributes:
+    texts: decoded, up to their end-of-text token.
+    path: token ids before each step, and after the last.
+  """
+
+  texts: list[str]
+  path: Int[np.ndarray, "S B L"]
 
 
 class TextSampler:
@@ -34,34 +51,43 @@ class TextSampler:
     self._tokenizer, self._mesh = tokenizer, mesh
     self._sample = make_sampler(config, denoiser, tokenizer.vocab.mask)
 
-  def __call__(self, params: Params, prompt: str = "") -> list[str]:
+  def __call__(self, params: Params, prompt: str = "") -> Samples:
     """Returns `config.num_samples` texts that begin with the prompt.
 
     Raises:
       UserError: the prompt fills the whole length.
     """
+    vocab, count = self._tokenizer.vocab, self.config.num_samples
+    canvas = self._canvas(prompt)
+    size = self._rows_a_call()
+    stream = rng.stream(self.config.seed, "sample")
+    parts = []
+    for start in range(0, count, size):
+      # More rows than asked for where a call needs them: a row's text is its
+      # own, whatever is drawn beside it.
+      keys = rng.per_row(stream, jnp.arange(start, start + size))
+      x = np.tile(canvas, (size, 1))
+      inputs = x, x == vocab.mask, keys
+      parts.append(self._sample(params, *map(self._place, inputs)))
+    path = np.concatenate([np.asarray(p) for p in parts], axis=1)[:, :count]
+    texts = [self._tokenizer.decode(_until_end(r, vocab)) for r in path[-1]]
+    return Samples(texts, path)
+
+  def _canvas(self, prompt: str) -> Int[np.ndarray, "L"]:
     start = self._tokenizer.encode(prompt)
     if len(start) >= self.length:
       raise UserError(
         f"the prompt has {len(start)} tokens, a sample only {self.length};"
         f" shorten it to at most {self.length - 1} or set sample.length"
       )
-    vocab = self._tokenizer.vocab
-    x = np.full((self._rows(), self.length), vocab.mask, np.int32)
-    x[:, : len(start)] = start
-    stream = rng.stream(self.config.seed, "sample")
-    keys = rng.per_row(stream, jnp.arange(len(x)))
-    inputs = x, x == vocab.mask, keys
-    drawn = np.asarray(self._sample(params, *map(self._place, inputs)))
-    return [
-      self._tokenizer.decode(_until_end(row, vocab))
-      for row in drawn[: self.config.num_samples]
-    ]
+    canvas = np.full(self.length, self._tokenizer.vocab.mask, np.int32)
+    canvas[: len(start)] = start
+    return canvas
 
-  def _rows(self) -> int:
-    """More than asked for where the mesh needs it; a row's text is its own."""
+  def _rows_a_call(self) -> int:
     shards = data_shards(self._mesh)
-    return -(-self.config.num_samples // shards) * shards
+    rows = min(self.config.num_samples, _ROWS_A_CALL)
+    return -(-rows // shards) * shards
 
   def _place(self, values):
     return jax.device_put(values, batch_sharding(self._mesh, values.ndim))

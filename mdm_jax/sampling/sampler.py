@@ -39,19 +39,23 @@ class Predictor(Protocol):
   ) -> Float[Array, "N V"]: ...
 
 
+# The canvas before each step, and the text after the last.
+Path = Int[Array, "S B L"]
+
 Sampler = Callable[
-  [Any, Int[Array, "B L"], Bool[Array, "B L"], Key[Array, "B"]],
-  Int[Array, "B L"],
+  [Any, Int[Array, "B L"], Bool[Array, "B L"], Key[Array, "B"]], Path
 ]
 
 
 def make_sampler(
   config: SampleConfig, denoiser: Predictor, mask_id: int
 ) -> Sampler:
-  """Returns the jitted sampler: (params, tokens, free, row_keys) -> tokens.
+  """Returns the jitted sampler: (params, tokens, free, row_keys) -> path.
 
   Positions with `free` False keep their token; all others are drawn. A row
-  depends on its own tokens and key only, not on the batch around it.
+  depends on its own tokens and key only, not on the batch around it. All steps
+  are returned, the finished text as the last: they are small beside one
+  denoiser call, and show how the text came about.
   """
   temperature = tokens.effective_temperature(config)
 
@@ -64,13 +68,14 @@ def make_sampler(
     x: Int[Array, "B L"],
     free: Bool[Array, "B L"],
     row_keys: Key[Array, "B"],
-  ) -> Int[Array, "B L"]:
+  ) -> Path:
     positions = order.random_order(_fold(row_keys, 0), free)
     rank = jnp.argsort(positions, axis=1)
     total = free.sum(axis=1)
     most = schedule.most_revealed(config.num_steps, x.shape[1])
 
-    def step(i, x):
+    def step(i, path):
+      x = path[i]
       start = schedule.revealed_before(i, config.num_steps, total)
       stop = schedule.revealed_before(i + 1, config.num_steps, total)
       slots = jnp.minimum(
@@ -82,10 +87,12 @@ def make_sampler(
       drawn = draw(_fold(row_keys, i + 1), logits)
       turn = (start[:, None] <= rank) & (rank < stop[:, None])
       slot = jnp.clip(rank - start[:, None], 0, most - 1)
-      return jnp.where(turn, jnp.take_along_axis(drawn, slot, axis=1), x)
+      x = jnp.where(turn, jnp.take_along_axis(drawn, slot, axis=1), x)
+      return path.at[i + 1].set(x)
 
     x = jnp.where(free, mask_id, x)
-    return jax.lax.fori_loop(0, config.num_steps, step, x)
+    path = jnp.broadcast_to(x, (config.num_steps + 1, *x.shape))
+    return jax.lax.fori_loop(0, config.num_steps, step, path)
 
   return sample
 

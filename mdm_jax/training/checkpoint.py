@@ -110,7 +110,7 @@ class Checkpoints:
     return self._restore(step, {"ema_params": like}, partial=True)["ema_params"]
 
   def _restore(self, step: int, like: Any, partial: bool = False) -> Any:
-    self._check_same_shapes(step, like)
+    self.check(step, like)
     like = jax.tree.map(_placed, like)
     return self._manager.restore(
       step,
@@ -121,8 +121,12 @@ class Checkpoints:
       ),
     )
 
-  def _check_same_shapes(self, step: int, like: Any) -> None:
-    """Says in one line what Orbax says in many, or casts in silence."""
+  def check(self, step: int, like: Any) -> None:
+    """Says in one line what Orbax says in many, or casts in silence.
+
+    Raises:
+      UserError: the step is of another architecture or optimizer than `like`.
+    """
     saved = _by_path(self._manager.item_metadata(step))
     for path, leaf in _by_path(like).items():
       found = saved.get(path)

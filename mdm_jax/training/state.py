@@ -38,6 +38,13 @@ def init_state(
   return jax.jit(_init, static_argnums=(0, 1))(denoiser, optimizer, key)
 
 
+def state_from(
+  params: Params, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """Returns the state before the first update of given parameters."""
+  return jax.jit(_start, static_argnums=1)(params, optimizer)
+
+
 def abstract_state(
   denoiser: Denoiser, optimizer: optax.GradientTransformation
 ) -> TrainState:
@@ -47,7 +54,10 @@ def abstract_state(
 
 
 def _init(denoiser, optimizer, key) -> TrainState:
-  params = denoiser.init(key)
+  return _start(denoiser.init(key), optimizer)
+
+
+def _start(params, optimizer) -> TrainState:
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

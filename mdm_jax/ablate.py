@@ -1,0 +1,211 @@
+"""Trains every variant of a config with several seeds, and compares them.
+
+  python -m mdm_jax.ablate --config=configs/ablation.py --seeds=3
+
+Each run is the command that it prints: stop this program when you like, and the
+same command goes on. A config file for it has `VARIANTS`, a dict from what may
+follow its colon to what that changes; the first is what the others are
+compared with.
+"""
+
+import csv
+import dataclasses
+import io
+import math
+import os
+import runpy
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from absl import app, flags
+from rich import box
+from rich.table import Table
+
+from mdm_jax.core import command_line
+from mdm_jax.core.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
+from mdm_jax.core.progress import console
+from mdm_jax.core.workdir import Workdir
+
+_CONFIG = flags.DEFINE_string("config", None, "Config file with VARIANTS.")
+_VARIANTS = flags.DEFINE_list("variants", None, "Some of them (default: all).")
+_SEEDS = flags.DEFINE_integer(
+  "seeds", 3, "Runs of each variant.", lower_bound=1
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all the runs.")
+_QUICK = flags.DEFINE_bool("quick", False, "A minute each, to try it out.")
+
+# Of results.json: where each number is found, and its name in the table.
+MEASURES = {
+  "NELBO, nats/token": ("nelbo_per_token",),
+  "bits/byte": ("bits_per_byte",),
+  "CE(0.05)": ("ce_by_mask_rate", "0.05"),
+  "CE(1.0)": ("ce_by_mask_rate", "1.00"),
+  "seq-rep-4": ("text_metrics", "sampling", "seq_rep_4", "value"),
+  "entropy": ("text_metrics", "sampling", "unigram_entropy", "value"),
+  "judge": ("text_metrics", "sampling", "judge_nll", "value"),
+  "seq-rep-4, T=1": ("text_metrics", "untruncated", "seq_rep_4", "value"),
+  "entropy, T=1": ("text_metrics", "untruncated", "unigram_entropy", "value"),
+  "judge, T=1": ("text_metrics", "untruncated", "judge_nll", "value"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A mean over seeds.
+
+  Attributes:
+    mean: over the runs that have the number; nan if none has.
+    stderr: its standard error; nan for less than two runs.
+  """
+
+  mean: float
+  stderr: float
+
+  def __str__(self) -> str:
+    if math.isnan(self.stderr):
+      return f"{self.mean:.3f}"
+    return f"{self.mean:.3f} ± {self.stderr:.3f}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+  """Returns the mean of independent runs with its standard error."""
+  if not values:
+    return Estimate(math.nan, math.nan)
+  mean = statistics.fmean(values)
+  if len(values) < 2:
+    return Estimate(mean, math.nan)
+  return Estimate(mean, statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def main(_: list[str]) -> int:
+  """Runs what is not finished yet and prints the comparison."""
+  try:
+    variants = _chosen(_CONFIG.value, _VARIANTS.value)
+    folder = _WORKDIR.value or os.path.join("runs", _name(_CONFIG.value))
+    # All variants with one seed first: a sweep cut short compares them all.
+    for seed in range(_SEEDS.value):
+      for variant in variants:
+        code = _train(variant, seed, _run_folder(folder, variant, seed))
+        if code != EXIT_OK:
+          return code
+  except UserError as error:
+    return command_line.fail(error)
+  except KeyboardInterrupt:
+    print("interrupted: the same command goes on from what was saved")
+    return EXIT_STOPPED
+  results = {v: _results(folder, v, _SEEDS.value) for v in variants}
+  _write(folder, results)
+  console.print(_table(results))
+  return EXIT_OK
+
+
+def _chosen(path: str | None, names: list[str] | None) -> list[str]:
+  if path is None or not os.path.isfile(path):
+    raise UserError(f"config file {path} does not exist; give --config=FILE")
+  known = runpy.run_path(path).get("VARIANTS")
+  if not known:
+    raise UserError(f"{path} has no VARIANTS; see configs/ablation.py")
+  for name in names or ():
+    if name not in known:
+      raise UserError(f"variant {name!r}: {nearest(name, known)}")
+  return list(names or known)
+
+
+def _name(path: str) -> str:
+  return os.path.splitext(os.path.basename(path))[0]
+
+
+def _run_folder(folder: str, variant: str, seed: int) -> str:
+  return os.path.join(folder, variant, f"seed_{seed}")
+
+
+def _train(variant: str, seed: int, workdir: str) -> int:
+  """Trains and measures one run in a process of its own."""
+  argument = f"{variant},quick" if _QUICK.value else variant
+  command = [
+    "python",
+    "-m",
+    "mdm_jax.main",
+    f"--config={_CONFIG.value}:{argument}",
+    f"--config.seed={seed}",
+    f"--workdir={workdir}",
+  ]
+  console.rule(shlex.join(command))
+  return subprocess.run([sys.executable, *command[1:]]).returncode
+
+
+def _results(folder: str, variant: str, seeds: int) -> list[dict]:
+  runs = [Workdir(_run_folder(folder, variant, s)) for s in range(seeds)]
+  return [run.read_results() for run in runs]
+
+
+# MARK: the comparison
+
+
+def compare(
+  results: Mapping[str, list[dict]],
+) -> dict[str, dict[str, Estimate]]:
+  """Returns every measure of every variant, and its loss to the first.
+
+  The loss is the difference in NELBO, run by run of the same seed: what the
+  seeds have in common, as the initial parameters, cancels.
+  """
+  base = next(iter(results.values()))
+  lines = {}
+  for variant, runs in results.items():
+    line = {
+      name: estimate(
+        [v for v in (_find(r, path) for r in runs) if v is not None]
+      )
+      for name, path in MEASURES.items()
+    }
+    differences = [
+      run["nelbo_per_token"] - other["nelbo_per_token"]
+      for run, other in zip(runs, base, strict=True)
+    ]
+    lines[variant] = {"loses": estimate(differences)} | line
+  return lines
+
+
+def _find(result: dict, path: Sequence[str]) -> float | None:
+  for part in path:
+    result = result.get(part) if result else None
+  return result
+
+
+def _table(results: Mapping[str, list[dict]]) -> Table:
+  """Variants as columns would be too wide: a row each, narrow numbers."""
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+  lines = compare(results)
+  table.add_column("variant", no_wrap=True)
+  for name in next(iter(lines.values())):
+    table.add_column(name, justify="right")
+  for variant, line in lines.items():
+    table.add_row(variant, *map(str, line.values()))
+  return table
+
+
+def _write(folder: str, results: Mapping[str, list[dict]]) -> None:
+  """Writes ablation.csv, a line a run, and ablation.md, the comparison."""
+  file = io.StringIO()
+  writer = csv.writer(file, lineterminator="\n")
+  writer.writerow(["variant", "seed", *MEASURES])
+  for variant, runs in results.items():
+    for seed, run in enumerate(runs):
+      values = [_find(run, path) for path in MEASURES.values()]
+      writer.writerow([variant, seed, *values])
+  with open(os.path.join(folder, "ablation.csv"), "w") as out:
+    out.write(file.getvalue())
+  lines = compare(results)
+  names = list(next(iter(lines.values())))
+  rows = [["variant", *names], ["---"] * (len(names) + 1)]
+  rows += [[v, *map(str, line.values())] for v, line in lines.items()]
+  with open(os.path.join(folder, "ablation.md"), "w") as out:
+    out.write("".join(f"| {' | '.join(row)} |\n" for row in rows))
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=command_line.parse_plain)

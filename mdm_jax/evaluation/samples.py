@@ -1,0 +1,81 @@
+"""What samples are like, beside held-out text of the same length.
+
+Measured three times with the same measures: samples as the run's settings draw
+them, samples of the model itself (T = 1, nothing cut off), and held-out text.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from mdm_jax.core.config import Config, SampleConfig
+from mdm_jax.data.packing import Rows
+from mdm_jax.data.prepared import PreparedData
+from mdm_jax.data.tokenizer import Tokenizer
+from mdm_jax.evaluation.judge import Judge, nll_per_byte
+from mdm_jax.evaluation.likelihood import subset
+from mdm_jax.evaluation.text_metrics import CopyIndex, Measured, measure
+from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.sampling.generate import TextSampler
+
+
+class TextMeasures:
+  """All measures of texts, with what they compare them to."""
+
+  def __init__(self, judge: Judge, training_texts: Sequence[str]):
+    self._judge = judge
+    self._copies = CopyIndex(training_texts)
+
+  def __call__(self, texts: Sequence[str]) -> dict[str, Measured]:
+    """Returns every measure of these texts, by name."""
+    return measure(texts) | {
+      "copied_8gram": self._copies.share(texts),
+      "judge_nll": nll_per_byte(self._judge, texts),
+    }
+
+
+def untruncated(config: SampleConfig) -> SampleConfig:
+  """Returns settings that draw from the model's own distribution."""
+  return dataclasses.replace(
+    config, temperature=1.0, temperature_range=None, top_k=None, top_p=None
+  )
+
+
+def make_sampler(
+  config: Config,
+  settings: SampleConfig,
+  denoiser: Denoiser,
+  data: PreparedData,
+  mesh: jax.sharding.Mesh,
+) -> TextSampler:
+  """Returns a sampler of as many texts as an evaluation measures."""
+  count = max(config.eval.samples, settings.num_samples)
+  return TextSampler(
+    dataclasses.replace(settings, num_samples=count),
+    denoiser,
+    data.tokenizer,
+    mesh,
+    config.sample_length,
+  )
+
+
+def reference_texts(
+  held_out: Rows, tokenizer: Tokenizer, count: int, length: int
+) -> list[str]:
+  """Returns the first text of each of `count` rows, cut to `length` tokens."""
+  rows = subset(held_out, count)
+  return [
+    tokenizer.decode(tokens[segments == 1][:length])
+    for tokens, segments in zip(rows.tokens, rows.segments, strict=True)
+  ]
+
+
+def as_plain(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
+  """Returns JSON values; None for what could not be measured."""
+  number = lambda x: None if x != x else float(x)
+  return {
+    name: {"value": number(m.value), "stderr": number(m.stderr), "n": m.n}
+    for name, m in measured.items()
+  }

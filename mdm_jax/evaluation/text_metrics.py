@@ -1,0 +1,289 @@
+"""What texts show by themselves: repetition, diversity, grade, copying.
+
+Texts are measured as they are: none is dropped or repaired, and an empty one
+counts. Standard errors are over texts. Those of averages take the texts as
+independent draws; for self-BLEU that is a simplification, its terms share their
+references. Those of ratios over the whole pool are by the jackknife (Efron and
+Stein 1981), from counts. Most of these numbers change with length: compare only
+texts that are cut to the same one.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64, UInt64
+
+from mdm_jax.data import readability, segments
+
+Counts = collections.Counter
+
+# A word as in `readability.words`, or any other visible character.
+_TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|[^\w\s]|_")
+_BLEU_ORDERS = (1, 2, 3, 4)
+_NO_MATCH = 0.1  # what method 1 of Chen and Cherry counts for no match at all
+_FEWEST_SENTENCES = 3  # for a grade
+_COPY_ORDER = 8
+_NO_IDS = np.zeros(0, np.uint64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """A number from some texts.
+
+  Attributes:
+    value: nan where it is not defined.
+    stderr: its standard error over the texts, nan where there is none.
+    n: texts.
+  """
+
+  value: float
+  stderr: float
+  n: int
+
+
+def tokens(text: str) -> list[str]:
+  """Returns the tokens of a text in lower case: words and punctuation marks.
+
+  A word is a run of letters and digits, inner apostrophes included; every other
+  character that is not white space is a token by itself.
+  """
+  return _TOKEN.findall(text.lower())
+
+
+def measure(texts: Sequence[str]) -> dict[str, Measured]:
+  """Measures the repetition, the diversity and the grade of texts.
+
+  Without any text every value is nan.
+
+  Returns:
+    In this order:
+    seq_rep_1 to seq_rep_4: 1 - distinct / all n-grams of a text, averaged;
+      0 for a text without any (Welleck et al. 2019, arXiv 1908.04319).
+    distinct_1, distinct_2: distinct / all n-grams of the pool of texts, nan
+      without any (Li et al. 2016, arXiv 1510.03055).
+    self_bleu_4: BLEU-4 of a text against all others, averaged; nan for a
+      single text (Zhu et al. 2018, arXiv 1802.01886). Smoothed as there, by
+      method 1 of Chen and Cherry (2014): 0.1 matches where there is none.
+    unigram_entropy: of the tokens of a text, in nats, averaged.
+    unique_starts@1, unique_starts@5: distinct first k words / texts; of a text
+      with fewer, all of them.
+    grade: Flesch and Kincaid's, of the pool; nan below 3 sentences.
+  """
+  found = [tokens(text) for text in texts]
+  grams = [[_ngrams(t, n) for t in found] for n in _BLEU_ORDERS]
+  measured = {
+    f"seq_rep_{n}": _mean([_repetition(c) for c in counts])
+    for n, counts in zip(_BLEU_ORDERS, grams, strict=True)
+  }
+  measured |= {f"distinct_{n}": _distinct(grams[n - 1]) for n in (1, 2)}
+  measured["self_bleu_4"] = _mean(_self_bleu(grams))
+  measured["unigram_entropy"] = _mean([_entropy(c) for c in grams[0]])
+  words = [readability.words(text) for text in texts]
+  measured |= {f"unique_starts@{k}": _starts(words, k) for k in (1, 5)}
+  return measured | {"grade": _grade(texts, words)}
+
+
+# MARK: standard errors
+
+
+def _mean(values: Sequence[float]) -> Measured:
+  n = len(values)
+  return Measured(
+    value=float(np.mean(values)) if n else math.nan,
+    stderr=float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else math.nan,
+    n=n,
+  )
+
+
+def _jackknife(values: Float64[np.ndarray, "M"]) -> Measured:
+  """Measures a pool from its value and those without each text in turn.
+
+  Where one of those is not defined, nor is the standard error.
+  """
+  n = len(values) - 1
+  stderr = np.sqrt((n - 1) * np.var(values[1:])) if n > 1 else math.nan
+  return Measured(float(values[0]), float(stderr), n)
+
+
+def _without_each(
+  totals: Int64[np.ndarray, "K"], own: Int64[np.ndarray, "N K"]
+) -> Int64[np.ndarray, "M K"]:
+  """Returns the totals, then what they are without each text in turn."""
+  return totals - np.vstack([np.zeros_like(totals), own])
+
+
+def _pooled_ratio(
+  part: int, own: Sequence[int], sizes: Sequence[int]
+) -> Measured:
+  """Measures part / sum(sizes); each text has a part of its own and a size."""
+  totals = np.array([part, sum(sizes)], np.int64)
+  columns = np.array([own, sizes], np.int64).T
+  parts, wholes = _without_each(totals, columns).T
+  nothing = np.full(len(parts), np.nan)
+  return _jackknife(np.divide(parts, wholes, out=nothing, where=wholes > 0))
+
+
+# MARK: n-grams
+
+
+def _ngrams(of_text: list[str], n: int) -> Counts:
+  return Counts(zip(*(of_text[i:] for i in range(n)), strict=False))
+
+
+def _repetition(counts: Counts) -> float:
+  return 1 - len(counts) / counts.total() if counts else 0.0
+
+
+def _entropy(counts: Counts) -> float:
+  found, total = np.array(list(counts.values())), counts.total()
+  return float((found * np.log(total / found)).sum() / max(total, 1))
+
+
+def _distinct(grams: list[Counts]) -> Measured:
+  pool = Counts()
+  for counts in grams:
+    pool.update(counts)
+  own = [sum(pool[g] == k for g, k in c.items()) for c in grams]
+  return _pooled_ratio(len(pool), own, [c.total() for c in grams])
+
+
+def _starts(words: list[list[str]], k: int) -> Measured:
+  starts = [tuple(w[:k]) for w in words]
+  pool = Counts(starts)
+  return _pooled_ratio(
+    len(pool), [pool[s] == 1 for s in starts], [1] * len(starts)
+  )
+
+
+# MARK: self-BLEU
+
+
+def _self_bleu(grams: list[list[Counts]]) -> list[float]:
+  """Returns BLEU of each text against all others (Papineni et al. 2002)."""
+  lengths = [counts.total() for counts in grams[0]]
+  if len(lengths) == 1:
+    return [math.nan]
+  matches = zip(*map(_matches, grams), strict=True)
+  return [
+    _bleu(of_text, length, _closest(length, lengths[:i] + lengths[i + 1 :]))
+    for i, (of_text, length) in enumerate(zip(matches, lengths, strict=True))
+  ]
+
+
+def _matches(grams: list[Counts]) -> list[int]:
+  """Returns how many n-grams of each text the others have too.
+
+  An n-gram counts at most as often as in the other text with most of it.
+  """
+  first, second = Counts(), Counts()  # the highest counts in any two texts
+  for counts in grams:
+    for gram, count in counts.items():
+      if count > first[gram]:
+        first[gram], second[gram] = count, first[gram]
+      elif count > second[gram]:
+        second[gram] = count
+  # The text with the highest count is clipped by the second highest.
+  return [
+    sum(second[g] if k == first[g] else k for g, k in counts.items())
+    for counts in grams
+  ]
+
+
+def _closest(length: int, others: list[int]) -> int:
+  return min(others, key=lambda other: (abs(other - length), other))
+
+
+def _bleu(matches: tuple[int, ...], length: int, reference: int) -> float:
+  if not matches[0]:
+    return 0.0
+  logs = [
+    math.log((found or _NO_MATCH) / max(length - n + 1, 1))
+    for n, found in zip(_BLEU_ORDERS, matches, strict=True)
+  ]
+  brevity = min(1 - reference / length, 0)
+  return math.exp(brevity + sum(logs) / len(logs))
+
+
+# MARK: grade
+
+
+def _grade(texts: Sequence[str], words: list[list[str]]) -> Measured:
+  """Measures the pool's grade; blank sentences don't count."""
+  counts = [
+    (
+      len(of_text),
+      sum(not s.isspace() for s in segments.sentences(text)),
+      sum(map(readability.syllables, of_text)),
+    )
+    for text, of_text in zip(texts, words, strict=True)
+  ]
+  own = np.array(counts, np.int64).reshape(-1, 3)
+  pools = _without_each(own.sum(axis=0), own)
+  defined = (pools[:, 0] > 0) & (pools[:, 1] >= _FEWEST_SENTENCES)
+  # Ones where it isn't defined: no division by zero.
+  grades = readability.grade(*np.where(defined[:, None], pools, 1).T)
+  return _jackknife(np.where(defined, grades, np.nan))
+
+
+# MARK: copying
+
+
+class CopyIndex:
+  """The 8-grams of `tokens` of a training text, to see what texts copy.
+
+  Each distinct one takes 8 bytes, a hash of it. None runs across two texts.
+  """
+
+  def __init__(self, texts: Sequence[str]):
+    """Indexes a training text."""
+    self._ids: dict[str, int] = {}
+    add = lambda token: self._ids.setdefault(token, len(self._ids))
+    self._hashes = np.unique(_hashes([_ids(text, add) for text in texts]))
+
+  def share(self, texts: Sequence[str]) -> Measured:
+    """Measures the share of the texts' 8-grams that the training text has.
+
+    Pooled over the texts; those shorter than 8 tokens have none, and without
+    any the share is nan.
+    """
+    # No 8-gram of the index holds this id.
+    find = lambda token: self._ids.get(token, len(self._ids))
+    hashes = [_hashes([_ids(text, find)]) for text in texts]
+    copied = [int(self._holds(h).sum()) for h in hashes]
+    return _pooled_ratio(sum(copied), copied, [len(h) for h in hashes])
+
+  def _holds(self, hashes: UInt64[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+    first, after = (
+      np.searchsorted(self._hashes, hashes, side) for side in ("left", "right")
+    )
+    return first < after
+
+
+def _ids(text: str, of: Callable[[str], int]) -> UInt64[np.ndarray, "N"]:
+  return np.fromiter(map(of, tokens(text)), np.uint64)
+
+
+def _hashes(texts: list[UInt64[np.ndarray, "_"]]) -> UInt64[np.ndarray, "N"]:
+  """Returns the hashes of all runs of 8 ids that stay inside their text."""
+  ids = np.concatenate([_NO_IDS, *texts])
+  ends = np.cumsum([len(t) for t in texts], dtype=np.int64)
+  inside = np.ones(len(ids), bool)
+  last = ends[:, None] - np.arange(1, _COPY_ORDER)
+  inside[last[last >= 0]] = False
+  first = np.flatnonzero(inside)
+  hashes = np.zeros(len(first), np.uint64)
+  for i in range(_COPY_ORDER):
+    hashes = _mixed(hashes ^ ids[first + i])
+  return hashes
+
+
+def _mixed(values: UInt64[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
+  """Scatters values over all of uint64, one to one (SplitMix64)."""
+  values = values + np.uint64(0x9E3779B97F4A7C15)
+  values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return values ^ (values >> np.uint64(31))

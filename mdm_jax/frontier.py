@@ -1,0 +1,147 @@
+"""Quality against diversity: a judge's opinion and entropy, by temperature.
+
+A low temperature buys likely text with monotony, so neither number means much
+without the other. Held-out text shows where both should be.
+"""
+
+import csv
+import dataclasses
+import io
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from mdm_jax.core.config import Config
+from mdm_jax.core.progress import console
+from mdm_jax.core.sharding import make_mesh
+from mdm_jax.core.workdir import Workdir
+from mdm_jax.data.prepared import PreparedData, prepare, training_texts
+from mdm_jax.evaluation import samples as samples_lib
+from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
+from mdm_jax.evaluation.text_metrics import measure
+from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.training.checkpoint import Checkpoints
+
+TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One way to draw texts, and what they are like.
+
+  Attributes:
+    drawn: how.
+    judge_nll: nats a byte, with its standard error.
+    unigram_entropy: nats, with its standard error.
+    n: texts.
+  """
+
+  drawn: str
+  judge_nll: float
+  judge_nll_stderr: float
+  unigram_entropy: float
+  unigram_entropy_stderr: float
+  n: int
+
+
+def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
+  """Sweeps the temperature of a run's best checkpoint; writes CSV and PNG."""
+  data = prepare(config, workdir.path)
+  workdir.check_tokenizer(data.tokenizer.sha256)
+  judge = make_judge(config.eval.judge, training_texts(config))
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
+    points = _sweep(config, data, judge, mesh, checkpoints)
+  workdir.write_frontier(_as_csv(points), _as_png(points, judge.name))
+  _show(points, judge.name)
+  return [dataclasses.asdict(point) for point in points]
+
+
+def _sweep(
+  config: Config,
+  data: PreparedData,
+  judge: Judge,
+  mesh: jax.sharding.Mesh,
+  checkpoints: Checkpoints,
+) -> list[Point]:
+  vocab = data.tokenizer.vocab
+  denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
+  _, params = checkpoints.restore_best_params(denoiser)
+  plain = samples_lib.untruncated(config.sample)
+  ways = {"the run's settings": config.sample} | {
+    f"T = {t:g}": dataclasses.replace(plain, temperature=t)
+    for t in TEMPERATURES
+  }
+  points = []
+  for name, settings in ways.items():
+    sampler = samples_lib.make_sampler(config, settings, denoiser, data, mesh)
+    points.append(_point(name, judge, sampler(params).texts))
+  texts = samples_lib.reference_texts(
+    data.held_out, data.tokenizer, points[0].n, config.sample_length
+  )
+  return [*points, _point("held-out text", judge, texts)]
+
+
+def _point(drawn: str, judge: Judge, texts: list[str]) -> Point:
+  nll, entropy = nll_per_byte(judge, texts), measure(texts)["unigram_entropy"]
+  return Point(
+    drawn, nll.value, nll.stderr, entropy.value, entropy.stderr, len(texts)
+  )
+
+
+# MARK: CSV, PNG and a table
+
+
+def _as_csv(points: list[Point]) -> str:
+  file = io.StringIO()
+  names = [field.name for field in dataclasses.fields(Point)]
+  writer = csv.DictWriter(file, names, lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(dataclasses.asdict(point) for point in points)
+  return file.getvalue()
+
+
+def _as_png(points: list[Point], judge: str) -> bytes:
+  # Imported here: it takes longer than all the rest of a start.
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
+  axes = figure.add_subplot()
+  swept = [p for p in points if p.drawn.startswith("T = ")]
+  axes.plot(*_xy(swept), color="C0", alpha=0.4, zorder=1)
+  for i, p in enumerate(points):
+    color = {0: "C1", len(points) - 1: "black"}.get(i, "C0")
+    axes.errorbar(
+      p.unigram_entropy,
+      p.judge_nll,
+      xerr=p.unigram_entropy_stderr,
+      yerr=p.judge_nll_stderr,
+      fmt="o",
+      color=color,
+    )
+    at = p.unigram_entropy, p.judge_nll
+    axes.annotate(p.drawn, at, xytext=(6, 6), textcoords="offset points")
+  axes.set_xlabel("unigram entropy of a sample, nats (more is more diverse)")
+  axes.set_ylabel(f"nats a byte to {judge} (less is likelier)")
+  axes.set_title(f"{points[0].n} samples each, nothing cut off but as named")
+  file = io.BytesIO()
+  figure.savefig(file, format="png")
+  return file.getvalue()
+
+
+def _xy(points: list[Point]) -> tuple[list[float], list[float]]:
+  return [p.unigram_entropy for p in points], [p.judge_nll for p in points]
+
+
+def _show(points: list[Point], judge: str) -> None:
+  table = Table(title=f"judged by {judge}")
+  for name in ("drawn", "judge, nats a byte", "unigram entropy, nats"):
+    table.add_column(name)
+  for p in points:
+    table.add_row(
+      p.drawn,
+      f"{p.judge_nll:.3f} ± {p.judge_nll_stderr:.3f}",
+      f"{p.unigram_entropy:.3f} ± {p.unigram_entropy_stderr:.3f}",
+    )
+  console.print(table)

@@ -1,0 +1,78 @@
+"""What each stage is going to read: counts, difficulty and its cut, examples.
+
+python -m mdm_jax.main --mode=data --config=configs/quickstart.py
+"""
+
+from typing import Any
+
+from mdm_jax.core.config import Config, StageConfig
+from mdm_jax.core.progress import console
+from mdm_jax.data.prepared import PreparedData, prepare
+
+_BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+
+
+def show_data(config: Config) -> dict[str, Any]:
+  """Prepares the rows of a config, prints and returns what they are."""
+  data = prepare(config)
+  show(config, data)
+  return data.manifest
+
+
+def show(config: Config, data: PreparedData) -> None:
+  """Prints what each stage reads, an example a line."""
+  for text in describe(config, data).values():
+    for line in text.splitlines():
+      console.print(line, markup=False, no_wrap=True, overflow="ellipsis")
+    console.print()
+
+
+def describe(config: Config, data: PreparedData) -> dict[str, str]:
+  """Returns a text about each stage, by its number and name."""
+  names = data.manifest["rows"]
+  return {
+    f"{i + 1} {stage.name}": _describe(stage, names[f"stage_{i + 1}"])
+    for i, stage in enumerate(config.stages)
+  }
+
+
+def _describe(stage: StageConfig, counts: dict[str, Any]) -> str:
+  full = counts["tokens"] / max(counts["capacity"], 1)
+  lines = [
+    f"{stage.name}: {_selection(stage, counts)}",
+    f"  {counts['tokens']:,} tokens in {counts['rows']:,} rows of"
+    f" {stage.length}, {full:.0%} full",
+  ]
+  if counts["texts_too_long"]:
+    lines.append(
+      f"  left out: {counts['texts_too_long']:,} {stage.unit} longer than"
+      f" {stage.length} tokens"
+    )
+  if counts["difficulty"]:
+    lines += _histogram(**counts["difficulty"])
+  lines += ["  " + " \u23ce ".join(e.split("\n")) for e in counts["examples"]]
+  return "\n".join(lines)
+
+
+def _selection(stage: StageConfig, counts: dict[str, Any]) -> str:
+  found, selected = counts["units_found"], counts["units_selected"]
+  if stage.unit == "paragraphs":
+    return f"paragraphs of all {found:,} documents"
+  longest = "more" if stage.max_words is None else stage.max_words
+  return (
+    f"the easiest {selected:,} of {found:,} {stage.unit} of {stage.min_words}"
+    f" to {longest} words"
+  )
+
+
+def _histogram(histogram: list[int], cut: float) -> list[str]:
+  """Two lines: bars from difficulty 0 to 1, and where the cut is."""
+  most = max(max(histogram), 1)
+  # A bin that is not empty is never drawn as if it were.
+  heights = [-(-(len(_BARS) - 1) * count // most) for count in histogram]
+  bars = "".join(_BARS[height] for height in heights)
+  at = min(int(cut * len(histogram)), len(histogram) - 1)
+  return [
+    f"  difficulty 0 {bars} 1",
+    f"               {' ' * at}^ cut at {cut:.3f}",
+  ]

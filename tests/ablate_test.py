@@ -1,0 +1,97 @@
+"""The ablation: its arithmetic, and the program as a user runs it."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from mdm_jax import ablate
+
+CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "ablation.py"
+
+
+def test_an_estimate_is_a_mean_with_its_error():
+  found = ablate.estimate([1.0, 2.0, 3.0])
+  assert found.mean == 2 and found.stderr == pytest.approx(1 / math.sqrt(3))
+  assert str(found) == "2.000 ± 0.577"
+  assert str(ablate.estimate([1.5])) == "1.500"
+  assert math.isnan(ablate.estimate([]).mean)
+
+
+def _run(nelbo, entropy=None):
+  text = {"unigram_entropy": {"value": entropy}}
+  return {
+    "nelbo_per_token": nelbo,
+    "bits_per_byte": nelbo / 2,
+    "ce_by_mask_rate": {"0.05": nelbo - 1, "1.00": nelbo + 1},
+    **({"text_metrics": {"sampling": text}} if entropy else {}),
+  }
+
+
+def test_variants_are_compared_seed_by_seed():
+  """What is common to a seed, here 1 against 3, is no error of the loss."""
+  lines = ablate.compare(
+    {"base": [_run(1.0), _run(3.0)], "other": [_run(1.5), _run(3.5, 2.0)]}
+  )
+  assert str(lines["base"]["loses"]) == "0.000 ± 0.000"
+  assert str(lines["other"]["loses"]) == "0.500 ± 0.000"
+  assert str(lines["other"]["NELBO, nats/token"]) == "2.500 ± 1.000"
+  assert lines["other"]["CE(1.0)"].mean == 3.5
+  assert str(lines["other"]["entropy"]) == "2.000"
+  assert math.isnan(lines["base"]["entropy"].mean)
+
+
+def _call(folder, *args):
+  env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
+  return subprocess.run(
+    [sys.executable, "-m", "mdm_jax.ablate", *args],
+    cwd=folder,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+
+
+def test_a_sweep_trains_compares_and_goes_on(tmp_path):
+  args = f"--config={CONFIG}", "--quick", "--variants=strict,plain"
+  args += ("--workdir=w",)
+  done = _call(tmp_path, *args, "--seeds=1")
+  assert done.returncode == 0, done.stderr
+  header, *lines = (tmp_path / "w/ablation.csv").read_text().splitlines()
+  assert header.startswith("variant,seed,") and len(lines) == 2
+  for line, variant in zip(lines, ("strict", "plain"), strict=True):
+    folder = tmp_path / "w" / variant / "seed_0"
+    results = json.loads((folder / "results.json").read_text())
+    assert line.startswith(f"{variant},0,{results['nelbo_per_token']}")
+    name = json.loads((folder / "config.json").read_text())["name"]
+    assert name == f"ablation_{variant}_quick"
+  table = (tmp_path / "w/ablation.md").read_text()
+  assert table.startswith("| variant | loses |")
+  assert "| strict | 0.000 |" in table
+  assert "strict" in done.stdout and "plain" in done.stdout
+  again = _call(tmp_path, *args, "--seeds=1")
+  assert again.returncode == 0 and again.stdout.count("is finished") == 2
+
+
+@pytest.mark.parametrize(
+  "args, words",
+  [
+    ([], "--config"),
+    (["--config=none.py"], "none.py"),
+    ([f"--config={CONFIG}", "--variants=strct"], "'strct'|'strict'"),
+    ([f"--config={CONFIG.parent / 'baseline.py'}"], "VARIANTS"),
+    ([f"--config={CONFIG}", "--seeds=0"], "seeds"),
+    ([f"--config={CONFIG}", "extra"], "'extra'"),
+  ],
+)
+def test_a_mistake_is_one_line(args, words, tmp_path):
+  done = _call(tmp_path, *args)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+  for word in words.split("|"):
+    assert word in done.stderr

@@ -1,0 +1,213 @@
+"""A run's pure parts together: updates, calibration, plan, starting points."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_mesh
+
+from mdm_jax import plan as plan_lib
+from mdm_jax import preview
+from mdm_jax.core.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  OptimizerConfig,
+  StageConfig,
+  TokenizerConfig,
+)
+from mdm_jax.core.errors import UserError
+from mdm_jax.data.prepared import prepare
+from mdm_jax.training import calibration
+from mdm_jax.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+  """Adam raises a Python float to an integer power: not strict promotion."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  return Config(
+    data=DataConfig(
+      corpus="python_docs",
+      batch_size=4,
+      max_documents=12,
+      cache_dir=str(tmp_path_factory.mktemp("cache")),
+    ),
+    tokenizer=TokenizerConfig(kind="byte"),
+    model=ModelConfig(num_layers=2, embed_dim=16, num_heads=2),
+    stages=(
+      StageConfig(
+        name="first",
+        unit="sentences",
+        length=64,
+        easiest=0.5,
+        updates=3,
+        mask_rate=(0.75, 0.9),
+      ),
+      StageConfig(name="second", length=32, updates=2, mask_rate=(0.05, 0.2)),
+    ),
+    optimizer=OptimizerConfig(warmup_steps=1, accumulation=2),
+  )
+
+
+@pytest.fixture(scope="module")
+def trainer(config):
+  mesh = make_mesh("1x1")
+  with jax.set_mesh(mesh):
+    yield Trainer(config, prepare(config), mesh)
+
+
+def _trees_equal(a, b):
+  equal = jax.tree.map(np.array_equal, jax.device_get(a), jax.device_get(b))
+  return all(jax.tree.leaves(equal))
+
+
+def test_updates_follow_the_stages(trainer):
+  state = trainer.init()
+  for update in range(5):
+    stage = trainer.curriculum.stage_at(update)
+    batch = trainer.batch(stage, update)
+    assert batch.tokens.shape == (2, 4, 64 if update < 3 else 32)
+    state, metrics = trainer.update(state, update)
+    assert int(state.step) == update + 1
+    assert metrics["learning_rate"] == trainer.schedule(update)
+
+
+def test_a_state_from_parameters_is_a_fresh_start(trainer):
+  state, _ = trainer.update(trainer.init(), 0)
+  trained = jax.device_get(state.ema_params)
+  again = trainer.init_from(state.ema_params)
+  assert int(again.step) == 0
+  assert _trees_equal(again.params, trained)
+  assert _trees_equal(again.ema_params, trained)
+  assert _trees_equal(again.opt_state, trainer.init().opt_state)
+
+
+def test_calibration_times_the_stages_that_are_left(trainer):
+  seconds = calibration.update_seconds(trainer)
+  assert set(seconds) == {0, 1} and all(s > 0 for s in seconds.values())
+  assert set(calibration.update_seconds(trainer, after=2)) == {0, 1}
+  assert set(calibration.update_seconds(trainer, after=3)) == {1}
+
+
+def test_calibration_changes_nothing(trainer):
+  before, _ = trainer.update(trainer.init(), 0)
+  before = jax.device_get(before)
+  calibration.update_seconds(trainer)
+  after, _ = trainer.update(trainer.init(), 0)
+  assert _trees_equal(before, after)
+
+
+def test_calibration_compiles_what_the_run_uses(config, trainer, caplog):
+  trainer = Trainer(config, trainer.data, trainer.mesh)
+  compiling = "Compiling jit(train_step)"
+  steps = lambda: [r for r in caplog.messages if compiling in r]
+  caplog.set_level("WARNING")
+  with jax.log_compiles():
+    calibration.update_seconds(trainer)
+    assert len(steps()) == 2  # the test sees compilations
+    state = trainer.init()
+    for update in range(5):
+      state, _ = trainer.update(state, update)
+  assert len(steps()) == 2
+
+
+# MARK: plan
+
+
+@pytest.fixture(scope="module")
+def plan(trainer):
+  with jax.numpy_dtype_promotion("standard"):
+    return plan_lib.make_plan(trainer, after=1)
+
+
+def test_the_plan_counts_what_the_run_does(plan, trainer):
+  first, second = plan.stages
+  rows = [len(r) for r in trainer.data.stages]
+  tokens = [int((r.segments > 0).sum()) for r in trainer.data.stages]
+  assert (first.rows, second.rows) == tuple(rows)
+  assert (first.tokens, second.tokens) == tuple(tokens)
+  assert first.epochs == pytest.approx(3 * 8 / rows[0])
+  seen = sum(
+    8 * n * t / r for n, t, r in zip((3, 2), tokens, rows, strict=True)
+  )
+  assert plan.tokens == round(seen)
+  assert plan.unique_tokens == max(tokens)
+  assert plan.laws.flops == pytest.approx(6 * plan.params * seen)
+  assert sum(s.flops for s in plan.stages) == pytest.approx(plan.laws.flops)
+
+
+def test_the_plan_knows_what_is_left(trainer, monkeypatch):
+  times = {0: 2.0, 1: 10.0}
+  monkeypatch.setattr(
+    calibration,
+    "update_seconds",
+    lambda _, after: {i: t for i, t in times.items() if i or after < 3},
+  )
+  left = lambda after: plan_lib.make_plan(trainer, after).seconds
+  assert [left(n) for n in (0, 1, 3, 4)] == [26.0, 24.0, 20.0, 10.0]
+
+
+def test_the_plan_is_printed(plan, capsys):
+  plan_lib.show(plan)
+  out = capsys.readouterr().out
+  for word in ("first", "second", "0.75-0.9", f"{plan.params:,} parameters"):
+    assert word in out
+  assert "warning: no stage trains mask rates" in out
+  assert "outside the fitted range" in out
+
+
+# MARK: preview
+
+
+def test_the_preview_says_what_each_stage_reads(config):
+  data = prepare(config)
+  counts = data.manifest["rows"]["stage_1"]
+  first, second = preview.describe(config, data).values()
+  selected, found = counts["units_selected"], counts["units_found"]
+  assert selected == math.ceil(found / 2)
+  assert f"the easiest {selected:,} of {found:,} sentences" in first
+  assert f"{counts['texts_too_long']:,} sentences longer than 64" in first
+  assert f"cut at {counts['difficulty']['cut']:.3f}" in first
+  assert "paragraphs of all" in second and "cut" not in second
+  for text, name in ((first, "stage_1"), (second, "stage_2")):
+    examples = data.manifest["rows"][name]["examples"]
+    assert len(examples) == 5
+    for example in examples:
+      assert example.split("\n")[0] in text
+
+
+def test_the_histogram_marks_the_cut():
+  bars, mark = preview._histogram([0, 1, 4, 8, 0], 0.5)
+  assert bars.endswith("difficulty 0  \u2581\u2584\u2588  1")
+  assert mark.index("^") == bars.index("\u2584")
+  assert mark.endswith("cut at 0.500")
+
+
+# MARK: starting from another run's tokenizer
+
+
+def test_a_given_runs_tokenizer_is_used(config, tmp_path):
+  chars = dataclasses.replace(config, tokenizer=TokenizerConfig(kind="char"))
+  origin = prepare(chars)
+  origin.tokenizer.save(tmp_path / "origin")
+  started = dataclasses.replace(config, init_from=str(tmp_path / "origin"))
+  data = prepare(started)
+  assert data.tokenizer.sha256 == origin.tokenizer.sha256
+  np.testing.assert_array_equal(data.stages[0].tokens, origin.stages[0].tokens)
+
+
+def test_a_run_keeps_the_tokenizer_when_its_origin_is_gone(config, tmp_path):
+  gone = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
+  with pytest.raises(UserError, match="gone holds no"):
+    prepare(gone, tmp_path)
+  origin = prepare(config).tokenizer
+  origin.save(tmp_path)
+  assert prepare(gone, tmp_path).tokenizer.sha256 == origin.sha256
