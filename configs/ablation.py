@@ -16,6 +16,7 @@ VARIANTS = {
   "rehearsal_0.1": "rehearsal 0.1",
   "rehearsal_0.5": "rehearsal 0.5",
   "uniform": "every rate in every stage, weighted as the bound",
+  "uniform_ce": "every rate in every stage, all masked tokens equal",
   "reversed": "low mask rates first",
   "no_smoothing": "label smoothing 0",
   "decay_0.1": "weight decay 0.1",
@@ -104,6 +105,9 @@ def _change(config, variant: str):
       _set_rehearsal(config, 0.5)
     case "uniform":
       _make_uniform(config)
+    case "uniform_ce":
+      _make_uniform(config)
+      config.objective.weighting = "masked_ce"
     case "reversed":
       rates = [stage.mask_rate for stage in config.stages]
       for stage, rate in zip(config.stages, reversed(rates), strict=True):

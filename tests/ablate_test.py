@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from mdm_jax import ablate
@@ -46,7 +47,11 @@ def test_variants_are_compared_seed_by_seed():
 
 
 def _call(folder, *args):
-  env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
+  env = os.environ | {
+    "XDG_CACHE_HOME": str(folder / "cache"),
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+  }
   return subprocess.run(
     [sys.executable, "-m", "mdm_jax.ablate", *args],
     cwd=folder,
@@ -58,24 +63,22 @@ def _call(folder, *args):
 
 
 def test_a_sweep_trains_compares_and_goes_on(tmp_path):
-  args = f"--config={CONFIG}", "--quick", "--variants=strict,plain"
-  args += ("--workdir=w",)
-  done = _call(tmp_path, *args, "--seeds=1")
+  args = f"--config={CONFIG}", "--quick", "--variants=plain"
+  args += ("--workdir=w", "--seeds=1")
+  done = _call(tmp_path, *args)
   assert done.returncode == 0, done.stderr
-  header, *lines = (tmp_path / "w/ablation.csv").read_text().splitlines()
-  assert header.startswith("variant,seed,") and len(lines) == 2
-  for line, variant in zip(lines, ("strict", "plain"), strict=True):
-    folder = tmp_path / "w" / variant / "seed_0"
-    results = json.loads((folder / "results.json").read_text())
-    assert line.startswith(f"{variant},0,{results['nelbo_per_token']}")
-    name = json.loads((folder / "config.json").read_text())["name"]
-    assert name == f"ablation_{variant}_quick"
+  header, line = (tmp_path / "w/ablation.csv").read_text().splitlines()
+  folder = tmp_path / "w" / "plain" / "seed_0"
+  results = json.loads((folder / "results.json").read_text())
+  assert header.startswith("variant,seed,")
+  assert line.startswith(f"plain,0,{results['nelbo_per_token']}")
+  name = json.loads((folder / "config.json").read_text())["name"]
+  assert name == "ablation_plain_quick"
   table = (tmp_path / "w/ablation.md").read_text()
   assert table.startswith("| variant | loses |")
-  assert "| strict | 0.000 |" in table
-  assert "strict" in done.stdout and "plain" in done.stdout
-  again = _call(tmp_path, *args, "--seeds=1")
-  assert again.returncode == 0 and again.stdout.count("is finished") == 2
+  assert "| plain | 0.000 |" in table
+  again = _call(tmp_path, *args)
+  assert again.returncode == 0 and "is finished" in again.stdout
 
 
 @pytest.mark.parametrize(

@@ -491,7 +491,7 @@ def test_the_frontier_is_a_table_and_a_plot(trained, copied):
 
 def test_a_quick_fix_starts_from_a_finished_run(trained, env, tmp_path):
   config = f"--config={CONFIGS / 'quick_fix.py'}:quick"
-  _check_error(_call(tmp_path, env, config), "runs/baseline", "holds no")
+  _check_error(_call(tmp_path, env, config), "init_from", "runs/baseline")
   given = f"--config.init_from={trained.workdir}"
   done = _call(tmp_path, env, config, given, "--config.train.log_every=1")
   assert done.returncode == 0, done.stderr

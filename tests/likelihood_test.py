@@ -110,6 +110,21 @@ def test_evaluator_gives_the_bound_of_enumeration(model, table, mesh):
   )
 
 
+@pytest.mark.parametrize(
+  "low, high, shares", [(0.4, 0.6, (0, 1, 0)), (0.0, 0.5, (2 / 3, 1 / 3, 0))]
+)
+def test_ce_in_a_range_is_the_mean_over_its_rates(
+  model, table, mesh, low, high, shares
+):
+  denoiser, params = model
+  config = EvalConfig(masks_per_row=60, batch_size=2700)
+  evaluator = Evaluator(config, denoiser, MASK, mesh)
+  got = evaluator.ce_in_range(params, make_rows(TEXTS * 5), low, high)
+  by_count = [np.mean([mean_ce(table, x, n) for x in TEXTS]) for n in (1, 2, 3)]
+  np.testing.assert_allclose(got, np.dot(shares, by_count), rtol=1e-2)
+  assert np.ptp(by_count) > 0.05  # the test could see another range
+
+
 def test_curve_is_ce_at_each_rate(model, table, mesh):
   denoiser, params = model
   rows = make_rows(TEXTS * 40)

@@ -206,7 +206,7 @@ def test_a_given_runs_tokenizer_is_used(config, tmp_path):
 
 def test_a_run_keeps_the_tokenizer_when_its_origin_is_gone(config, tmp_path):
   gone = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
-  with pytest.raises(UserError, match="gone holds no"):
+  with pytest.raises(UserError, match="gone.* is no finished run"):
     prepare(gone, tmp_path)
   origin = prepare(config).tokenizer
   origin.save(tmp_path)

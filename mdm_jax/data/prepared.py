@@ -98,8 +98,14 @@ def _given_tokenizer(
 ) -> Tokenizer | None:
   if not config.init_from:
     return None
-  own = workdir is not None and tokenizers.is_saved_in(workdir)
-  return tokenizers.load_tokenizer(workdir if own else config.init_from)
+  if workdir is not None and tokenizers.is_saved_in(workdir):
+    return tokenizers.load_tokenizer(workdir)
+  if not tokenizers.is_saved_in(config.init_from):
+    raise UserError(
+      f"init_from={config.init_from!r} is no finished run: it holds no"
+      " tokenizer; give --config.init_from=WORKDIR"
+    )
+  return tokenizers.load_tokenizer(config.init_from)
 
 
 def _inputs(
