@@ -127,10 +127,16 @@ def test_the_loss_falls_and_is_compiled_once(mesh):
 
 
 def test_microbatches_and_updates_never_share_masks(mesh):
-  run = Run(CONFIG, mesh)
-  first, second = run.tasks(0).corrupted.masked, run.tasks(1).corrupted.masked
-  assert (first[0] != first[1]).any()
-  assert (first != second).any()
+  """At one rate, rows that drew from one key would have the same mask."""
+  stage = StageConfig(length=16, mask_rate=(0.499, 0.5))
+  run = Run(dataclasses.replace(CONFIG, stages=(stage,)), mesh)
+  masks = []
+  for update in range(2):
+    tasks = run.tasks(update)
+    full = np.asarray((tasks.segments > 0).all(axis=-1))
+    masks += [tuple(row) for row in np.asarray(tasks.corrupted.masked)[full]]
+  assert {sum(mask) for mask in masks} == {8} and len(masks) > 16
+  assert len(set(masks)) == len(masks)
 
 
 def test_padding_is_never_masked_and_every_row_has_a_mask(mesh):
