@@ -15,6 +15,7 @@ from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.prepared import PreparedData, prepare, training_texts
 from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation import targets
+from mdm_jax.evaluation.judge import check as check_judge
 from mdm_jax.evaluation.judge import make_judge
 from mdm_jax.evaluation.likelihood import Evaluator, subset
 from mdm_jax.model.denoiser import Denoiser, Params
@@ -35,6 +36,7 @@ class Measures:
     denoiser: Denoiser,
     mesh: jax.sharding.Mesh,
   ):
+    check_judge(config.eval.judge)
     self.config, self.data = config, data
     self.denoiser, self.mesh = denoiser, mesh
     self.sample = TextSampler(

@@ -5,6 +5,7 @@ themselves. Read its number beside the entropy and the repetition of the texts.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 import os
@@ -47,6 +48,25 @@ def make_judge(path: str, train_texts: Sequence[str]) -> Judge:
     UserError: the folder does not hold such a model, or a package is missing.
   """
   return HuggingFaceJudge(path) if path else NgramJudge(train_texts)
+
+
+def check(path: str) -> None:
+  """Looks whether `make_judge` can begin, before hours of training.
+
+  Raises:
+    UserError: the folder is not a model's, or a package is missing.
+  """
+  if path and not os.path.isfile(os.path.join(path, "config.json")):
+    raise UserError(
+      f"eval.judge={path!r} is not the folder of a Hugging Face model: it has"
+      " no config.json"
+    )
+  for package in ("torch", "transformers") if path else ():
+    if importlib.util.find_spec(package) is None:
+      raise UserError(
+        f"eval.judge={path!r} needs the Python package {package!r}; run: pip"
+        " install -e '.[hf]'"
+      )
 
 
 def nll_per_byte(judge: Judge, texts: Sequence[str]) -> Measured:
@@ -242,11 +262,7 @@ class HuggingFaceJudge:
     Raises:
       UserError: the folder does not hold one, or a package is missing.
     """
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-      raise UserError(
-        f"eval.judge={folder!r} is not the folder of a Hugging Face model: it"
-        " has no config.json"
-      )
+    check(folder)
     self.name = folder
     self._tokenizer, self._model = _load(folder)
     config = self._model.config.get_text_config()
@@ -289,7 +305,9 @@ class HuggingFaceJudge:
 
 def _load(folder: str) -> tuple[Any, Any]:
   """Returns the tokenizer and the model of a folder."""
-  torch, transformers = _packages(folder)
+  import torch  # these take seconds, and few runs need them
+  import transformers
+
   local = {"local_files_only": True, "trust_remote_code": False}
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
@@ -307,19 +325,6 @@ def _load(folder: str) -> tuple[Any, Any]:
   _check_tokenizer(folder, tokenizer)
   _check_causal(folder, model)
   return tokenizer, model
-
-
-def _packages(folder: str) -> tuple[Any, Any]:
-  """Imports torch and transformers, which take seconds and few runs need."""
-  try:
-    import torch
-    import transformers
-  except ImportError as e:
-    raise UserError(
-      f"eval.judge={folder!r} needs the Python package {e.name!r}; run: pip"
-      " install -e '.[hf]'"
-    ) from e
-  return torch, transformers
 
 
 def _check_complete(folder: str, missing: Collection[str]) -> None:
