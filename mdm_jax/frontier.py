@@ -106,32 +106,35 @@ def _as_png(points: list[Point], judge: str) -> bytes:
   # Imported here: it takes longer than all the rest of a start.
   from matplotlib.figure import Figure
 
+  own, *swept, text = points
   figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
   axes = figure.add_subplot()
-  swept = [p for p in points if p.drawn.startswith("T = ")]
-  axes.plot(*_xy(swept), color="C0", alpha=0.4, zorder=1)
-  for i, p in enumerate(points):
-    color = {0: "C1", len(points) - 1: "black"}.get(i, "C0")
+  for group, name, color in (
+    (swept, f"{swept[0].drawn} to {TEMPERATURES[-1]:g}, nothing cut off", "C0"),
+    ([own], own.drawn, "C1"),
+    ([text], text.drawn, "black"),
+  ):
     axes.errorbar(
-      p.unigram_entropy,
-      p.judge_nll,
-      xerr=p.unigram_entropy_stderr,
-      yerr=p.judge_nll_stderr,
-      fmt="o",
+      [p.unigram_entropy for p in group],
+      [p.judge_nll for p in group],
+      xerr=[p.unigram_entropy_stderr for p in group],
+      yerr=[p.judge_nll_stderr for p in group],
+      marker="o",
       color=color,
+      label=name,
     )
+  for p in (swept[0], swept[-1]):
     at = p.unigram_entropy, p.judge_nll
-    axes.annotate(p.drawn, at, xytext=(6, 6), textcoords="offset points")
-  axes.set_xlabel("unigram entropy of a sample, nats (more is more diverse)")
-  axes.set_ylabel(f"nats a byte to {judge} (less is likelier)")
-  axes.set_title(f"{points[0].n} samples each, nothing cut off but as named")
+    axes.annotate(
+      p.drawn, at, xytext=(0, 8), textcoords="offset points", ha="center"
+    )
+  axes.set_xlabel("unigram entropy of a text, nats: more is more diverse")
+  axes.set_ylabel("nats a byte to the judge: less is likelier")
+  axes.set_title(f"{own.n} texts a point, judged by {judge}", fontsize="medium")
+  axes.legend()
   file = io.BytesIO()
   figure.savefig(file, format="png")
   return file.getvalue()
-
-
-def _xy(points: list[Point]) -> tuple[list[float], list[float]]:
-  return [p.unigram_entropy for p in points], [p.judge_nll for p in points]
 
 
 def _show(points: list[Point], judge: str) -> None:
