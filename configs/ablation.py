@@ -2,16 +2,16 @@
 
   python -m mdm_jax.ablate --config=configs/ablation.py
 
-The base is `configs/recommended.py` with a smaller model, shorter rows, fewer
-documents, and a learning rate for the few updates. Each variant changes one
-thing of it; all make equally many updates of equally many rows. See
-docs/results.md.
+The base is `configs/recommended.py` with more rehearsal, a smaller model,
+shorter rows, fewer documents, and a learning rate for the few updates. Each
+variant changes one thing of it; all make equally many updates of equally many
+rows. See docs/results.md.
 """
 
 from mdm_jax.core import config as config_lib
 
 VARIANTS = {
-  "recommended": "rehearsal 0.25, label smoothing 0.1, weight decay 0.01",
+  "base": "rehearsal 0.25, label smoothing 0.1, weight decay 0.01",
   "strict": "the guide's: no rehearsal",
   "rehearsal_0.1": "rehearsal 0.1",
   "rehearsal_0.5": "rehearsal 0.5",
@@ -86,7 +86,7 @@ def get_config(arg: str = ""):
     top_p=0.85,
   )
   chosen = [word for word in arg.split(",") if word in VARIANTS]
-  for variant in chosen or ["recommended"]:
+  for variant in chosen or ["base"]:
     _change(config, variant)
     config.name += f"_{variant}"
   return config_lib.apply_arg(config, arg, *VARIANTS)
@@ -95,7 +95,7 @@ def get_config(arg: str = ""):
 def _change(config, variant: str):
   """Makes the one change of a variant."""
   match variant:
-    case "recommended":
+    case "base":
       pass
     case "strict":
       _set_rehearsal(config, 0.0)

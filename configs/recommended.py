@@ -71,7 +71,7 @@ def get_config(arg: str = ""):
       length=64,
       epochs=75,
       mask_rate=(0.75, 0.90),
-      rehearsal=0.25,
+      rehearsal=0.1,
       lr_factor=1.0,
     ),
     config_lib.stage(
@@ -83,7 +83,7 @@ def get_config(arg: str = ""):
       length=128,
       epochs=150,
       mask_rate=(0.40, 0.60),
-      rehearsal=0.25,
+      rehearsal=0.1,
       lr_factor=0.8,
     ),
     config_lib.stage(
@@ -92,7 +92,7 @@ def get_config(arg: str = ""):
       length=512,
       epochs=300,
       mask_rate=(0.05, 0.20),
-      rehearsal=0.25,
+      rehearsal=0.1,
       lr_factor=0.5,
     ),
   )

@@ -37,9 +37,11 @@ _SEEDS = flags.DEFINE_integer(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all the runs.")
 _QUICK = flags.DEFINE_bool("quick", False, "A minute each, to try it out.")
 
+_COLUMNS = 3  # of a table on the screen
+
 # Of results.json: where each number is found, and its name in the table.
 MEASURES = {
-  "NELBO, nats/token": ("nelbo_per_token",),
+  "NELBO": ("nelbo_per_token",),
   "bits/byte": ("bits_per_byte",),
   "CE(0.05)": ("ce_by_mask_rate", "0.05"),
   "CE(1.0)": ("ce_by_mask_rate", "1.00"),
@@ -98,7 +100,8 @@ def main(_: list[str]) -> int:
     return EXIT_STOPPED
   results = {v: _results(folder, v, _SEEDS.value) for v in variants}
   _write(folder, results)
-  console.print(_table(results))
+  for table in _tables(results):
+    console.print(table)
   return EXIT_OK
 
 
@@ -176,15 +179,25 @@ def _find(result: dict, path: Sequence[str]) -> float | None:
   return result
 
 
-def _table(results: Mapping[str, list[dict]]) -> Table:
-  """Variants as columns would be too wide: a row each, narrow numbers."""
-  table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _tables(results: Mapping[str, list[dict]]) -> list[Table]:
+  """Returns the comparison in parts that a terminal has room for."""
   lines = compare(results)
+  names = list(next(iter(lines.values())))
+  return [
+    _table(lines, names[at : at + _COLUMNS])
+    for at in range(0, len(names), _COLUMNS)
+  ]
+
+
+def _table(
+  lines: Mapping[str, Mapping[str, Estimate]], names: Sequence[str]
+) -> Table:
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
   table.add_column("variant", no_wrap=True)
-  for name in next(iter(lines.values())):
-    table.add_column(name, justify="right")
+  for name in names:
+    table.add_column(name, justify="right", no_wrap=True)
   for variant, line in lines.items():
-    table.add_row(variant, *map(str, line.values()))
+    table.add_row(variant, *(str(line[name]) for name in names))
   return table
 
 
