@@ -34,7 +34,8 @@ class StageForecast:
 
   Attributes:
     name: of the stage.
-    text: its unit and its row length.
+    unit: what it reads.
+    length: tokens a row.
     mask_rate: the rates it draws, in words.
     rows: prepared rows it draws from.
     tokens: in these rows.
@@ -45,7 +46,8 @@ class StageForecast:
   """
 
   name: str
-  text: str
+  unit: str
+  length: int
   mask_rate: str
   rows: int
   tokens: int
@@ -155,7 +157,8 @@ def _forecast(
   rates = "U(0, 1)" if s.mask_rate is None else "{:g}-{:g}".format(*s.mask_rate)
   return StageForecast(
     name=s.name,
-    text=f"{s.unit} {s.length}",
+    unit=s.unit,
+    length=s.length,
     mask_rate=rates + (f" +{s.rehearsal:.0%}" if s.rehearsal else ""),
     rows=stage.rows,
     tokens=tokens,
@@ -203,15 +206,17 @@ def show(plan: Plan) -> None:
 
 def _stage_table(plan: Plan) -> Table:
   title = f"{plan.name}: {plan.corpus}"
-  table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-  for name in ("stage", "text", "rate (+any)"):
+  table = Table(
+    title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+  )
+  for name in ("stage", "rate (+any)"):
     table.add_column(name, no_wrap=True)
-  for name in ("rows", "epochs", "updates", "time"):
+  for name in ("length", "rows", "epochs", "updates", "time"):
     table.add_column(name, justify="right", no_wrap=True)
   for s in plan.stages:
     time = "done" if s.seconds is None else duration(s.seconds)
-    numbers = f"{s.rows:,}", f"{s.epochs:.2f}", f"{s.updates:,}"
-    table.add_row(s.name, s.text, s.mask_rate, *numbers, time)
+    numbers = f"{s.length}", f"{s.rows:,}", f"{s.epochs:.2f}", f"{s.updates:,}"
+    table.add_row(s.name, s.mask_rate, *numbers, time)
   return table
 
 
