@@ -29,14 +29,6 @@ from mdm_jax.core.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
 from mdm_jax.core.progress import console
 from mdm_jax.core.workdir import Workdir
 
-_CONFIG = flags.DEFINE_string("config", None, "Config file with VARIANTS.")
-_VARIANTS = flags.DEFINE_list("variants", None, "Some of them (default: all).")
-_SEEDS = flags.DEFINE_integer(
-  "seeds", 3, "Runs of each variant.", lower_bound=1
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all the runs.")
-_QUICK = flags.DEFINE_bool("quick", False, "A minute each, to try it out.")
-
 _COLUMNS = 3  # of a table on the screen
 
 # Of results.json: where each number is found, and its name in the table.
@@ -85,10 +77,12 @@ def estimate(values: Sequence[float]) -> Estimate:
 def main(_: list[str]) -> int:
   """Runs what is not finished yet and prints the comparison."""
   try:
-    variants = _chosen(_CONFIG.value, _VARIANTS.value)
-    folder = _WORKDIR.value or os.path.join("runs", _name(_CONFIG.value))
+    variants = _chosen(flags.FLAGS.config, flags.FLAGS.variants)
+    folder = flags.FLAGS.workdir or os.path.join(
+      "runs", _name(flags.FLAGS.config)
+    )
     # All variants with one seed first: a sweep cut short compares them all.
-    for seed in range(_SEEDS.value):
+    for seed in range(flags.FLAGS.seeds):
       for variant in variants:
         code = _train(variant, seed, _run_folder(folder, variant, seed))
         if code != EXIT_OK:
@@ -98,7 +92,7 @@ def main(_: list[str]) -> int:
   except KeyboardInterrupt:
     print("interrupted: the same command goes on from what was saved")
     return EXIT_STOPPED
-  results = {v: _results(folder, v, _SEEDS.value) for v in variants}
+  results = {v: _results(folder, v, flags.FLAGS.seeds) for v in variants}
   _write(folder, results)
   for table in _tables(results):
     console.print(table)
@@ -127,12 +121,12 @@ def _run_folder(folder: str, variant: str, seed: int) -> str:
 
 def _train(variant: str, seed: int, workdir: str) -> int:
   """Trains and measures one run in a process of its own."""
-  argument = f"{variant},quick" if _QUICK.value else variant
+  argument = f"{variant},quick" if flags.FLAGS.quick else variant
   command = [
     "python",
     "-m",
     "mdm_jax.main",
-    f"--config={_CONFIG.value}:{argument}",
+    f"--config={flags.FLAGS.config}:{argument}",
     f"--config.seed={seed}",
     f"--workdir={workdir}",
   ]
@@ -220,5 +214,15 @@ def _write(folder: str, results: Mapping[str, list[dict]]) -> None:
     out.write("".join(f"| {' | '.join(row)} |\n" for row in rows))
 
 
+def _define_flags() -> None:
+  """Only for the program: main.py has flags of the same names."""
+  flags.DEFINE_string("config", None, "Config file with VARIANTS.")
+  flags.DEFINE_list("variants", None, "Some of them (default: all).")
+  flags.DEFINE_integer("seeds", 3, "Runs of each variant.", lower_bound=1)
+  flags.DEFINE_string("workdir", None, "Folder of all the runs.")
+  flags.DEFINE_bool("quick", False, "A minute each, to try it out.")
+
+
 if __name__ == "__main__":
+  _define_flags()
   app.run(main, flags_parser=command_line.parse_plain)
