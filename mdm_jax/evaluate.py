@@ -19,8 +19,7 @@ from mdm_jax.evaluation.judge import check as check_judge
 from mdm_jax.evaluation.judge import make_judge
 from mdm_jax.evaluation.likelihood import Evaluator, subset
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.sampling.generate import Samples, TextSampler
-from mdm_jax.sampling.tokens import effective_temperature
+from mdm_jax.sampling.generate import Samples, TextSampler, effective
 from mdm_jax.training.checkpoint import Checkpoints
 
 _CURVE_ROWS = 64
@@ -39,7 +38,7 @@ class Measures:
     check_judge(config.eval.judge)
     self.config, self.data = config, data
     self.denoiser, self.mesh = denoiser, mesh
-    self.sample = TextSampler(
+    self._sampler = TextSampler(
       config.sample, denoiser, data.tokenizer, mesh, config.sample_length
     )
     mask = data.tokenizer.vocab.mask
@@ -74,12 +73,23 @@ class Measures:
       "stage_ce": {f"{low:g},{high:g}": ce},
     }
 
+  def sample(self, params: Params) -> Samples:
+    """Returns a few samples, to look at while a training goes on."""
+    prompts = [""] * self.config.sample.num_samples
+    return self._sampler(params, prompts, self._curve(params))
+
+  def _curve(self, params: Params) -> dict[str, float] | None:
+    """Returns what the optimal schedule follows from; it takes a while."""
+    if self.config.sample.schedule != "optimal":
+      return None
+    return self.by_mask_rate(params)["ce_by_mask_rate"]
+
   def samples(self, params: Params) -> dict[str, Any]:
     """Returns samples, one of them step by step, and all measures of them."""
     config, shown = self.config, self.config.sample.num_samples
     drawn = self._draw(params, config.sample)
     results = {
-      "sampling": _settings(config.sample),
+      "sampling": effective(config.sample),
       "samples": drawn.texts[:shown],
       "unmasking": self._unmasking(drawn),
     }
@@ -88,10 +98,10 @@ class Measures:
     return results
 
   def _draw(self, params: Params, settings: SampleConfig) -> Samples:
-    sampler = samples_lib.make_sampler(
+    draw = samples_lib.make_sampler(
       self.config, settings, self.denoiser, self.data, self.mesh
     )
-    return sampler(params)
+    return draw(params, self._curve(params))
 
   def _text_metrics(self, params: Params, drawn: Samples) -> dict[str, Any]:
     config, data = self.config, self.data
@@ -118,7 +128,7 @@ class Measures:
       [None if i == vocab.mask else tokenizer.decode([i]) for i in ids]
       for ids in drawn.path[:, 0].tolist()
     ]
-    return {"settings": _settings(self.config.sample), "steps": steps}
+    return {"settings": effective(self.config.sample), "steps": steps}
 
 
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
@@ -159,17 +169,6 @@ def evaluate_checkpoint(
   workdir.write_results(results, unmasking)
   show(results)
   return results
-
-
-def _settings(config: SampleConfig) -> dict[str, Any]:
-  """Returns the settings in effect, to stand beside the samples."""
-  return {
-    "num_steps": config.num_steps,
-    "temperature": effective_temperature(config),
-    "top_k": config.top_k,
-    "top_p": config.top_p,
-    "seed": config.seed,
-  }
 
 
 # MARK: printing

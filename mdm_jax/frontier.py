@@ -21,6 +21,7 @@ from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
 from mdm_jax.evaluation.text_metrics import measure
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.sampling.generate import CeByMaskRate
 from mdm_jax.training.checkpoint import Checkpoints
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
@@ -50,9 +51,10 @@ def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
   data = prepare(config, workdir.path)
   workdir.check_tokenizer(data.tokenizer.sha256)
   judge = make_judge(config.eval.judge, training_texts(config))
+  curve = (workdir.read_results() or {}).get("ce_by_mask_rate")
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
-    points = _sweep(config, data, judge, mesh, checkpoints)
+    points = _sweep(config, data, judge, mesh, checkpoints, curve)
   workdir.write_frontier(_as_csv(points), _as_png(points, judge.name))
   _show(points, judge.name)
   return [dataclasses.asdict(point) for point in points]
@@ -64,6 +66,7 @@ def _sweep(
   judge: Judge,
   mesh: jax.sharding.Mesh,
   checkpoints: Checkpoints,
+  curve: CeByMaskRate | None,
 ) -> list[Point]:
   vocab = data.tokenizer.vocab
   denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
@@ -75,8 +78,8 @@ def _sweep(
   }
   points = []
   for name, settings in ways.items():
-    sampler = samples_lib.make_sampler(config, settings, denoiser, data, mesh)
-    points.append(_point(name, judge, sampler(params).texts))
+    draw = samples_lib.make_sampler(config, settings, denoiser, data, mesh)
+    points.append(_point(name, judge, draw(params, curve).texts))
   texts = samples_lib.reference_texts(
     data.held_out, data.tokenizer, points[0].n, config.sample_length
   )

@@ -26,7 +26,8 @@ def sample_workdir(
     sampler = TextSampler(
       config.sample, denoiser, tokenizer, mesh, config.sample_length
     )
-    texts = sampler(params, prompt).texts
+    curve = (workdir.read_results() or {}).get("ce_by_mask_rate")
+    texts = sampler(params, [prompt] * config.sample.num_samples, curve).texts
   for i, text in enumerate(texts, start=1):
     console.rule(f"sample {i}")
     console.print(text, markup=False, soft_wrap=True)

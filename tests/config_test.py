@@ -18,8 +18,12 @@ OPTIONAL = {
   "model.mlp_dim": 128,
   "eval.final_rows": 16,
   "sample.length": 32,
+  "sample.block_length": 8,
+  "sample.entropy_bound": 0.25,
+  "sample.threshold": 0.75,
   "sample.temperature_range": (0.2, 0.9),
   "sample.top_k": 3,
+  "sample.min_p": 0.1,
   "sample.top_p": 0.5,
   "stages[0].max_words": 9,
   "stages[0].updates": 5,
@@ -226,6 +230,7 @@ POSITIVE = [
   *("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm"),
   *("data.max_documents", "model.num_kv_heads", "model.mlp_dim"),
   *("eval.final_rows", "sample.length", "sample.top_k"),
+  "sample.block_length",
   *("stages[0].length", "stages[0].epochs", "stages[0].updates"),
   *("stages[0].max_words", "stages[0].lr_factor"),
 ]
@@ -237,6 +242,9 @@ WITHIN = {
   "optimizer.ema_decay": (0, 1),
   "optimizer.b1": (0, 1),
   "optimizer.b2": (0, 1),
+  "sample.min_p": (0, 1),
+  "sample.threshold": (0, 1),
+  "sample.remasking_rate": (0, 1),
   "sample.top_p": (0, 1),
   "stages[0].easiest": (0, 1),
 }
@@ -260,7 +268,11 @@ def test_what_must_be_within_a_range(path):
 
 
 @pytest.mark.parametrize(
-  "path", ["optimizer.weight_decay", "optimizer.warmup_steps", "eval.every"]
+  "path",
+  [
+    *("optimizer.weight_decay", "optimizer.warmup_steps", "eval.every"),
+    *("sample.entropy_bound", "sample.guidance"),
+  ],
 )
 def test_what_must_not_be_negative(path):
   config_lib.from_dict(_nested(path, 0))
@@ -276,6 +288,19 @@ def test_not_a_number_is_not_positive():
 def test_temperatures_are_positive_and_rise(value):
   raw = {"sample": {"temperature_range": value}}
   assert "sample.temperature_range" in _error(config_lib.from_dict, raw)
+
+
+@pytest.mark.parametrize(
+  "fields, named",
+  [
+    ({"entropy_bound": 0.1, "threshold": 0.9}, "sample.threshold"),
+    ({"entropy_bound": 0.1, "remasking": "cap"}, "sample.entropy_bound=None"),
+    ({"threshold": 0.9, "schedule": "cosine"}, "sample.schedule=linear"),
+    ({"block_length": 8, "schedule": "optimal"}, "sample.block_length"),
+  ],
+)
+def test_settings_of_the_sampler_that_exclude_each_other(fields, named):
+  assert named in _error(config_lib.from_dict, {"sample": fields})
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1])

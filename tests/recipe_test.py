@@ -22,6 +22,7 @@ import pytest
 from absl import logging
 from absl.testing import flagsaver
 from conftest import make_mesh
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections.config_flags import config_path
 
 import mdm_jax.main  # noqa: F401 (defines the flags)
@@ -40,9 +41,11 @@ from mdm_jax.data import prepared
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
+from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.diffusion import corruption, objective
 from mdm_jax.diffusion.noise import stage_rates
-from mdm_jax.sampling import tokens
+from mdm_jax.sampling import schedule, tokens
+from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.sampler import make_sampler
 from mdm_jax.training import step as step_lib
 from mdm_jax.training.curriculum import make_curriculum
@@ -368,7 +371,8 @@ class Sampled:
   ROWS, LENGTH, VOCAB = 8, 128, 100
 
   def __init__(self, config: SampleConfig):
-    self._sample = make_sampler(config, self, mask_id=self.VOCAB)
+    self._config = config
+    self._sample = make_sampler(config, self, Vocabulary(self.VOCAB))
     self._calls: list[None] = []
     self._drawn: list[np.ndarray] = []
 
@@ -380,24 +384,31 @@ class Sampled:
     return hidden
 
   def __call__(self, logits) -> tuple[np.ndarray, int]:
-    """Returns the logits that were drawn from, and the denoiser calls."""
+    """Returns a draw's logits (the best has 0) a row, and denoiser calls."""
     self._calls.clear()
     self._drawn.clear()
     shape = self.ROWS, self.LENGTH
-    x = np.full(shape, self.VOCAB, np.int32)
+    canvas = Canvas(
+      np.zeros(shape, np.int32),
+      np.ones(shape, bool),
+      np.full(self.ROWS, self.LENGTH, np.int32),
+    )
     keys = rng.per_row(rng.stream(0, "sample"), jnp.arange(self.ROWS))
     params = np.broadcast_to(logits, (*shape, self.VOCAB)).astype(np.float32)
-    inputs = params, x, x == self.VOCAB, keys
+    pace = schedule.pace(self._config, self.LENGTH)
     mesh = make_mesh("1x1")
     place = lambda a: jax.device_put(a, batch_sharding(mesh, a.ndim))
+    pace = jax.device_put(pace, NamedSharding(mesh, PartitionSpec()))
     with pytest.MonkeyPatch.context() as patch:
       draw = jax.random.categorical
       patch.setattr(
         jax.random, "categorical", functools.partial(self._spy, draw)
       )
-      self._sample(*map(place, inputs))
+      canvas = jax.tree.map(place, canvas)
+      with jax.set_mesh(mesh):
+        self._sample(place(params), canvas, pace, place(keys))
     jax.effects_barrier()
-    return np.concatenate(self._drawn), len(self._calls)
+    return np.stack(self._drawn), len(self._calls)
 
   def _spy(self, draw, key, logits, **options):
     jax.debug.callback(lambda x: self._drawn.append(np.asarray(x)), logits)
@@ -438,7 +449,8 @@ def read_top_p(config: Config) -> float:
   logits = np.concatenate([np.log(q), np.log(rest), cut], axis=1)
   logits = logits.reshape(Sampled.ROWS, Sampled.LENGTH, -1)
   drawn, _ = sampled(config.sample)(logits * read_temperature(config))
-  return float(np.exp(drawn[np.isfinite(drawn[:, 1]), 0].max()))
+  ratio = np.exp(drawn[np.isfinite(drawn[:, 1]), 1])  # of (1 - q) / 9 to q
+  return float((1 / (1 + 9 * ratio)).max())
 
 
 def read_num_steps(config: Config) -> int:

@@ -15,9 +15,9 @@ BYTES = tokenizers.build(TokenizerConfig(kind="byte"), [])
 
 
 def test_untruncated_is_the_models_own_distribution():
-  plain = samples.untruncated(SampleConfig(temperature=0.5, seed=3))
+  plain = samples.untruncated(SampleConfig(temperature=0.5, min_p=0.1, seed=3))
   assert effective_temperature(plain) == 1.0
-  assert plain.top_k is plain.top_p is None
+  assert plain.top_k is plain.min_p is plain.top_p is None
   assert plain.seed == 3 and plain.num_steps == SampleConfig().num_steps
 
 

@@ -8,14 +8,19 @@ validated dataclasses. Nothing below the programs ever sees a `ConfigDict`.
 
 import dataclasses
 import json
-import types
 import typing
 from typing import Any, Literal
 
 from ml_collections import config_dict
 
-from mdm_jax.core import config_checks
+from mdm_jax.core import coercion, config_checks
 from mdm_jax.core.errors import UserError, nearest
+
+Order = Literal[
+  "random", "spread", "left_to_right", "confidence", "margin", "entropy"
+]
+Schedule = Literal["linear", "cosine", "optimal"]
+Remasking = Literal["none", "cap", "rescale", "conf", "loop"]
 
 
 def _field(default: Any, doc: str) -> Any:
@@ -69,9 +74,7 @@ class ModelConfig:
   dropout: float = _field(0.0, "rate on the two residual branches of a block")
   qk_norm: bool = _field(True, "RMSNorm on queries and keys")
   tie_embeddings: bool = _field(True, "the head is the embedding transposed")
-  time_conditioning: bool = _field(
-    False, "adaLN-zero conditioning on the mask rate"
-  )
+  time_conditioning: bool = _field(False, "adaLN-zero on the mask rate")
   rope_theta: float = _field(10_000.0, "base of the rotary frequencies")
   remat: Literal["none", "dots", "full"] = _field(
     "none", "what the backward pass recomputes: nothing, all but matmuls, all"
@@ -206,19 +209,42 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-  """How text is drawn."""
+  """How text is drawn; a filter or limit that is None is off."""
 
   num_samples: int = _field(4, "texts")
   length: int | None = _field(None, "tokens a text (None: the last stage's)")
-  num_steps: int = _field(20, "denoiser calls")
+  num_steps: int = _field(20, "steps, one denoiser call each, at most")
+  order: Order = _field("random", "which masked tokens are revealed first")
+  block_length: int | None = _field(
+    None, "tokens of a block; each is finished before the next (None: one)"
+  )
+  schedule: Schedule = _field(
+    "linear",
+    "tokens a step; optimal: the least divergence by the last evaluation's"
+    " loss at every mask rate",
+  )
+  entropy_bound: float | None = _field(
+    None, "nats; reveal more a step while the sum but its largest is in it"
+  )
+  threshold: float | None = _field(
+    None, "reveal every token whose likeliest candidate has a probability above"
+  )
+  remasking: Remasking = _field("none", "which revealed tokens are put back")
+  remasking_rate: float = _field(
+    0.05, "share of the revealed tokens that a step puts back, at most"
+  )
+  guidance: float = _field(
+    0.0, "weight of logits with the prompt over those without (0: one call)"
+  )
   temperature: float = _field(0.8, "divides the logits")
   temperature_range: tuple[float, float] | None = _field(
     (0.3, 0.8), "the temperature is clamped to this, with a warning"
   )
-  top_k: int | None = _field(50, "keep the k likeliest tokens (None: all)")
-  top_p: float | None = _field(
-    0.9, "then the fewest that reach this mass (None: all)"
+  top_k: int | None = _field(50, "keep the k likeliest tokens")
+  min_p: float | None = _field(
+    None, "drop tokens below min_p times the likeliest's probability"
   )
+  top_p: float | None = _field(0.9, "then the fewest that reach this mass")
   seed: int = _field(0, "of the samples")
 
 
@@ -277,7 +303,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> Config:
 
 def from_dict(raw: Any, cls: type = Config, path: str = "") -> Any:
   """Builds `cls` from plain JSON values; a wrong name or type is named."""
-  return _coerce(raw, cls, path)
+  return coercion.coerce(raw, cls, path)
 
 
 def check_field(path: str) -> None:
@@ -357,44 +383,3 @@ def to_config_dict(value: Any) -> Any:
       item = holder
     result[field.name] = item
   return result.lock()
-
-
-def _coerce(value: Any, hint: Any, path: str) -> Any:
-  """Checks one value against a type hint, turning lists into tuples."""
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if dataclasses.is_dataclass(hint):
-    return _coerce_dataclass(value, hint, path)
-  if origin in (types.UnionType, typing.Union):
-    if value is None and type(None) in args:
-      return None
-    return _coerce(value, args[0], path)
-  if origin is Literal:
-    if value not in args:
-      raise UserError(f"{path}={value!r}: {nearest(value, args)}")
-    return value
-  if origin is tuple and isinstance(value, list | tuple):
-    hints = args[:1] * len(value) if args[-1] is Ellipsis else args
-    if len(hints) == len(value):
-      return tuple(
-        _coerce(v, h, f"{path}[{i}]")
-        for i, (v, h) in enumerate(zip(value, hints, strict=True))
-      )
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if isinstance(hint, type) and type(value) is hint:
-    return value
-  name = hint.__name__ if isinstance(hint, type) and not args else str(hint)
-  raise UserError(f"{path}={value!r} is not a {name}")
-
-
-def _coerce_dataclass(value: Any, cls: type, path: str) -> Any:
-  if not isinstance(value, dict):
-    raise UserError(f"{path or 'config'}={value!r} is not a section")
-  hints = {f.name: f.type for f in dataclasses.fields(cls)}
-  prefix = f"{path}." if path else ""
-  for key in value:
-    if key not in hints:
-      raise UserError(f"unknown field {prefix}{key}; {nearest(key, hints)}")
-  return cls(
-    **{k: _coerce(v, hints[k], f"{prefix}{k}") for k, v in value.items()}
-  )

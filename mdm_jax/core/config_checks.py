@@ -17,7 +17,8 @@ def check(c: Any) -> None:
     + ("sample.num_samples", "sample.num_steps", "sample.temperature")
     + ("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm")
     + ("data.max_documents", "model.num_kv_heads", "model.mlp_dim")
-    + ("eval.final_rows", "sample.length", "sample.top_k"),
+    + ("eval.final_rows", "sample.length", "sample.top_k")
+    + ("sample.block_length",),
   )
   _within(c, "data.eval_fraction", 0, 0.5)
   _within(c, "model.dropout", 0, 0.9)
@@ -30,13 +31,7 @@ def check(c: Any) -> None:
   _within(c, "optimizer.warmup_steps", 0, math.inf)
   _within(c, "eval.every", 0, math.inf)
   _within(c, "eval.samples", 0, math.inf)
-  if c.sample.top_p is not None:
-    _within(c, "sample.top_p", 0, 1)
-  temperatures = c.sample.temperature_range
-  if temperatures and not 0 < temperatures[0] <= temperatures[1]:
-    raise UserError(
-      f"sample.temperature_range={temperatures} must be positive and rise"
-    )
+  _check_sample(c)
   if c.init_from and c.tokenizer.path:
     raise UserError(
       f"tokenizer.path={c.tokenizer.path!r} and init_from={c.init_from!r}: a"
@@ -47,6 +42,41 @@ def check(c: Any) -> None:
     raise UserError("stages is empty; give at least one")
   for i, stage in enumerate(c.stages):
     _check_stage(c, i, stage)
+
+
+def _check_sample(c: Any) -> None:
+  for name in ("min_p", "top_p", "threshold", "remasking_rate"):
+    if getattr(c.sample, name) is not None:
+      _within(c, f"sample.{name}", 0, 1)
+  _within(c, "sample.guidance", 0, math.inf)
+  temperatures = c.sample.temperature_range
+  if temperatures and not 0 < temperatures[0] <= temperatures[1]:
+    raise UserError(
+      f"sample.temperature_range={temperatures} must be positive and rise"
+    )
+  budgets = [n for n in ("entropy_bound", "threshold") if _given(c.sample, n)]
+  if "entropy_bound" in budgets:
+    _within(c, "sample.entropy_bound", 0, math.inf)
+  if len(budgets) == 2:
+    raise UserError(
+      "sample.entropy_bound and sample.threshold both say how much a step"
+      " reveals; set one of them to None"
+    )
+  other = _given(c.sample, "block_length") * ["block_length"] + budgets
+  if other and c.sample.schedule != "linear":
+    raise UserError(
+      f"sample.schedule={c.sample.schedule} has no meaning beside"
+      f" sample.{other[0]}; set sample.schedule=linear"
+    )
+  if budgets and c.sample.remasking != "none":
+    raise UserError(
+      f"sample.remasking={c.sample.remasking} needs a fixed number of tokens a"
+      f" step; set sample.{budgets[0]}=None or sample.remasking=none"
+    )
+
+
+def _given(section: Any, name: str) -> bool:
+  return getattr(section, name) is not None
 
 
 def _check_model(m: Any) -> None:

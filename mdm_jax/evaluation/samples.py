@@ -5,7 +5,7 @@ them, samples of the model itself (T = 1, nothing cut off), and held-out text.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.judge import Judge, nll_per_byte
 from mdm_jax.evaluation.likelihood import subset
 from mdm_jax.evaluation.text_metrics import CopyIndex, Measured, measure
-from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.sampling.generate import TextSampler
+from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.sampling.generate import CeByMaskRate, Samples, TextSampler
 
 
 class TextMeasures:
@@ -39,7 +39,12 @@ class TextMeasures:
 def untruncated(config: SampleConfig) -> SampleConfig:
   """Returns settings that draw from the model's own distribution."""
   return dataclasses.replace(
-    config, temperature=1.0, temperature_range=None, top_k=None, top_p=None
+    config,
+    temperature=1.0,
+    temperature_range=None,
+    top_k=None,
+    min_p=None,
+    top_p=None,
   )
 
 
@@ -49,16 +54,13 @@ def make_sampler(
   denoiser: Denoiser,
   data: PreparedData,
   mesh: jax.sharding.Mesh,
-) -> TextSampler:
-  """Returns a sampler of as many texts as an evaluation measures."""
+) -> Callable[[Params, CeByMaskRate | None], Samples]:
+  """Returns what draws as many texts as an evaluation measures."""
   count = max(config.eval.samples, settings.num_samples)
-  return TextSampler(
-    dataclasses.replace(settings, num_samples=count),
-    denoiser,
-    data.tokenizer,
-    mesh,
-    config.sample_length,
+  sampler = TextSampler(
+    settings, denoiser, data.tokenizer, mesh, config.sample_length
   )
+  return lambda params, curve: sampler(params, [""] * count, curve)
 
 
 def reference_texts(

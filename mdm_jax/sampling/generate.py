@@ -1,21 +1,28 @@
 """From parameters and a prompt to text."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
 
 from mdm_jax.core import rng
 from mdm_jax.core.config import SampleConfig
-from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import batch_sharding, data_shards
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.sampling.sampler import make_sampler
+from mdm_jax.sampling import schedule, template, tokens
+from mdm_jax.sampling.call import Canvas
+from mdm_jax.sampling.sampler import Drawn, Watch, make_sampler
 
 _ROWS_A_CALL = 64
+
+CeByMaskRate = Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +32,30 @@ class Samples:
   Attributes:
     texts: decoded, up to their end-of-text token.
     path: token ids before each step, and after the last.
+    step: the step, from 0, that revealed the token which stands there in the
+      end; -1 where it was given or cut off.
+    confidence: the probability that the denoiser gave this token when it was
+      drawn, before temperature and filters; 0 where step is -1.
+    entropy: of the distribution it was drawn from, in nats, before temperature
+      and filters; 0 where step is -1.
+    calls: denoiser calls of each text.
+    put_back: tokens of each text that were masked again.
   """
 
   texts: list[str]
   path: Int[np.ndarray, "S B L"]
+  step: Int[np.ndarray, "B L"]
+  confidence: Float[np.ndarray, "B L"]
+  entropy: Float[np.ndarray, "B L"]
+  calls: Int[np.ndarray, "B"]
+  put_back: Int[np.ndarray, "B"]
 
 
 class TextSampler:
   """Draws texts with one set of settings; compiled once.
 
   Attributes:
-    config: how to draw, and how many.
+    config: how to draw.
     length: tokens of a text, the prompt included.
   """
 
@@ -46,54 +66,94 @@ class TextSampler:
     tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
     length: int,
+    watch: Watch | None = None,
   ):
     self.config, self.length = config, length
     self._tokenizer, self._mesh = tokenizer, mesh
-    self._sample = make_sampler(config, denoiser, tokenizer.vocab.mask)
+    self._sample = make_sampler(config, denoiser, tokenizer.vocab, watch)
 
-  def __call__(self, params: Params, prompt: str = "") -> Samples:
-    """Returns `config.num_samples` texts that begin with the prompt.
+  def __call__(
+    self,
+    params: Params,
+    prompts: Sequence[str],
+    ce_by_mask_rate: CeByMaskRate | None = None,
+  ) -> Samples:
+    """Returns one text for each prompt or infilling template.
+
+    The text of row b depends on `config.seed`, b and its prompt, not on the
+    prompts around it.
+
+    Args:
+      params: of the denoiser.
+      prompts: what is given of each text; see `template`.
+      ce_by_mask_rate: of an evaluation, for the optimal schedule.
 
     Raises:
-      UserError: the prompt fills the whole length.
+      UserError: a prompt is no template or too long, or there is no loss curve
+        for the optimal schedule.
     """
-    vocab, count = self._tokenizer.vocab, self.config.num_samples
-    canvas = self._canvas(prompt)
-    size = self._rows_a_call()
+    canvas = template.canvas(prompts, self._tokenizer, self.length)
+    return self.draw(params, canvas, ce_by_mask_rate)
+
+  def draw(
+    self,
+    params: Params,
+    canvas: Canvas,
+    ce_by_mask_rate: CeByMaskRate | None = None,
+  ) -> Samples:
+    """Returns one text for each row of a canvas of `length` tokens a row."""
+    count, size = len(canvas.tokens), self._rows_a_call(len(canvas.tokens))
+    pace = schedule.pace(self.config, self.length, ce_by_mask_rate)
+    pace = jax.device_put(pace, NamedSharding(self._mesh, P()))
     stream = rng.stream(self.config.seed, "sample")
     parts = []
     for start in range(0, count, size):
-      # More rows than asked for where a call needs them: a row's text is its
-      # own, whatever is drawn beside it.
-      keys = rng.per_row(stream, jnp.arange(start, start + size))
-      x = np.tile(canvas, (size, 1))
-      inputs = x, x == vocab.mask, keys
-      parts.append(self._sample(params, *map(self._place, inputs)))
-    path = np.concatenate([np.asarray(p) for p in parts], axis=1)[:, :count]
+      # A last call that is not full repeats rows; what is drawn beside a row
+      # does not change it.
+      rows = np.arange(start, start + size)
+      part = [
+        a[rows % count] for a in (canvas.tokens, canvas.free, canvas.lengths)
+      ]
+      part = Canvas(*map(self._place, part))
+      keys = self._place(rng.per_row(stream, jnp.asarray(rows)))
+      parts.append(jax.device_get(self._sample(params, part, pace, keys)))
+    return self._samples(parts, count)
+
+  def _samples(self, parts: list[Drawn], count: int) -> Samples:
+    vocab = self._tokenizer.vocab
+    path = np.concatenate([part.path for part in parts], axis=1)[:, :count]
     texts = [self._tokenizer.decode(_until_end(r, vocab)) for r in path[-1]]
-    return Samples(texts, path)
+    names = "step", "confidence", "entropy", "calls", "put_back"
+    rest = (
+      np.concatenate([getattr(part, name) for part in parts])[:count]
+      for name in names
+    )
+    return Samples(texts, path, *rest)
 
-  def _canvas(self, prompt: str) -> Int[np.ndarray, "L"]:
-    start = self._tokenizer.encode(prompt)
-    if len(start) >= self.length:
-      raise UserError(
-        f"the prompt has {len(start)} tokens, a sample only {self.length};"
-        f" shorten it to at most {self.length - 1} or set sample.length"
-      )
-    canvas = np.full(self.length, self._tokenizer.vocab.mask, np.int32)
-    canvas[: len(start)] = start
-    return canvas
-
-  def _rows_a_call(self) -> int:
+  def _rows_a_call(self, count: int) -> int:
     shards = data_shards(self._mesh)
-    rows = min(self.config.num_samples, _ROWS_A_CALL)
-    return -(-rows // shards) * shards
+    return -(-min(count, _ROWS_A_CALL) // shards) * shards
 
   def _place(self, values):
     return jax.device_put(values, batch_sharding(self._mesh, values.ndim))
 
 
+def effective(config: SampleConfig) -> dict[str, Any]:
+  """Returns the settings that are in effect, to stand beside samples."""
+  used = dataclasses.asdict(config) | {
+    "temperature": tokens.effective_temperature(config)
+  }
+  unused = {"num_samples", "length", "temperature_range"}
+  if config.remasking == "none":
+    unused |= {"remasking", "remasking_rate"}
+  if not config.guidance:
+    unused.add("guidance")
+  if {config.entropy_bound, config.threshold} != {None}:
+    unused.add("schedule")
+  return {k: v for k, v in used.items() if k not in unused and v is not None}
+
+
 def _until_end(row: Int[np.ndarray, "L"], vocab: Vocabulary):
-  """Cuts a text at its first end-of-text token."""
-  ends = np.flatnonzero(row == vocab.eos)
+  """Cuts a text at its first end-of-text token, or at its padding."""
+  ends = np.flatnonzero((row == vocab.eos) | (row == vocab.pad))
   return row[: ends[0]] if len(ends) else row

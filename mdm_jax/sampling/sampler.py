@@ -1,17 +1,24 @@
-"""The reverse process: from masks to text in a fixed number of denoiser calls.
+"""The reverse process: from masks to text in so many denoiser calls.
 
-Every step decides where before what: the positions come from an order drawn in
-advance, only their hidden states pass through the vocabulary projection, and
-only they are drawn. One token a step is then an exact sample of the model's
-any-order distribution. (Drawing everywhere and keeping the likeliest is an
-undeclared temperature: Hayakawa et al. 2025, arXiv 2510.04525.)
+Every step decides where before what:
 
-A step that re-uses the hidden states of a finished block would replace the
-`denoiser.hidden` call in `_step`; nothing else knows how they are computed.
+  hidden states -> a rank of the masked positions (`order`)
+  -> how many of the first to reveal (`schedule`: a pace, or a budget)
+  -> their logits, and no others' -> a token for each (`tokens`)
+  -> which revealed tokens to mask again (`remasking`), if any.
+
+A token that is drawn is kept: drawing everywhere and keeping the likeliest is
+an undeclared temperature (Hayakawa et al. 2025, arXiv 2510.04525). One token a
+step is an exact sample of the model's any-order distribution, under any order.
+
+All shapes are fixed. Logits exist for some positions at a time, in chunks whose
+number depends on how many are needed: a step that reveals six tokens projects
+six positions, and no array has a vocabulary for every position.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,98 +26,340 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.config import SampleConfig
 from mdm_jax.core.sharding import RULES
-from mdm_jax.sampling import order, schedule, tokens
+from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.sampling import order, remasking, schedule, tokens
+from mdm_jax.sampling.call import Call, Canvas, Predictor, padded
+from mdm_jax.sampling.schedule import Pace
+
+_DRAW, _PUT_BACK, _ORDER = range(3)  # what a row's keys are for
 
 
-@runtime_checkable
-class Predictor(Protocol):
-  """What is asked of a denoiser: hidden states, and logits of some of them."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """Texts, and how they came about.
 
-  def hidden(
-    self,
-    params: Any,
-    xt: Int[Array, "B L"],
-    segments: Int[Array, "B L"],
-    rate: Float[Array, "B"],
-  ) -> Float[Array, "B L D"]: ...
+  Attributes:
+    path: token ids before each step, and after the last. Behind the first
+      end-of-text token that was drawn is padding.
+    step: the step that revealed a token last; -1 where it was given or cut.
+    confidence: the probability of the token that was drawn.
+    entropy: of the distribution there, in nats.
+    calls: denoiser calls until a row was finished.
+    put_back: tokens of a row that were masked again.
+  """
 
-  def logits(
-    self, params: Any, hidden: Float[Array, "N D"]
-  ) -> Float[Array, "N V"]: ...
+  path: Int[Array, "S B L"]
+  step: Int[Array, "B L"]
+  confidence: Float[Array, "B L"]
+  entropy: Float[Array, "B L"]
+  calls: Int[Array, "B"]
+  put_back: Int[Array, "B"]
 
 
-# The canvas before each step, and the text after the last.
-Path = Int[Array, "S B L"]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+  """What a step changes.
 
-Sampler = Callable[
-  [Any, Int[Array, "B L"], Bool[Array, "B L"], Key[Array, "B"]], Path
-]
+  Attributes:
+    x: the texts so far.
+    masked: what is still to be drawn; never told from x.
+    end: tokens of each row, less where an end-of-text token was drawn.
+  """
+
+  x: Int[Array, "B L"]
+  masked: Bool[Array, "B L"]
+  end: Int[Array, "B"]
+  step: Int[Array, "B L"]
+  confidence: Float[Array, "B L"]
+  entropy: Float[Array, "B L"]
+  calls: Int[Array, "B"]
+  put_back: Int[Array, "B"]
+
+
+Sampler = Callable[[Any, Canvas, Pace, Key[Array, "B"]], Drawn]
+Watch = Callable[[Int[Array, ""], Int[Array, "B L"]], None]
 
 
 def make_sampler(
-  config: SampleConfig, denoiser: Predictor, mask_id: int
+  config: SampleConfig,
+  denoiser: Predictor,
+  vocab: Vocabulary,
+  watch: Watch | None = None,
 ) -> Sampler:
-  """Returns the jitted sampler: (params, tokens, free, row_keys) -> path.
+  """Returns the jitted sampler: (params, canvas, pace, row_keys) -> drawn.
 
-  Positions with `free` False keep their token; all others are drawn. A row
-  depends on its own tokens and key only, not on the batch around it. All steps
-  are returned, the finished text as the last: they are small beside one
-  denoiser call, and show how the text came about.
+  A row depends on its own canvas and key only, not on the batch around it.
+
+  Args:
+    config: how to draw.
+    denoiser: what is asked.
+    vocab: what the special ids are.
+    watch: called with each step's number, from 1, and the texts after it, while
+      the sampler runs; 0 is for the canvas.
   """
-  temperature = tokens.effective_temperature(config)
-
-  def draw(keys, logits):
-    return tokens.draw(keys, logits, temperature, config.top_k, config.top_p)
+  steps = _Steps(config, denoiser, vocab)
+  see = lambda *args: watch and jax.debug.callback(watch, *args)
 
   @jax.jit
   def sample(
-    params: Any,
-    x: Int[Array, "B L"],
-    free: Bool[Array, "B L"],
-    row_keys: Key[Array, "B"],
-  ) -> Path:
-    positions = order.random_order(_fold(row_keys, 0), free)
-    rank = jnp.argsort(positions, axis=1)
-    total = free.sum(axis=1)
-    most = schedule.most_revealed(config.num_steps, x.shape[1])
-
-    def step(i, path):
-      x = path[i]
-      start = schedule.revealed_before(i, config.num_steps, total)
-      stop = schedule.revealed_before(i + 1, config.num_steps, total)
-      slots = jnp.minimum(
-        start[:, None] + jnp.arange(most)[None], x.shape[1] - 1
+    params: Any, canvas: Canvas, pace: Pace, row_keys: Key[Array, "B"]
+  ) -> Drawn:
+    def step(i, carry):
+      state, path = carry
+      state = jax.lax.cond(
+        state.masked.any(),
+        lambda: steps.step(params, canvas, pace, row_keys, i, state),
+        lambda: state,
       )
-      where = jnp.take_along_axis(positions, slots, axis=1)
-      rate = ((total - start) / x.shape[1]).astype(jnp.float32)
-      logits = _logits_at(denoiser, params, x, rate, where)
-      drawn = draw(_fold(row_keys, i + 1), logits)
-      turn = (start[:, None] <= rank) & (rank < stop[:, None])
-      slot = jnp.clip(rank - start[:, None], 0, most - 1)
-      x = jnp.where(turn, jnp.take_along_axis(drawn, slot, axis=1), x)
-      return path.at[i + 1].set(x)
+      see(i + 1, state.x)
+      return state, path.at[i + 1].set(state.x)
 
-    x = jnp.where(free, mask_id, x)
-    path = jnp.broadcast_to(x, (config.num_steps + 1, *x.shape))
-    return jax.lax.fori_loop(0, config.num_steps, step, path)
+    canvas = padded(canvas, vocab.pad)
+    state = steps.start(canvas)
+    see(jnp.int32(0), state.x)
+    path = jnp.stack([state.x] * (config.num_steps + 1))
+    carry = jax.lax.fori_loop(0, config.num_steps, step, (state, path))
+    state, path = carry
+    return Drawn(
+      path,
+      state.step,
+      state.confidence,
+      state.entropy,
+      state.calls,
+      state.put_back,
+    )
 
   return sample
 
 
-def _logits_at(
-  denoiser: Predictor,
-  params: Any,
-  x: Int[Array, "B L"],
-  rate: Float[Array, "B"],
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+  """The parts of a step, with one set of settings."""
+
+  config: SampleConfig
+  denoiser: Predictor
+  vocab: Vocabulary
+
+  def start(self, canvas: Canvas) -> _State:
+    none = jnp.full_like(canvas.tokens, -1)
+    nothing = jnp.zeros_like(canvas.tokens, jnp.float32)
+    count = jnp.zeros_like(canvas.lengths)
+    return _State(
+      x=jnp.where(canvas.free, self.vocab.mask, canvas.tokens),
+      masked=canvas.free,
+      end=canvas.lengths,
+      step=none,
+      confidence=nothing,
+      entropy=nothing,
+      calls=count,
+      put_back=count,
+    )
+
+  def step(
+    self,
+    params: Any,
+    canvas: Canvas,
+    pace: Pace,
+    row_keys: Key[Array, "B"],
+    i: Int[Array, ""],
+    state: _State,
+  ) -> _State:
+    left = state.masked.sum(axis=1)
+    total = canvas.free.sum(axis=1)
+    back = _look_up(pace.put_back[i], total)
+    after = total - _look_up(pace.revealed[i + 1], total)  # by the schedule
+    call = Call(
+      self.config,
+      self.denoiser,
+      self.vocab,
+      params,
+      canvas,
+      state.x,
+      state.masked,
+      state.end,
+    )
+    where, safe = self._candidates(call, row_keys, i, state)
+    count = self._count(safe, left, left + back - after, i)
+    keys = _fold(_fold(row_keys, _DRAW), i)
+    revealed = self._reveal(call, keys, where, count, i, state)
+    if self.config.remasking != "none":
+      number = jnp.clip(after - revealed.masked.sum(axis=1), 0, back)
+      keys = _fold(_fold(row_keys, _PUT_BACK), i)
+      revealed = self._put_back(keys, canvas, number, i, revealed)
+    each = 2 if self.config.guidance else 1
+    calls = state.calls + jnp.where(left > 0, each, 0)
+    return dataclasses.replace(revealed, calls=calls)
+
+  # MARK: where
+
+  def _candidates(
+    self, call: Call, row_keys: Key[Array, "B"], i: Int[Array, ""], s: _State
+  ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
+    """Returns positions in order, and which of them a budget allows."""
+    config, length = self.config, s.x.shape[1]
+    size = config.block_length or length
+    block = jnp.arange(length) // size
+    if config.order in order.ASKING or self._has_budget():
+      scores = self._scores(call, size, s)
+    if config.order in order.ASKING:
+      first = scores[config.order]
+    else:
+      keys = _fold(row_keys, _ORDER)
+      first = order.priority(config.order, keys, i, length)
+    if config.threshold is not None:
+      sure = scores["confidence"] > config.threshold
+      first = jnp.where(sure, jnp.inf, first)
+    where = order.rank(s.masked, block, first)
+    if not self._has_budget():
+      return where, jnp.zeros_like(s.masked)
+    at = lambda values: jnp.take_along_axis(values, where, axis=1)
+    if config.threshold is not None:
+      safe = at(sure)
+    else:
+      safe = schedule.within_entropy(
+        -at(scores["entropy"]), config.entropy_bound
+      )
+    return where, safe & at(s.masked) & (where // size == where[:, :1] // size)
+
+  def _has_budget(self) -> bool:
+    given = self.config.entropy_bound, self.config.threshold
+    return given != (None, None)
+
+  def _scores(
+    self, call: Call, block_length: int, s: _State
+  ) -> dict[str, Float[Array, "B L"]]:
+    """Asks how sure the denoiser is of the next positions, left to right."""
+    names = {self.config.order} & set(order.ASKING)
+    if self._has_budget():
+      names |= {"entropy" if self.config.threshold is None else "confidence"}
+    nothing = jnp.zeros_like(s.confidence)
+    block = jnp.zeros(s.x.shape[1], jnp.int32)
+    where = order.rank(s.masked, block, nothing)
+    # A step may end a block and go on in the next one.
+    ahead = -(-s.x.shape[1] // self.config.num_steps)
+    inside = where // block_length == where[:, :1] // block_length
+    inside &= jnp.take_along_axis(s.masked, where, axis=1)
+    count = jnp.minimum(inside.sum(axis=1) + ahead, s.masked.sum(axis=1))
+
+    def body(slots, kept, scores):
+      logits = call.logits(slots)
+      return {
+        name: _put(scores[name], slots, kept, order.score(name, logits))
+        for name in names
+      }
+
+    start = {name: nothing - jnp.inf for name in names}
+    return call.in_chunks(where, count, block_length, body, start)
+
+  # MARK: how many
+
+  def _count(
+    self,
+    safe: Bool[Array, "B L"],
+    left: Int[Array, "B"],
+    due: Int[Array, "B"],
+    i: Int[Array, ""],
+  ) -> Int[Array, "B"]:
+    """Returns how many tokens to reveal: at least one, all in the last step."""
+    if self._has_budget():
+      pace = -(-left // (self.config.num_steps - i))
+      count = jnp.maximum(safe.sum(axis=1), pace)
+    else:
+      count = due
+    return jnp.clip(count, jnp.minimum(left, 1), left)
+
+  # MARK: what
+
+  def _reveal(
+    self,
+    call: Call,
+    keys: Key[Array, "B"],
+    where: Int[Array, "B L"],
+    count: Int[Array, "B"],
+    i: Int[Array, ""],
+    s: _State,
+  ) -> _State:
+    """Draws the first tokens of a rank, and cuts what is behind an end."""
+    settings = tokens.effective_settings(self.config)
+
+    def body(slots, kept, s):
+      logits = call.logits(slots)
+      at = jax.vmap(
+        lambda key, where: jax.vmap(_fold_in, (None, 0))(key, where)
+      )
+      drawn = tokens.draw(at(keys, slots), logits, settings)
+      put = lambda values, new: _put(values, slots, kept, new)
+      return dataclasses.replace(
+        s,
+        x=put(s.x, drawn),
+        masked=put(s.masked, jnp.zeros_like(kept)),
+        step=put(s.step, jnp.full_like(slots, i)),
+        confidence=put(s.confidence, tokens.probability(logits, drawn)),
+        entropy=put(s.entropy, tokens.entropy(logits)),
+      )
+
+    most = -(-s.x.shape[1] // self.config.num_steps)
+    return self._cut(call.in_chunks(where, count, most, body, s), i)
+
+  def _cut(self, s: _State, i: Int[Array, ""]) -> _State:
+    """Ends rows behind an end-of-text token that this step has drawn."""
+    positions = jnp.arange(s.x.shape[1])[None]
+    ends = (s.x == self.vocab.eos) & (s.step == i)
+    end = jnp.where(ends, positions + 1, s.x.shape[1]).min(axis=1)
+    end = jnp.minimum(s.end, end)
+    behind = positions >= end[:, None]
+    return dataclasses.replace(
+      s,
+      x=jnp.where(behind, self.vocab.pad, s.x),
+      masked=s.masked & ~behind,
+      end=end,
+      step=jnp.where(behind, -1, s.step),
+      confidence=jnp.where(behind, 0.0, s.confidence),
+      entropy=jnp.where(behind, 0.0, s.entropy),
+    )
+
+  def _put_back(
+    self,
+    keys: Key[Array, "B"],
+    canvas: Canvas,
+    number: Int[Array, "B"],
+    i: Int[Array, ""],
+    s: _State,
+  ) -> _State:
+    """Masks some tokens again: no given one, none of this step, no end."""
+    old = (s.step >= 0) & (s.step < i) & ~s.masked
+    eligible = old & canvas.free & (s.x != self.vocab.eos)
+    chosen = remasking.chosen(
+      self.config.remasking, keys, eligible, s.confidence, number
+    )
+    return dataclasses.replace(
+      s,
+      x=jnp.where(chosen, self.vocab.mask, s.x),
+      masked=s.masked | chosen,
+      put_back=s.put_back + chosen.sum(axis=1),
+    )
+
+
+def _put(
+  values: Array,
   where: Int[Array, "B N"],
-) -> Float[Array, "B N V"]:
-  """One denoiser call; the head runs on the asked positions alone."""
-  hidden = denoiser.hidden(params, x, jnp.ones_like(x), rate)
-  picked = jnp.take_along_axis(hidden, where[..., None], axis=1)
-  flat = denoiser.logits(params, picked.reshape(-1, picked.shape[-1]))
-  flat = jax.reshard(flat, RULES.spec("batch", None))
-  return flat.reshape(*where.shape, -1)
+  kept: Bool[Array, "B N"],
+  new: Array,
+) -> Array:
+  """Writes new values at the kept positions of each row."""
+  where = jnp.where(kept, where, values.shape[1])
+  write = lambda row, at, new: row.at[at].set(new, mode="drop")
+  return jax.vmap(write)(values, where, new)
+
+
+def _look_up(values: Int[Array, "N"], index: Int[Array, "B"]):
+  return values.at[index].get(out_sharding=RULES.spec("batch"))
+
+
+_fold_in = jax.random.fold_in
 
 
 def _fold(keys: Key[Array, "B"], number: int | Int[Array, ""]):
-  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+  return jax.vmap(_fold_in, in_axes=(0, None))(keys, number)

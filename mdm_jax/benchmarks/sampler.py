@@ -1,0 +1,279 @@
+"""How fast the sampler is, beside its denoiser calls and beside a plain loop.
+
+  python -m mdm_jax.benchmarks.sampler
+  python -m mdm_jax.benchmarks.sampler --preset=small_vocab --json
+
+All that is timed is timed in turn, over and over, in one process, so that what
+else the machine does falls on all alike. What counts are the ratios:
+
+trunk      as many denoiser calls as the sampler makes, and nothing else
+head       the logits of the positions that are drawn, in every step
+draw       tokens from such logits
+sampler    the whole loop, for several orders and budgets
+plain      the loop of the reference implementation: logits of every position
+           in every step, and a draw from [u p, 1 - u] at each (MD4, Shi et al.
+           2024, arXiv 2406.04329)
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich import box
+from rich.table import Table
+
+from mdm_jax.core import rng
+from mdm_jax.core.config import MeshConfig, ModelConfig, SampleConfig
+from mdm_jax.core.progress import console
+from mdm_jax.core.sharding import RULES, batch_sharding, make_mesh
+from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.sampling import schedule, tokens
+from mdm_jax.sampling.call import Canvas
+from mdm_jax.sampling.sampler import make_sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """What is sampled: a model, and a batch."""
+
+  num_layers: int
+  embed_dim: int
+  num_heads: int
+  vocab: int
+  batch: int
+  length: int
+  num_steps: int
+
+
+PRESETS = {
+  "large_vocab": Preset(6, 384, 6, 50_257, 8, 128, 24),
+  "small_vocab": Preset(6, 384, 6, 1_000, 8, 128, 24),
+  "accelerator": Preset(12, 768, 12, 32_000, 64, 512, 24),
+}
+WAYS = {
+  "random": {},
+  "random, top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
+  "spread": {"order": "spread"},
+  "confidence": {"order": "confidence"},
+  "margin": {"order": "margin"},
+  "entropy": {"order": "entropy"},
+  "confidence, blocks of 32": {"order": "confidence", "block_length": 32},
+  "remasking": {"remasking": "cap"},
+}
+
+Timed = Callable[[], Any]
+
+
+def measure(preset: Preset, repeats: int) -> dict[str, Any]:
+  """Returns seconds and ratios of everything, the median of some repeats."""
+  vocab = Vocabulary(preset.vocab)
+  model = ModelConfig(
+    num_layers=preset.num_layers,
+    embed_dim=preset.embed_dim,
+    num_heads=preset.num_heads,
+  )
+  denoiser = Denoiser(model, vocab.size, vocab.num_real)
+  params = jax.jit(denoiser.init)(rng.stream(0, "init"))
+  parts = _parts(preset, denoiser, params, vocab)
+  ways, memory = _ways(preset, denoiser, params, vocab)
+  seconds = _time({**parts, **ways}, repeats)
+  trunk, whole = seconds["trunk"], seconds["random"]
+  drawn = preset.batch * preset.length
+  return {
+    "device": jax.devices()[0].device_kind,
+    "preset": dataclasses.asdict(preset),
+    "seconds": seconds,
+    "times_trunk": {name: seconds[name] / trunk for name in ways},
+    "seconds_a_call": {n: seconds[n] / preset.num_steps for n in ways},
+    "tokens_per_second": {name: drawn / seconds[name] for name in ways},
+    "share_of_random": {name: seconds[name] / whole for name in parts},
+    "plain_over_random": seconds["plain"] / whole,
+    "temporary_bytes": memory,
+  }
+
+
+def _parts(
+  preset: Preset, denoiser: Denoiser, params: Params, vocab: Vocabulary
+) -> dict[str, Timed]:
+  """Returns the trunk, the head and the draw of all steps, each by itself."""
+  steps, most = preset.num_steps, -(-preset.length // preset.num_steps)
+  x = _split(jnp.ones((preset.batch, preset.length), jnp.int32))
+  rate = _split(jnp.ones(preset.batch))
+  hidden = _split(jnp.ones((preset.batch * most, preset.embed_dim)))
+  shape = len(hidden), vocab.size
+  logits = _split(jax.random.normal(jax.random.key(0), shape))
+  keys = _split(rng.per_row(jax.random.key(0), jnp.arange(len(hidden))))
+
+  # Each step needs the one before, or XLA would run the loop's body once.
+  @jax.jit
+  def trunk(params, x):
+    def step(i, x):
+      h = denoiser.hidden(params, x, jnp.ones_like(x), rate)
+      return 1 - x + (h[:, :1, 0] > i).astype(jnp.int32)
+
+    return jax.lax.fori_loop(0, steps, step, x)
+
+  @jax.jit
+  def head(params, hidden):
+    def step(i, hidden):
+      logits = denoiser.logits(params, hidden)
+      logits = jax.reshard(logits, RULES.spec("batch", None))
+      return hidden + jnp.where(logits[:, :1] > i, 1.0, 0.5)
+
+    return jax.lax.fori_loop(0, steps, step, hidden)
+
+  @jax.jit
+  def draw(logits, keys):
+    def step(i, total):
+      at = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+      changed = logits * (1 + total % 2).astype(jnp.float32)
+      return total + tokens.draw(at, changed, tokens.Settings()).sum()
+
+    return jax.lax.fori_loop(0, steps, step, jnp.int32(0))
+
+  return {
+    "trunk": _compiled(trunk, params, x)[0],
+    "head": _compiled(head, params, hidden)[0],
+    "draw": _compiled(draw, logits, keys)[0],
+  }
+
+
+def _ways(
+  preset: Preset, denoiser: Denoiser, params: Params, vocab: Vocabulary
+) -> tuple[dict[str, Timed], dict[str, int]]:
+  """Returns whole loops, and how much memory each takes for itself."""
+  shape = preset.batch, preset.length
+  masks = jnp.full(shape, vocab.mask, jnp.int32)
+  canvas = Canvas(
+    _split(masks),
+    _split(jnp.ones(shape, bool)),
+    _split(jnp.full(preset.batch, preset.length, jnp.int32)),
+  )
+  row_keys = rng.per_row(rng.stream(0, "sample"), jnp.arange(preset.batch))
+  keys = _split(row_keys)
+  compiled = {}
+  for name, fields in WAYS.items():
+    config = dataclasses.replace(_UNTRUNCATED, **fields)
+    config = dataclasses.replace(config, num_steps=preset.num_steps)
+    pace = schedule.pace(config, preset.length)
+    pace = jax.device_put(pace, NamedSharding(jax.sharding.get_mesh(), P()))
+    # A text that ends early would be less work; this id is never predicted.
+    sample = make_sampler(config, denoiser, _Endless(preset.vocab))
+    compiled[name] = _compiled(sample, params, canvas, pace, keys)
+  plain = _plain(denoiser, vocab, preset.num_steps)
+  compiled["plain"] = _compiled(plain, params, canvas.tokens, row_keys[0])
+  ways = {name: run for name, (run, _) in compiled.items()}
+  return ways, {name: size for name, (_, size) in compiled.items()}
+
+
+_UNTRUNCATED = SampleConfig(
+  temperature=1.0, temperature_range=None, top_k=None, top_p=None
+)
+
+
+class _Endless(Vocabulary):
+  """A vocabulary whose end-of-text is never drawn."""
+
+  @property
+  def eos(self) -> int:
+    return self.mask
+
+
+def _plain(denoiser: Denoiser, vocab: Vocabulary, steps: int):
+  """The ancestral loop as MD4 writes it: everything everywhere, every step."""
+
+  @jax.jit
+  def sample(params, x, key):
+    def step(i, x):
+      unmasked = 1 / (steps - i)
+      rate = jnp.ones_like(x[:, 0], jnp.float32) - i / steps
+      hidden = denoiser.hidden(params, x, jnp.ones_like(x), rate)
+      logits = denoiser.logits(params, hidden.reshape(-1, hidden.shape[-1]))
+      logits = jax.reshard(logits, RULES.spec("batch", None))
+      probs = jax.nn.softmax(logits).reshape(*x.shape, -1) * unmasked
+      stay = jnp.ones_like(probs[..., :1]) - unmasked
+      posterior = jnp.log(jnp.concatenate([probs, stay], axis=-1))
+      drawn = jax.random.categorical(jax.random.fold_in(key, i), posterior)
+      drawn = jnp.where(drawn == probs.shape[-1], vocab.mask, drawn)
+      return jnp.where(x == vocab.mask, drawn, x)
+
+    return jax.lax.fori_loop(0, steps, step, x)
+
+  return sample
+
+
+def _split(rows: Any) -> Any:
+  """Spreads rows over the devices."""
+  return jax.device_put(
+    rows, batch_sharding(jax.sharding.get_mesh(), rows.ndim)
+  )
+
+
+def _compiled(function: Any, *args: Any) -> tuple[Timed, int]:
+  """Returns the program, ready to run, and the bytes it needs meanwhile."""
+  program = function.lower(*args).compile()
+  size = program.memory_analysis().temp_size_in_bytes
+  return lambda: jax.block_until_ready(program(*args)), size
+
+
+def _time(runs: dict[str, Timed], repeats: int) -> dict[str, float]:
+  seconds = {name: [] for name in runs}
+  for turn in range(repeats + 1):
+    for name, run in runs.items():
+      start = time.perf_counter()
+      run()
+      if turn:  # the first warms up
+        seconds[name].append(time.perf_counter() - start)
+  return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+# MARK: printing
+
+
+def _show(name: str, results: dict[str, Any]) -> None:
+  table = Table(title=f"{name}, {results['device']}", box=box.SIMPLE_HEAD)
+  table.add_column("")
+  for column in ("seconds", "x trunk", "ms a call", "tokens/s", "MiB"):
+    table.add_column(column, justify="right")
+  for way, seconds in results["seconds"].items():
+    if way in results["share_of_random"]:
+      table.add_row(way, f"{seconds:.3f}")
+      continue
+    table.add_row(
+      way,
+      f"{seconds:.3f}",
+      f"{results['times_trunk'][way]:.2f}",
+      f"{1000 * results['seconds_a_call'][way]:.1f}",
+      f"{results['tokens_per_second'][way]:,.0f}",
+      f"{results['temporary_bytes'][way] / 2**20:.0f}",
+    )
+  console.print(table)
+
+
+_PRESET = flags.DEFINE_enum(
+  "preset", "large_vocab", list(PRESETS), "Which model and batch."
+)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each.", 1)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON on the last line.")
+
+
+def main(_: list[str]) -> None:
+  mesh = make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    results = measure(PRESETS[_PRESET.value], _REPEATS.value)
+  _show(_PRESET.value, results)
+  if _JSON.value:
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,149 @@
+"""One denoiser call of a sampler: hidden states, and logits where asked.
+
+Logits exist for some positions at a time, in chunks whose number depends on how
+many are needed: a step that reveals six tokens projects six positions, and no
+array has a vocabulary for every position.
+
+A step that re-uses the hidden states of a finished block would replace the
+`denoiser.hidden` calls in `Call`; nothing else knows how they are computed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mdm_jax.core.config import SampleConfig
+from mdm_jax.core.sharding import RULES
+from mdm_jax.data.tokenizer import Vocabulary
+
+_MOST_LOGITS = 2**25  # numbers in one chunk of logits: 128 MiB
+
+Carry = TypeVar("Carry")
+
+
+@runtime_checkable
+class Predictor(Protocol):
+  """What is asked of a denoiser: hidden states, and logits of some of them."""
+
+  def hidden(
+    self,
+    params: Any,
+    xt: Int[Array, "B L"],
+    segments: Int[Array, "B L"],
+    rate: Float[Array, "B"],
+  ) -> Float[Array, "B L D"]: ...
+
+  def logits(
+    self, params: Any, hidden: Float[Array, "N D"]
+  ) -> Float[Array, "N V"]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+  """What is given of each text.
+
+  Attributes:
+    tokens: ids where given; whatever else where free.
+    free: what is to be drawn. The rest is never changed.
+    lengths: tokens of each row; what is behind them is padding.
+  """
+
+  tokens: Int[Array | np.ndarray, "B L"]
+  free: Bool[Array | np.ndarray, "B L"]
+  lengths: Int[Array | np.ndarray, "B"]
+
+
+def padded(canvas: Canvas, pad: int) -> Canvas:
+  """Returns the canvas with padding, and nothing else, behind each row."""
+  inside = jnp.arange(canvas.tokens.shape[1])[None] < canvas.lengths[:, None]
+  tokens = jnp.where(inside, canvas.tokens, pad)
+  return Canvas(tokens, canvas.free & inside, canvas.lengths)
+
+
+class Call:
+  """The denoiser's answer to one state of the texts."""
+
+  def __init__(
+    self,
+    config: SampleConfig,
+    denoiser: Predictor,
+    vocab: Vocabulary,
+    params: Any,
+    canvas: Canvas,
+    x: Int[Array, "B L"],
+    masked: Bool[Array, "B L"],
+    end: Int[Array, "B"],
+  ):
+    self._denoiser, self._params, self._vocab = denoiser, params, vocab
+    self._guidance = config.guidance
+    inside = jnp.arange(x.shape[1])[None] < end[:, None]
+    given = ~canvas.free & inside
+    # An end of the text before a given token would cut that off.
+    self._may_end = jnp.cumsum(given[:, ::-1], axis=1)[:, ::-1] == 0
+    self._hidden = self._run(x, masked, inside)
+    if self._guidance:
+      x = jnp.where(given, vocab.mask, x)
+      self._unprompted = self._run(x, masked | given, inside)
+
+  def _run(self, x, masked, inside) -> Float[Array, "B L D"]:
+    rate = masked.sum(axis=1) / jnp.maximum(inside.sum(axis=1), 1)
+    return self._denoiser.hidden(
+      self._params, x, inside.astype(jnp.int32), rate.astype(jnp.float32)
+    )
+
+  def logits(self, where: Int[Array, "B N"]) -> Float[Array, "B N V"]:
+    """Returns logits at some positions; -inf for tokens that can't be there.
+
+    With guidance, without + (1 + weight) (with - without), where all given
+    tokens are masked for the second (Nie et al. 2024, arXiv 2410.18514).
+    """
+    logits = self._project(self._hidden, where)
+    if self._guidance:
+      without = self._project(self._unprompted, where)
+      guided = without + (1 + self._guidance) * (logits - without)
+      logits = jnp.where(jnp.isfinite(logits), guided, logits)
+    may_end = jnp.take_along_axis(self._may_end, where, axis=1)
+    is_end = jnp.arange(logits.shape[-1])[None, None] == self._vocab.eos
+    return jnp.where(is_end & ~may_end[..., None], -jnp.inf, logits)
+
+  def _project(self, hidden, where) -> Float[Array, "B N V"]:
+    picked = jnp.take_along_axis(hidden, where[..., None], axis=1)
+    flat = picked.reshape(-1, picked.shape[-1])
+    flat = self._denoiser.logits(self._params, flat)
+    flat = jax.reshard(flat, RULES.spec("batch", None))
+    return flat.reshape(*where.shape, -1)
+
+  def in_chunks(
+    self,
+    where: Int[Array, "B L"],
+    count: Int[Array, "B"],
+    most: int,
+    body: Callable[[Int[Array, "B N"], Bool[Array, "B N"], Carry], Carry],
+    carry: Carry,
+  ) -> Carry:
+    """Runs `body(slots, kept, carry)` over the first `count` of each row.
+
+    Args:
+      where: positions, in order.
+      count: how many of each row are wanted.
+      most: columns of a chunk, unless their logits would be too many.
+      body: is given some columns of `where`, and which of them are wanted.
+      carry: what the body changes.
+    """
+    rows, length = where.shape
+    room = _MOST_LOGITS // (rows * self._vocab.size)
+    size = max(min(most, room, length), 1)
+    where = jnp.pad(where, ((0, 0), (0, -length % size)))
+
+    def chunk(n, carry):
+      slots = jax.lax.dynamic_slice_in_dim(where, n * size, size, axis=1)
+      kept = n * size + jnp.arange(size)[None] < count[:, None]
+      return body(slots, kept, carry)
+
+    return jax.lax.fori_loop(0, -(-count.max() // size), chunk, carry)
