@@ -38,8 +38,8 @@ class Measures:
     check_judge(config.eval.judge)
     self.config, self.data = config, data
     self.denoiser, self.mesh = denoiser, mesh
-    self._sampler = TextSampler(
-      config.sample, denoiser, data.tokenizer, mesh, config.sample_length
+    self._draw_texts = TextSampler(
+      denoiser, data.tokenizer, mesh, config.sample_length
     )
     mask = data.tokenizer.vocab.mask
     self._evaluator = Evaluator(config.eval, denoiser, mask, mesh)
@@ -75,8 +75,8 @@ class Measures:
 
   def sample(self, params: Params) -> Samples:
     """Returns a few samples, to look at while a training goes on."""
-    prompts = [""] * self.config.sample.num_samples
-    return self._sampler(params, prompts, self._curve(params))
+    settings = self.config.sample
+    return self._draw(params, settings, settings.num_samples)
 
   def _curve(self, params: Params) -> dict[str, float] | None:
     """Returns what the optimal schedule follows from; it takes a while."""
@@ -87,7 +87,8 @@ class Measures:
   def samples(self, params: Params) -> dict[str, Any]:
     """Returns samples, one of them step by step, and all measures of them."""
     config, shown = self.config, self.config.sample.num_samples
-    drawn = self._draw(params, config.sample)
+    count = max(config.eval.samples, shown)
+    drawn = self._draw(params, config.sample, count)
     results = {
       "sampling": effective(config.sample),
       "samples": drawn.texts[:shown],
@@ -97,11 +98,11 @@ class Measures:
       results["text_metrics"] = self._text_metrics(params, drawn)
     return results
 
-  def _draw(self, params: Params, settings: SampleConfig) -> Samples:
-    draw = samples_lib.make_sampler(
-      self.config, settings, self.denoiser, self.data, self.mesh
-    )
-    return draw(params, self._curve(params))
+  def _draw(
+    self, params: Params, settings: SampleConfig, count: int
+  ) -> Samples:
+    curve = self._curve(params)
+    return self._draw_texts(params, [""] * count, settings, curve)
 
   def _text_metrics(self, params: Params, drawn: Samples) -> dict[str, Any]:
     config, data = self.config, self.data
@@ -111,7 +112,7 @@ class Measures:
     plain = samples_lib.untruncated(config.sample)
     sources = {
       "sampling": drawn.texts,
-      "untruncated": self._draw(params, plain).texts,
+      "untruncated": self._draw(params, plain, len(drawn.texts)).texts,
       "held_out": samples_lib.reference_texts(
         data.held_out, data.tokenizer, len(drawn.texts), config.sample_length
       ),

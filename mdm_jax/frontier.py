@@ -21,7 +21,7 @@ from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
 from mdm_jax.evaluation.text_metrics import measure
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.sampling.generate import CeByMaskRate
+from mdm_jax.sampling.generate import CeByMaskRate, TextSampler
 from mdm_jax.training.checkpoint import Checkpoints
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
@@ -76,10 +76,12 @@ def _sweep(
     f"T = {t:g}": dataclasses.replace(plain, temperature=t)
     for t in TEMPERATURES
   }
+  draw = TextSampler(denoiser, data.tokenizer, mesh, config.sample_length)
+  count = max(config.eval.samples, config.sample.num_samples)
   points = []
   for name, settings in ways.items():
-    draw = samples_lib.make_sampler(config, settings, denoiser, data, mesh)
-    points.append(_point(name, judge, draw(params, curve).texts))
+    texts = draw(params, [""] * count, settings, curve).texts
+    points.append(_point(name, judge, texts))
   texts = samples_lib.reference_texts(
     data.held_out, data.tokenizer, points[0].n, config.sample_length
   )

@@ -3,9 +3,11 @@
   python -m mdm_jax.main --config=configs/quickstart.py
   python -m mdm_jax.main --mode=eval --workdir=runs/quickstart
   python -m mdm_jax.main --mode=sample --workdir=runs/quickstart --prompt="We"
+  python -m mdm_jax.main --mode=sample --workdir=runs/quickstart --interactive
 
 --mode=data and --mode=plan look at what a run would do; train does it; eval,
-sample, frontier (a temperature sweep) and report (a page) look at what it did.
+sample, frontier (a temperature sweep), compare (orders, steps, budgets) and
+report (a page) look at what it did.
 Any field of the config can be set: --config.data.batch_size=4. Without
 --config, the config saved in the workdir is used.
 """
@@ -24,13 +26,27 @@ from mdm_jax.core.workdir import Workdir
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ["data", "plan", "train", "eval", "sample", "frontier", "report"],
+  ["data", "plan", "train", "eval", "sample", "frontier", "compare", "report"],
   "What to do.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "The run's folder (default: runs/<config name>)."
 )
-_PROMPT = flags.DEFINE_string("prompt", "", "Text a sample begins with.")
+_PROMPT = flags.DEFINE_string(
+  "prompt", "", "Text a sample begins with, or with [MASK] and [MASK:5] in it."
+)
+_TRACE = flags.DEFINE_bool(
+  "trace", False, "Show a sample while it is drawn; store how all were drawn."
+)
+_HTML = flags.DEFINE_string(
+  "html", None, "File for a page that shows how samples were drawn."
+)
+_INTERACTIVE = flags.DEFINE_bool(
+  "interactive", False, "Draw a sample for every prompt that is typed."
+)
+_WAYS = flags.DEFINE_string(
+  "ways", "", "Compare only ways to draw whose name holds this."
+)
 _NUM_SAMPLES = flags.DEFINE_integer(
   "num_samples", None, "Texts to draw (default: sample.num_samples)."
 )
@@ -61,7 +77,17 @@ def main(_: list[str]) -> int:
 def _run(config: Config, workdir: Workdir) -> Any:
   _keep_compiled_programs()
   # Imported here, so that --help and a wrong flag answer at once.
-  from mdm_jax import evaluate, frontier, plan, preview, report, sample, train
+  from mdm_jax import (
+    compare,
+    evaluate,
+    frontier,
+    interactive,
+    plan,
+    preview,
+    report,
+    sample,
+    train,
+  )
 
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
@@ -74,10 +100,16 @@ def _run(config: Config, workdir: Workdir) -> Any:
       return train.train_and_evaluate(config, workdir)
     case "eval":
       return evaluate.evaluate_workdir(config, workdir)
+    case "sample" if _INTERACTIVE.value:
+      return interactive.converse(config, workdir)
     case "sample":
-      return sample.sample_workdir(config, workdir, _PROMPT.value)
+      return sample.sample_workdir(
+        config, workdir, _PROMPT.value, _TRACE.value, _HTML.value
+      )
     case "frontier":
       return frontier.frontier_workdir(config, workdir)
+    case "compare":
+      return compare.compare_workdir(config, workdir, _WAYS.value)
     case "report":
       return report.report_workdir(config, workdir)
 

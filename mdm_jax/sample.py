@@ -1,34 +1,212 @@
-"""From a checkpoint and a prompt to text."""
+"""From a checkpoint and prompts to text.
+
+model = mdm_jax.sample.load("runs/quickstart")
+print(model.generate("We the [MASK:3] of", num_samples=2).texts)
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Int
 
-from mdm_jax.core.config import Config
+from mdm_jax.core import config as config_lib
+from mdm_jax.core.config import Config, SampleConfig
+from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import make_mesh
 from mdm_jax.core.workdir import Workdir
-from mdm_jax.data.tokenizer import load_tokenizer
+from mdm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.sampling.generate import TextSampler
+from mdm_jax.sampling import template
+from mdm_jax.sampling import trace as trace_lib
+from mdm_jax.sampling.call import Canvas
+from mdm_jax.sampling.generate import Samples, TextSampler, effective
+from mdm_jax.sampling.live import LiveView
+from mdm_jax.sampling.sampler import Watch
+from mdm_jax.sampling.trace import render_page
 from mdm_jax.training.checkpoint import Checkpoints
 
 
-def sample_workdir(
-  config: Config, workdir: Workdir, prompt: str = ""
-) -> list[str]:
-  """Draws texts from a run's best checkpoint, prints and returns them."""
+def load(workdir: str) -> "Model":
+  """Returns the best checkpoint of a run's folder, ready to draw texts.
+
+  Raises:
+    UserError: there is no run, no checkpoint, or it can't be read.
+  """
+  folder = Workdir(workdir)
+  config = config_lib.from_dict(folder.read_config_dict())
+  return load_with(config, folder)
+
+
+def load_with(config: Config, workdir: Workdir) -> "Model":
+  """Returns what `load` does, with other settings than the run's."""
   tokenizer = load_tokenizer(workdir.path)
   workdir.check_tokenizer(tokenizer.sha256)
-  vocab = tokenizer.vocab
-  denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
-  mesh = make_mesh(config.mesh)
-  with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
-    _, params = checkpoints.restore_best_params(denoiser)
-    sampler = TextSampler(
-      config.sample, denoiser, tokenizer, mesh, config.sample_length
-    )
-    curve = (workdir.read_results() or {}).get("ce_by_mask_rate")
-    texts = sampler(params, [prompt] * config.sample.num_samples, curve).texts
-  for i, text in enumerate(texts, start=1):
-    console.rule(f"sample {i}")
+  return Model(config, workdir, tokenizer)
+
+
+class Model:
+  """A trained model that draws texts.
+
+  Attributes:
+    config: of the run; `config.sample` holds the settings of every call.
+    tokenizer: text to ids and back.
+    watch: called with (step, token ids [B, L]) while texts are drawn: set it
+      before the first call.
+  """
+
+  def __init__(self, config: Config, workdir: Workdir, tokenizer: Tokenizer):
+    self.config, self.tokenizer = config, tokenizer
+    self.watch: Watch | None = None
+    vocab = tokenizer.vocab
+    self._denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
+    self._mesh = make_mesh(config.mesh)
+    with jax.set_mesh(self._mesh), Checkpoints(workdir.path) as checkpoints:
+      _, self._params = checkpoints.restore_best_params(self._denoiser)
+    results = workdir.read_results() or {}
+    self._ce_by_mask_rate = results.get("ce_by_mask_rate")
+    self._samplers: dict[int, TextSampler] = {}
+
+  def generate(
+    self,
+    prompts: str | Sequence[str] = "",
+    num_samples: int = 1,
+    **settings: Any,
+  ) -> Samples:
+    """Draws `num_samples` texts for each prompt, one prompt after the other.
+
+    Row b depends on its prompt, `seed` and b only. A way to draw is compiled at
+    its first use; seed, temperature, min_p and top_p may change without.
+
+    Args:
+      prompts: texts to go on with, or with [MASK], [MASK:5] where tokens are to
+        be drawn (`mdm_jax.sampling.template`); "" gives free text.
+      num_samples: texts of each prompt.
+      **settings: fields of `SampleConfig`, where they differ from the run's.
+
+    Returns:
+      Texts, and how they came about: token ids [steps + 1, B, L], for every
+      token [B, L] its step, probability and entropy in nats, and the denoiser
+      calls of each text [B]. B is len(prompts) x num_samples.
+
+    Raises:
+      UserError: a prompt or a setting can't work.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not prompts or num_samples < 1:
+      raise UserError("no text is asked for: give prompts and num_samples")
+    config = self.settings(**settings)
+    length = config.length or self.config.stages[-1].length
+    canvas = template.canvas(prompts, self.tokenizer, length)
+    repeat = lambda rows: np.repeat(rows, num_samples, axis=0)
+    rows = Canvas(*map(repeat, (canvas.tokens, canvas.free, canvas.lengths)))
+    return self._draw(rows, config)
+
+  def fill(
+    self,
+    tokens: Int[np.ndarray, "B L"],
+    free: Bool[np.ndarray, "B L"],
+    lengths: Int[np.ndarray, "B"] | None = None,
+    **settings: Any,
+  ) -> Samples:
+    """Draws the free tokens of each row; all others stay as they are.
+
+    Args:
+      tokens: ids; those at free positions don't matter.
+      free: what is to be drawn: any pattern, of its own in each row.
+      lengths: tokens of each row before its padding (None: all L).
+      **settings: fields of `SampleConfig`, where they differ from the run's.
+
+    Raises:
+      UserError: a token is no id, or a setting can't work.
+    """
+    if not len(tokens):
+      raise UserError("no text is asked for: tokens has no row")
+    given = tokens[~free]
+    if given.size and not 0 <= given.min() <= given.max() < self._real:
+      raise UserError(
+        f"tokens has ids from {given.min()} to {given.max()}; given ones must"
+        f" be in [0, {self._real - 1}]"
+      )
+    if lengths is None:
+      lengths = np.full(len(tokens), tokens.shape[1])
+    canvas = Canvas(tokens.astype(np.int32), free, lengths.astype(np.int32))
+    return self._draw(canvas, self.settings(**settings))
+
+  @property
+  def _real(self) -> int:
+    return self.tokenizer.vocab.num_real
+
+  def settings(self, **settings: Any) -> SampleConfig:
+    """Returns the run's settings with some changed, all checked.
+
+    Raises:
+      UserError: a name or a value can't be.
+    """
+    names = [field.name for field in dataclasses.fields(SampleConfig)]
+    for name in settings:
+      if name not in names:
+        raise UserError(f"unknown setting {name}; {nearest(name, names)}")
+    raw = config_lib.to_dict(self.config)
+    raw["sample"] |= settings
+    return config_lib.from_dict(raw).sample
+
+  def _draw(self, canvas: Canvas, config: SampleConfig) -> Samples:
+    length = canvas.tokens.shape[1]
+    if length not in self._samplers:
+      self._samplers[length] = TextSampler(
+        self._denoiser, self.tokenizer, self._mesh, length, self.watch
+      )
+    draw = self._samplers[length].draw
+    with jax.set_mesh(self._mesh):
+      return draw(self._params, canvas, config, self._ce_by_mask_rate)
+
+
+def sample_workdir(
+  config: Config,
+  workdir: Workdir,
+  prompt: str = "",
+  trace: bool = False,
+  page: str | None = None,
+) -> list[str]:
+  """Draws texts from a run's best checkpoint, prints and returns them.
+
+  Args:
+    config: the run's, or with other settings.
+    workdir: the run's folder.
+    prompt: what every text begins with, or a template.
+    trace: whether to show the first text while it is drawn, and to store in
+      the folder `samples` of the workdir how all came about.
+    page: an HTML file to write that shows the same.
+
+  Raises:
+    UserError: the prompt or a setting can't work, or a file can't be written.
+  """
+  model = load_with(config, workdir)
+  count = config.sample.num_samples
+  if trace:
+    with LiveView(model.tokenizer, config.sample.num_steps) as view:
+      model.watch = view.show
+      drawn = model.generate(prompt, count)
+  else:
+    drawn = model.generate(prompt, count)
+  settings = effective(config.sample)
+  if trace:
+    trace_lib.save(drawn, model.tokenizer, settings, workdir.path / "samples")
+  if page:
+    _write_page(page, render_page(drawn, model.tokenizer, settings))
+  for i, text in enumerate(drawn.texts, start=1):
+    console.rule(f"sample {i}, {drawn.calls[i - 1]} denoiser calls")
     console.print(text, markup=False, soft_wrap=True)
-  return texts
+  return drawn.texts
+
+
+def _write_page(path: str, page: str) -> None:
+  try:
+    epath.Path(path).write_text(page)
+  except OSError as error:
+    raise UserError(f"--html={path}: {error.strerror}") from error

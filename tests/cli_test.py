@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from mdm_jax.core import config as config_lib
+from mdm_jax.sampling import trace
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # The quickstart is what most tests run; ablate_test runs the ablation.
@@ -94,11 +95,12 @@ def copied(trained, tmp_path):
   return shutil.copytree(trained.workdir, tmp_path / "copy")
 
 
-def _call(folder, env, *args):
+def _call(folder, env, *args, typed=""):
   return subprocess.run(
     [sys.executable, "-m", "mdm_jax.main", *map(str, args)],
     cwd=folder,
     env=env,
+    input=typed,
     capture_output=True,
     text=True,
     timeout=300,
@@ -429,6 +431,55 @@ def test_samples_without_a_prompt_are_those_of_the_evaluation(
   assert texts == trained.results()["samples"]
   assert done.stdout.count("── sample ") == len(texts)
   assert list((tmp_path / "mdm_jax" / "xla").iterdir())
+
+
+def test_how_samples_were_drawn_is_shown_and_stored(trained, copied, tmp_path):
+  page = tmp_path / "page.html"
+  args = ["--mode=sample", f"--workdir={copied}", "--num_samples=2", "--json"]
+  args += ["--prompt=The [MASK:4] of", "--trace", f"--html={page}"]
+  args += ["--config.sample.order=margin"]
+  done = _call(trained.folder, trained.env, *args)
+  texts = _last_json(done)
+  assert all(text.startswith("The") for text in texts)
+  assert all(text.endswith(" of") for text in texts)
+  lines = [line for line in done.stdout.splitlines() if "1 new" in line]
+  assert len(lines) == 4  # four tokens, one a step
+  samples, settings = trace.load(copied / "samples")
+  assert samples.texts == texts
+  assert settings["order"] == "margin"
+  assert samples.calls.tolist() == [4, 4]
+  assert page.read_text() == (copied / "samples" / "samples.html").read_text()
+
+
+def test_prompts_can_be_typed(trained):
+  typed = ["We", "/temperature 0.4", "We", "/ordr x", "/top_k", "[MASK:x]"]
+  typed += ["/seed 3", "/settings", "/num_steps 5", "We [MASK:2]", "/quit"]
+  done = _call(
+    *(trained.folder, trained.env, "--mode=sample", "--interactive", "--json"),
+    f"--workdir={trained.workdir}",
+    typed="\n".join([*typed, "not read"]),
+  )
+  texts = _last_json(done)
+  assert len(texts) == 3
+  assert all(text.startswith("We") for text in texts)
+  assert texts[0] != texts[1]
+  assert done.stderr.count("error: ") == 2
+  assert "did you mean 'order'" in done.stderr
+  assert "[MASK:x] is not a hole" in done.stderr
+  for told in ("temperature 0.4", "seed 3", "num_steps 5", "2 denoiser calls"):
+    assert told in done.stdout, told
+
+
+def test_ways_to_draw_are_compared(trained, copied):
+  args = ["--mode=compare", f"--workdir={copied}", "--config.eval.samples=4"]
+  args += ["--config.sample.length=30", "--json", "--ways=threshold"]
+  rows = _last_json(_call(trained.folder, trained.env, *args))
+  assert [row["way"] for row in rows] == [
+    *(f"confidence, threshold {t}" for t in ("0.9", "0.6", "0.3")),
+    "held-out text",
+  ]
+  assert all(0 < row["calls"] <= 30 and row["n"] == 4 for row in rows[:-1])
+  assert len((copied / "ways.csv").read_text().splitlines()) == 5
 
 
 # MARK: before a training, and after it

@@ -89,6 +89,17 @@ def test_it_closes_after_an_error(terminal):
   assert threading.active_count() < 50
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_view_may_be_used_again(terminal):
+  view, file = _view(terminal)
+  for last in ("abcd", "efgh"):
+    with view:
+      view.show(0, _rows("____"))
+      view.show(3, _rows(last))
+  assert file.getvalue().count("step 3/3: 4 new, 4 of 4 tokens") == 2
+  assert file.getvalue().count("efgh\n") == 1
+
+
 def test_only_the_first_rows_are_shown():
   view, file = _view(rows=2)
   with view:
@@ -154,7 +165,7 @@ def test_half_a_character_is_replaced():
 
 
 def test_a_jitted_loop_shows_its_steps():
-  """As a sampler calls it; the barrier on leaving waits for the last step."""
+  """As a sampler calls it."""
   final = jnp.asarray(_rows("abcdef", "ghijkl"))
 
   @jax.jit
@@ -172,6 +183,17 @@ def test_a_jitted_loop_shows_its_steps():
   lines = file.getvalue().splitlines()
   assert lines[-1] == "abcdef"
   assert lines[-2].startswith("step 6/6: ")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_leaving_waits_for_the_last_step(terminal, monkeypatch):
+  """On a processor beside this one, it comes when the loop has been left."""
+  view, file = _view(terminal)
+  last = lambda: view.show(3, _rows("abcd"))
+  monkeypatch.setattr(jax, "effects_barrier", last)
+  with view:
+    view.show(2, _rows("ab__"))
+  assert "step 3/3: 2 new, 4 of 4 tokens\nabcd\n" in file.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [False, True])

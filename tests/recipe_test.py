@@ -406,7 +406,8 @@ class Sampled:
       )
       canvas = jax.tree.map(place, canvas)
       with jax.set_mesh(mesh):
-        self._sample(place(params), canvas, pace, place(keys))
+        settings = tokens.effective_settings(self._config)
+        self._sample(place(params), canvas, pace, settings, place(keys))
     jax.effects_barrier()
     return np.stack(self._drawn), len(self._calls)
 

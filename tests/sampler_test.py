@@ -15,7 +15,7 @@ from mdm_jax.core.config import ModelConfig, SampleConfig
 from mdm_jax.core.sharding import batch_sharding
 from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.sampling import schedule
+from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.sampler import make_sampler
 
@@ -48,7 +48,9 @@ def draw(
   pace = schedule.pace(config, x.shape[1])
   pace = jax.device_put(pace, NamedSharding(mesh, PartitionSpec()))
   run = make_sampler(config, denoiser, LETTERS)
-  return run(params, jax.tree.map(place, canvas), pace, place(keys))
+  canvas = jax.tree.map(place, canvas)
+  settings = tokens.effective_settings(config)
+  return run(params, canvas, pace, settings, place(keys))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,14 @@ def test_a_perfect_denoiser_is_reproduced(any_mesh, num_steps):
   truth = jnp.arange(8 * 12).reshape(8, 12) % 5
   x = np.full((8, 12), MASK)
   out = sample(settings(num_steps=num_steps), Oracle(), truth, x, any_mesh)
+  np.testing.assert_array_equal(out, truth)
+
+
+@pytest.mark.parametrize("order", ["random", "margin"])
+def test_one_row_is_a_batch(mesh, order):
+  truth = jnp.arange(12).reshape(1, 12) % 5
+  config = settings(num_steps=5, order=order)
+  out = sample(config, Oracle(), truth, np.full((1, 12), MASK), mesh)
   np.testing.assert_array_equal(out, truth)
 
 

@@ -333,7 +333,7 @@ def test_a_top_p_of_one_keeps_the_last_token():
   logits = jnp.array([0.0] + [-20.0] * 127 + [-40.0] * 128)
   end = tokens._Blocks(logits, Settings(top_p=1.0)).end()
   assert end is None
-  assert not tokens._cuts_mass(Settings(top_p=1.0))
+  assert tokens._limit(Settings(top_p=1.0), jnp.float32(2)) == np.inf
 
 
 def test_the_order_is_temperature_top_k_min_p_top_p(any_top_k):
@@ -401,6 +401,17 @@ def test_temperature_is_clamped_and_says_so(monkeypatch, asked, limits, used):
   config = SampleConfig(temperature=asked, temperature_range=limits)
   assert tokens.effective_settings(config).temperature == used
   assert bool(said) == (asked != used)
+
+
+def test_a_new_temperature_compiles_nothing():
+  logits = jax.random.normal(jax.random.key(0), (20, 300)) * 3
+  run = jax.jit(tokens.draw)
+  for temperature, top_p in ((1.0, 0.9), (0.2, 1.0), (5.0, 0.1)):
+    settings = Settings(temperature, top_k=20, min_p=0.01, top_p=top_p)
+    want = draw(keys_of(1), logits[None], settings)[0]
+    keys = rng.per_row(keys_of(1)[0], jnp.arange(20))
+    np.testing.assert_array_equal(run(keys, logits, settings), want)
+  assert run._cache_size() == 1
 
 
 def test_settings_are_the_configs():

@@ -168,7 +168,9 @@ def _ways(
     pace = jax.device_put(pace, NamedSharding(jax.sharding.get_mesh(), P()))
     # A text that ends early would be less work; this id is never predicted.
     sample = make_sampler(config, denoiser, _Endless(preset.vocab))
-    compiled[name] = _compiled(sample, params, canvas, pace, keys)
+    compiled[name] = _compiled(
+      sample, params, canvas, pace, tokens.effective_settings(config), keys
+    )
   plain = _plain(denoiser, vocab, preset.num_steps)
   compiled["plain"] = _compiled(plain, params, canvas.tokens, row_keys[0])
   ways = {name: run for name, (run, _) in compiled.items()}

@@ -5,20 +5,15 @@ them, samples of the model itself (T = 1, nothing cut off), and held-out text.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from mdm_jax.core.config import Config, SampleConfig
+from mdm_jax.core.config import SampleConfig
 from mdm_jax.data.packing import Rows
-from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.judge import Judge, nll_per_byte
 from mdm_jax.evaluation.likelihood import subset
 from mdm_jax.evaluation.text_metrics import CopyIndex, Measured, measure
-from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.sampling.generate import CeByMaskRate, Samples, TextSampler
 
 
 class TextMeasures:
@@ -46,21 +41,6 @@ def untruncated(config: SampleConfig) -> SampleConfig:
     min_p=None,
     top_p=None,
   )
-
-
-def make_sampler(
-  config: Config,
-  settings: SampleConfig,
-  denoiser: Denoiser,
-  data: PreparedData,
-  mesh: jax.sharding.Mesh,
-) -> Callable[[Params, CeByMaskRate | None], Samples]:
-  """Returns what draws as many texts as an evaluation measures."""
-  count = max(config.eval.samples, settings.num_samples)
-  sampler = TextSampler(
-    settings, denoiser, data.tokenizer, mesh, config.sample_length
-  )
-  return lambda params, curve: sampler(params, [""] * count, curve)
 
 
 def reference_texts(

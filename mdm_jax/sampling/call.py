@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mdm_jax.core.config import SampleConfig
@@ -114,10 +115,13 @@ class Call:
 
   def _project(self, hidden, where) -> Float[Array, "B N V"]:
     picked = jnp.take_along_axis(hidden, where[..., None], axis=1)
-    flat = picked.reshape(-1, picked.shape[-1])
-    flat = self._denoiser.logits(self._params, flat)
-    flat = jax.reshard(flat, RULES.spec("batch", None))
-    return flat.reshape(*where.shape, -1)
+    # A batch of one row could as well be split over its positions.
+    split = RULES.spec("batch", None)
+    flat = (where.size, picked.shape[-1])
+    flat = jnp.reshape(picked, flat, out_sharding=split)
+    flat = jax.reshard(self._denoiser.logits(self._params, flat), split)
+    shape = (*where.shape, flat.shape[-1])
+    return jnp.reshape(flat, shape, out_sharding=P(*split, None))
 
   def in_chunks(
     self,

@@ -18,7 +18,7 @@ from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling import schedule, template, tokens
 from mdm_jax.sampling.call import Canvas
-from mdm_jax.sampling.sampler import Drawn, Watch, make_sampler
+from mdm_jax.sampling.sampler import Drawn, Sampler, Watch, make_sampler
 
 _ROWS_A_CALL = 64
 
@@ -52,30 +52,33 @@ class Samples:
 
 
 class TextSampler:
-  """Draws texts with one set of settings; compiled once.
+  """Draws texts of one length; compiles once for every way to draw.
+
+  A way is what the program depends on: most settings, but not the seed,
+  temperature, min-p, top-p and schedule, which may change at no cost.
 
   Attributes:
-    config: how to draw.
     length: tokens of a text, the prompt included.
   """
 
   def __init__(
     self,
-    config: SampleConfig,
     denoiser: Denoiser,
     tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
     length: int,
     watch: Watch | None = None,
   ):
-    self.config, self.length = config, length
-    self._tokenizer, self._mesh = tokenizer, mesh
-    self._sample = make_sampler(config, denoiser, tokenizer.vocab, watch)
+    self.length = length
+    self._denoiser, self._tokenizer = denoiser, tokenizer
+    self._mesh, self._watch = mesh, watch
+    self._compiled: dict[SampleConfig, Sampler] = {}
 
   def __call__(
     self,
     params: Params,
     prompts: Sequence[str],
+    config: SampleConfig,
     ce_by_mask_rate: CeByMaskRate | None = None,
   ) -> Samples:
     """Returns one text for each prompt or infilling template.
@@ -86,6 +89,7 @@ class TextSampler:
     Args:
       params: of the denoiser.
       prompts: what is given of each text; see `template`.
+      config: how to draw.
       ce_by_mask_rate: of an evaluation, for the optimal schedule.
 
     Raises:
@@ -93,31 +97,52 @@ class TextSampler:
         for the optimal schedule.
     """
     canvas = template.canvas(prompts, self._tokenizer, self.length)
-    return self.draw(params, canvas, ce_by_mask_rate)
+    return self.draw(params, canvas, config, ce_by_mask_rate)
 
   def draw(
     self,
     params: Params,
     canvas: Canvas,
+    config: SampleConfig,
     ce_by_mask_rate: CeByMaskRate | None = None,
   ) -> Samples:
     """Returns one text for each row of a canvas of `length` tokens a row."""
     count, size = len(canvas.tokens), self._rows_a_call(len(canvas.tokens))
-    pace = schedule.pace(self.config, self.length, ce_by_mask_rate)
+    pace = schedule.pace(config, self.length, ce_by_mask_rate)
     pace = jax.device_put(pace, NamedSharding(self._mesh, P()))
-    stream = rng.stream(self.config.seed, "sample")
-    parts = []
+    settings = tokens.effective_settings(config)
+    stream = rng.stream(config.seed, "sample")
+    sample, parts = self._program(config), []
     for start in range(0, count, size):
       # A last call that is not full repeats rows; what is drawn beside a row
       # does not change it.
       rows = np.arange(start, start + size)
-      part = [
-        a[rows % count] for a in (canvas.tokens, canvas.free, canvas.lengths)
-      ]
-      part = Canvas(*map(self._place, part))
+      row = lambda values: self._place(values[rows % count])  # noqa: B023
+      part = Canvas(row(canvas.tokens), row(canvas.free), row(canvas.lengths))
       keys = self._place(rng.per_row(stream, jnp.asarray(rows)))
-      parts.append(jax.device_get(self._sample(params, part, pace, keys)))
+      drawn = sample(params, part, pace, settings, keys)
+      parts.append(jax.device_get(drawn))
     return self._samples(parts, count)
+
+  def _program(self, config: SampleConfig) -> Sampler:
+    """Returns the compiled sampler of a way to draw."""
+    way = dataclasses.replace(
+      config,
+      num_samples=1,
+      length=None,
+      schedule="linear",
+      remasking_rate=1.0,
+      seed=0,
+      temperature=1.0,
+      temperature_range=None,
+      min_p=None if config.min_p is None else 1.0,
+      top_p=None if config.top_p is None else 1.0,
+    )
+    if way not in self._compiled:
+      self._compiled[way] = make_sampler(
+        config, self._denoiser, self._tokenizer.vocab, self._watch
+      )
+    return self._compiled[way]
 
   def _samples(self, parts: list[Drawn], count: int) -> Samples:
     vocab = self._tokenizer.vocab

@@ -22,7 +22,7 @@ class LiveView:
   """Shows the first texts of a batch: live, or a line a step without terminal.
 
   Inside its `with` block, `show` may be called from any thread and in any
-  order; a step that is not later than the last one shown is left out. One view
+  order; a step that is not later than the last one shown is left out. One block
   is for one batch: of further ones, which begin again, nothing is shown.
   """
 
@@ -35,14 +35,14 @@ class LiveView:
   ):
     self._tokenizer, self._num_steps, self._rows = tokenizer, num_steps, rows
     self._console = console
-    self._live = Live(console=console, refresh_per_second=12)
     self._is_live = console.is_terminal and not console.is_dumb_terminal
     self._lock = threading.Lock()
-    self._open, self._step = False, -1
-    self._told = Text()
-    self._x: Int[np.ndarray, "R L"] | None = None
+    self._open = False
 
   def __enter__(self) -> "LiveView":
+    self._step, self._told = -1, Text()
+    self._x: Int[np.ndarray, "R L"] | None = None
+    self._live = Live(console=self._console, refresh_per_second=12)
     if self._is_live:
       self._live.start()
     self._open = True

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.config import SampleConfig
@@ -30,6 +31,7 @@ from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.sampling import order, remasking, schedule, tokens
 from mdm_jax.sampling.call import Call, Canvas, Predictor, padded
 from mdm_jax.sampling.schedule import Pace
+from mdm_jax.sampling.tokens import Settings
 
 _DRAW, _PUT_BACK, _ORDER = range(3)  # what a row's keys are for
 
@@ -49,12 +51,12 @@ class Drawn:
     put_back: tokens of a row that were masked again.
   """
 
-  path: Int[Array, "S B L"]
-  step: Int[Array, "B L"]
-  confidence: Float[Array, "B L"]
-  entropy: Float[Array, "B L"]
-  calls: Int[Array, "B"]
-  put_back: Int[Array, "B"]
+  path: Int[Array | np.ndarray, "S B L"]
+  step: Int[Array | np.ndarray, "B L"]
+  confidence: Float[Array | np.ndarray, "B L"]
+  entropy: Float[Array | np.ndarray, "B L"]
+  calls: Int[Array | np.ndarray, "B"]
+  put_back: Int[Array | np.ndarray, "B"]
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +80,7 @@ class _State:
   put_back: Int[Array, "B"]
 
 
-Sampler = Callable[[Any, Canvas, Pace, Key[Array, "B"]], Drawn]
+Sampler = Callable[[Any, Canvas, Pace, Settings, Key[Array, "B"]], Drawn]
 Watch = Callable[[Int[Array, ""], Int[Array, "B L"]], None]
 
 
@@ -88,32 +90,38 @@ def make_sampler(
   vocab: Vocabulary,
   watch: Watch | None = None,
 ) -> Sampler:
-  """Returns the jitted sampler: (params, canvas, pace, row_keys) -> drawn.
+  """Returns the sampler: (params, canvas, pace, settings, row_keys) -> drawn.
 
-  A row depends on its own canvas and key only, not on the batch around it.
+  It is jitted. A row depends on its own canvas and key only, not on the batch
+  around it.
 
   Args:
-    config: how to draw.
+    config: the loop; temperature and filters are the settings that are given.
     denoiser: what is asked.
     vocab: what the special ids are.
     watch: called with each step's number, from 1, and the texts after it, while
-      the sampler runs; 0 is for the canvas.
+      the sampler runs; 0 is for the canvas. When all is drawn it is done.
   """
   steps = _Steps(config, denoiser, vocab)
   see = lambda *args: watch and jax.debug.callback(watch, *args)
 
   @jax.jit
   def sample(
-    params: Any, canvas: Canvas, pace: Pace, row_keys: Key[Array, "B"]
+    params: Any,
+    canvas: Canvas,
+    pace: Pace,
+    settings: Settings,
+    row_keys: Key[Array, "B"],
   ) -> Drawn:
+    def advance(i, state):
+      state = steps.step(params, canvas, pace, settings, row_keys, i, state)
+      see(i + 1, state.x)
+      return state
+
     def step(i, carry):
       state, path = carry
-      state = jax.lax.cond(
-        state.masked.any(),
-        lambda: steps.step(params, canvas, pace, row_keys, i, state),
-        lambda: state,
-      )
-      see(i + 1, state.x)
+      busy = state.masked.any()
+      state = jax.lax.cond(busy, advance, lambda _, s: s, i, state)
       return state, path.at[i + 1].set(state.x)
 
     canvas = padded(canvas, vocab.pad)
@@ -162,6 +170,7 @@ class _Steps:
     params: Any,
     canvas: Canvas,
     pace: Pace,
+    settings: Settings,
     row_keys: Key[Array, "B"],
     i: Int[Array, ""],
     state: _State,
@@ -183,7 +192,7 @@ class _Steps:
     where, safe = self._candidates(call, row_keys, i, state)
     count = self._count(safe, left, left + back - after, i)
     keys = _fold(_fold(row_keys, _DRAW), i)
-    revealed = self._reveal(call, keys, where, count, i, state)
+    revealed = self._reveal(call, settings, keys, where, count, i, state)
     if self.config.remasking != "none":
       number = jnp.clip(after - revealed.masked.sum(axis=1), 0, back)
       keys = _fold(_fold(row_keys, _PUT_BACK), i)
@@ -275,6 +284,7 @@ class _Steps:
   def _reveal(
     self,
     call: Call,
+    settings: Settings,
     keys: Key[Array, "B"],
     where: Int[Array, "B L"],
     count: Int[Array, "B"],
@@ -282,7 +292,6 @@ class _Steps:
     s: _State,
   ) -> _State:
     """Draws the first tokens of a rank, and cuts what is behind an end."""
-    settings = tokens.effective_settings(self.config)
 
     def body(slots, kept, s):
       logits = call.logits(slots)

@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Int32
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
+from mdm_jax.sampling.call import Canvas
 
 _START = re.compile(r"(\\*)\[MASK")
 _END = re.compile(r"(?::([1-9][0-9]{0,5}|\*))?\]")
@@ -46,20 +47,6 @@ class Template:
   tokens: Int32[np.ndarray, "N"]
   free: Bool[np.ndarray, "N"]
   grows: bool = False
-
-
-class Canvas(NamedTuple):
-  """Rows to draw, of one length.
-
-  Attributes:
-    tokens: of each row: given ones, the mask id where free, then padding.
-    free: where a token is to be drawn.
-    lengths: tokens of each row before its padding.
-  """
-
-  tokens: Int32[np.ndarray, "B L"]
-  free: Bool[np.ndarray, "B L"]
-  lengths: Int[np.ndarray, "B"]
 
 
 class _Part(NamedTuple):
@@ -139,7 +126,8 @@ def canvas(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Canvas:
   tokens = np.array([row.tokens for row in rows], np.int32)
   free = np.array([row.free for row in rows], bool)
   tokens, free = tokens.reshape(-1, length), free.reshape(-1, length)
-  return Canvas(tokens, free, (tokens != tokenizer.vocab.pad).sum(axis=1))
+  lengths = (tokens != tokenizer.vocab.pad).sum(axis=1, dtype=np.int32)
+  return Canvas(tokens, free, lengths)
 
 
 def escape(text: str) -> str:

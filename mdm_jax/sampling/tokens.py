@@ -12,7 +12,6 @@ of 16, which is what a token of probability 1e-9 needs.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -25,13 +24,22 @@ from mdm_jax.core.config import SampleConfig
 _BLOCK = 128  # tokens; `Vocabulary.size` is a multiple of it
 _FEW = 128  # candidates that `lax.top_k` finds as fast as a bisection does
 
+_Number = float | Float[Array, ""]
+
 # The logit and the id of a token in the order, or of one that might be there.
 _Place = tuple[Float[Array, ""], Int[Array, ""]]
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["temperature", "min_p", "top_p"],
+  meta_fields=["top_k"],
+)
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """How to draw; a filter that is None keeps everything.
+
+  All but top-k can change without compiling anything anew.
 
   Attributes:
     temperature: divides the logits; near 0 the likeliest token is drawn.
@@ -41,10 +49,10 @@ class Settings:
       what is left; the token that crosses it is kept.
   """
 
-  temperature: float = 1.0
+  temperature: _Number = 1.0
   top_k: int | None = None
-  min_p: float | None = None
-  top_p: float | None = None
+  min_p: _Number | None = None
+  top_p: _Number | None = None
 
 
 def effective_settings(config: SampleConfig) -> Settings:
@@ -89,9 +97,14 @@ def draw(
   """
   assert logits.dtype == jnp.float32, logits.dtype
   one = functools.partial(_draw_one, settings)
-  for _ in range(keys.ndim):
+  return _over(one, keys.ndim)(keys, logits)
+
+
+def _over(one: Callable, axes: int) -> Callable:
+  """Maps over leading axes; `jnp.vectorize` would forget how they are split."""
+  for _ in range(axes):
     one = jax.vmap(one)
-  return one(keys, logits)
+  return one
 
 
 def _draw_one(
@@ -112,9 +125,9 @@ def _draw_candidate(
   """Draws one of the few tokens that top-k has left, the likeliest first."""
   peak = logits.max()  # logits[0] would make XLA sort the whole vocabulary
   scores = _scores(settings, logits, peak)
-  if settings.min_p:
+  if settings.min_p is not None:
     scores = jnp.where(logits >= _least(settings, peak), scores, -jnp.inf)
-  if _cuts_mass(settings):
+  if settings.top_p is not None:
     weights = jnp.exp(scores)
     before = jnp.cumsum(weights) - weights
     kept = before < _limit(settings, weights.sum())
@@ -135,7 +148,7 @@ def _draw_in_blocks(
   end = blocks.end()
   masses = blocks.masses(end)
   token = blocks.pick(jax.random.fold_in(key, 0), masses, end)
-  if not _cuts_mass(settings):
+  if settings.top_p is None:
     return token[1]
   limit = _limit(settings, masses.sum())
 
@@ -167,7 +180,7 @@ class _Blocks:
     vocab, k = self._logits.size, self._settings.top_k
     if k is not None and k < vocab:
       places.append(self._end_of(k))
-    if self._settings.min_p:
+    if self._settings.min_p is not None:
       places.append((_least(self._settings, self._peak), jnp.int32(vocab)))
     return functools.reduce(_earlier, places) if places else None
 
@@ -209,24 +222,25 @@ def _scores(
   settings: Settings, logits: Float[Array, "*N"], peak: Float[Array, ""]
 ) -> Float[Array, "*N"]:
   """Divides by the temperature; the likeliest token has 0, so none is inf."""
-  # XLA multiplies by the reciprocal, which has to be a float32 too.
-  temperature = min(max(settings.temperature, 1e-30), 1e30)
-  return (logits - peak) / temperature
+  return (logits - peak) / _temperature(settings)
 
 
 def _least(settings: Settings, peak: Float[Array, ""]) -> Float[Array, ""]:
   """Returns the lowest logit that min-p keeps."""
-  return peak + settings.temperature * math.log(settings.min_p)
+  share = jnp.asarray(settings.min_p, jnp.float32)
+  return peak + _temperature(settings) * jnp.log(share)
 
 
-def _cuts_mass(settings: Settings) -> bool:
-  # A sum's rounding would cut the last tokens off at 1.
-  return settings.top_p is not None and settings.top_p < 1
+def _temperature(settings: Settings) -> Float[Array, ""]:
+  # Its reciprocal, which XLA may multiply by, has to be a float32 too.
+  return jnp.clip(jnp.asarray(settings.temperature, jnp.float32), 1e-30, 1e30)
 
 
 def _limit(settings: Settings, total: Float[Array, ""]) -> Float[Array, ""]:
   """Returns the mass at which top-p ends; nothing is before the first token."""
-  return max(settings.top_p, 1e-30) * total
+  top_p = jnp.asarray(settings.top_p, jnp.float32)
+  # A sum's rounding would cut the last tokens off at 1.
+  return jnp.where(top_p < 1, jnp.maximum(top_p, 1e-30) * total, jnp.inf)
 
 
 def _choose(key: Key[Array, ""], scores: Float[Array, "C"]) -> Int[Array, ""]:
@@ -306,7 +320,7 @@ def top_two(
     AssertionError: the logits are not float32.
   """
   assert logits.dtype == jnp.float32, logits.dtype
-  return jnp.vectorize(_top_two, signature="(v)->(),()")(logits)
+  return _over(_top_two, logits.ndim - 1)(logits)
 
 
 def entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
@@ -318,7 +332,7 @@ def entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
     AssertionError: the logits are not float32.
   """
   assert logits.dtype == jnp.float32, logits.dtype
-  return jnp.vectorize(_entropy, signature="(v)->()")(logits)
+  return _over(_entropy, logits.ndim - 1)(logits)
 
 
 def probability(

@@ -1,0 +1,180 @@
+"""Ways to draw texts from one checkpoint: what each is like, and costs.
+
+All use the run's temperature and filters, so that the ways differ in where and
+how many tokens a step reveals, and in nothing else. Neither number of a row
+means much without the other, nor without the calls it took: a way is better if
+the judge likes its texts more at the same entropy and the same calls.
+"""
+
+import csv
+import dataclasses
+import io
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from mdm_jax import sample
+from mdm_jax.core.config import Config
+from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.core.progress import console
+from mdm_jax.core.workdir import Workdir
+from mdm_jax.data.prepared import prepare, training_texts
+from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
+from mdm_jax.evaluation.samples import reference_texts
+from mdm_jax.evaluation.text_metrics import measure
+
+_ORDERS = (
+  *("random", "spread", "left_to_right"),
+  *("confidence", "margin", "entropy"),
+)
+_STEPS = 12, 24, 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+  """One way to draw texts, and what they are like.
+
+  Attributes:
+    way: the settings.
+    num_steps: denoiser calls that were allowed.
+    calls: the mean number of them that a text took.
+    judge_nll: nats a byte, with its standard error.
+    unigram_entropy: nats, with its standard error.
+    n: texts.
+  """
+
+  way: str
+  num_steps: int
+  calls: float
+  judge_nll: float
+  judge_nll_stderr: float
+  unigram_entropy: float
+  unigram_entropy_stderr: float
+  n: int
+
+
+def ways(length: int) -> dict[str, dict[str, Any]]:
+  """Returns the settings that are compared, by name."""
+  steps = *_STEPS, length
+  result = {
+    f"{order}, {n} steps": {"order": order, "num_steps": n}
+    for order in _ORDERS
+    for n in steps
+  }
+  for schedule in ("cosine", "optimal"):
+    for order in ("random", "spread"):
+      name = f"{order}, {schedule}, 24 steps"
+      result[name] = {"order": order, "schedule": schedule, "num_steps": 24}
+  for block in (16, 32):
+    name = f"confidence, blocks of {block}, 24 steps"
+    fields = {"order": "confidence", "block_length": block}
+    result[name] = {**fields, "num_steps": 24}
+  for bound in (0.1, 1.0, 4.0):
+    name = f"entropy, entropy bound {bound:g}"
+    fields = {"order": "entropy", "entropy_bound": bound}
+    result[name] = {**fields, "num_steps": length}
+  for threshold in (0.9, 0.6, 0.3):
+    name = f"confidence, threshold {threshold:g}"
+    fields = {"order": "confidence", "threshold": threshold}
+    result[name] = {**fields, "num_steps": length}
+  for remasking in ("cap", "conf", "loop"):
+    for n in (24, 48):
+      name = f"random, {remasking} 0.1, {n} steps"
+      fields = {"remasking": remasking, "remasking_rate": 0.1}
+      result[name] = {**fields, "num_steps": n}
+  return result
+
+
+def compare_workdir(
+  config: Config, workdir: Workdir, only: str = ""
+) -> list[dict[str, Any]]:
+  """Draws from a run's best checkpoint in many ways; writes a CSV.
+
+  Args:
+    config: the run's, or with another temperature or other filters.
+    workdir: the run's folder.
+    only: compares the ways whose name holds it.
+
+  Raises:
+    UserError: no way has such a name, or there is no checkpoint.
+  """
+  chosen = {n: s for n, s in ways(config.sample_length).items() if only in n}
+  if not chosen:
+    raise UserError(
+      f"--ways={only}: {nearest(only, ways(config.sample_length))}"
+    )
+  data = prepare(config, workdir.path)
+  judge = make_judge(config.eval.judge, training_texts(config))
+  model = sample.load_with(config, workdir)
+  count = max(config.eval.samples, config.sample.num_samples)
+  rows = []
+  for name, settings in chosen.items():
+    rows.append(_draw(model, judge, name, settings, count))
+    console.print(f"{len(rows)}: {name}", soft_wrap=True)
+  texts = reference_texts(
+    data.held_out, data.tokenizer, count, config.sample_length
+  )
+  rows.append(_way("held-out text", 0, 0.0, judge, texts))
+  workdir.write_ways(_as_csv(rows))
+  console.print(_table(rows, judge.name))
+  return [dataclasses.asdict(row) for row in rows]
+
+
+def _draw(
+  model: sample.Model,
+  judge: Judge,
+  name: str,
+  settings: dict[str, Any],
+  count: int,
+) -> Way:
+  base = {"order": "random", "schedule": "linear", "remasking": "none"}
+  base |= dict.fromkeys(("block_length", "entropy_bound", "threshold"))
+  drawn = model.generate("", count, **{**base, **settings})
+  calls = float(drawn.calls.mean())
+  return _way(name, settings["num_steps"], calls, judge, drawn.texts)
+
+
+def _way(
+  name: str,
+  num_steps: int,
+  calls: float,
+  judge: Judge,
+  texts: list[str],
+) -> Way:
+  nll, entropy = nll_per_byte(judge, texts), measure(texts)["unigram_entropy"]
+  return Way(
+    name,
+    num_steps,
+    calls,
+    nll.value,
+    nll.stderr,
+    entropy.value,
+    entropy.stderr,
+    len(texts),
+  )
+
+
+def _as_csv(rows: list[Way]) -> str:
+  file = io.StringIO()
+  names = [field.name for field in dataclasses.fields(Way)]
+  writer = csv.DictWriter(file, names, lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(dataclasses.asdict(row) for row in rows)
+  return file.getvalue()
+
+
+def _table(rows: list[Way], judge: str) -> Table:
+  title = f"{rows[0].n} texts each, judged by {judge}"
+  table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+  table.add_column("way to draw")
+  for name in ("calls", "nats a byte", "entropy, nats"):
+    table.add_column(name, justify="right")
+  for row in rows:
+    table.add_row(
+      row.way,
+      f"{row.calls:.1f}",
+      f"{row.judge_nll:.3f} ± {row.judge_nll_stderr:.3f}",
+      f"{row.unigram_entropy:.3f} ± {row.unigram_entropy_stderr:.3f}",
+    )
+  return table

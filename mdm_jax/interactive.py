@@ -1,0 +1,113 @@
+"""Prompts typed at a prompt: one text for each, the model loaded once."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+from mdm_jax import sample
+from mdm_jax.core.config import Config, SampleConfig
+from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.core.progress import console
+from mdm_jax.core.workdir import Workdir
+from mdm_jax.sampling.generate import effective
+
+_HELP = """\
+A text goes on from what you type; [MASK] in it is one token to fill in,
+[MASK:5] are five. An empty line gives free text.
+/temperature 0.7  changes a setting; without a value it is shown
+/settings         shows all
+/quit             or Ctrl-D ends
+Seed, temperature, min_p, top_p and schedule change at once; the others compile
+a new program, which takes some seconds the first time."""
+
+
+def converse(config: Config, workdir: Workdir) -> list[str]:
+  """Reads prompts until the end of the input; returns the texts drawn.
+
+  A mistake is told in one line, and the next prompt is read.
+  """
+  model = sample.load_with(config, workdir)
+  _edit_lines()
+  console.print(f"{workdir.path}: type a prompt, or /help", markup=False)
+  talk = _Talk(model, dataclasses.replace(config.sample, num_samples=1))
+  for line in _lines():
+    try:
+      if not talk.take(line):
+        break
+    except UserError as error:
+      print(f"error: {error}", file=sys.stderr)
+  return talk.texts
+
+
+class _Talk:
+  """What is said: settings that change, and texts so far."""
+
+  def __init__(self, model: sample.Model, settings: SampleConfig):
+    self.texts: list[str] = []
+    self._model, self._settings = model, settings
+    self._turn = 0
+
+  def take(self, line: str) -> bool:
+    """Acts on a line; False if it was the last."""
+    name, _, value = line[1:].partition(" ")
+    if not line.startswith("/"):
+      self._draw(line)
+    elif name in ("quit", "exit"):
+      return False
+    elif name == "help":
+      console.print(_HELP, markup=False)
+    elif name == "settings":
+      for name, value in effective(self._settings).items():
+        console.print(f"  {name} {value}", markup=False)
+    else:
+      self._set(name, value.strip())
+    return True
+
+  def _draw(self, prompt: str) -> None:
+    start = time.perf_counter()
+    # The same prompt twice gives two texts; a new seed begins anew.
+    fields = dataclasses.asdict(self._settings)
+    fields["seed"] += self._turn
+    drawn = self._model.generate(prompt, **fields)
+    self._turn += 1
+    self.texts += drawn.texts
+    seconds = time.perf_counter() - start
+    for text in drawn.texts:
+      console.print(text, markup=False, soft_wrap=True)
+    told = f"{drawn.calls.max()} denoiser calls, {seconds:.1f} s"
+    console.print(f"[dim]{told}[/dim]")
+
+  def _set(self, name: str, value: str) -> None:
+    names = [field.name for field in dataclasses.fields(SampleConfig)]
+    if name not in names:
+      raise UserError(f"/{name} is no setting; {nearest(name, names)}")
+    if value:
+      fields = dataclasses.asdict(self._settings) | {name: _parsed(value)}
+      self._settings = self._model.settings(**fields)
+      self._turn = 0 if name == "seed" else self._turn
+    console.print(f"  {name} {getattr(self._settings, name)}", markup=False)
+
+
+def _parsed(value: str) -> Any:
+  """Returns a number, a list or None as JSON has them, else the words."""
+  try:
+    return json.loads({"None": "null"}.get(value, value))
+  except ValueError:
+    return value
+
+
+def _lines():
+  while True:
+    try:
+      yield input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+      return
+
+
+def _edit_lines() -> None:
+  """Lets the arrow keys move and bring back lines, where they can."""
+  with contextlib.suppress(ImportError):
+    import readline  # noqa: F401

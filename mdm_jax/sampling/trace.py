@@ -1,0 +1,293 @@
+"""How texts came about: in numbers, in files and as a page.
+
+A step is counted from 0 in arrays and files, as in `Samples`, and from 1 where
+a person reads it; 0 is then what was given.
+"""
+
+import codecs
+import hashlib
+import html
+import importlib.resources
+import io
+import json
+import math
+import os
+import re
+import string
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mdm_jax.core.errors import UserError
+from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
+from mdm_jax.sampling.generate import Samples
+from mdm_jax.sampling.order_statistics import (
+  MEANING,
+  OrderStatistic,
+  order_statistics,
+)
+
+_ARRAYS = ("path", "step", "confidence", "entropy", "calls", "put_back")
+_MOST_TEXTS = 16  # of a page
+_UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_END, _SEPARATOR, _UNUSED = (
+  "\u27e8end\u27e9",
+  "\u27e8sep\u27e9",
+  "\u27e8?\u27e9",
+)
+
+Json = dict[str, Any]
+
+
+# MARK: files
+
+
+def save(
+  samples: Samples, tokenizer: Tokenizer, settings: Json, folder: epath.PathLike
+) -> None:
+  """Writes samples.npz, samples.json and samples.html into a folder.
+
+  The arrays are those of `Samples`. The JSON has the settings, texts, final
+  tokens as pieces of text, calls, and order statistics; None is a number that
+  means nothing. A crash leaves each file old or new, and `load` tells if the
+  two do not belong together.
+
+  Raises:
+    UserError: the folder can't be written.
+  """
+  arrays = io.BytesIO()
+  values = {name: getattr(samples, name) for name in _ARRAYS}
+  np.savez_compressed(arrays, **values)
+  statistics = order_statistics(samples, tokenizer.vocab)
+  told = {
+    "settings": settings,
+    "texts": samples.texts,
+    "pieces": [spell(ids.tolist(), tokenizer) for ids in samples.path[-1]],
+    "calls": samples.calls.tolist(),
+    "put_back": samples.put_back.tolist(),
+    "order": {name: _plain(found) for name, found in statistics.items()},
+    "tokenizer_sha256": tokenizer.sha256,
+    "arrays_sha256": hashlib.sha256(arrays.getvalue()).hexdigest(),
+  }
+  text = json.dumps(told, indent=1, ensure_ascii=False, default=_as_json) + "\n"
+  page = render_page(samples, tokenizer, settings)
+  folder = epath.Path(folder)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "samples.npz", arrays.getvalue())
+    # A lone surrogate becomes its escape, which JSON reads back.
+    _write(folder / "samples.json", text.encode(errors="backslashreplace"))
+    _write(folder / "samples.html", page.encode())
+  except OSError as error:
+    raise UserError(f"{folder}: {error.strerror}") from error
+
+
+def load(folder: epath.PathLike) -> tuple[Samples, Json]:
+  """Returns the samples and the settings that `save` wrote.
+
+  Settings come back as JSON has them: a tuple as a list.
+
+  Raises:
+    UserError: a file is missing or damaged, or of other samples.
+  """
+  folder = epath.Path(folder)
+  try:
+    content = (folder / "samples.npz").read_bytes()
+    told = json.loads((folder / "samples.json").read_bytes())
+    if told["arrays_sha256"] != hashlib.sha256(content).hexdigest():
+      raise UserError(f"{folder}: samples.npz and samples.json do not match")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+      values = {name: arrays[name] for name in _ARRAYS}
+    return Samples(texts=told["texts"], **values), told["settings"]
+  except FileNotFoundError as error:
+    raise UserError(
+      f"{folder} holds no samples.npz and samples.json"
+    ) from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{folder}/samples.json is damaged") from error
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+  partial = path.parent / f".{path.name}.{os.getpid()}"
+  partial.write_bytes(content)
+  partial.replace(path)
+
+
+def _plain(found: OrderStatistic) -> Json:
+  number = lambda x: round(x, 6) if math.isfinite(x) else None
+  return {
+    "mean": number(found.mean),
+    "random": number(found.random_mean),
+    "rows": [number(x) for x in found.rows.tolist()],
+  }
+
+
+def _as_json(value: Any) -> Any:
+  return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+# MARK: tokens as text
+
+
+def spell(ids: Sequence[int], tokenizer: Tokenizer) -> list[str | None]:
+  """Returns each token's text; None where masked, nothing where padding.
+
+  A character spelt in bytes stands at its last one; what is no character is
+  U+FFFD.
+  """
+  vocab = tokenizer.vocab
+  named = {vocab.eos: _END, vocab.separator: _SEPARATOR}
+  named |= {vocab.pad: "", vocab.mask: None}
+  decoder = codecs.getincrementaldecoder("utf-8")("replace")
+  found: list[str | None] = []
+  for i in ids:
+    if i < vocab.num_text:
+      found.append(decoder.decode(tokenizer.pieces[i]))
+      continue
+    _finish(decoder, found)
+    found.append(named.get(i, _UNUSED))
+  _finish(decoder, found)
+  return found
+
+
+def _finish(
+  decoder: codecs.IncrementalDecoder, found: list[str | None]
+) -> None:
+  """Gives what is left of a broken character to the token before."""
+  if left := decoder.decode(b"", final=True):
+    found[-1] += left
+  decoder.reset()
+
+
+def visible(text: str) -> str:
+  """Shows control characters, which could do more than be read, as symbols."""
+  symbol = lambda c: chr(0x2400 + ord(c)) if c < " " else "\ufffd"
+  return _UNSEEN.sub(lambda found: symbol(found[0]), text)
+
+
+# MARK: the page
+
+
+def render_page(samples: Samples, tokenizer: Tokenizer, settings: Json) -> str:
+  """Returns one HTML file that shows, step by step, how each text was drawn.
+
+  It needs nothing beside it. Of many texts it has the first 16.
+  """
+  statistics = order_statistics(samples, tokenizer.vocab)
+  count, steps = len(samples.texts), len(samples.path) - 1
+  shown = min(count, _MOST_TEXTS)
+  of = f"{count} text" + "s" * (count != 1)
+  rows = [_text(samples, tokenizer, statistics, i) for i in range(shown)]
+  parts = {
+    "count": _join([of if shown == count else f"{shown} of {of}"]),
+    "steps": _join([steps]),
+    "texts": _join(rows),
+    "order": _order_table(statistics),
+    "settings": _facts(settings, "settings"),
+  }
+  page = importlib.resources.files(__package__) / "trace_page.html"
+  return string.Template(page.read_text("utf-8")).substitute(parts)
+
+
+class _Html(str):
+  """Markup. Any other string is escaped where it becomes a part of some."""
+
+
+def _join(parts: Iterable[Any]) -> _Html:
+  safe = lambda p: html.escape(visible(str(p)))
+  return _Html("".join(p if isinstance(p, _Html) else safe(p) for p in parts))
+
+
+def _el(tag: str, *children: Any, **attributes: Any) -> _Html:
+  """Returns an element; `class_` gives class, `data_step` data-step."""
+  written = "".join(
+    f' {name.rstrip("_").replace("_", "-")}="{_join([value])}"'
+    for name, value in attributes.items()
+  )
+  return _Html(f"<{tag}{written}>{_join(children)}</{tag}>")
+
+
+def _facts(pairs: Json, class_: str) -> _Html:
+  items = [_el("div", _el("dt", k), _el("dd", v)) for k, v in pairs.items()]
+  return _el("dl", *items, class_=class_)
+
+
+def _number(value: float) -> str:
+  # Plus zero: no minus before a zero.
+  return f"{round(value, 2) + 0:.2f}" if math.isfinite(value) else "\u2013"
+
+
+def _order_table(statistics: dict[str, OrderStatistic]) -> _Html:
+  top = ("measure", "these texts", "in random order")
+  rows = [
+    _el(
+      "tr",
+      _el(
+        "th", name.replace("_", " "), _el("small", MEANING[name]), scope="row"
+      ),
+      _el("td", _number(found.mean)),
+      _el("td", _number(found.random_mean)),
+    )
+    for name, found in statistics.items()
+  ]
+  head = _el("tr", *[_el("th", cell, scope="col") for cell in top])
+  return _el("table", _el("thead", head), _el("tbody", *rows))
+
+
+def _text(
+  samples: Samples,
+  tokenizer: Tokenizer,
+  statistics: dict[str, OrderStatistic],
+  row: int,
+) -> _Html:
+  """Returns a text's numbers, and its tokens as they are in the end."""
+  spelt = [spell(ids, tokenizer) for ids in samples.path[:, row].tolist()]
+  places = enumerate(zip(*spelt, strict=True))
+  tokens = [_token(samples, tokenizer.vocab, row, *place) for place in places]
+  numbers = {
+    "denoiser calls": samples.calls[row],
+    "put back": samples.put_back[row],
+    **{
+      k.replace("_", " "): _number(s.rows[row]) for k, s in statistics.items()
+    },
+  }
+  title, canvas = f"Text {row + 1}", _el("p", *tokens, class_="canvas")
+  facts = _facts(numbers, "inline")
+  return _el("article", _el("h3", title), facts, canvas, class_="sample")
+
+
+def _token(
+  samples: Samples,
+  vocab: Vocabulary,
+  row: int,
+  place: int,
+  spelt: Sequence[str | None],
+) -> _Html:
+  """Returns a token as it is in the end, and its changes as data.
+
+  A change is [step, what is there from then on] and 1 if it was drawn then:
+  text, null where masked, false where there is nothing.
+  """
+  ids = samples.path[:, row, place].tolist()
+  unreal = vocab.mask, vocab.pad
+  before, changes = "", []
+  for k, (i, text) in enumerate(zip(ids, spelt, strict=True)):
+    now = False if i == vocab.pad else text and visible(text)
+    drawn = k > 0 and i != ids[k - 1] and i not in unreal
+    if k == 0 or drawn or now != before:
+      changes.append([k, now, 1] if drawn else [k, now])
+    before = now
+  names = ["token"]
+  names += ["given"] if ids[0] not in unreal else []
+  names += ["special"] if ids[-1] in (vocab.eos, vocab.separator) else []
+  written = json.dumps(changes, ensure_ascii=False, separators=(",", ":"))
+  data = {"class_": " ".join(names), "data_changes": written}
+  if samples.step[row, place] >= 0:
+    data |= {
+      "data_step": samples.step[row, place] + 1,
+      "data_confidence": f"{samples.confidence[row, place]:.4f}",
+      "data_entropy": f"{samples.entropy[row, place]:.3f}",
+    }
+  return _el("span", spelt[-1] or "", **data)

@@ -1,0 +1,25 @@
+"""The ways to draw that are compared."""
+
+import pytest
+
+from mdm_jax import compare
+from mdm_jax.core import config as config_lib
+from mdm_jax.core.config import Config
+from mdm_jax.core.errors import UserError
+from mdm_jax.core.workdir import Workdir
+
+
+def test_every_way_is_another_that_can_work():
+  ways = compare.ways(128)
+  settings = [
+    config_lib.from_dict({"sample": fields}).sample for fields in ways.values()
+  ]
+  assert len(set(settings)) == len(ways) > 30
+  for order in ("random", "spread", "margin"):
+    for steps in (12, 24, 48, 128):
+      assert f"{order}, {steps} steps" in ways
+
+
+def test_a_way_that_is_not_there_is_one_line(tmp_path):
+  with pytest.raises(UserError, match="--ways=margni, 24 steps.*'margin, 24"):
+    compare.compare_workdir(Config(), Workdir(tmp_path), "margni, 24 steps")

@@ -1,0 +1,195 @@
+"""A trained model as a library: load, generate, fill."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdm_jax import sample
+from mdm_jax.core import rng
+from mdm_jax.core.config import (
+  Config,
+  ModelConfig,
+  SampleConfig,
+  StageConfig,
+  TokenizerConfig,
+)
+from mdm_jax.core.errors import UserError
+from mdm_jax.core.sharding import make_mesh
+from mdm_jax.core.workdir import Workdir
+from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.sampling import schedule
+from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.training.state import TrainState
+
+LENGTH = 24
+CONFIG = Config(
+  tokenizer=TokenizerConfig(kind="byte"),
+  model=ModelConfig(num_layers=1, embed_dim=16, num_heads=2),
+  stages=(StageConfig(length=LENGTH),),
+  sample=SampleConfig(num_steps=6, temperature=0.7),
+)
+CURVE = {"0.05": 2.0, "0.80": 2.5, "1.00": 9.0}  # falls fastest at first
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A checkpoint of parameters as they were initialised, but larger."""
+  folder = tmp_path_factory.mktemp("run")
+  tokenizer = tokenizers.build(CONFIG.tokenizer, [])
+  tokenizer.save(folder)
+  workdir = Workdir(folder)
+  workdir.write_config(CONFIG, tokenizer.sha256)
+  workdir.write_results({"ce_by_mask_rate": CURVE}, {})
+  vocab = tokenizer.vocab
+  with jax.set_mesh(make_mesh(CONFIG.mesh)), Checkpoints(folder) as checkpoints:
+    denoiser = Denoiser(CONFIG.model, vocab.size, vocab.num_real)
+    params = jax.jit(denoiser.init)(rng.stream(0, "init"))
+    params = jax.tree.map(lambda p: 3 * p, params)
+    state = TrainState(jnp.int32(1), params, params, ())
+    checkpoints.save(state, {"nelbo_per_token": 1.0})
+  return folder
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+  return sample.load(str(workdir))
+
+
+def known(samples, row, text):
+  ids = samples.path[-1, row]
+  return bytes(ids[: len(text)].tolist()) == text.encode()
+
+
+def test_prompts_stay_and_every_token_is_drawn(model):
+  drawn = model.generate(["one ", "t[MASK:2]o"], num_samples=2)
+  assert len(drawn.texts) == 4
+  assert known(drawn, 0, "one ") and known(drawn, 1, "one ")
+  vocab = model.tokenizer.vocab
+  ids = drawn.path[-1, 2]
+  assert chr(ids[0]) == "t" and chr(ids[3]) == "o"
+  assert (ids[4:] == vocab.pad).all()
+  assert (drawn.path[-1] != vocab.mask).all()
+  assert drawn.path.shape == (7, 4, LENGTH)
+  assert (drawn.calls[2:] == 2).all()  # two tokens, one a step
+  np.testing.assert_array_equal(drawn.step[:2, :4], -1)
+
+
+def test_a_row_depends_on_its_number_seed_and_prompt_only(model):
+  alone = model.generate("ab", num_samples=3)
+  beside = model.generate(["ab", "ab", "ab", "x", "[MASK:*]"])
+  np.testing.assert_array_equal(alone.path, beside.path[:, :3])
+  assert len({tuple(row) for row in alone.path[-1]}) == 3
+  other = model.generate("ab", num_samples=3, seed=1)
+  assert (alone.path != other.path).any()
+
+
+def test_settings_of_a_call_are_the_runs_but_for_those_given(model, workdir):
+  config = dataclasses.replace(CONFIG.sample, temperature=0.3, seed=4)
+  run = dataclasses.replace(CONFIG, sample=config)
+  other = sample.load_with(run, Workdir(workdir))
+  want = other.generate("", 2)
+  drawn = model.generate("", 2, temperature=0.3, seed=4)
+  np.testing.assert_array_equal(drawn.path, want.path)
+
+
+def test_another_temperature_compiles_nothing(model):
+  model.generate("", 2)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sample.TextSampler, "_program", never_new(model))
+    drawn = [
+      model.generate("", 2, temperature=t, top_p=p, seed=s).path
+      for t, p, s in (
+        (0.7, 0.9, 0),
+        (0.4, 0.9, 0),
+        (0.7, 0.5, 0),
+        (0.7, 0.9, 1),
+      )
+    ]
+  assert len({path.tobytes() for path in drawn}) == 4
+
+
+def never_new(model):
+  original = sample.TextSampler._program
+
+  def program(self, config):
+    known = set(self._compiled)
+    found = original(self, config)
+    assert set(self._compiled) == known
+    return found
+
+  return program
+
+
+def test_the_optimal_schedule_follows_the_evaluation(model, workdir):
+  drawn = model.generate("", 1, schedule="optimal", order="left_to_right")
+  sizes = np.bincount(drawn.step[0][drawn.step[0] >= 0], minlength=6)
+  losses = schedule.losses_by_revealed(CURVE, LENGTH)
+  want = np.diff(schedule.optimal(losses, 6)) * LENGTH
+  np.testing.assert_allclose(sizes, want, atol=1e-9)
+  assert sizes[0] < sizes[-1]
+  bare = sample.load_with(CONFIG, Workdir(workdir))
+  bare._ce_by_mask_rate = None
+  with pytest.raises(UserError, match="--mode=eval"):
+    bare.generate("", 1, schedule="optimal")
+
+
+def test_any_pattern_can_be_filled(model):
+  numbers = np.random.default_rng(0)
+  shape = 5, 20
+  free = numbers.random(shape) < 0.5
+  given = numbers.integers(0, 256, shape)
+  lengths = np.array([20, 7, 12, 1, 20])
+  drawn = model.fill(given, free, lengths)
+  vocab = model.tokenizer.vocab
+  inside = np.arange(20) < lengths[:, None]
+  kept = inside & ~free
+  for ids in drawn.path:
+    np.testing.assert_array_equal(ids[kept], given[kept])
+    assert (ids[~inside] == vocab.pad).all()
+  last = drawn.path[-1]
+  assert (last[inside] < vocab.num_real).all() or (last == vocab.eos).any()
+  np.testing.assert_array_equal(drawn.step[~(free & inside)], -1)
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda m: m.generate("", ordr="random"), "did you mean 'order'"),
+    (lambda m: m.generate("", order="sideways"), "sample.order"),
+    (lambda m: m.generate("", num_steps=0), "sample.num_steps=0"),
+    (lambda m: m.generate([]), "no text is asked for"),
+    (lambda m: m.generate("", num_samples=0), "no text is asked for"),
+    (lambda m: m.generate("x" * 24), "leaves nothing"),
+    (lambda m: m.generate("x" * 25), "has 24"),
+    (lambda m: m.generate("[MASK:0]"), r"\[MASK:5\]"),
+    (
+      lambda m: m.fill(np.full((1, 4), 300), np.zeros((1, 4), bool)),
+      r"must be in \[0, 257\]",
+    ),
+  ],
+)
+def test_a_mistake_is_one_line(model, call, message):
+  with pytest.raises(UserError, match=message) as caught:
+    call(model)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_run_says_so(tmp_path):
+  with pytest.raises(UserError, match="no run was started there"):
+    sample.load(str(tmp_path / "nothing"))
+
+
+def test_what_is_drawn_can_be_watched(workdir, model):
+  seen = {}
+  watching = sample.load(str(workdir))
+  watching.watch = lambda step, x: seen.__setitem__(int(step), np.asarray(x))
+  drawn = watching.generate("a", 2)
+  jax.effects_barrier()
+  assert sorted(seen) == list(range(7))
+  for step, x in seen.items():
+    np.testing.assert_array_equal(x[:2], drawn.path[step])
+  np.testing.assert_array_equal(drawn.path, model.generate("a", 2).path)
