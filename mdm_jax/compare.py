@@ -70,18 +70,18 @@ def ways(length: int) -> dict[str, dict[str, Any]]:
     name = f"confidence, blocks of {block}, 24 steps"
     fields = {"order": "confidence", "block_length": block}
     result[name] = {**fields, "num_steps": 24}
-  for bound in (0.1, 1.0, 4.0):
-    name = f"entropy, entropy bound {bound:g}"
-    fields = {"order": "entropy", "entropy_bound": bound}
+  for order, bound in (("entropy", 1), ("entropy", 20), ("spread", 20)):
+    name = f"{order}, entropy bound {bound}"
+    fields = {"order": order, "entropy_bound": bound}
     result[name] = {**fields, "num_steps": length}
-  for threshold in (0.9, 0.6, 0.3):
-    name = f"confidence, threshold {threshold:g}"
+  for threshold in (0.5, 0.2):
+    name = f"confidence, threshold {threshold}"
     fields = {"order": "confidence", "threshold": threshold}
     result[name] = {**fields, "num_steps": length}
-  for remasking in ("cap", "conf", "loop"):
-    for n in (24, 48):
-      name = f"random, {remasking} 0.1, {n} steps"
-      fields = {"remasking": remasking, "remasking_rate": 0.1}
+  for order, n in (("random", 24), ("spread", 24), ("random", 48)):
+    for remasking in ("cap", "conf", "loop"):
+      name = f"{order}, {remasking} 0.1, {n} steps"
+      fields = {"order": order, "remasking": remasking, "remasking_rate": 0.1}
       result[name] = {**fields, "num_steps": n}
   return result
 
@@ -89,7 +89,7 @@ def ways(length: int) -> dict[str, dict[str, Any]]:
 def compare_workdir(
   config: Config, workdir: Workdir, only: str = ""
 ) -> list[dict[str, Any]]:
-  """Draws from a run's best checkpoint in many ways; writes a CSV.
+  """Draws from a run's best checkpoint in many ways; writes ways.csv and .md.
 
   Args:
     config: the run's, or with another temperature or other filters.
@@ -116,7 +116,7 @@ def compare_workdir(
     data.held_out, data.tokenizer, count, config.sample_length
   )
   rows.append(_way("held-out text", 0, 0.0, judge, texts))
-  workdir.write_ways(_as_csv(rows))
+  workdir.write_ways(_as_csv(rows), _as_markdown(rows))
   console.print(_table(rows, judge.name))
   return [dataclasses.asdict(row) for row in rows]
 
@@ -164,17 +164,29 @@ def _as_csv(rows: list[Way]) -> str:
   return file.getvalue()
 
 
+def _cells(row: Way) -> tuple[str, ...]:
+  return (
+    row.way,
+    f"{row.calls:.1f}",
+    f"{row.judge_nll:.3f} ± {row.judge_nll_stderr:.3f}",
+    f"{row.unigram_entropy:.3f} ± {row.unigram_entropy_stderr:.3f}",
+  )
+
+
+_COLUMNS = "way to draw", "calls", "nats a byte", "entropy, nats"
+
+
+def _as_markdown(rows: list[Way]) -> str:
+  lines = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1))]
+  lines += [_cells(row) for row in rows]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def _table(rows: list[Way], judge: str) -> Table:
   title = f"{rows[0].n} texts each, judged by {judge}"
   table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-  table.add_column("way to draw")
-  for name in ("calls", "nats a byte", "entropy, nats"):
-    table.add_column(name, justify="right")
+  for i, name in enumerate(_COLUMNS):
+    table.add_column(name, justify="right" if i else "left")
   for row in rows:
-    table.add_row(
-      row.way,
-      f"{row.calls:.1f}",
-      f"{row.judge_nll:.3f} ± {row.judge_nll_stderr:.3f}",
-      f"{row.unigram_entropy:.3f} ± {row.unigram_entropy_stderr:.3f}",
-    )
+    table.add_row(*_cells(row))
   return table

@@ -7,7 +7,7 @@ results.json    the last evaluation
 unmasking.json  one of its samples, step by step
 report.html     all of it as a page
 frontier.csv    the judge's opinion and entropy by temperature; also .png
-ways.csv        the same, and denoiser calls, by order and number of steps
+ways.csv        the same, and denoiser calls, by order and steps; also .md
 """
 
 import importlib.metadata
@@ -119,9 +119,10 @@ class Workdir:
     self._write_bytes("frontier.csv", table.encode())
     self._write_bytes("frontier.png", plot)
 
-  def write_ways(self, table: str) -> None:
+  def write_ways(self, table: str, markdown: str) -> None:
     """Stores a comparison of ways to draw."""
     self._write_bytes("ways.csv", table.encode())
+    self._write_bytes("ways.md", markdown.encode())
 
   def write_page(self, html: str) -> epath.Path:
     """Stores the report and returns where."""
