@@ -109,12 +109,12 @@ class Call:
       without = self._project(self._unprompted, where)
       guided = without + (1 + self._guidance) * (logits - without)
       logits = jnp.where(jnp.isfinite(logits), guided, logits)
-    may_end = jnp.take_along_axis(self._may_end, where, axis=1)
+    may_end = _pick(self._may_end, where)
     is_end = jnp.arange(logits.shape[-1])[None, None] == self._vocab.eos
     return jnp.where(is_end & ~may_end[..., None], -jnp.inf, logits)
 
   def _project(self, hidden, where) -> Float[Array, "B N V"]:
-    picked = jnp.take_along_axis(hidden, where[..., None], axis=1)
+    picked = _pick(hidden, where)
     # A batch of one row could as well be split over its positions.
     split = RULES.spec("batch", None)
     flat = (where.size, picked.shape[-1])
@@ -151,3 +151,8 @@ class Call:
       return body(slots, kept, carry)
 
     return jax.lax.fori_loop(0, -(-count.max() // size), chunk, carry)
+
+
+def _pick(values: Array, where: Int[Array, "B N"]) -> Array:
+  """Returns each row's values at its positions."""
+  return jax.vmap(lambda row, at: row[at])(values, where)

@@ -176,9 +176,8 @@ class _Steps:
     state: _State,
   ) -> _State:
     left = state.masked.sum(axis=1)
-    total = canvas.free.sum(axis=1)
-    back = _look_up(pace.put_back[i], total)
-    after = total - _look_up(pace.revealed[i + 1], total)  # by the schedule
+    after, back = self._planned(pace, canvas, i, state.end)
+    back = jnp.where(left > 0, back, 0)
     call = Call(
       self.config,
       self.denoiser,
@@ -194,12 +193,26 @@ class _Steps:
     keys = _fold(_fold(row_keys, _DRAW), i)
     revealed = self._reveal(call, settings, keys, where, count, i, state)
     if self.config.remasking != "none":
+      after, back = self._planned(pace, canvas, i, revealed.end)
+      back = jnp.where(left > 0, back, 0)
       number = jnp.clip(after - revealed.masked.sum(axis=1), 0, back)
       keys = _fold(_fold(row_keys, _PUT_BACK), i)
       revealed = self._put_back(keys, canvas, number, i, revealed)
     each = 2 if self.config.guidance else 1
     calls = state.calls + jnp.where(left > 0, each, 0)
     return dataclasses.replace(revealed, calls=calls)
+
+  def _planned(
+    self, pace: Pace, canvas: Canvas, i: Int[Array, ""], end: Int[Array, "B"]
+  ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+    """Returns how many are masked after a step, and how many it puts back.
+
+    By the schedule of what is before the end of a row.
+    """
+    inside = jnp.arange(canvas.free.shape[1])[None] < end[:, None]
+    total = (canvas.free & inside).sum(axis=1)
+    after = total - _look_up(pace.revealed[i + 1], total)
+    return after, _look_up(pace.put_back[i], total)
 
   # MARK: where
 
@@ -277,7 +290,8 @@ class _Steps:
       count = jnp.maximum(safe.sum(axis=1), pace)
     else:
       count = due
-    return jnp.clip(count, jnp.minimum(left, 1), left)
+    least = jnp.minimum(left, 1) if self.config.remasking == "none" else 0
+    return jnp.clip(count, least, left)
 
   # MARK: what
 

@@ -137,7 +137,11 @@ def pace(
   if config.remasking == "loop":
     counts = table(remasking.rest(shares), length)
   else:
-    counts = without_idle_steps(table(shares, length))
+    even = table(shares, length)
+    counts = without_idle_steps(even)
+    if config.remasking != "none":
+      # More steps than tokens are steps to put tokens back in.
+      counts[:, : config.num_steps] = even[:, : config.num_steps]
   back = remasking.counts(config.remasking, config.remasking_rate, counts)
   return Pace(counts, back)
 
