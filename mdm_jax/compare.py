@@ -28,6 +28,7 @@ _ORDERS = (
   *("random", "spread", "left_to_right"),
   *("confidence", "margin", "entropy"),
 )
+_IN_FULL = "random", "spread", "confidence"  # also one token a step
 _STEPS = 12, 24, 48
 
 
@@ -56,11 +57,11 @@ class Way:
 
 def ways(length: int) -> dict[str, dict[str, Any]]:
   """Returns the settings that are compared, by name."""
-  steps = *_STEPS, length
   result = {
     f"{order}, {n} steps": {"order": order, "num_steps": n}
     for order in _ORDERS
-    for n in steps
+    for n in (*_STEPS, length)
+    if n < length or order in _IN_FULL
   }
   for schedule in ("cosine", "optimal"):
     for order in ("random", "spread"):

@@ -15,7 +15,7 @@ def test_every_way_is_another_that_can_work():
     config_lib.from_dict({"sample": fields}).sample for fields in ways.values()
   ]
   assert len(set(settings)) == len(ways) > 30
-  for order in ("random", "spread", "margin"):
+  for order in ("random", "spread", "confidence"):
     for steps in (12, 24, 48, 128):
       assert f"{order}, {steps} steps" in ways
 

@@ -479,14 +479,16 @@ class Plainly:
       "margin": top[:, 0] - top[:, 1],
       "entropy": [-entropy(p) for p in probs],
     }.get(config.order)
+    tie = priority if scores is not None else [0.0] * 12
     if scores is None:
       rank = priority
     else:
+      scores = np.round(np.array(scores) * 4096)
       rank = [scores[j] if j in asked else -math.inf for j in range(12)]
     if config.threshold is not None:
       sure = [j for j in asked if top[j, 0] > config.threshold]
       rank = [math.inf if j in sure else rank[j] for j in range(12)]
-    where = sorted(masked, key=lambda j: (j // size, -rank[j]))
+    where = sorted(masked, key=lambda j: (j // size, -rank[j], -tie[j]))
     if config.threshold is not None:
       safe = len(set(sure) & set(now))
     elif config.entropy_bound is not None:
@@ -516,12 +518,11 @@ def entropy(p):
 
 
 def priorities_of(config, rows):
-  """The priorities of orders that ask nothing, from the rows' keys."""
-  if config.order in order.ASKING:
-    return np.zeros((rows, config.num_steps, 12))
+  """Priorities by the rows' keys; where the order asks, of equal positions."""
   keys = harness.order_keys(rows)
+  name = "spread" if config.order in order.ASKING else config.order
   each = [
-    order.priority(config.order, keys, jnp.int32(i), 12)
+    order.priority(name, keys, jnp.int32(i), 12)
     for i in range(config.num_steps)
   ]
   return np.stack(each, axis=1)

@@ -18,8 +18,6 @@ plain      the loop of the reference implementation: logits of every position
 import dataclasses
 import json
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +28,8 @@ from jax.sharding import PartitionSpec as P
 from rich import box
 from rich.table import Table
 
+from mdm_jax.benchmarks import timing
+from mdm_jax.benchmarks.timing import Timed
 from mdm_jax.core import rng
 from mdm_jax.core.config import MeshConfig, ModelConfig, SampleConfig
 from mdm_jax.core.progress import console
@@ -58,6 +58,8 @@ PRESETS = {
   "large_vocab": Preset(6, 384, 6, 50_257, 8, 128, 24),
   "small_vocab": Preset(6, 384, 6, 1_000, 8, 128, 24),
   "accelerator": Preset(12, 768, 12, 32_000, 64, 512, 24),
+  "accelerator_one_text": Preset(12, 768, 12, 32_000, 1, 512, 24),
+  "tiny": Preset(2, 32, 2, 27, 2, 16, 4),
 }
 WAYS = {
   "random": {},
@@ -69,8 +71,6 @@ WAYS = {
   "confidence, blocks of 32": {"order": "confidence", "block_length": 32},
   "remasking": {"remasking": "cap"},
 }
-
-Timed = Callable[[], Any]
 
 
 def measure(preset: Preset, repeats: int) -> dict[str, Any]:
@@ -90,6 +90,7 @@ def measure(preset: Preset, repeats: int) -> dict[str, Any]:
   drawn = preset.batch * preset.length
   return {
     "device": jax.devices()[0].device_kind,
+    "facts": timing.facts(),
     "preset": dataclasses.asdict(preset),
     "seconds": seconds,
     "times_trunk": {name: seconds[name] / trunk for name in ways},
@@ -98,6 +99,11 @@ def measure(preset: Preset, repeats: int) -> dict[str, Any]:
     "share_of_random": {name: seconds[name] / whole for name in parts},
     "plain_over_random": seconds["plain"] / whole,
     "temporary_bytes": memory,
+    "headline": {
+      "sampler: tokens/s": drawn / whole,
+      "sampler: times its denoiser calls": whole / trunk,
+      "sampler: times as fast as plain": seconds["plain"] / whole,
+    },
   }
 
 
@@ -222,19 +228,12 @@ def _split(rows: Any) -> Any:
 
 def _compiled(function: Any, *args: Any) -> tuple[Timed, int]:
   """Returns the program, ready to run, and the bytes it needs meanwhile."""
-  program = function.lower(*args).compile()
-  size = program.memory_analysis().temp_size_in_bytes
-  return lambda: jax.block_until_ready(program(*args)), size
+  program = timing.compiled(function, *args)
+  return lambda: program.call(*args), program.temporary_bytes
 
 
 def _time(runs: dict[str, Timed], repeats: int) -> dict[str, float]:
-  seconds = {name: [] for name in runs}
-  for turn in range(repeats + 1):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      run()
-      if turn:  # the first warms up
-        seconds[name].append(time.perf_counter() - start)
+  seconds = timing.interleave(runs, repeats)
   return {name: statistics.median(s) for name, s in seconds.items()}
 
 
@@ -261,21 +260,24 @@ def _show(name: str, results: dict[str, Any]) -> None:
   console.print(table)
 
 
-_PRESET = flags.DEFINE_enum(
-  "preset", "large_vocab", list(PRESETS), "Which model and batch."
-)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each.", 1)
-_JSON = flags.DEFINE_bool("json", False, "Print JSON on the last line.")
-
-
 def main(_: list[str]) -> None:
+  values = flags.FLAGS
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    results = measure(PRESETS[_PRESET.value], _REPEATS.value)
-  _show(_PRESET.value, results)
-  if _JSON.value:
+    results = measure(PRESETS[values.preset], values.repeats)
+  _show(values.preset, results)
+  if values.json:
     print(json.dumps(results))
 
 
+def _define_flags() -> None:
+  flags.DEFINE_enum(
+    "preset", "large_vocab", list(PRESETS), "Which model and batch."
+  )
+  flags.DEFINE_integer("repeats", 5, "Timed runs of each.", 1)
+  flags.DEFINE_bool("json", False, "Print JSON on the last line.")
+
+
 if __name__ == "__main__":
+  _define_flags()
   app.run(main)

@@ -23,6 +23,7 @@ from mdm_jax.core.sharding import RULES
 from mdm_jax.data.tokenizer import Vocabulary
 
 _MOST_LOGITS = 2**25  # numbers in one chunk of logits: 128 MiB
+_CHUNKS = 4  # of all positions, at least
 
 Carry = TypeVar("Carry")
 
@@ -142,7 +143,7 @@ class Call:
     """
     rows, length = where.shape
     room = _MOST_LOGITS // (rows * self._vocab.size)
-    size = max(min(most, room, length), 1)
+    size = max(min(most, room, -(-length // _CHUNKS)), 1)
     where = jnp.pad(where, ((0, 0), (0, -length % size)))
 
     def chunk(n, carry):

@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mdm_jax.core.config import Order
 from mdm_jax.sampling import tokens
 
+_STEPS = 4096.0  # of a probability, or of a nat
+
 ASKING: tuple[Order, ...] = ("confidence", "margin", "entropy")
 
 
@@ -41,6 +43,15 @@ def priority(
   raise ValueError(f"{order} asks the denoiser")
 
 
+def rounded(scores: Float[Array, "*N"]) -> Float[Array, "*N"]:
+  """Returns scores without the digits that rounding errors make.
+
+  On an empty canvas all positions are equally sure but for these errors, which
+  depend on the size of the batch and on the mesh.
+  """
+  return jnp.round(scores * _STEPS) / _STEPS
+
+
 def score(order: Order, logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
   """Returns how sure the denoiser is of each position.
 
@@ -63,13 +74,14 @@ def rank(
   masked: Bool[Array, "B L"],
   block: Int[Array, "L"],
   first: Float[Array, "B L"],
+  then: Float[Array, "B L"],
 ) -> Int[Array, "B L"]:
-  """Returns positions: masked before others, then by block, then by priority.
+  """Returns positions: masked before others, then by block and priority.
 
-  Of equal priorities the left one is first.
+  Of equal priorities the second one decides, and at last the left position.
   """
-  row = lambda masked, first: jnp.lexsort((-first, block, ~masked))
-  return jax.vmap(row)(masked, first)
+  row = lambda masked, first, then: jnp.lexsort((-then, -first, block, ~masked))
+  return jax.vmap(row)(masked, first, then)
 
 
 def _spread(key: Key[Array, ""], length: int) -> Float[Array, "{length}"]:

@@ -9,6 +9,9 @@ cap      sigma = min(rate, its most)
 rescale  sigma = rate x its most
 conf     as cap, but tokens that were unlikely when drawn go back rather
 loop     as cap, while the schedule rests at 0.9 for half of the steps
+
+All but `conf` keep every token's marginal distribution. What `conf` puts back
+depends on what was drawn: likely tokens become more frequent.
 """
 
 import jax

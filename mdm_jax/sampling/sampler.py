@@ -225,15 +225,17 @@ class _Steps:
     block = jnp.arange(length) // size
     if config.order in order.ASKING or self._has_budget():
       scores = self._scores(call, size, s)
+    keys = _fold(row_keys, _ORDER)
     if config.order in order.ASKING:
-      first = scores[config.order]
+      first = order.rounded(scores[config.order])
+      then = order.priority("spread", keys, i, length)
     else:
-      keys = _fold(row_keys, _ORDER)
       first = order.priority(config.order, keys, i, length)
+      then = jnp.zeros_like(s.confidence)
     if config.threshold is not None:
       sure = scores["confidence"] > config.threshold
       first = jnp.where(sure, jnp.inf, first)
-    where = order.rank(s.masked, block, first)
+    where = order.rank(s.masked, block, first, then)
     if not self._has_budget():
       return where, jnp.zeros_like(s.masked)
     at = lambda values: jnp.take_along_axis(values, where, axis=1)
@@ -258,7 +260,7 @@ class _Steps:
       names |= {"entropy" if self.config.threshold is None else "confidence"}
     nothing = jnp.zeros_like(s.confidence)
     block = jnp.zeros(s.x.shape[1], jnp.int32)
-    where = order.rank(s.masked, block, nothing)
+    where = order.rank(s.masked, block, nothing, nothing)
     # A step may end a block and go on in the next one.
     ahead = -(-s.x.shape[1] // self.config.num_steps)
     inside = where // block_length == where[:, :1] // block_length

@@ -1,0 +1,166 @@
+"""How fast rows get from their files to the devices, and who waits for them.
+
+  python -m mdm_jax.benchmarks.input --preset=char --json
+
+The rows are random, in memory-mapped files as `data/prepared.py` writes them,
+just written and so in the page cache. Measured are the run's own functions:
+
+input    row numbers, rows read, put on the devices and waited for
+steps    updates that all get the same batch, dispatched as a run does
+run      updates that each read their own batch, in turn with `steps`
+waited   1 - steps / run: the share of a step that reading adds to it
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from mdm_jax.benchmarks import timing, train_step, workload
+from mdm_jax.benchmarks.workload import PRESETS, Preset, Work
+from mdm_jax.core.config import MeshConfig
+from mdm_jax.core.progress import console
+from mdm_jax.core.sharding import make_mesh
+from mdm_jax.data.batches import Batch
+
+_BATCHES = 50  # read in a turn
+_SECONDS = 1.0  # of updates in a turn, about
+_MOST_UPDATES = 50
+
+
+def measure(
+  preset: Preset, rows: int, repeats: int = 5, with_steps: bool = True
+) -> dict[str, Any]:
+  """Returns rows/s, tokens/s and the share of a step that is waited for.
+
+  Args:
+    preset: batch and length, and the model of the steps.
+    rows: in the files.
+    repeats: turns.
+    with_steps: whether to time updates, too.
+  """
+  config = workload.make_config(preset)
+  with tempfile.TemporaryDirectory() as folder:
+    on_disk = workload.on_disk(workload.make_rows(preset, rows), folder)
+    data = workload.make_data(preset, on_disk)
+    work = workload.make_work(config, data, jax.sharding.get_mesh())
+    results = _reading(work, repeats)
+    if with_steps:
+      results |= _steps(work, repeats)
+  headline = {
+    "input: rows/s": results["rows_per_second"],
+    "input: tokens/s": results["tokens_per_second"],
+    "input: ms a batch": 1e3 * results["batch_seconds"]["median"],
+  }
+  if with_steps:
+    share = results["waited"]["median"]
+    headline["input: share of a step waited for"] = share
+  return {
+    "facts": timing.facts(),
+    "preset": dataclasses.asdict(preset),
+    "rows": rows,
+    **results,
+    "headline": headline,
+  }
+
+
+def _reading(work: Work, repeats: int) -> dict[str, Any]:
+  trainer = work.trainer
+  stage = trainer.curriculum.stages[0]
+
+  def read():
+    for update in range(_BATCHES):
+      batch = jax.block_until_ready(trainer.batch(stage, update))
+    return batch
+
+  seconds = timing.interleave({"input": read}, repeats)["input"]
+  times = timing.spread([s / _BATCHES for s in seconds])
+  rate = work.config.rows_per_update / times["median"]
+  return {
+    "batch_seconds": times,
+    "rows_per_second": rate,
+    "tokens_per_second": rate * work.config.stages[0].length,
+  }
+
+
+class _Updates:
+  """Updates done one after the other, as a run does them."""
+
+  def __init__(self, work: Work):
+    self._work, self._state = work, work.trainer.init()
+    function = train_step.library_step(work)
+    self._step = timing.compiled(function, self._state, work.batch).call
+    self._done = 0
+
+  def same_batch(self, updates: int) -> Any:
+    """Does updates that need not wait for rows."""
+    return self._advance(updates, lambda _: self._work.batch)
+
+  def own_batches(self, updates: int) -> Any:
+    """Does updates that read their rows."""
+    trainer = self._work.trainer
+    stage = trainer.curriculum.stages[0]
+    return self._advance(updates, lambda n: trainer.batch(stage, n))
+
+  def _advance(self, updates: int, next_batch: Callable[[int], Batch]) -> Any:
+    previous = None
+    for _ in range(updates):
+      self._state, metrics = self._step(self._state, next_batch(self._done))
+      # A run reads each update's numbers once the next is on its way.
+      jax.device_get(previous)
+      previous, self._done = metrics, self._done + 1
+    return self._state
+
+
+def _steps(work: Work, repeats: int) -> dict[str, Any]:
+  """Returns what reading adds to updates."""
+  work_done = _Updates(work)
+  once = timing.interleave({"step": lambda: work_done.same_batch(2)}, 1)
+  updates = round(2 * _SECONDS / once["step"][0])
+  updates = min(max(updates, 2), _MOST_UPDATES)
+  runs = {
+    "steps": lambda: work_done.same_batch(updates),
+    "run": lambda: work_done.own_batches(updates),
+  }
+  seconds = timing.interleave(runs, repeats)
+  # Turn by turn: what else the machine does changes slowly.
+  pairs = zip(seconds["steps"], seconds["run"], strict=True)
+  waited = [1 - steps / run for steps, run in pairs]
+  each = {name: [s / updates for s in seconds[name]] for name in runs}
+  return {
+    "step_seconds": timing.spread(each["steps"]),
+    "run_seconds": timing.spread(each["run"]),
+    "updates_a_turn": updates,
+    "waited": timing.spread(waited),
+  }
+
+
+def main(_: list[str]) -> None:
+  values = flags.FLAGS
+  preset = PRESETS[values.preset]
+  if values.batch:
+    preset = dataclasses.replace(preset, batch=values.batch)
+  with jax.set_mesh(make_mesh(MeshConfig())):
+    results = measure(preset, values.rows, values.repeats, values.steps)
+  for name, value in results["headline"].items():
+    console.print(f"{name}: {value:,.4g}")
+  if values.json:
+    print(json.dumps(results))
+
+
+def _define_flags() -> None:
+  flags.DEFINE_enum("preset", "char", list(PRESETS), "Which model and batch.")
+  flags.DEFINE_integer("batch", None, "Rows, in place of the preset's.", 1)
+  flags.DEFINE_integer("rows", 50_000, "Rows in the files.", 1)
+  flags.DEFINE_integer("repeats", 5, "Turns.", 1)
+  flags.DEFINE_bool("steps", True, "Time updates that read and that do not.")
+  flags.DEFINE_bool("json", False, "Print JSON on the last line.")
+
+
+if __name__ == "__main__":
+  _define_flags()
+  app.run(main)

@@ -1,0 +1,135 @@
+"""What an update is made of, each part by itself, forward and backward.
+
+trunk            the blocks
+head             the loss at masked positions, given the blocks' output
+optimizer        clip, AdamW, average, and the norms that are logged
+plain head       the loss with every position's logits
+plain optimizer  AdamW and average
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mdm_jax.benchmarks import plain, timing
+from mdm_jax.benchmarks.workload import Work
+from mdm_jax.core import rng
+from mdm_jax.core.sharding import RULES, data_shards
+from mdm_jax.diffusion import corruption, objective
+from mdm_jax.model.denoiser import compute_dtype
+
+
+def make_parts(work: Work, against: str) -> dict[str, timing.Timed]:
+  """Returns the parts of the library's update, and of the plain one's."""
+  trainer = work.trainer
+  params = jax.jit(trainer.denoiser.init)(rng.stream(0, "init"))
+  inputs = _inputs(work)
+  heads = {"head": _gathered_loss(work)}
+  optimizers = {"optimizer": (trainer.optimizer, True)}
+  if against == "plain":
+    heads["plain head"] = functools.partial(plain.losses, trainer.denoiser)
+    own = plain.make_optimizer(trainer.schedule)
+    optimizers["plain optimizer"] = own, False
+  parts = {"trunk": _trunk(work, params, inputs)}
+  for name, losses in heads.items():
+    parts[name] = _head(losses, params, inputs)
+  for name, (optimizer, with_norms) in optimizers.items():
+    parts[name] = _optimizer(optimizer, params, with_norms)
+  return parts
+
+
+def _inputs(work: Work) -> dict[str, jax.Array]:
+  """Clean and masked tokens of a batch, and something like its states."""
+  x0, segments = work.batch.tokens[0], work.batch.segments[0]
+  rows = len(x0)
+  spread = lambda x: jax.device_put(x, RULES.spec("batch"))
+  u = corruption.stratified_uniforms(jax.random.key(0), rows)
+  rate = spread(work.rates.rate(u))
+  keys = spread(rng.per_row(jax.random.key(1), jnp.arange(rows)))
+  drawn = corruption.corrupt(keys, x0, segments > 0, rate, work.mask_id)
+  model = work.config.model
+  shape = *x0.shape, model.embed_dim
+  hidden = jax.random.normal(jax.random.key(2), shape, compute_dtype(model))
+  return {
+    "x0": x0,
+    "xt": drawn.xt,
+    "masked": drawn.masked,
+    "segments": segments,
+    "rate": rate,
+    "hidden": jax.device_put(hidden, RULES.spec("batch", None, None)),
+  }
+
+
+def _trunk(work: Work, params: Any, inputs: dict[str, jax.Array]):
+  denoiser = work.trainer.denoiser
+
+  @jax.jit
+  @jax.grad
+  def gradient(params, xt, segments, rate):
+    hidden = denoiser.hidden(params, xt, segments, rate)
+    return jnp.square(hidden.astype(jnp.float32)).mean()
+
+  return _timed(
+    gradient, params, inputs["xt"], inputs["segments"], inputs["rate"]
+  )
+
+
+def _gathered_loss(work: Work) -> Callable[..., jax.Array]:
+  denoiser = work.trainer.denoiser
+  capacity = work.head_positions // data_shards(work.trainer.mesh)
+
+  def losses(params, hidden, x0, masked):
+    head = lambda h: denoiser.logits(params, h)
+    return objective.masked_cross_entropy(
+      head, hidden, x0, masked, capacity, denoiser.num_real
+    )
+
+  return losses
+
+
+def _head(losses, params: Any, inputs: dict[str, jax.Array]) -> timing.Timed:
+  @jax.jit
+  @functools.partial(jax.grad, argnums=(0, 1))
+  def gradient(params, hidden, x0, masked):
+    return losses(params, hidden, x0, masked).sum()
+
+  return _timed(
+    gradient, params, inputs["hidden"], inputs["x0"], inputs["masked"]
+  )
+
+
+def _optimizer(optimizer, params: Any, with_norms: bool) -> timing.Timed:
+  """The state is handed on, as in a run, so that it is changed in place."""
+
+  @jax.jit(donate_argnums=0)
+  def update(state, grads):
+    params, ema, opt_state = state
+    norms = optax.tree.norm(grads) if with_norms else 0.0
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    new = optax.apply_updates(params, updates)
+    if with_norms:
+      change = jax.tree.map(jnp.subtract, new, params)
+      norms += optax.tree.norm(change) + optax.tree.norm(new)
+    ema = optax.incremental_update(new, ema, 1e-4)
+    return (new, ema, opt_state), norms
+
+  grads = jax.tree.map(jnp.copy, params)
+  copy = lambda: jax.tree.map(jnp.copy, params)
+  state = copy(), copy(), jax.jit(optimizer.init)(params)
+  program = timing.compiled(update, state, grads)
+
+  def run():
+    nonlocal state
+    state, norms = program.call(state, grads)
+    return state, norms
+
+  return run
+
+
+def _timed(function: Any, *args: Any) -> timing.Timed:
+  program = timing.compiled(function, *args)
+  return lambda: program.call(*args)

@@ -1,0 +1,169 @@
+"""What is trained in the benchmarks: models, mask rates, and made-up rows."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Int32
+
+from mdm_jax.core.config import (
+  Config,
+  DataConfig,
+  EvalConfig,
+  ModelConfig,
+  ObjectiveConfig,
+  OptimizerConfig,
+  StageConfig,
+  TrainConfig,
+)
+from mdm_jax.core.sharding import data_shards
+from mdm_jax.data.batches import Batch
+from mdm_jax.data.packing import Rows
+from mdm_jax.data.prepared import PreparedData
+from mdm_jax.data.tokenizer import Tokenizer
+from mdm_jax.diffusion import corruption
+from mdm_jax.diffusion.noise import RateDistribution, stage_rates
+from mdm_jax.training.trainer import Trainer
+
+_UPDATES = 100_000  # the learning rate never gets to its floor
+_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """A model and a batch; `vocab` counts text ids, without special ones."""
+
+  num_layers: int
+  embed_dim: int
+  num_heads: int
+  vocab: int
+  length: int
+  batch: int
+  dtype: str = "auto"
+  attention: str = "auto"
+  remat: str = "none"
+
+
+PRESETS = {
+  "char": Preset(6, 384, 6, 27, 256, 8),
+  "bpe": Preset(6, 384, 6, 32_768, 256, 8),
+  "gpt2": Preset(12, 768, 12, 50_257, 512, 8),
+  "medium": Preset(24, 1024, 16, 50_257, 1024, 8),
+  "tiny": Preset(1, 32, 2, 27, 16, 8),
+}
+
+# What a row's mask rate is drawn from: r ~ U(0, 1), and the last stage of
+# configs/recommended.py, as it is and without rehearsal.
+RATES: dict[str, dict[str, Any]] = {
+  "uniform": {},
+  "stage_3": {"mask_rate": (0.05, 0.20), "rehearsal": 0.1},
+  "stage_3_strict": {"mask_rate": (0.05, 0.20)},
+}
+
+
+class Numbers(Tokenizer):
+  """Ids that stand for their own number: there is no text to be read."""
+
+  kind = "numbers"
+
+  def __init__(self, size: int):
+    super().__init__(tuple(b"%d " % i for i in range(size)), b"")
+
+  def encode_batch(self, texts) -> list[Int32[np.ndarray, "_"]]:
+    return [np.array(text.split(), np.int32) for text in texts]
+
+
+def make_config(
+  preset: Preset, rates: str = "uniform", checkpoint_every: int = _UPDATES
+) -> Config:
+  """Returns the config of a run that never comes to its end."""
+  stage = StageConfig(length=preset.length, updates=_UPDATES, **RATES[rates])
+  unbiased = stage.mask_rate is None or stage.rehearsal > 0
+  return Config(
+    name="benchmark",
+    data=DataConfig(batch_size=preset.batch),
+    model=ModelConfig(
+      num_layers=preset.num_layers,
+      embed_dim=preset.embed_dim,
+      num_heads=preset.num_heads,
+      dtype=preset.dtype,
+      attention=preset.attention,
+      remat=preset.remat,
+    ),
+    objective=ObjectiveConfig(weighting="nelbo" if unbiased else "masked_ce"),
+    stages=(stage,),
+    optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
+    train=TrainConfig(checkpoint_every=checkpoint_every),
+    eval=EvalConfig(every=0, batch_size=preset.batch, samples=0),
+  )
+
+
+def make_rows(preset: Preset, count: int = _ROWS) -> Rows:
+  """Returns rows of random text ids, each one text, as packing makes them."""
+  draw = np.random.default_rng(0)
+  shape = count, preset.length
+  small = preset.vocab + 2 < 2**16
+  dtype = np.uint16 if small else np.int32
+  tokens = draw.integers(0, preset.vocab, shape, dtype)
+  return Rows(tokens, np.ones(shape, np.uint16))
+
+
+def on_disk(rows: Rows, folder: epath.PathLike) -> Rows:
+  """Writes rows as `data/prepared.py` does, and returns them memory-mapped."""
+  parts = []
+  for field in dataclasses.fields(rows):
+    path = epath.Path(folder) / f"stage_1.{field.name}.npy"
+    np.save(path, getattr(rows, field.name))
+    parts.append(np.load(path, mmap_mode="r"))
+  return Rows(*parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """A run to be timed, on the current mesh."""
+
+  trainer: Trainer
+  rates: RateDistribution
+  batch: Batch
+
+  @property
+  def config(self) -> Config:
+    """The run's config."""
+    return self.trainer.config
+
+  @property
+  def mask_id(self) -> int:
+    """What a masked token becomes."""
+    return self.trainer.data.tokenizer.vocab.mask
+
+  @property
+  def tokens(self) -> int:
+    """Tokens an update sees."""
+    return self.config.rows_per_update * self.config.stages[0].length
+
+  @property
+  def head_positions(self) -> int:
+    """Positions that go through the head in an update: the whole buffer."""
+    mesh = self.trainer.mesh
+    groups = self.config.optimizer.accumulation * data_shards(mesh)
+    length = self.config.stages[0].length
+    rows = self.config.rows_per_update
+    return groups * corruption.max_masked(self.rates, rows, length, groups)
+
+
+def make_data(preset: Preset, rows: Rows) -> PreparedData:
+  """Returns rows as a run's data; the held-out ones are the same."""
+  manifest = {"rows": {"stage_1": {"tokens": int(rows.tokens.size)}}}
+  return PreparedData(Numbers(preset.vocab), (rows,), rows, manifest)
+
+
+def make_work(
+  config: Config, data: PreparedData, mesh: jax.sharding.Mesh
+) -> Work:
+  """Returns the run, and its first batch."""
+  trainer = Trainer(config, data, mesh)
+  stage = trainer.curriculum.stages[0]
+  rates = stage_rates(stage.config, config.noise)
+  return Work(trainer, rates, trainer.batch(stage, 0))

@@ -1,0 +1,364 @@
+"""What the benchmarks count and compare is right; how fast it is, is not asked.
+
+Times are never asserted: only that what is timed is what it is said to be.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from mdm_jax import sample
+from mdm_jax.benchmarks import all as all_lib
+from mdm_jax.benchmarks import (
+  compile_time,
+  flops,
+  input,
+  loop,
+  parts,
+  plain,
+  sampler,
+  startup,
+  timing,
+  train_step,
+  workload,
+)
+from mdm_jax.core import rng
+from mdm_jax.core.config import ModelConfig, ObjectiveConfig
+from mdm_jax.core.sharding import RULES
+from mdm_jax.diffusion import corruption, objective
+from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.training.state import init_state
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = workload.PRESETS["tiny"]
+TWO_LAYERS = dataclasses.replace(TINY, num_layers=2)
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes():
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+def _work(preset, rates="uniform"):
+  data = workload.make_data(preset, workload.make_rows(preset, 32))
+  config = workload.make_config(preset, rates)
+  return workload.make_work(config, data, jax.sharding.get_mesh())
+
+
+# MARK: FLOPs
+
+
+def _product_flops(jaxpr, times=1):
+  """Matrix products in a program, those of a scan's body every time."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      left = eqn.invars[0].aval.shape
+      shared = math.prod(left[i] for i in contracted)
+      total += times * 2 * shared * math.prod(eqn.outvars[0].aval.shape)
+    inner = times * eqn.params.get("length", 1)
+    for value in eqn.params.values():
+      values = value if isinstance(value, tuple | list) else (value,)
+      for part in values:
+        part = getattr(part, "jaxpr", part)
+        if hasattr(part, "eqns"):
+          total += _product_flops(part, inner)
+  return total
+
+
+@pytest.mark.parametrize("rates", ["uniform", "stage_3"])
+@pytest.mark.parametrize("way", ["library", "plain"])
+def test_flops_are_those_of_the_program(mesh, way, rates):
+  work = _work(TWO_LAYERS, rates)
+  if way == "library":
+    step, state = train_step.library_step(work), work.trainer.abstract()
+    positions = work.head_positions
+  else:
+    step, optimizer = train_step.plain_step(work)
+    init = lambda key: init_state(work.trainer.denoiser, optimizer, key)
+    state = jax.eval_shape(init, jax.random.key(0))
+    positions = work.tokens
+  count = flops.update_flops(
+    work.config.model,
+    TINY.batch,
+    TINY.length,
+    positions,
+    work.trainer.denoiser.vocab_size,
+  )
+  program = jax.make_jaxpr(step)(state, work.batch)
+  assert _product_flops(program.jaxpr) == count
+
+
+def test_flops_by_hand():
+  config = ModelConfig(num_layers=3, embed_dim=8, num_heads=4, num_kv_heads=2)
+  config = dataclasses.replace(config, mlp_dim=24)
+  query_out, key_value, mlp, attention = 2 * 64, 2 * 32, 3 * 8 * 24, 2 * 16 * 8
+  token = 2 * (query_out + key_value + mlp + attention)
+  assert flops.trunk_flops(config, 5, 16) == 3 * token * 5 * 16
+  assert flops.head_flops(config, 7, 128) == 2 * 7 * 8 * 128
+  whole = flops.update_flops(config, 5, 16, 7, 128)
+  assert whole == 3 * (3 * token * 5 * 16 + 2 * 7 * 8 * 128)
+
+
+def test_all_rates_have_the_heads_positions(mesh):
+  # Row i of 8 loses at most the share that ends its stratum, of 16 tokens.
+  counts = [math.ceil((i + 1) / 8 * 16) for i in range(8)]
+  assert _work(TINY).head_positions == sum(counts)
+  assert _work(TINY, "stage_3").head_positions < sum(counts)
+  strict = _work(TINY, "stage_3_strict").head_positions
+  assert strict < _work(TINY, "stage_3").head_positions
+
+
+# MARK: the plain implementation
+
+
+def test_plain_loss_is_the_librarys_on_the_same_masks(any_mesh):
+  model = ModelConfig(num_layers=1, embed_dim=16, num_heads=2)
+  denoiser = Denoiser(model, 128, 100)
+  params = jax.jit(denoiser.init)(jax.random.key(0))
+  by_row = lambda x: jax.device_put(x, RULES.spec("batch"))
+  x0 = by_row(jax.random.randint(jax.random.key(1), (8, 16), 0, 100))
+  hidden = by_row(jax.random.normal(jax.random.key(2), (8, 16, 16)))
+  keys = by_row(rng.per_row(jax.random.key(3), jnp.arange(8)))
+  real = by_row(jnp.ones((8, 16), bool))
+  rate = by_row((jnp.arange(8) % 4 + 1) / 4)  # of 16 tokens: whole numbers
+  inverse_density = 0.5 + rate  # any
+  masked = corruption.corrupt(keys, x0, real, rate, 102).masked
+  config = ObjectiveConfig(weighting="nelbo")
+
+  def library(params, hidden):
+    values = objective.masked_cross_entropy(
+      lambda h: denoiser.logits(params, h),
+      *(hidden, x0, masked, x0.size, denoiser.num_real),
+    )
+    weight = objective.row_weights(config, masked, real, inverse_density)
+    return (values.sum(axis=1) * weight).sum()
+
+  def simple(params, hidden):
+    values = plain.losses(denoiser, params, hidden, x0, masked)
+    return (values.sum(axis=1) * inverse_density / rate).mean() / x0.shape[1]
+
+  ours, theirs = (
+    jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden)
+    for loss in (library, simple)
+  )
+  np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+  for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("rates", ["uniform", "stage_3"])
+def test_plain_weights_are_unbiased(mesh, rates):
+  """A loss of 1 at every masked token is a bound of 1 a token."""
+  work = _work(TINY, rates)
+  draws, length = 4000, 16
+  u = (jnp.arange(draws) + 0.5) / draws
+  rate = work.rates.rate(u)
+  x0 = jnp.zeros((draws, length), jnp.int32)
+  xt = plain.mask_tokens(jax.random.key(0), x0, rate, 5)
+  weight = work.rates.inverse_density(u) / rate
+  bound = np.asarray((xt == 5).sum(axis=1) * weight) / length
+  assert abs(bound.mean() - 1) < 4 * bound.std() / draws**0.5
+
+
+def test_plain_step_learns(mesh):
+  work = _work(TINY)
+  step, optimizer = train_step.plain_step(work)
+  state = init_state(work.trainer.denoiser, optimizer, jax.random.key(0))
+  before = jax.device_get(state.params)
+  for _ in range(2):
+    state, metrics = step(state, work.batch)
+  assert math.isfinite(metrics["loss"]) and int(state.step) == 2
+  changed = jax.tree.map(lambda a, b: (a != b).any(), before, state.params)
+  assert all(jax.tree.leaves(changed))
+
+
+# MARK: timing
+
+
+def test_turns_alternate():
+  called = []
+  runs = {name: lambda name=name: called.append(name) for name in "ab"}
+  seconds = timing.interleave(runs, 3)
+  assert called == ["a", "b"] * 4  # the first warms up
+  assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_short_runs_are_called_several_times_a_turn():
+  called = []
+  timing.interleave({"a": lambda: called.append(1)}, 3, at_least=1e9)
+  assert len(called) == 2 + 3 * timing._MOST_CALLS
+
+
+def test_spread():
+  numbers = timing.spread([4.0, 1.0, 2.0, 3.0, 9.0])
+  assert numbers == {"median": 3.0, "min": 1.0, "low": 2.0, "high": 4.0}
+  assert timing.spread([2.0])["high"] == 2.0
+
+
+def test_the_ceiling_is_the_fastest_shape(mesh):
+  products = timing.matmuls(jnp.dtype(jnp.float32), ((8, 4, 8), (2, 2, 2)))
+  assert [p.flops for p in products.values()] == [2 * 2 * 8 * 4 * 8, 2 * 2 * 8]
+  seconds = {name: [1.0, 3.0, 2.0] for name in products}
+  found = timing.ceiling(products, seconds)
+  assert found["flops_per_second"] == 1024 / 2
+  assert found["shape"] == "matmul 8x4x8"
+
+
+def test_memory_of_a_program(mesh):
+  add = jax.jit(lambda x, y: x + y, donate_argnums=0)
+  x = jnp.zeros(1000)
+  assert timing.compiled(add, x, x).peak_bytes == 2 * 4000  # one is reused
+  assert timing.process_peak_bytes() > 0
+
+
+# MARK: the programs
+
+
+@pytest.fixture
+def unchecked():
+  """Lowering puts descriptions in the place of arrays, which are none."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_parts_are_timed(mesh, unchecked):
+  pieces = parts.make_parts(_work(TINY, "stage_3"), "plain")
+  seconds = timing.interleave(pieces, 1)
+  names = {"trunk", "head", "optimizer", "plain head", "plain optimizer"}
+  assert set(seconds) == names
+
+
+def test_input_measures(mesh, unchecked):
+  results = input.measure(TINY, 50, 1)
+  assert json.loads(json.dumps(results)) == results
+  assert results["tokens_per_second"] == 16 * results["rows_per_second"]
+  assert results["waited"]["median"] < 1
+
+
+def test_rows_are_read_from_files(mesh, tmp_path):
+  rows = workload.make_rows(TINY, 40)
+  read = workload.on_disk(rows, tmp_path)
+  assert isinstance(read.tokens, np.memmap)
+  np.testing.assert_array_equal(read.tokens, rows.tokens)
+  trainer = _work(TINY).trainer
+  assert trainer.data.stages[0].tokens.max() < TINY.vocab
+
+
+def test_loop_measures(mesh):
+  results = loop.measure(TINY, updates=4, repeats=2, step_seconds=0.0)
+  assert json.loads(json.dumps(results)) == results
+  assert set(results["update_seconds"]) == {"bare", "loop", "saving"}
+  state = _work(TINY).trainer.abstract()
+  sizes = [s.size * s.dtype.itemsize for s in jax.tree.leaves(state)]
+  assert results["checkpoint"]["bytes"] == sum(sizes)
+  assert 0 < results["checkpoint"]["blocked"] <= 1
+
+
+def test_a_turn_of_the_loop_is_the_runs_own(mesh):
+  """It logs and saves as a run does, a checkpoint in the middle of a turn."""
+  data = workload.make_data(TINY, workload.make_rows(TINY, 32))
+  config = workload.make_config(TINY, checkpoint_every=20)
+  trainer = loop._Sleeping(config, data, mesh, 0.0)
+  with loop._Turn(trainer, 20) as turn:
+    saved = []
+    for _ in range(2):
+      turn()
+      saved.append(turn._run.checkpoints.latest())
+    assert saved == [20, 40] and trainer.last == 50
+    assert int(trainer.state.step) == 50
+    logged = [line["step"] for line in turn._run.workdir.read_metrics()]
+    assert logged == [20, 40]
+
+
+def test_compile_time_measures(mesh, unchecked):
+  results = compile_time.measure(TINY, (1, 2), 1)
+  json.dumps(results)
+  assert set(results["by_depth"]) == {1, 2}
+  assert results["last_over_first"] > 0
+
+
+def test_sampler_measures(mesh, unchecked, monkeypatch):
+  monkeypatch.setattr(sampler, "WAYS", {"random": {}})
+  results = sampler.measure(sampler.PRESETS["tiny"], 1)
+  json.dumps(results)
+  assert all(value > 0 for value in results["headline"].values())
+
+
+def test_startup_waits_for_the_first_text(monkeypatch, tmp_path):
+  script = tmp_path / "program.py"
+  script.write_text("print('--- sample 1, 3 calls ---\\nWe the')\n")
+  program = sys.executable, str(script)
+  first, whole = startup._first_text(program, dict(os.environ))
+  assert 0 < first <= whole
+  monkeypatch.setattr(startup, "_MAIN", program)
+  monkeypatch.setattr(startup, "_PYTHON", (sys.executable, "-S"))
+  monkeypatch.setattr(startup, "_IMPORT", "import json")
+  results = startup.measure(str(tmp_path), 1)
+  assert set(results["seconds"]) == {
+    *("python", "help", "import", "sample", "first_text")
+  }
+
+
+def test_startups_untrained_run_can_be_sampled(mesh, tmp_path):
+  startup.make_workdir(TINY, str(tmp_path))
+  model = sample.load(str(tmp_path))
+  assert len(model.generate(num_steps=2, num_samples=2).texts) == 2
+
+
+def test_all_writes_a_table(tmp_path):
+  """The programs themselves, from their flags to JSON on the last line."""
+  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  done = subprocess.run(
+    (
+      *(sys.executable, "-m", "mdm_jax.benchmarks.all"),
+      *("--suite=tiny", f"--out={tmp_path}", "--json"),
+    ),
+    cwd=tmp_path,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  results = json.loads(done.stdout.splitlines()[-1])
+  assert results == json.loads((tmp_path / "benchmarks.json").read_text())
+  assert not [r for r in results if "error" in r]
+  measured = results[0]["rates"]["uniform"]
+  assert measured["tokens"] == 128 and measured["head_positions"] == 72
+  for way in ("library", "plain"):
+    numbers = measured[way]
+    positive = "tokens_per_second", "mfu", "temporary_bytes", "first_loss"
+    assert all(numbers[key] > 0 for key in positive)
+    # At first any token is as likely as another: log 29, and some noise.
+    assert numbers["first_loss"] < 3 * math.log(29)
+  table = (tmp_path / "benchmarks.md").read_text()
+  assert "| uniform: times as fast as plain |" in table
+  assert table.count("\n| train_step --preset=tiny") == 12
+
+
+def test_a_failure_is_in_the_table():
+  results = all_lib.run([("nothing", "--json")])
+  ((command, what, error),) = all_lib.rows(results)
+  assert (command, what) == ("nothing --json", "failed")
+  assert error and "failed" in all_lib.markdown(results)
+
+
+@pytest.mark.parametrize("suite", all_lib.SUITES)
+def test_suites_name_programs_that_are_there(suite):
+  for program, *_ in all_lib.SUITES[suite]:
+    path = ROOT / "mdm_jax" / "benchmarks" / f"{program}.py"
+    assert "_define_flags()" in path.read_text()
