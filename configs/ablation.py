@@ -80,6 +80,7 @@ def get_config(arg: str = ""):
   # Only at the end: every variant is measured after its last update.
   config.eval.update(every=0, final_rows=128)
   config.sample.update(
+    order="random",
     num_steps=25,
     temperature=0.6,
     top_k=20,

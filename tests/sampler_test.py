@@ -23,7 +23,11 @@ from mdm_jax.sampling.sampler import make_sampler
 LETTERS = Vocabulary(5)
 MASK = LETTERS.mask
 PLAIN = SampleConfig(
-  temperature=1.0, temperature_range=None, top_k=None, top_p=None
+  order="random",
+  temperature=1.0,
+  temperature_range=None,
+  top_k=None,
+  top_p=None,
 )
 
 

@@ -29,7 +29,11 @@ LETTERS = Vocabulary(5)
 EOS, PAD, MASK = LETTERS.eos, LETTERS.pad, LETTERS.mask
 WIDTH = EOS + 1  # of the models' logits
 PLAIN = SampleConfig(
-  temperature=1.0, temperature_range=None, top_k=None, top_p=None
+  order="random",
+  temperature=1.0,
+  temperature_range=None,
+  top_k=None,
+  top_p=None,
 )
 
 

@@ -184,7 +184,11 @@ def _ways(
 
 
 _UNTRUNCATED = SampleConfig(
-  temperature=1.0, temperature_range=None, top_k=None, top_p=None
+  order="random",
+  temperature=1.0,
+  temperature_range=None,
+  top_k=None,
+  top_p=None,
 )
 
 

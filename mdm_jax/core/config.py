@@ -214,7 +214,7 @@ class SampleConfig:
   num_samples: int = _field(4, "texts")
   length: int | None = _field(None, "tokens a text (None: the last stage's)")
   num_steps: int = _field(20, "steps, one denoiser call each, at most")
-  order: Order = _field("random", "which masked tokens are revealed first")
+  order: Order = _field("spread", "which masked tokens are revealed first")
   block_length: int | None = _field(
     None, "tokens of a block; each is finished before the next (None: one)"
   )
