@@ -319,6 +319,7 @@ def test_startups_untrained_run_can_be_sampled(mesh, tmp_path):
   assert len(model.generate(num_steps=2, num_samples=2).texts) == 2
 
 
+@pytest.mark.slow
 def test_all_writes_a_table(tmp_path):
   """The programs themselves, from their flags to JSON on the last line."""
   env = os.environ | {"PYTHONPATH": str(ROOT)}
