@@ -73,8 +73,14 @@ WAYS = {
 }
 
 
-def measure(preset: Preset, repeats: int) -> dict[str, Any]:
-  """Returns seconds and ratios of everything, the median of some repeats."""
+def measure(preset: Preset, repeats: int, only: str = "") -> dict[str, Any]:
+  """Returns seconds and ratios of everything, the median of some repeats.
+
+  Args:
+    preset: what is sampled.
+    repeats: timed runs of each.
+    only: times the ways whose name holds it, and random order.
+  """
   vocab = Vocabulary(preset.vocab)
   model = ModelConfig(
     num_layers=preset.num_layers,
@@ -84,7 +90,7 @@ def measure(preset: Preset, repeats: int) -> dict[str, Any]:
   denoiser = Denoiser(model, vocab.size, vocab.num_real)
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
   parts = _parts(preset, denoiser, params, vocab)
-  ways, memory = _ways(preset, denoiser, params, vocab)
+  ways, memory = _ways(preset, denoiser, params, vocab, only)
   seconds = _time({**parts, **ways}, repeats)
   trunk, whole = seconds["trunk"], seconds["random"]
   drawn = preset.batch * preset.length
@@ -154,7 +160,11 @@ def _parts(
 
 
 def _ways(
-  preset: Preset, denoiser: Denoiser, params: Params, vocab: Vocabulary
+  preset: Preset,
+  denoiser: Denoiser,
+  params: Params,
+  vocab: Vocabulary,
+  only: str,
 ) -> tuple[dict[str, Timed], dict[str, int]]:
   """Returns whole loops, and how much memory each takes for itself."""
   shape = preset.batch, preset.length
@@ -168,6 +178,8 @@ def _ways(
   keys = _split(row_keys)
   compiled = {}
   for name, fields in WAYS.items():
+    if only not in name and name != "random":
+      continue
     config = dataclasses.replace(_UNTRUNCATED, **fields)
     config = dataclasses.replace(config, num_steps=preset.num_steps)
     pace = schedule.pace(config, preset.length)
@@ -268,7 +280,7 @@ def main(_: list[str]) -> None:
   values = flags.FLAGS
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    results = measure(PRESETS[values.preset], values.repeats)
+    results = measure(PRESETS[values.preset], values.repeats, values.ways)
   _show(values.preset, results)
   if values.json:
     print(json.dumps(results))
@@ -279,6 +291,7 @@ def _define_flags() -> None:
     "preset", "large_vocab", list(PRESETS), "Which model and batch."
   )
   flags.DEFINE_integer("repeats", 5, "Timed runs of each.", 1)
+  flags.DEFINE_string("ways", "", "Time only ways whose name holds this.")
   flags.DEFINE_bool("json", False, "Print JSON on the last line.")
 
 
