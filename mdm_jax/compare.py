@@ -100,11 +100,10 @@ def compare_workdir(
   Raises:
     UserError: no way has such a name, or there is no checkpoint.
   """
-  chosen = {n: s for n, s in ways(config.sample_length).items() if only in n}
+  known = ways(config.sample_length)
+  chosen = {name: fields for name, fields in known.items() if only in name}
   if not chosen:
-    raise UserError(
-      f"--ways={only}: {nearest(only, ways(config.sample_length))}"
-    )
+    raise UserError(f"--ways={only}: {nearest(only, known)}")
   data = prepare(config, workdir.path)
   judge = make_judge(config.eval.judge, training_texts(config))
   model = sample.load_with(config, workdir)

@@ -127,7 +127,7 @@ def make_sampler(
     canvas = padded(canvas, vocab.pad)
     state = steps.start(canvas)
     see(jnp.int32(0), state.x)
-    path = jnp.stack([state.x] * (config.num_steps + 1))
+    path = jnp.broadcast_to(state.x, (config.num_steps + 1, *state.x.shape))
     carry = jax.lax.fori_loop(0, config.num_steps, step, (state, path))
     state, path = carry
     return Drawn(
