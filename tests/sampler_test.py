@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import make_mesh
 from jax.sharding import NamedSharding, PartitionSpec
+from sampling_harness import settings
 
 from mdm_jax.core import rng
-from mdm_jax.core.config import ModelConfig, SampleConfig
+from mdm_jax.core.config import ModelConfig
 from mdm_jax.core.sharding import RULES, batch_sharding
 from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.model.denoiser import Denoiser
@@ -22,17 +23,6 @@ from mdm_jax.sampling.sampler import make_sampler
 
 LETTERS = Vocabulary(5)
 MASK = LETTERS.mask
-PLAIN = SampleConfig(
-  order="random",
-  temperature=1.0,
-  temperature_range=None,
-  top_k=None,
-  top_p=None,
-)
-
-
-def settings(**fields):
-  return dataclasses.replace(PLAIN, **fields)
 
 
 def sample(*args, **kwargs):
