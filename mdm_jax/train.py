@@ -48,7 +48,7 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     jax.set_mesh(mesh),
     Checkpoints(workdir.path, config.train.keep_latest) as checkpoints,
   ):
-    run = _Run(Trainer(config, data, mesh), workdir, checkpoints)
+    run = Run(Trainer(config, data, mesh), workdir, checkpoints)
     if (checkpoints.latest() or 0) >= run.curriculum.updates:
       console.print(f"{workdir.path} is finished: nothing to train")
       results = workdir.read_results()
@@ -72,7 +72,7 @@ class _Clock:
     return self.seconds_before + time.monotonic() - self.started
 
 
-class _Run:
+class Run:
   """One attempt at a run: what it is made of, and the loop."""
 
   def __init__(
@@ -109,7 +109,33 @@ class _Run:
         writers.write_texts(0, {"config": _as_text(self.config)})
         texts = preview.describe(self.config, self.data)
         writers.write_texts(0, {f"data/{k}": v for k, v in texts.items()})
-      self._loop(state, _Log(self, writers, line), stop)
+      self.advance(state, self.curriculum.updates, writers, line, stop)
+
+  def advance(
+    self,
+    state: TrainState,
+    until: int,
+    writers: Writers,
+    line: ProgressLine,
+    stop: StopRequest,
+  ) -> TrainState:
+    """Does what is left of the first `until` updates; returns the state then.
+
+    Logs, evaluates and saves on the way. The state it is given is consumed.
+
+    Raises:
+      Stopped: a signal came, and all that was done is saved.
+    """
+    log, stage = _Log(self, writers, line), None
+    for update in range(int(state.step), until):
+      if self.curriculum.stage_at(update) is not stage:
+        stage = self.curriculum.stage_at(update)
+        log.start_stage(stage)
+      state, metrics = self.trainer.update(state, update)
+      log.add(update + 1, metrics)
+      self._after_update(update + 1, state, log, stop)
+    log.flush()
+    return state
 
   def finish(self) -> dict[str, Any]:
     """Measures the best checkpoint and writes the results."""
@@ -136,16 +162,6 @@ class _Run:
     console.print(f"starting from the parameters of {source}, update {step}")
     return self.trainer.init_from(params)
 
-  def _loop(self, state: TrainState, log: "_Log", stop: StopRequest) -> None:
-    stage = None
-    for update in range(int(state.step), self.curriculum.updates):
-      if self.curriculum.stage_at(update) is not stage:
-        stage = self.curriculum.stage_at(update)
-        log.start_stage(stage)
-      state, metrics = self.trainer.update(state, update)
-      log.add(update + 1, metrics)
-      self._after_update(update + 1, state, log, stop)
-
   def _after_update(
     self, done: int, state: TrainState, log: "_Log", stop: StopRequest
   ) -> None:
@@ -169,7 +185,7 @@ class _Run:
 class _Log:
   """Numbers of the updates, on their way to the screen and the files."""
 
-  def __init__(self, run: _Run, writers: Writers, line: ProgressLine):
+  def __init__(self, run: Run, writers: Writers, line: ProgressLine):
     self._run, self._writers, self._line = run, writers, line
     self._window: list[dict[str, float]] = []
     self._pending: tuple[int, dict[str, jax.Array]] | None = None

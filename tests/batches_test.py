@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from conftest import make_mesh
+from grain.experimental import index_shuffle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdm_jax.core.sharding import data_shards
+from mdm_jax.core.sharding import RULES, data_shards
 from mdm_jax.data import batches
 from mdm_jax.data.batches import make_batch, row_numbers, stage_seed
 from mdm_jax.data.packing import Rows
@@ -82,6 +84,41 @@ def test_the_largest_seed_does_not_overflow():
   assert sorted(_epochs(20, 2**32 - 1, 4, 2)[1]) == list(range(20))
 
 
+ORDERS = {  # of seed 42: (rows, stage, update) and the rows drawn
+  (50, 0, 0): [28, 9, 2, 17, 33, 11, 24, 22],
+  (50, 0, 6): [14, 13, 41, 7, 25, 6, 24, 33],  # into the second epoch
+  (1, 0, 3): [0, 0, 0, 0],
+  (2, 1, 3): [0, 1, 0, 1, 1, 0],
+  (70_000, 2, 1000): [10766, 54110, 1051, 3254, 47208, 50461],
+}
+
+
+@pytest.mark.parametrize("rows, stage, update", ORDERS)
+def test_the_order_stays_as_it_is(rows, stage, update):
+  """A run that was begun with an earlier version reads on as it was."""
+  expected = ORDERS[rows, stage, update]
+  seed = stage_seed(42, stage)
+  drawn = row_numbers(rows, seed, update, len(expected))
+  assert drawn.tolist() == expected
+
+
+@given(**CASES, update=st.integers(0, 10**7))
+@settings(deadline=None, max_examples=40)
+def test_the_order_is_grains(rows, seed, per_update, update):
+  first = update * per_update
+  expected = [
+    index_shuffle(
+      index=number % rows,
+      max_index=rows - 1,
+      seed=(seed + number // rows) % 2**32,
+      rounds=4,
+    )
+    for number in range(first, first + per_update)
+  ]
+  drawn = row_numbers(rows, seed, update, per_update)
+  assert drawn.tolist() == expected
+
+
 # MARK: where rows lie
 
 
@@ -95,6 +132,7 @@ def test_rows_are_placed_in_order(any_mesh, accumulation):
     (batch.segments, ROWS.segments),
   ):
     assert found.shape == shape and found.dtype == np.int32
+    assert jax.typeof(found).sharding.spec == RULES.spec(None, "batch", None)
     assert (np.asarray(found) == values[numbers].reshape(shape)).all()
 
 
@@ -109,18 +147,19 @@ def test_every_device_holds_its_share_of_each_microbatch(any_mesh):
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_take_disjoint_contiguous_shares(monkeypatch, mesh, hosts):
+def test_hosts_take_disjoint_contiguous_shares(monkeypatch, hosts):
+  mesh = make_mesh("4x2")
   taken = []
 
   def place(sharding, local):
-    taken[-1].append(local)
-    return jax.numpy.asarray(local)
+    assert sharding.mesh == mesh
+    taken.append(local)
+    return jax.tree.map(jax.numpy.asarray, local)
 
   monkeypatch.setattr(batches.jax, "process_count", lambda: hosts)
   monkeypatch.setattr(batches.jax, "make_array_from_process_local_data", place)
   numbers = row_numbers(40, 3, 0, 16)
   for host in range(hosts):
-    taken.append([])
     monkeypatch.setattr(batches.jax, "process_index", lambda h=host: h)
     make_batch(ROWS, numbers, 2, mesh)
   whole = ROWS.tokens[numbers].reshape(2, 8, 6)
