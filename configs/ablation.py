@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
   config.data.update(corpus="sotu", batch_size=8)
   config.data.update(max_documents=40, eval_fraction=0.15)
   config.tokenizer.vocab_size = 512
-  config.model.update(num_layers=2, embed_dim=128, num_heads=4, remat="dots")
+  config.model.update(num_layers=2, embed_dim=128, num_heads=4)
   config.objective.update(weighting="masked_ce", label_smoothing=0.1)
   config.stages = (
     config_lib.stage(

@@ -17,7 +17,6 @@ def get_config(arg: str = ""):
   config.data.update(corpus="sotu", batch_size=16)
   config.tokenizer.vocab_size = 8192
   config.model.update(num_layers=12, embed_dim=768, num_heads=12, dropout=0.1)
-  config.model.remat = "dots"
   config.objective.update(weighting="masked_ce", label_smoothing=0.0)
   config.stages = (
     config_lib.stage(

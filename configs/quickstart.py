@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
   config.name = "quickstart"
   config.data.update(corpus="sotu", batch_size=8)
   config.tokenizer.vocab_size = 4096
-  config.model.update(num_layers=4, embed_dim=192, num_heads=3, remat="dots")
+  config.model.update(num_layers=4, embed_dim=192, num_heads=3)
   config.stages = (
     config_lib.stage(
       name="I foundational",

@@ -94,6 +94,20 @@ def test_uniforms_fall_one_in_each_stratum():
   np.testing.assert_array_equal(jnp.ceil(u * 16) - 1, corruption.strata(16))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_uniform_rates_mask_half_of_every_group_of_rows(groups):
+  """Two neighbours' rates always add up to the same: no room is needed."""
+  rates = noise.RateRange(0.0, 1.0)
+  u = corruption.stratified_uniforms(rng.stream(0, "rate", 1), 16)
+  pairs = np.asarray(u).reshape(8, 2).sum(axis=1)
+  strata = corruption.strata(16).reshape(8, 2).sum(axis=1)
+  np.testing.assert_allclose(pairs, (strata + 1) / 16, rtol=1e-6)
+  bound = corruption.max_masked(rates, 16, 4096, groups)
+  half = (strata + 1).reshape(groups, -1).sum(axis=1).max() / 16 * 4096
+  spare = 16 / groups * (4096 / 16 / corruption._INTERVALS + 1)
+  assert half <= bound <= half + spare
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(
   "rates",

@@ -43,7 +43,8 @@ def losses(denoiser, params, case, hidden=None, capacity=80, smoothing=0.0):
       params, corrupted.xt, real.astype(jnp.int32), jnp.ones(8)
     )
   return objective.masked_cross_entropy(
-    lambda h: denoiser.logits(params, h),
+    denoiser.logits,
+    denoiser.head(params),
     hidden,
     x0,
     corrupted.masked,
@@ -67,38 +68,113 @@ def test_loss_is_the_cross_entropy_at_masked_positions(case):
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gradient_is_that_of_the_full_array(mesh):
-  denoiser, params = network(tie_embeddings=True)
-  rows = batch_sharding(mesh, rank=2)
+@pytest.fixture
+def small_chunks(monkeypatch):
+  """A chunk has 16 rows for a width of 8."""
+  monkeypatch.setattr(objective, "_SMALL", 1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_loss_and_gradient_are_those_of_the_full_array(
+  any_mesh, small_chunks, tied, smoothing
+):
+  """Also where the buffer's last chunk is not full."""
+  denoiser, params = network(tied)
+  rows = batch_sharding(any_mesh, rank=2)
   x0 = jax.device_put(np.arange(80).reshape(8, 10) % REAL, rows)
-  masked = jax.device_put(np.random.default_rng(0).random((8, 10)) < 0.4, rows)
+  masked = np.random.default_rng(0).random((8, 10)) < 0.6
+  shards = any_mesh.shape["replica"] * any_mesh.shape["fsdp"]
+  capacity = int(masked.reshape(shards, -1).sum(axis=1).max()) + 1
+  masked = jax.device_put(masked, rows)
+  weight = jax.device_put(
+    np.linspace(0.5, 2, 8, dtype=np.float32), batch_sharding(any_mesh, 1)
+  )
   xt = jnp.where(masked, MASK, x0)
-  capacity = int(masked.sum()) + 3
 
   def hidden(params):
-    return jax.jit(denoiser.hidden)(params, xt, jnp.ones_like(xt), jnp.ones(8))
+    return denoiser.hidden(params, xt, jnp.ones_like(xt), jnp.ones(8))
 
   def packed(params):
-    loss = objective.masked_cross_entropy(
-      lambda h: denoiser.logits(params, h),
-      hidden(params),
-      x0,
-      masked,
-      capacity,
-      REAL,
+    head = denoiser.logits, denoiser.head(params)
+    return objective.masked_loss(
+      *head, hidden(params), x0, masked, weight, capacity, REAL, smoothing
     )
-    return (loss**2).sum()
 
   def full(params):
-    logits = denoiser.logits(params, hidden(params).reshape(80, -1))
-    loss = objective.cross_entropy(logits, x0.reshape(-1), REAL)
-    return (jnp.where(masked.reshape(-1), loss, 0.0) ** 2).sum()
+    states = hidden(params).reshape(80, -1)
+    logits = denoiser.logits(params, states)
+    loss = objective.cross_entropy(logits, x0.reshape(-1), REAL, smoothing)
+    loss = jnp.where(masked, loss.reshape(8, 10), 0.0)
+    return (loss.sum(axis=1) * weight).sum()
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    jax.jit(jax.grad(packed))(params),
-    jax.jit(jax.grad(full))(params),
+    jax.jit(jax.value_and_grad(lambda p: 3 * packed(p)))(params),
+    jax.jit(jax.value_and_grad(lambda p: 3 * full(p)))(params),
   )
+
+
+def test_training_loss_is_the_weighted_sum_whatever_the_chunks(
+  case, small_chunks
+):
+  denoiser, params = network()
+  x0, real, corrupted = case
+  hidden = jax.jit(denoiser.hidden)(
+    params, corrupted.xt, real.astype(jnp.int32), jnp.ones(8)
+  )
+  weight = jax.device_put(
+    np.linspace(0.5, 2, 8, dtype=np.float32),
+    batch_sharding(x0.sharding.mesh, 1),
+  )
+  run = lambda capacity: jax.jit(
+    objective.masked_loss, static_argnums=(0, 6, 7)
+  )(
+    denoiser.logits,
+    denoiser.head(params),
+    *(hidden, x0, corrupted.masked, weight, capacity, REAL),
+  )
+  by_position = losses(denoiser, params, case, hidden)
+  np.testing.assert_allclose(
+    run(80), (by_position.sum(axis=1) * weight).sum(), rtol=1e-5
+  )
+  shards = x0.sharding.mesh.shape["fsdp"] * x0.sharding.mesh.shape["replica"]
+  most = np.asarray(corrupted.masked).reshape(shards, -1).sum(axis=1).max()
+  assert np.isnan(run(int(most) - 1 if most < 17 else 16))
+
+
+def test_chunks_follow_the_width_but_are_never_tiny():
+  chunks = objective._chunks
+  rows = objective._ROWS_OF_WIDTH * 384
+  assert chunks(rows, 384, 50_000) == 1
+  assert chunks(rows + 1, 384, 50_000) == 2
+  assert chunks(100 * rows, 384, 27) == 1  # all its logits are few
+
+
+def test_no_chunks_logits_are_kept(mesh, small_chunks):
+  """The gradient's program has room for one chunk's logits, not for all."""
+  denoiser = Denoiser(
+    ModelConfig(num_layers=1, embed_dim=8, num_heads=2), 4096, 4000
+  )
+  params = jax.jit(denoiser.init)(rng.stream(0, "init"))
+  shapes = (8, 128, 8), (8, 128), (8, 128), (8,)
+  dtypes = jnp.float32, jnp.int32, bool, jnp.float32
+  args = (
+    jax.ShapeDtypeStruct(
+      shape, dtype, sharding=batch_sharding(mesh, len(shape))
+    )
+    for shape, dtype in zip(shapes, dtypes, strict=True)
+  )
+  gradient = jax.grad(
+    lambda params, hidden, x0, masked, weight: objective.masked_loss(
+      denoiser.logits,
+      denoiser.head(params),
+      *(hidden, x0, masked, weight, 1024, 4000),
+    )
+  )
+  program = jax.jit(gradient).lower(params, *args).compile()
+  every_logit = 4 * 1024 * 4096
+  assert program.memory_analysis().temp_size_in_bytes < every_logit / 8
 
 
 def test_gradient_is_zero_at_unmasked_positions(case):

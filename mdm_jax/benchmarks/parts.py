@@ -35,8 +35,8 @@ def make_parts(work: Work, against: str) -> dict[str, timing.Timed]:
     own = plain.make_optimizer(trainer.schedule)
     optimizers["plain optimizer"] = own, False
   parts = {"trunk": _trunk(work, params, inputs)}
-  for name, losses in heads.items():
-    parts[name] = _head(losses, params, inputs)
+  for name, loss in heads.items():
+    parts[name] = _head(loss, params, inputs)
   for name, (optimizer, with_norms) in optimizers.items():
     parts[name] = _optimizer(optimizer, params, with_norms)
   return parts
@@ -82,20 +82,21 @@ def _gathered_loss(work: Work) -> Callable[..., jax.Array]:
   denoiser = work.trainer.denoiser
   capacity = work.head_positions // data_shards(work.trainer.mesh)
 
-  def losses(params, hidden, x0, masked):
-    head = lambda h: denoiser.logits(params, h)
-    return objective.masked_cross_entropy(
-      head, hidden, x0, masked, capacity, denoiser.num_real
+  def loss(params, hidden, x0, masked):
+    head = denoiser.logits, denoiser.head(params)
+    weight = jax.device_put(jnp.ones(len(x0)), RULES.spec("batch"))
+    return objective.masked_loss(
+      *(*head, hidden, x0, masked, weight, capacity, denoiser.num_real)
     )
 
-  return losses
+  return loss
 
 
-def _head(losses, params: Any, inputs: dict[str, jax.Array]) -> timing.Timed:
+def _head(loss, params: Any, inputs: dict[str, jax.Array]) -> timing.Timed:
   @jax.jit
   @functools.partial(jax.grad, argnums=(0, 1))
   def gradient(params, hidden, x0, masked):
-    return losses(params, hidden, x0, masked).sum()
+    return loss(params, hidden, x0, masked).sum()
 
   return _timed(
     gradient, params, inputs["hidden"], inputs["x0"], inputs["masked"]

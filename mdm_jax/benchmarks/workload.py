@@ -43,7 +43,7 @@ class Preset:
   batch: int
   dtype: str = "auto"
   attention: str = "auto"
-  remat: str = "none"
+  remat: str = "dots"
 
 
 PRESETS = {

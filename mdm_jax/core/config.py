@@ -77,13 +77,15 @@ class ModelConfig:
   time_conditioning: bool = _field(False, "adaLN-zero on the mask rate")
   rope_theta: float = _field(10_000.0, "base of the rotary frequencies")
   remat: Literal["none", "dots", "full"] = _field(
-    "none", "what the backward pass recomputes: nothing, all but matmuls, all"
+    "dots", "what the backward pass recomputes: nothing, all but matmuls, all"
   )
   dtype: Literal["auto", "float32", "bfloat16"] = _field(
     "auto", "compute dtype (auto: bfloat16 on accelerators, float32 on CPU)"
   )
-  attention: Literal["auto", "reference", "fused"] = _field(
-    "auto", "reference: plain einsums; fused: jax.nn.dot_product_attention"
+  attention: Literal["auto", "reference", "fused", "cudnn"] = _field(
+    "auto",
+    "reference: plain products; fused: jax.nn.dot_product_attention; cudnn:"
+    " the same by cuDNN's kernel, on a GPU in bfloat16",
   )
 
 

@@ -92,7 +92,13 @@ def check_divides(what: str, rows: int, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_model(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
-  """Raises UserError if a sharded parameter axis can't be split evenly."""
+  """Raises UserError if the model can't be computed on the mesh's devices."""
+  backend = jax.default_backend()
+  if model.attention == "cudnn" and backend != "gpu":
+    raise UserError(
+      f"model.attention=cudnn needs a GPU, this is a {backend}; nearest valid:"
+      " auto"
+    )
   heads = model.num_kv_heads or model.num_heads
   for what, size, axis in (
     ("key/value heads", heads, "tensor"),

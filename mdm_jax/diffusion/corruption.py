@@ -21,6 +21,8 @@ from mdm_jax.diffusion.noise import RateDistribution
 
 # ceil(r n) must not jump where r n is a whole number but for float32 rounding.
 _ROUNDING = 1e-6
+# Of the offset that an update's rows share, to bound the masked tokens.
+_INTERVALS = 64
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +50,19 @@ def stratified_uniforms(
 ) -> Float[Array, "{rows}"]:
   """Draws one uniform in (0, 1] a row, one in every stratum of width 1/rows.
 
-  All rows share one offset (Kingma et al. 2021, arXiv 2107.00630, app. I.1):
-  each is uniform by itself, and their mean hardly varies.
+  All rows share one offset (Kingma et al. 2021, arXiv 2107.00630, app. I.1),
+  measured from below in even rows and from above in odd ones: each is uniform
+  by itself, and the mean of any two neighbours does not vary at all.
   """
   offset = 1 - jax.random.uniform(key)  # in (0, 1]: a rate of 0 masks nothing
-  return (jnp.asarray(strata(rows), jnp.float32) + offset) / rows
+  return (
+    jnp.asarray(strata(rows), jnp.float32) + _offsets(offset, rows)
+  ) / rows
+
+
+def _offsets(offset: Float[Array, ""], rows: int) -> Float[Array, "{rows}"]:
+  """Mirrors odd rows; the first stratum, which 0 belongs to, is row 0's."""
+  return jnp.where(jnp.arange(rows) % 2, 1 - offset, offset)
 
 
 def num_masked(
@@ -67,10 +77,18 @@ def num_masked(
 def max_masked(
   rates: RateDistribution, rows: int, length: int, groups: int
 ) -> int:
-  """Bounds the masked tokens in each of `groups` equal runs of an update."""
-  upper = (jnp.asarray(strata(rows), jnp.float32) + 1) / rows
-  counts = num_masked(rates.rate(upper), jnp.full(rows, length))
-  return int(np.asarray(counts).reshape(groups, -1).sum(axis=1).max())
+  """Bounds the masked tokens in each of `groups` equal runs of an update.
+
+  Rates do not decrease in the uniforms, so between two offsets even rows have
+  at most what they have at the higher one, odd rows at the lower one.
+  """
+  edges = jnp.linspace(0, 1, _INTERVALS + 1)
+  offsets = jax.vmap(lambda offset: _offsets(offset, rows))(edges)
+  stratum = strata(rows).astype(np.float32)[None]
+  upper = (stratum + jnp.maximum(offsets[:-1], offsets[1:])) / rows
+  counts = num_masked(rates.rate(upper), jnp.full(upper.shape, length))
+  by_group = np.asarray(counts).reshape(_INTERVALS, groups, -1).sum(axis=-1)
+  return int(by_group.max())
 
 
 def corrupt(

@@ -2,12 +2,16 @@
 
 Unmasked positions never reach the vocabulary: the hidden states of the masked
 ones are gathered first, into a buffer whose size the stage's rates bound
-(`corruption.max_masked`), so the loss costs what is masked and a [B, L, V]
-array is never built. Rows are gathered within their own data shard, which
-costs no communication.
+(`corruption.max_masked`), so the loss costs what is masked. The buffer then
+goes through the vocabulary in chunks, each one's gradient computed along with
+its loss, so neither a [B, L, V] array nor all logits of the buffer are ever
+built. Rows are gathered within their own data shard, which costs no
+communication.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +21,15 @@ from jaxtyping import Array, Bool, Float, Int
 from mdm_jax.core.config import ObjectiveConfig
 from mdm_jax.core.sharding import BATCH_AXES
 
-Head = Callable[[Float[Array, "N D"]], Float[Array, "N V"]]
+# Parameters of the vocabulary projection and hidden states, to logits.
+Head = Callable[[Any, Float[Array, "N D"]], Float[Array, "N V"]]
+_Losses = Callable[[Any, Float[Array, "N D"], Int[Array, "N"]], Array]
+
+# A chunk has this many rows for each of the width, so that adding up the
+# projection's gradient is little beside computing it, and more where even
+# that is a small array.
+_ROWS_OF_WIDTH = 2
+_SMALL = 2**24  # logits
 
 
 def row_weights(
@@ -67,6 +79,7 @@ def cross_entropy(
 
 def masked_cross_entropy(
   head: Head,
+  params: Any,
   hidden: Float[Array, "B L D"],
   x0: Int[Array, "B L"],
   masked: Bool[Array, "B L"],
@@ -78,6 +91,7 @@ def masked_cross_entropy(
 
   Args:
     head: the vocabulary projection, to float32 logits.
+    params: of the head.
     hidden: the denoiser's output before the head.
     x0: clean tokens.
     masked: where the loss is.
@@ -86,18 +100,134 @@ def masked_cross_entropy(
     num_real: ids that can be targets.
     label_smoothing: see `cross_entropy`.
   """
+  losses = _losses(head, num_real, label_smoothing)
+  chunks = _chunks(capacity, hidden.shape[-1], num_real)
+  states, targets, position, slot = _pack_shards(
+    hidden, x0, masked, capacity, chunks
+  )
+  packed = jax.lax.map(lambda part: losses(params, *part), (states, targets))
+  rows = P(BATCH_AXES)
+  unpack = jax.shard_map(
+    _unpack, in_specs=(P(None, *rows), rows, rows, rows), out_specs=rows
+  )
+  return unpack(packed, masked, position, slot)
+
+
+def masked_loss(
+  head: Head,
+  params: Any,
+  hidden: Float[Array, "B L D"],
+  x0: Int[Array, "B L"],
+  masked: Bool[Array, "B L"],
+  weight: Float[Array, "B"],
+  capacity: int,
+  num_real: int,
+  label_smoothing: float = 0.0,
+) -> Float[Array, ""]:
+  """Returns the sum of weight * cross-entropy over the masked positions.
+
+  Equal to `(masked_cross_entropy(...).sum(1) * weight).sum()`, for training:
+  its gradient needs no logits of the forward pass.
+
+  Args:
+    head: as in `masked_cross_entropy`, and so are all others.
+    weight: of every masked token of a row.
+  """
+  losses = _losses(head, num_real, label_smoothing)
+  chunks = _chunks(capacity, hidden.shape[-1], num_real)
+  states, targets, position, _ = _pack_shards(
+    hidden, x0, masked, capacity, chunks
+  )
+  rows = P(BATCH_AXES)
+  weigh = jax.shard_map(
+    functools.partial(_pack_weights, chunks=chunks),
+    in_specs=(rows, rows, rows),
+    out_specs=P(None, *rows),
+  )
+  weights = weigh(weight, masked, position)
+  return _weighted_sum(losses, params, states, targets, weights)
+
+
+def _losses(head: Head, num_real: int, label_smoothing: float) -> _Losses:
+  def losses(params, states, targets):
+    logits = head(params, states)
+    return cross_entropy(logits, targets, num_real, label_smoothing)
+
+  return losses
+
+
+def _chunks(capacity: int, width: int, num_real: int) -> int:
+  """Returns how many chunks the buffer goes through the vocabulary in."""
+  rows = max(_ROWS_OF_WIDTH * width, _SMALL // num_real)
+  return -(-capacity // rows)
+
+
+# MARK: the sum, and its gradient along with it
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_sum(
+  losses: _Losses,
+  params: Any,
+  states: Float[Array, "C N D"],
+  targets: Int[Array, "C N"],
+  weights: Float[Array, "C N"],
+) -> Float[Array, ""]:
+  """Sums weights * losses over chunks.
+
+  The sum is linear in what comes back for it, so each chunk's gradient can be
+  computed where its logits are: they are not kept, nor computed again.
+  """
+
+  def chunk(total, part):
+    return total + _chunk_sum(losses, params, *part), None
+
+  return jax.lax.scan(chunk, 0.0, (states, targets, weights))[0]
+
+
+def _chunk_sum(losses, params, states, targets, weights):
+  return (weights * losses(params, states, targets)).sum()
+
+
+def _weighted_sum_forward(losses, params, states, targets, weights):
+  value_and_grad = jax.value_and_grad(
+    functools.partial(_chunk_sum, losses), argnums=(0, 1)
+  )
+
+  def chunk(carry, part):
+    total, by_params = carry
+    value, (more, by_states) = value_and_grad(params, *part)
+    by_params = jax.tree.map(jnp.add, by_params, more)
+    return (total + value, by_params), by_states
+
+  start = 0.0, jax.tree.map(jnp.zeros_like, params)
+  (total, by_params), by_states = jax.lax.scan(
+    chunk, start, (states, targets, weights)
+  )
+  return total, (by_params, by_states)
+
+
+def _weighted_sum_backward(losses, gradients, grad):
+  del losses
+  scale = lambda g: g * grad.astype(g.dtype)
+  return *jax.tree.map(scale, gradients), None, None
+
+
+_weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
+
+
+# MARK: the buffer
+
+
+def _pack_shards(hidden, x0, masked, capacity: int, chunks: int):
+  """Packs every data shard's masked positions, by itself."""
   rows = P(BATCH_AXES)
   pack = jax.shard_map(
-    lambda *shard: _pack(*shard, capacity=capacity),
+    functools.partial(_pack, capacity=capacity, chunks=chunks),
     in_specs=(rows, rows, rows),
-    out_specs=(rows, rows, rows, rows),
+    out_specs=(P(None, *rows), P(None, *rows), rows, rows),
   )
-  states, targets, position, slot = pack(hidden, x0, masked)
-  losses = cross_entropy(head(states), targets, num_real, label_smoothing)
-  unpack = jax.shard_map(
-    _unpack, in_specs=(rows, rows, rows, rows), out_specs=rows
-  )
-  return unpack(losses, masked, position, slot)
+  return pack(hidden, x0, masked)
 
 
 def _pack(
@@ -105,32 +235,50 @@ def _pack(
   x0: Int[Array, "B L"],
   masked: Bool[Array, "B L"],
   capacity: int,
+  chunks: int,
 ) -> tuple[
-  Float[Array, "N D"], Int[Array, "N"], Int[Array, "N"], Int[Array, "M"]
+  Float[Array, "C N D"], Int[Array, "C N"], Int[Array, "S"], Int[Array, "M"]
 ]:
   """Puts one shard's masked positions in the slots of a short buffer.
 
   Returns also which position fills each slot, and which slot each position
   fills; past the end for slots and positions that are left over.
   """
+  slots = -(-capacity // chunks) * chunks
   flat = masked.reshape(-1)
-  first = jnp.argsort(~flat, stable=True)[:capacity]  # faster than nonzero
-  position = jnp.where(flat[first], first, flat.size)
-  slot = jnp.where(flat, jnp.cumsum(flat) - 1, capacity)
+  first = jnp.argsort(~flat, stable=True)  # faster than nonzero
+  first = jnp.pad(first, (0, slots))[:slots]
+  filled = jnp.arange(slots) < flat.sum()
+  position = jnp.where(filled, first, flat.size)
+  slot = jnp.where(flat, jnp.cumsum(flat) - 1, slots)
   states = _move(hidden.reshape(flat.size, -1), position, slot)
   targets = x0.reshape(-1).at[position].get(mode="fill", fill_value=0)
-  return states, targets, position, slot
+  in_chunks = lambda x: x.reshape(chunks, -1, *x.shape[1:])
+  return in_chunks(states), in_chunks(targets), position, slot
+
+
+def _pack_weights(
+  weight: Float[Array, "B"],
+  masked: Bool[Array, "B L"],
+  position: Int[Array, "S"],
+  chunks: int,
+) -> Float[Array, "C N"]:
+  """Puts one shard's weights in the slots; NaN where there are too few."""
+  flat = jnp.broadcast_to(weight[:, None], masked.shape).reshape(-1)
+  weights = flat.at[position].get(mode="fill", fill_value=0)
+  overflow = masked.sum() > position.size
+  return jnp.where(overflow, jnp.nan, weights).reshape(chunks, -1)
 
 
 def _unpack(
-  losses: Float[Array, "N"],
+  losses: Float[Array, "C N"],
   masked: Bool[Array, "B L"],
-  position: Int[Array, "N"],
+  position: Int[Array, "S"],
   slot: Int[Array, "M"],
 ) -> Float[Array, "B L"]:
   """Puts one shard's losses back where they came from."""
-  placed = _move(losses, slot, position).reshape(masked.shape)
-  overflow = masked.sum() > losses.shape[0]
+  placed = _move(losses.reshape(-1), slot, position).reshape(masked.shape)
+  overflow = masked.sum() > position.size
   return jnp.where(overflow, jnp.nan, placed)
 
 

@@ -196,7 +196,8 @@ def _masked_ce(
   real = segments > 0
   corrupted = corruption.corrupt(keys(row, draw), tokens, real, rate, mask_id)
   losses = objective.masked_cross_entropy(
-    lambda h: denoiser.logits(params, h),
+    denoiser.logits,
+    params,
     denoiser.hidden(params, corrupted.xt, segments, rate),
     tokens,
     corrupted.masked,

@@ -18,13 +18,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.config import ModelConfig
 from mdm_jax.core.sharding import RULES
-from mdm_jax.model import layers
+from mdm_jax.model import attention, layers
 
 Params = dict[str, Any]
 
-_REMAT = {
-  "none": jax.checkpoint_policies.everything_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+# By what is kept for the backward pass; all else is computed again.
+_KEPT = {
+  "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -48,8 +48,8 @@ class _Context:
   """What every block needs beside the residual stream."""
 
   visible: Bool[Array, "B L L"]
-  cos: Float[Array, "B L half"]
-  sin: Float[Array, "B L half"]
+  cos: Float[Array, "B L K"]
+  sin: Float[Array, "B L K"]
   condition: Float[Array, "B D"] | None
   row_keys: Key[Array, "B"] | None
 
@@ -99,7 +99,7 @@ class Attention(nnx.Module):
       query, key = self.query_norm(query), self.key_norm(key)
     query = layers.rotate(query, context.cos, context.sin)
     key = layers.rotate(key, context.cos, context.sin)
-    mixed = layers.attend(
+    mixed = attention.attend(
       self.config.attention, query, key, value, context.visible
     )
     return layers.project(
@@ -127,9 +127,8 @@ class SwiGLU(nnx.Module):
     both = layers.project(
       "bld,dcf->blcf", x, self.gate_up, "batch", "length", None, "mlp"
     )
-    hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
     return layers.project(
-      "blf,fd->bld", hidden, self.down, "batch", "length", None
+      "blf,fd->bld", layers.swiglu(both), self.down, "batch", "length", None
     )
 
 
@@ -223,26 +222,12 @@ class Network(nnx.Module):
       block, index = layer
       return block(x, index, context), None
 
-    body = jax.checkpoint(
-      body, prevent_cse=False, policy=_REMAT[self.config.remat]
-    )
+    if self.config.remat != "none":
+      kept = _KEPT[self.config.remat]
+      body = jax.checkpoint(body, prevent_cse=False, policy=kept)
     index = jnp.arange(self.config.num_layers)
     x, _ = jax.lax.scan(body, x, (self.blocks, index))
     return x
-
-  def logits(self, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
-    """Projects to the vocabulary, in float32; see `Denoiser.logits`."""
-    head = self.embedding if self.config.tie_embeddings else self.head
-    h = self.final_norm(hidden)
-    logits = jnp.einsum(
-      "nd,vd->nv",
-      h,
-      head[...].astype(h.dtype),
-      preferred_element_type=jnp.float32,
-      out_sharding=RULES.spec("batch", "vocab"),
-    )
-    ids = jnp.arange(logits.shape[-1])[None]
-    return jnp.where(ids < self.num_real, logits, -jnp.inf)
 
   def _context(self, segments, rate, row_keys) -> _Context:
     size = self.config.embed_dim // self.config.num_heads
@@ -300,11 +285,31 @@ class Denoiser:
     """
     return self._bind(params).hidden(xt, segments, rate, row_keys)
 
+  def head(self, params: Params) -> Params:
+    """Returns the parameters that `logits` reads."""
+    table = "embedding" if self.config.tie_embeddings else "head"
+    return {name: params[name] for name in ("final_norm", table)}
+
   def logits(
     self, params: Params, hidden: Float[Array, "N D"]
   ) -> Float[Array, "N V"]:
-    """Returns float32 logits of any hidden states; -inf at unreal ids."""
-    return self._bind(params).logits(hidden)
+    """Returns float32 logits of any hidden states; -inf at unreal ids.
+
+    Args:
+      params: from `init`, or what `head` returns of them.
+      hidden: the last block's output, normed here.
+    """
+    table = params["embedding" if self.config.tie_embeddings else "head"]
+    h = layers.rms_norm(hidden, params["final_norm"]["scale"])
+    logits = jnp.einsum(
+      "nd,vd->nv",
+      h,
+      table.astype(h.dtype),
+      preferred_element_type=jnp.float32,
+      out_sharding=RULES.spec("batch", "vocab"),
+    )
+    ids = jnp.arange(logits.shape[-1])[None]
+    return jnp.where(ids < self.num_real, logits, -jnp.inf)
 
   def _build(self, key: Key[Array, ""]) -> Network:
     rngs = nnx.Rngs(key)

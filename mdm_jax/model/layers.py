@@ -5,10 +5,15 @@ heads and never cuts through one. Every contraction names its output sharding,
 as the Explicit mesh asks for.
 """
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from mdm_jax.core.sharding import RULES
 
@@ -38,23 +43,99 @@ def project(
   equation: str, x: Array, weight: nnx.Param, *axes: str | None
 ) -> Array:
   """Multiplies activations with a weight, in the activations' dtype."""
-  return jnp.einsum(
-    equation, x, weight[...].astype(x.dtype), out_sharding=RULES.spec(*axes)
+  y = _product(equation, RULES.spec(*axes), x, weight[...])
+  return checkpoint_name(y, "product")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(equation: str, spec: P, x: Array, weight: Array) -> Array:
+  """An einsum whose gradients are the einsums one would write by hand.
+
+  JAX's own ask for transposed results, which costs XLA's CPU backend as much
+  as the product. The weight's gradient is summed up in the weight's dtype.
+  """
+  return jnp.einsum(equation, x, weight.astype(x.dtype), out_sharding=spec)
+
+
+def _product_forward(equation, spec, x, weight):
+  return _product(equation, spec, x, weight), (x, weight)
+
+
+def _product_backward(equation, spec, residuals, grad):
+  del spec
+  x, weight = residuals
+  left, right, result = re.split(",|->", equation)
+  grad_x = jnp.einsum(
+    f"{result},{right}->{left}",
+    grad,
+    weight.astype(grad.dtype),
+    out_sharding=jax.typeof(x).sharding,
   )
+  factors = (left, x), (result, grad)
+  return grad_x, _weight_gradient(right, weight, *factors)
+
+
+def _weight_gradient(axes: str, weight: Array, left, right) -> Array:
+  """Returns the product of two named arrays that has the weight's axes."""
+  # XLA turns the first factor around: better the smaller one. The barrier
+  # keeps it from turning the other one after all.
+  first, second = (left, right)
+  if left[1].size > right[1].size:
+    first, second = right, left
+  order = sorted(axes, key=lambda axis: axis not in first[0])
+  split = dict(zip(axes, jax.typeof(weight).sharding.spec, strict=True))
+  grad = jnp.einsum(
+    f"{first[0]},{second[0]}->{''.join(order)}",
+    first[1],
+    second[1],
+    preferred_element_type=weight.dtype,
+    out_sharding=P(*(split[axis] for axis in order)),
+  )
+  if order == list(axes):
+    return grad
+  grad = jax.lax.optimization_barrier(grad)
+  return grad.transpose([order.index(axis) for axis in axes])
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate_up: Float[Array, "B L 2 F"]) -> Float[Array, "B L F"]:
+  """silu(gate) * up (arXiv 2002.05202); the gradient keeps its input only."""
+  gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
+  return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(gate_up, grad):
+  gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
+  share = jax.nn.sigmoid(gate)
+  grad_gate = grad * up * share * (1 + gate * (1 - share))
+  return (jnp.stack([grad_gate, grad * gate * share], axis=2),)
+
+
+swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _swiglu_backward)
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) * scale, with float32 statistics (arXiv 1910.07467)."""
+  """`rms_norm` with its scale, one to begin with."""
 
   def __init__(self, size: int):
     self.scale = nnx.Param(jnp.ones(size, jnp.float32))
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    normed = x32 * jax.lax.rsqrt(mean_square + 1e-6)
-    scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-    return (normed * scale).astype(x.dtype)
+    return rms_norm(x, self.scale[...])
+
+
+def rms_norm(
+  x: Float[Array, "*B D"], scale: Float[Array, "D"]
+) -> Float[Array, "*B D"]:
+  """x / rms(x) * scale, with float32 statistics (arXiv 1910.07467)."""
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+  normed = x32 * jax.lax.rsqrt(mean_square + 1e-6)
+  scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+  return (normed * scale).astype(x.dtype)
 
 
 def segment_positions(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
@@ -68,74 +149,29 @@ def segment_positions(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 def rotary(
   positions: Int[Array, "B L"], head_size: int, theta: float
-) -> tuple[Float[Array, "B L half"], Float[Array, "B L half"]]:
-  """Returns cos and sin of the rotary angles (arXiv 2104.09864)."""
+) -> tuple[Float[Array, "B L K"], Float[Array, "B L K"]]:
+  """Returns what `rotate` multiplies a head by, and its halves swapped.
+
+  The cosines and the signed sines of the rotary angles (arXiv 2104.09864).
+  """
   powers = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
   angles = (
     positions[..., None].astype(jnp.float32) * theta ** -powers[None, None]
   )
-  return jnp.cos(angles), jnp.sin(angles)
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  both = lambda left, right: jnp.concatenate([left, right], axis=-1)
+  return both(cos, cos), both(-sin, sin)
 
 
 def rotate(
   x: Float[Array, "B *H L K"],
-  cos: Float[Array, "B L half"],
-  sin: Float[Array, "B L half"],
+  cos: Float[Array, "B L K"],
+  sin: Float[Array, "B L K"],
 ) -> Float[Array, "B *H L K"]:
   """Turns the two halves of every head by the rotary angles."""
   heads = tuple(range(1, x.ndim - 2))
   cos, sin = (jnp.expand_dims(a, heads).astype(x.dtype) for a in (cos, sin))
-  left, right = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate(
-    [left * cos - right * sin, right * cos + left * sin], axis=-1
-  )
-
-
-def reference_attention(
-  query: Float[Array, "B G R L K"],
-  key: Float[Array, "B G L K"],
-  value: Float[Array, "B G L K"],
-  visible: Bool[Array, "B L L"],
-) -> Float[Array, "B G R L K"]:
-  """Attention by plain einsums, softmax in float32; G groups of R heads."""
-  scale = query.shape[-1] ** -0.5
-  scores = jnp.einsum("bgrlk,bgmk->bgrlm", query * scale, key)
-  scores = scores.astype(jnp.float32)
-  scores = jnp.where(visible[:, None, None], scores, -1e30)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return jnp.einsum("bgrlm,bgmk->bgrlk", weights, value)
-
-
-def fused_attention(
-  query: Float[Array, "B G R L K"],
-  key: Float[Array, "B G L K"],
-  value: Float[Array, "B G L K"],
-  visible: Bool[Array, "B L L"],
-) -> Float[Array, "B G R L K"]:
-  """The same through `jax.nn.dot_product_attention`."""
-  batch, groups, repeats, length, size = query.shape
-  heads = query.reshape(batch, groups * repeats, length, size)
-  result = jax.nn.dot_product_attention(
-    *(jnp.swapaxes(x, 1, 2) for x in (heads, key, value)),
-    mask=visible[:, None],
-  )
-  return jnp.swapaxes(result, 1, 2).reshape(query.shape)
-
-
-def attend(
-  implementation: str,
-  query: Float[Array, "B G R L K"],
-  key: Float[Array, "B G L K"],
-  value: Float[Array, "B G L K"],
-  visible: Bool[Array, "B L L"],
-) -> Float[Array, "B G R L K"]:
-  """Bidirectional attention where `visible`, by the configured means."""
-  if implementation == "auto":
-    # Measured: plain einsums win on the CPU.
-    on_cpu = jax.default_backend() == "cpu"
-    implementation = "reference" if on_cpu else "fused"
-  chosen = {"reference": reference_attention, "fused": fused_attention}
-  return chosen[implementation](query, key, value, visible)
+  return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
 
 def dropout(

@@ -66,16 +66,17 @@ def make_train_step(
     hidden = denoiser.hidden(
       params, task.corrupted.xt, task.segments, task.rate, task.dropout_keys
     )
-    losses = objective.masked_cross_entropy(
-      lambda h: denoiser.logits(params, h),
+    return objective.masked_loss(
+      denoiser.logits,
+      denoiser.head(params),
       hidden,
       task.x0,
       task.corrupted.masked,
+      task.weight,
       capacity,
       denoiser.num_real,
       config.objective.label_smoothing,
     )
-    return (losses.sum(axis=1) * task.weight).sum()
 
   def microbatch(carry, task: _Task):
     params, opt_state = carry

@@ -1,0 +1,128 @@
+"""Bidirectional attention: plain matrix products, or a fused kernel."""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+
+def attend(
+  implementation: str,
+  query: Float[Array, "B G R L K"],
+  key: Float[Array, "B G L K"],
+  value: Float[Array, "B G L K"],
+  visible: Bool[Array, "B L L"],
+) -> Float[Array, "B G R L K"]:
+  """Attends where `visible`, by the configured means; G groups of R heads."""
+  if implementation == "auto":
+    # Measured: plain products win on the CPU.
+    on_cpu = jax.default_backend() == "cpu"
+    implementation = "reference" if on_cpu else "fused"
+  if implementation == "reference":
+    return reference_attention(query, key, value, visible)
+  kernel = "cudnn" if implementation == "cudnn" else None
+  return fused_attention(query, key, value, visible, kernel)
+
+
+def fused_attention(
+  query: Float[Array, "B G R L K"],
+  key: Float[Array, "B G L K"],
+  value: Float[Array, "B G L K"],
+  visible: Bool[Array, "B L L"],
+  kernel: str | None = None,
+) -> Float[Array, "B G R L K"]:
+  """Attention through `jax.nn.dot_product_attention` (None: XLA's)."""
+  batch, groups, repeats, length, size = query.shape
+  heads = query.reshape(batch, groups * repeats, length, size)
+  result = jax.nn.dot_product_attention(
+    *(jnp.swapaxes(x, 1, 2) for x in (heads, key, value)),
+    mask=visible[:, None],
+    implementation=kernel,
+  )
+  return jnp.swapaxes(result, 1, 2).reshape(query.shape)
+
+
+def reference_attention(
+  query: Float[Array, "B G R L K"],
+  key: Float[Array, "B G L K"],
+  value: Float[Array, "B G L K"],
+  visible: Bool[Array, "B L L"],
+) -> Float[Array, "B G R L K"]:
+  """Attention by plain products, its softmax in float32.
+
+  The heads of a group stand below each other, as if they were one with R times
+  the queries: products of rank 4 are 1.7 times as fast on a CPU as of rank 5.
+  """
+  batch, groups, repeats, length, size = query.shape
+  below = query.reshape(batch, groups, repeats * length, size)
+  mixed = _attend(below, key, value, jnp.tile(visible, (1, repeats, 1)))
+  return mixed.reshape(query.shape)
+
+
+@jax.custom_vjp
+def _attend(
+  query: Float[Array, "B G N K"],
+  key: Float[Array, "B G L K"],
+  value: Float[Array, "B G L K"],
+  visible: Bool[Array, "B N L"],
+) -> Float[Array, "B G N K"]:
+  """Attends, and computes the weights again for the gradient.
+
+  Reading N x L weights a head back takes as long as computing them, and no
+  memory has to hold them for all layers (arXiv 2205.14135, appendix B.2).
+  """
+  return _attend_forward(query, key, value, visible)[0]
+
+
+def _attend_forward(query, key, value, visible):
+  scores = _scores(query, key, visible)
+  highest = scores.max(axis=-1, keepdims=True)
+  weights = jnp.exp(scores - highest)
+  total = weights.sum(axis=-1, keepdims=True)
+  mixed = jnp.einsum(
+    "bgnl,bglk->bgnk",
+    weights.astype(value.dtype),
+    value,
+    preferred_element_type=jnp.float32,
+  )
+  mixed = (mixed / total).astype(value.dtype)
+  log_total = highest + jnp.log(total)
+  mixed, log_total = checkpoint_name((mixed, log_total), "attention")
+  return mixed, (query, key, value, visible, mixed, log_total)
+
+
+def _attend_backward(residuals, grad):
+  query, key, value, visible, mixed, log_total = residuals
+  # A batch of one row is as split as any other, which einsum forgets.
+  like = lambda x: {"out_sharding": jax.typeof(x).sharding}
+  weights = jnp.exp(_scores(query, key, visible) - log_total)
+  grad_value = jnp.einsum(
+    "bgnl,bgnk->bglk", weights.astype(value.dtype), grad, **like(value)
+  )
+  grad_weights = jnp.einsum(
+    "bgnk,bglk->bgnl", grad, value, preferred_element_type=jnp.float32
+  )
+  # The softmax's own gradient: what every query's weights gain on average.
+  mean = (grad * mixed).astype(jnp.float32).sum(axis=-1, keepdims=True)
+  grad_scores = weights * (grad_weights - mean) * _scale(query)
+  grad_scores = grad_scores.astype(query.dtype)
+  grad_query = jnp.einsum("bgnl,bglk->bgnk", grad_scores, key, **like(query))
+  grad_key = jnp.einsum("bgnl,bgnk->bglk", grad_scores, query, **like(key))
+  return grad_query, grad_key, grad_value, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(query, key, visible) -> Float[Array, "B G N L"]:
+  scores = jnp.einsum(
+    "bgnk,bglk->bgnl",
+    query * _scale(query),
+    key,
+    preferred_element_type=jnp.float32,
+  )
+  return jnp.where(visible[:, None], scores, -1e30)
+
+
+def _scale(query) -> float:
+  return query.shape[-1] ** -0.5
