@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 
 from mdm_jax import sample
@@ -24,6 +25,7 @@ from mdm_jax.benchmarks import (
   flops,
   input,
   loop,
+  md4,
   parts,
   plain,
   sampler,
@@ -36,8 +38,9 @@ from mdm_jax.core import rng
 from mdm_jax.core.config import ModelConfig, ObjectiveConfig
 from mdm_jax.core.sharding import RULES
 from mdm_jax.diffusion import corruption, objective
+from mdm_jax.diffusion.noise import RateRange
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.training.state import init_state
+from mdm_jax.training.state import state_from
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = workload.PRESETS["tiny"]
@@ -79,26 +82,36 @@ def _product_flops(jaxpr, times=1):
 
 
 @pytest.mark.parametrize("rates", ["uniform", "stage_3"])
-@pytest.mark.parametrize("way", ["library", "plain"])
-def test_flops_are_those_of_the_program(mesh, way, rates):
+@pytest.mark.parametrize("name", train_step.WAYS)
+def test_flops_are_those_of_the_program(mesh, name, rates):
   work = _work(TWO_LAYERS, rates)
-  if way == "library":
-    step, state = train_step.library_step(work), work.trainer.abstract()
-    positions = work.head_positions
-  else:
-    step, optimizer = train_step.plain_step(work)
-    init = lambda key: init_state(work.trainer.denoiser, optimizer, key)
-    state = jax.eval_shape(init, jax.random.key(0))
-    positions = work.tokens
+  way = train_step.WAYS[name](work)
   count = flops.update_flops(
     work.config.model,
     TINY.batch,
     TINY.length,
-    positions,
-    work.trainer.denoiser.vocab_size,
+    way.head_positions,
+    way.vocab_size,
   )
-  program = jax.make_jaxpr(step)(state, work.batch)
+  more = _time_flops if name == "md4" else _scores_again_flops
+  count += more(TWO_LAYERS)
+  program = jax.make_jaxpr(way.step)(jax.eval_shape(way.init), work.batch)
   assert _product_flops(program.jaxpr) == count
+
+
+def _time_flops(preset):
+  """What MD4 makes of the time: an MLP, then 6 D a block and 2 D at the end."""
+  size = preset.embed_dim // preset.num_heads
+  modulation = size * (6 * preset.num_layers + 2) * preset.embed_dim
+  # The first product's input is no parameter's: it has no gradient.
+  products = 2 * 4 * size**2 + 3 * (4 * size**2 + modulation)
+  return preset.batch * 2 * products
+
+
+def _scores_again_flops(preset):
+  """What our attention's gradient computes again, and nobody counts as work."""
+  scores = 2 * preset.length**2 * preset.embed_dim
+  return preset.num_layers * preset.batch * scores
 
 
 def test_flops_by_hand():
@@ -113,10 +126,10 @@ def test_flops_by_hand():
 
 
 def test_all_rates_have_the_heads_positions(mesh):
-  # Row i of 8 loses at most the share that ends its stratum, of 16 tokens.
-  counts = [math.ceil((i + 1) / 8 * 16) for i in range(8)]
-  assert _work(TINY).head_positions == sum(counts)
-  assert _work(TINY, "stage_3").head_positions < sum(counts)
+  # Half of the tokens, and what rounding up can add to two mirrored rows.
+  half = TINY.batch * TINY.length // 2 + TINY.batch // 2
+  assert _work(TINY).head_positions == half
+  assert _work(TINY, "stage_3").head_positions < half
   strict = _work(TINY, "stage_3_strict").head_positions
   assert strict < _work(TINY, "stage_3").head_positions
 
@@ -139,12 +152,11 @@ def test_plain_loss_is_the_librarys_on_the_same_masks(any_mesh):
   config = ObjectiveConfig(weighting="nelbo")
 
   def library(params, hidden):
-    values = objective.masked_cross_entropy(
-      lambda h: denoiser.logits(params, h),
-      *(hidden, x0, masked, x0.size, denoiser.num_real),
-    )
     weight = objective.row_weights(config, masked, real, inverse_density)
-    return (values.sum(axis=1) * weight).sum()
+    return objective.masked_loss(
+      *(denoiser.logits, denoiser.head(params), hidden, x0, masked),
+      *(weight, x0.size, denoiser.num_real),
+    )
 
   def simple(params, hidden):
     values = plain.losses(denoiser, params, hidden, x0, masked)
@@ -175,14 +187,64 @@ def test_plain_weights_are_unbiased(mesh, rates):
 
 def test_plain_step_learns(mesh):
   work = _work(TINY)
-  step, optimizer = train_step.plain_step(work)
-  state = init_state(work.trainer.denoiser, optimizer, jax.random.key(0))
+  way = train_step.WAYS["plain"](work)
+  state = way.init()
   before = jax.device_get(state.params)
   for _ in range(2):
-    state, metrics = step(state, work.batch)
+    state, metrics = way.step(state, work.batch)
   assert math.isfinite(metrics["loss"]) and int(state.step) == 2
   changed = jax.tree.map(lambda a, b: (a != b).any(), before, state.params)
   assert all(jax.tree.leaves(changed))
+
+
+# MARK: MD4
+
+
+@pytest.mark.parametrize("preset", [TWO_LAYERS, workload.PRESETS["char"]])
+def test_md4_has_the_weights_that_are_counted(preset):
+  model, vocab = workload.make_config(preset).model, 29
+  params = jax.eval_shape(lambda: md4.init(jax.random.key(0), model, vocab))
+  size = lambda part: sum(x.size for x in jax.tree.leaves(part))
+  blocks = sum(
+    size(block) - size(block["modulation"]) for block in params["blocks"]
+  )
+  of_attention = 4 * model.num_layers * model.embed_dim  # has no weights
+  assert 2 * blocks == flops.trunk_flops(model, 1, 1) - of_attention
+  assert 2 * params["head"].size == flops.head_flops(model, 1, vocab)
+  assert len(params["embedding"]) == vocab + 1  # and the mask
+
+
+@pytest.mark.parametrize("rate, tolerance", [(1.0, 1e-5), (0.5, 0.1)])
+def test_md4_begins_with_any_token_as_likely_as_another(mesh, rate, tolerance):
+  """Whatever the rate, the bound is of all tokens; at 1 all are masked."""
+  model = workload.make_config(TWO_LAYERS).model
+  params = md4.init(jax.random.key(0), model, 29)
+  x0 = jax.random.randint(jax.random.key(1), (64, 64), 0, 29)
+  rates = RateRange(rate - 1e-6, rate)
+  loss = jax.jit(lambda key: md4.loss_fn(params, x0, model, rates, key))
+  mean = loss(jax.random.key(2)) * rates._density_inside()
+  np.testing.assert_allclose(mean, math.log(29), rtol=tolerance)
+
+
+def test_md4_overfits_a_batch(any_mesh):
+  """Every row repeats a token: what is left of it tells what is hidden."""
+  work = _work(TINY)
+  rows = np.broadcast_to(np.arange(8)[None, :, None], (1, 8, 16))
+  tokens = jax.device_put(rows, work.batch.tokens.sharding)
+  batch = dataclasses.replace(work.batch, tokens=tokens)
+  model = dataclasses.replace(work.config.model, dropout=0.02)
+  rates = RateRange(0.3, 0.5)
+  optimizer = optax.adamw(1e-2)
+  step = md4.make_train_step(model, optimizer, lambda _: 1e-2, rates)
+  state = state_from(md4.init(jax.random.key(0), model, 29), optimizer)
+  losses = []
+  for _ in range(40):
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0] / 10, losses
+  assert int(state.step) == 40
+  copies = [shard.data for shard in state.params["head"].addressable_shards]
+  assert all(np.array_equal(copy, copies[0]) for copy in copies)
 
 
 # MARK: timing
@@ -222,6 +284,18 @@ def test_memory_of_a_program(mesh):
   x = jnp.zeros(1000)
   assert timing.compiled(add, x, x).peak_bytes == 2 * 4000  # one is reused
   assert timing.process_peak_bytes() > 0
+
+
+def test_ratios_are_those_of_a_turn():
+  """The machine's pace changed between turns: no ratio of medians is 2."""
+  seconds = {"library": [1.0, 9.0, 2.0, 1.0], "md4": [2.0, 18.0, 4.0, 4.0]}
+  ours = {"temporary_bytes": 1, "peak_bytes": 30}
+  theirs = {"temporary_bytes": 4, "peak_bytes": 40}
+  result = {"library": ours, "md4": theirs}
+  compared = train_step._compare(result, seconds, "md4")
+  assert compared["md4_over_library"] == timing.spread([2.0, 2.0, 2.0, 4.0])
+  shares = {"temporary_bytes": 0.25, "peak_bytes": 0.75}
+  assert compared["memory_share_of_md4"] == shares
 
 
 # MARK: the programs
@@ -277,10 +351,9 @@ def test_a_turn_of_the_loop_is_the_runs_own(mesh):
     saved = []
     for _ in range(2):
       turn()
-      saved.append(turn._run.checkpoints.latest())
-    assert saved == [20, 40] and trainer.last == 50
-    assert int(trainer.state.step) == 50
-    logged = [line["step"] for line in turn._run.workdir.read_metrics()]
+      saved.append(turn.run.checkpoints.latest())
+    assert saved == [20, 40] and int(turn.state.step) == 50
+    logged = [line["step"] for line in turn.run.workdir.read_metrics()]
     assert logged == [20, 40]
 
 
@@ -338,17 +411,19 @@ def test_all_writes_a_table(tmp_path):
   results = json.loads(done.stdout.splitlines()[-1])
   assert results == json.loads((tmp_path / "benchmarks.json").read_text())
   assert not [r for r in results if "error" in r]
-  measured = results[0]["rates"]["uniform"]
-  assert measured["tokens"] == 128 and measured["head_positions"] == 72
-  for way in ("library", "plain"):
-    numbers = measured[way]
-    positive = "tokens_per_second", "mfu", "temporary_bytes", "first_loss"
-    assert all(numbers[key] > 0 for key in positive)
-    # At first any token is as likely as another: log 29, and some noise.
-    assert numbers["first_loss"] < 3 * math.log(29)
   table = (tmp_path / "benchmarks.md").read_text()
-  assert "| uniform: times as fast as plain |" in table
-  assert table.count("\n| train_step --preset=tiny") == 12
+  for result, other in zip(results, train_step.OTHERS, strict=False):
+    measured = result["rates"]["uniform"]
+    assert measured["tokens"] == 128 and measured["head_positions"] == 68
+    for way in ("library", other):
+      numbers = measured[way]
+      positive = "tokens_per_second", "mfu", "temporary_bytes", "first_loss"
+      assert all(numbers[key] > 0 for key in positive)
+      # At first any token is as likely as another: log 29, and some noise.
+      assert numbers["first_loss"] < 3 * math.log(29)
+    assert f"| uniform: times as fast as {other} |" in table
+    assert f"| uniform: peak memory, share of {other}'s |" in table
+  assert table.count("\n| train_step --preset=tiny") == 2 * 16
 
 
 def test_a_failure_is_in_the_table():

@@ -23,12 +23,15 @@ from mdm_jax.core.progress import console
 
 Command = tuple[str, ...]
 
-_AGAINST = "--against=plain"
+_PLAIN = "--against=plain"
+_MD4 = "--against=md4"
 SUITES: dict[str, tuple[Command, ...]] = {
   "cpu": (
-    ("train_step", "--preset=char", _AGAINST),
-    ("train_step", "--preset=bpe", _AGAINST),
-    ("train_step", "--preset=gpt2", _AGAINST, "--repeats=3"),
+    ("train_step", "--preset=char", _PLAIN),
+    ("train_step", "--preset=bpe", _PLAIN),
+    ("train_step", "--preset=gpt2", _PLAIN, "--repeats=3"),
+    ("train_step", "--preset=char", _MD4),
+    ("train_step", "--preset=bpe", _MD4),
     ("compile_time", "--preset=bpe"),
     ("input", "--preset=char"),
     ("input", "--preset=gpt2", "--batch=64", "--nosteps"),
@@ -38,10 +41,12 @@ SUITES: dict[str, tuple[Command, ...]] = {
     ("sampler", "--preset=small_vocab"),
   ),
   "accelerator": (
-    ("train_step", "--preset=char", _AGAINST),
-    ("train_step", "--preset=bpe", _AGAINST),
-    ("train_step", "--preset=gpt2", "--batch=64", _AGAINST),
-    ("train_step", "--preset=medium", "--batch=16", _AGAINST),
+    ("train_step", "--preset=char", _PLAIN),
+    ("train_step", "--preset=bpe", _PLAIN),
+    ("train_step", "--preset=gpt2", "--batch=64", _PLAIN),
+    ("train_step", "--preset=medium", "--batch=16", _PLAIN),
+    ("train_step", "--preset=char", _MD4),
+    ("train_step", "--preset=gpt2", "--batch=32", _MD4),
     (
       *("train_step", "--preset=medium", "--batch=16", "--rates=uniform"),
       "--attention=reference",
@@ -58,9 +63,9 @@ SUITES: dict[str, tuple[Command, ...]] = {
     ("sampler", "--preset=accelerator_one_text"),
   ),
   "tiny": (
-    (
-      *("train_step", "--preset=tiny", "--rates=uniform", _AGAINST),
-      "--repeats=2",
+    *(
+      ("train_step", "--preset=tiny", "--rates=uniform", other, "--repeats=2")
+      for other in (_PLAIN, _MD4)
     ),
     ("input", "--preset=tiny", "--rows=100", "--repeats=2", "--nosteps"),
   ),

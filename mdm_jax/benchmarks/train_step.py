@@ -1,16 +1,23 @@
-"""How fast an update is, beside the machine's ceiling and a plain one.
+"""How fast an update is, beside the machine's ceiling and another one.
 
   python -m mdm_jax.benchmarks.train_step --preset=char --json
   python -m mdm_jax.benchmarks.train_step --preset=gpt2 --against=plain
+  python -m mdm_jax.benchmarks.train_step --preset=char --against=md4
 
-For every distribution of mask rates, the library's own train step, the plain
-one (`plain.py`) and a few matrix products are timed in turn, over and over:
+For every distribution of mask rates, the library's own train step, one to
+compare with and a few matrix products are timed in turn, over and over:
 
 library   corruption, denoiser, loss at masked positions, optimizer, metrics
-plain     the same objective with every position's logits, one-hot, AdamW
+plain     the same blocks and objective with every position's logits, one-hot,
+          AdamW (`plain.py`)
+md4       MD4's own blocks too, in float32 whatever the preset says (`md4.py`)
 matmul    the machine's ceiling in the blocks' dtype
 mfu       counted FLOP/s (`flops.py`) over the ceiling; the head is counted for
           the positions that go through it, which is what is computed
+
+How many times as fast the library is, is the median of the turns' ratios: the
+two of a turn are timed one right after the other. Dropout is off; with
+--dropout the library's blocks and MD4's have it, the plain step never.
 
 Memory is XLA's plan of each program. `process_peak_bytes` is the process's
 after the library's first update: where there are several rates, only that of
@@ -22,7 +29,7 @@ With --parts also: trunk, head and optimizer, each by itself (`parts.py`).
 import dataclasses
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,16 +37,34 @@ from absl import app, flags
 from rich import box
 from rich.table import Table
 
-from mdm_jax.benchmarks import flops, parts, plain, timing, workload
+from mdm_jax.benchmarks import flops, md4, parts, plain, timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, RATES, Preset, Work
-from mdm_jax.core.config import MeshConfig, ModelConfig
+from mdm_jax.core.config import Config, MeshConfig, ModelConfig
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import make_mesh
 from mdm_jax.model.denoiser import compute_dtype
 from mdm_jax.training import step
-from mdm_jax.training.state import init_state
+from mdm_jax.training.state import TrainState, init_state, state_from
 
 _TURN = 0.2  # seconds
+_MEMORY = {"temporary_bytes": "temporary", "peak_bytes": "peak"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+  """One way to train.
+
+  Attributes:
+    step: the jitted update.
+    init: returns a fresh state.
+    head_positions: that go through the head in an update.
+    vocab_size: the head's.
+  """
+
+  step: Any
+  init: Callable[[], TrainState]
+  head_positions: int
+  vocab_size: int
 
 
 class _Stepper:
@@ -69,14 +94,39 @@ def library_step(work: Work) -> Any:
   )
 
 
-def plain_step(work: Work) -> tuple[Any, Any]:
-  """Returns the plain update and its optimizer."""
+def _library(work: Work) -> Way:
   trainer = work.trainer
-  optimizer = plain.make_optimizer(trainer.schedule)
-  function = plain.make_train_step(
-    trainer.denoiser, optimizer, trainer.schedule, work.rates, work.mask_id
+  vocab_size = trainer.denoiser.vocab_size
+  return Way(library_step(work), trainer.init, work.head_positions, vocab_size)
+
+
+def _plain(work: Work) -> Way:
+  trainer = work.trainer
+  denoiser, schedule = trainer.denoiser, trainer.schedule
+  optimizer = plain.make_optimizer(schedule)
+  update = plain.make_train_step(
+    denoiser, optimizer, schedule, work.rates, work.mask_id
   )
-  return function, optimizer
+  init = lambda: init_state(denoiser, optimizer, jax.random.key(0))
+  return Way(update, init, work.tokens, denoiser.vocab_size)
+
+
+def _md4(work: Work) -> Way:
+  model, schedule = work.config.model, work.trainer.schedule
+  vocab_size = work.trainer.denoiser.num_real
+  optimizer = plain.make_optimizer(schedule)
+  update = md4.make_train_step(model, optimizer, schedule, work.rates)
+  fresh = jax.jit(lambda: md4.init(jax.random.key(0), model, vocab_size))
+  init = lambda: state_from(fresh(), optimizer)
+  return Way(update, init, work.tokens, vocab_size)
+
+
+WAYS: dict[str, Callable[[Work], Way]] = {
+  "library": _library,
+  "plain": _plain,
+  "md4": _md4,
+}
+OTHERS = [name for name in WAYS if name != "library"]
 
 
 def measure(
@@ -85,39 +135,52 @@ def measure(
   against: str = "none",
   repeats: int = 10,
   with_parts: bool = False,
+  dropout: float = 0.0,
 ) -> dict[str, Any]:
   """Returns all numbers, for every distribution of mask rates.
 
   Args:
     preset: model and batch.
     rates: names in `workload.RATES`.
-    against: `plain` to time the plain implementation in the same turns.
+    against: what of `OTHERS` to time in the same turns, or `none`.
     repeats: turns.
     with_parts: whether to time what a step is made of, too.
+    dropout: of the library's blocks and of MD4's.
   """
   results = {
     "facts": timing.facts(),
     "preset": dataclasses.asdict(preset),
+    "dropout": dropout,
     "rates": {
-      name: _measure(preset, name, against, repeats, with_parts)
+      name: _measure(
+        preset,
+        _with_dropout(workload.make_config(preset, name), dropout),
+        *(against, repeats, with_parts),
+      )
       for name in rates
     },
   }
   return results | {"headline": _headline(results)}
 
 
+def _with_dropout(config: Config, rate: float) -> Config:
+  model = dataclasses.replace(config.model, dropout=rate)
+  return dataclasses.replace(config, model=model)
+
+
 def _measure(
-  preset: Preset, rates: str, against: str, repeats: int, with_parts: bool
+  preset: Preset, config: Config, against: str, repeats: int, with_parts: bool
 ) -> dict[str, Any]:
-  config = workload.make_config(preset, rates)
   data = workload.make_data(preset, workload.make_rows(preset))
   mesh = jax.sharding.get_mesh()
   work = workload.make_work(config, data, mesh)
-  steppers = {"library": _library(work)}
+  ways = {"library": WAYS["library"](work)}
+  steppers = {"library": _stepper(ways["library"], work)}
   jax.block_until_ready(steppers["library"]())
   peak = timing.process_peak_bytes()  # before there is anything else
-  if against == "plain":
-    steppers["plain"] = _plain(work)
+  if against != "none":
+    ways[against] = WAYS[against](work)
+    steppers[against] = _stepper(ways[against], work)
   dtype = compute_dtype(config.model)
   products = timing.matmuls(dtype)
   pieces = parts.make_parts(work, against) if with_parts else {}
@@ -136,36 +199,38 @@ def _measure(
     "process_peak_bytes": peak,
     "parts": {name: timing.spread(seconds[name]) for name in pieces},
   }
-  for name, stepper in steppers.items():
-    positions = work.head_positions if name == "library" else work.tokens
-    result[name] = _numbers(work, stepper, seconds[name], positions, ceiling)
-  if against == "plain":
-    result["plain_over_library"] = (
-      result["plain"]["seconds"]["median"]
-      / result["library"]["seconds"]["median"]
-    )
+  for name, way in ways.items():
+    result[name] = _numbers(work, way, steppers[name], seconds[name], ceiling)
+  if against != "none":
+    result |= _compare(result, seconds, against)
   return result
 
 
-def _library(work: Work) -> _Stepper:
-  state = work.trainer.init()
-  program = timing.compiled(library_step(work), state, work.batch)
+def _stepper(way: Way, work: Work) -> _Stepper:
+  state = way.init()
+  program = timing.compiled(way.step, state, work.batch)
   return _Stepper(program, state, work.batch)
 
 
-def _plain(work: Work) -> _Stepper:
-  function, optimizer = plain_step(work)
-  key = jax.random.key(0)
-  state = init_state(work.trainer.denoiser, optimizer, key)
-  program = timing.compiled(function, state, work.batch)
-  return _Stepper(program, state, work.batch)
+def _compare(
+  result: dict[str, Any], seconds: dict[str, list[float]], other: str
+) -> dict[str, Any]:
+  """Returns the turns' ratios of seconds, and the shares of memory."""
+  pairs = zip(seconds[other], seconds["library"], strict=True)
+  ours, theirs = result["library"], result[other]
+  return {
+    f"{other}_over_library": timing.spread([b / a for b, a in pairs]),
+    f"memory_share_of_{other}": {
+      name: ours[name] / theirs[name] for name in _MEMORY
+    },
+  }
 
 
 def _numbers(
   work: Work,
+  way: Way,
   stepper: _Stepper,
   seconds: list[float],
-  positions: int,
   ceiling: dict[str, Any],
 ) -> dict[str, Any]:
   config = work.config
@@ -173,8 +238,8 @@ def _numbers(
     config.model,
     config.rows_per_update,
     config.stages[0].length,
-    positions,
-    work.trainer.denoiser.vocab_size,
+    way.head_positions,
+    way.vocab_size,
   )
   times = timing.spread(seconds)
   achieved = count / times["median"]
@@ -193,9 +258,7 @@ def _numbers(
 def _headline(results: dict[str, Any]) -> dict[str, float]:
   lines = {}
   for rates, measured in results["rates"].items():
-    for name in ("library", "plain"):
-      if name not in measured:
-        continue
+    for name in _measured(measured):
       numbers = measured[name]
       lines |= {
         f"{rates}, {name}: tokens/s": numbers["tokens_per_second"],
@@ -204,12 +267,23 @@ def _headline(results: dict[str, Any]) -> dict[str, float]:
         f"{rates}, {name}: MiB temporary": numbers["temporary_bytes"] / 2**20,
         f"{rates}, {name}: s to compile": numbers["compile_seconds"],
       }
-    if "plain_over_library" in measured:
-      ratio = measured["plain_over_library"]
-      lines[f"{rates}: times as fast as plain"] = ratio
+    for name in _measured(measured)[1:]:
+      ratio = measured[f"{name}_over_library"]
+      lines |= {
+        f"{rates}: times as fast as {name}": ratio["median"],
+        f"{rates}: times as fast as {name}, lower quartile": ratio["low"],
+        f"{rates}: times as fast as {name}, upper quartile": ratio["high"],
+      }
+      for key, share in measured[f"memory_share_of_{name}"].items():
+        lines[f"{rates}: {_MEMORY[key]} memory, share of {name}'s"] = share
     ceiling = measured["ceiling"]["flops_per_second"]
     lines[f"{rates}: ceiling, GFLOP/s a device"] = ceiling / 1e9
   return lines
+
+
+def _measured(measured: dict[str, Any]) -> list[str]:
+  """Returns the ways that were timed, the library first."""
+  return [name for name in WAYS if name in measured]
 
 
 # MARK: printing
@@ -227,15 +301,23 @@ def _show(name: str, results: dict[str, Any]) -> None:
     columns = "ms a step", "quartiles", "tokens/s", "mfu", "temp MiB", "compile"
     for column in columns:
       table.add_column(column, justify="right")
-    for way in ("library", "plain"):
-      if way in measured:
-        table.add_row(way, *_cells(measured[way]))
+    for way in _measured(measured):
+      table.add_row(way, *_cells(measured[way]))
     for part, times in measured["parts"].items():
       table.add_row(part, *_times(times))
     console.print(table)
-    if "plain_over_library" in measured:
-      ratio = measured["plain_over_library"]
-      console.print(f"{ratio:.2f} times as fast as plain")
+    for way in _measured(measured)[1:]:
+      ratio = measured[f"{way}_over_library"]
+      share = measured[f"memory_share_of_{way}"]
+      console.print(
+        f"{ratio['median']:.2f} times as fast as {way}"
+        f" ({ratio['low']:.2f} - {ratio['high']:.2f})",
+        *(
+          f"{share[key]:.1%} of its {name} memory"
+          for key, name in _MEMORY.items()
+        ),
+        sep=", ",
+      )
 
 
 def _times(times: dict[str, float]) -> tuple[str, str]:
@@ -263,7 +345,8 @@ def main(_: list[str]) -> None:
       preset = dataclasses.replace(preset, **{name: values[name].value})
   with jax.set_mesh(make_mesh(MeshConfig())):
     results = measure(
-      preset, values.rates, values.against, values.repeats, values.parts
+      *(preset, values.rates, values.against, values.repeats, values.parts),
+      dropout=values.dropout,
     )
   _show(values.preset, results)
   if values.json:
@@ -276,7 +359,7 @@ def _define_flags() -> None:
     "rates", ["uniform", "stage_3"], list(RATES), "Which mask rates."
   )
   flags.DEFINE_enum(
-    "against", "none", ["none", "plain"], "What to compare with."
+    "against", "none", ["none", *OTHERS], "What to compare with."
   )
   flags.DEFINE_integer("repeats", 10, "Turns.", 1)
   flags.DEFINE_bool("parts", False, "Time what a step is made of, too.")
@@ -284,6 +367,7 @@ def _define_flags() -> None:
   for name in ("dtype", "attention", "remat"):
     choices = typing.get_args(typing.get_type_hints(ModelConfig)[name])
     flags.DEFINE_enum(name, None, choices, f"In place of the preset's {name}.")
+  flags.DEFINE_float("dropout", 0.0, "Of the library and of md4.", 0.0, 0.99)
   flags.DEFINE_bool("json", False, "Print JSON on the last line.")
 
 
