@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from mdm_jax.core.config import Config, DataConfig, OptimizerConfig, StageConfig
@@ -132,20 +131,3 @@ def test_gradients_are_clipped_by_global_norm_before_adam():
   clipped = 1 / np.sqrt(14)  # 14 equal entries of norm 1
   want = -clipped / (clipped + 1)
   np.testing.assert_allclose(updates["embedding"], want, rtol=1e-5)
-
-
-def test_accumulation_applies_the_mean_gradient_once():
-  config = OptimizerConfig(accumulation=2)
-  optimizer = make_optimizer(config, lambda _: 0.1)
-  plain = make_optimizer(OptimizerConfig(), lambda _: 0.1)
-  g1 = jax.tree.map(lambda p: p * 0.01, PARAMS)
-  g2 = jax.tree.map(lambda p: p * 0.03, PARAMS)
-  state = optimizer.init(PARAMS)
-  updates, state = optimizer.update(g1, state, PARAMS)
-  assert optax.tree.norm(updates) == 0
-  updates, _ = optimizer.update(g2, state, PARAMS)
-  mean = jax.tree.map(lambda a, b: (a + b) / 2, g1, g2)
-  want, _ = plain.update(mean, plain.init(PARAMS), PARAMS)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, want
-  )

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import make_mesh
 
@@ -235,14 +236,9 @@ def test_moments_carry_the_parameters_sharding():
     run = make()
     state, _ = run.train(run.init(), 0, 1)
     specs = jax.tree.map(lambda p: p.sharding.spec, state.params)
-    adam = state.opt_state.inner_opt_state[1][0]
-    for moments in (
-      adam.mu,
-      adam.nu,
-      state.opt_state.acc_grads,
-      state.ema_params,
-    ):
-      assert jax.tree.map(lambda p: p.sharding.spec, moments) == specs
+    moments = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))
+    for tree in (*moments, state.ema_params):
+      assert jax.tree.map(lambda p: p.sharding.spec, tree) == specs
     assert specs["embedding"] == jax.P("tensor", "fsdp")
 
 
@@ -297,18 +293,31 @@ def test_a_checkpoint_of_another_model_is_refused(mesh, tmp_path):
 
 
 def test_an_update_that_is_not_finite_is_not_applied(mesh):
+  """To Adam's moments it is one without a gradient."""
   run = Run(CONFIG, mesh)
-  state = run.init()
-  poisoned = jax.tree.map(jnp.copy, state.params)
-  poisoned["final_norm"]["scale"] = (
-    poisoned["final_norm"]["scale"].at[0].set(jnp.inf)
-  )
+  state, _ = run.train(run.init(), 0, 1)
+  sane = jax.device_get(state.params["final_norm"]["scale"])
+  huge = jnp.full_like(state.params["final_norm"]["scale"], 3e38)
+  poisoned = state.params | {"final_norm": {"scale": huge}}
   state = dataclasses.replace(state, params=poisoned)
   before = jax.device_get(state)
-  after, metrics = run.step(state, run.batch(0))
-  assert metrics["skipped"] == 1 and int(after.step) == 1
-  same = lambda s: (s.params, s.ema_params, s.opt_state)
-  assert_trees_equal(same(after), same(before))
+  after, metrics = run.step(state, run.batch(1))
+  assert not np.isfinite(metrics["loss"])
+  assert metrics["skipped"] == 1 and int(after.step) == 2
+  assert metrics["update_norm"] == 0
+  assert_trees_equal(after.params, before.params)
+  assert_trees_equal(after.ema_params, before.ema_params)
+  moments = lambda s: optax.tree.get(s.opt_state, "mu")
+  decayed = jax.tree.map(lambda m: CONFIG.optimizer.b1 * m, moments(before))
+  assert_trees_close(moments(after), decayed, rtol=1e-6)
+  # And the next one is as good as ever.
+  healed = after.params | {"final_norm": {"scale": jnp.asarray(sane)}}
+  after, metrics = run.step(
+    dataclasses.replace(after, params=healed), run.batch(2)
+  )
+  assert metrics["skipped"] == 0
+  leaves = jax.tree.leaves((after.params, after.opt_state))
+  assert all(np.isfinite(x).all() for x in leaves)
 
 
 def test_averaged_parameters_follow_the_parameters(mesh):

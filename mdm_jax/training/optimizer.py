@@ -74,8 +74,8 @@ def decay_mask(params: dict) -> dict:
 def make_optimizer(
   config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """Returns clip -> AdamW, averaged over `accumulation` microbatches."""
-  inner = optax.chain(
+  """Returns clip -> AdamW, for the gradient of a whole update."""
+  return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.adamw(
       schedule,
@@ -86,8 +86,3 @@ def make_optimizer(
       mask=decay_mask,
     ),
   )
-  if config.accumulation == 1:
-    return inner
-  return optax.MultiSteps(
-    inner, every_k_schedule=config.accumulation
-  ).gradient_transformation()

@@ -1,11 +1,12 @@
 """One optimizer update, jitted once a stage.
 
-corrupt all rows -> for each microbatch: denoiser, objective, gradient,
-optimizer (averaging inside optax.MultiSteps) -> average the parameters
+corrupt all rows -> for each microbatch: denoiser, objective, gradient
+-> optimizer with the sum of the gradients -> average the parameters
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,38 +79,50 @@ def make_train_step(
       config.objective.label_smoothing,
     )
 
-  def microbatch(carry, task: _Task):
-    params, opt_state = carry
-    loss, grads = jax.value_and_grad(loss_fn)(params, task)
-    # MultiSteps averages; the weights ask for the sum.
-    grads = jax.tree.map(lambda g: g * config.optimizer.accumulation, grads)
-    grad_norm = optax.tree.norm(_mean_gradient(opt_state, grads))
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return (params, opt_state), (loss, grad_norm)
-
   @jax.jit(donate_argnums=0)
   def train_step(state: TrainState, batch: Batch):
     tasks = _make_tasks(config, rates, mask_id, state.step, batch)
-    (params, opt_state), (losses, grad_norms) = jax.lax.scan(
-      microbatch, (state.params, state.opt_state), tasks
+    loss, grads = _sum_over_microbatches(
+      lambda task: jax.value_and_grad(loss_fn)(state.params, task),
+      tasks,
+      like=(jnp.zeros(()), state.params),
     )
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(
+      _zero_unless(finite, grads), state.opt_state, state.params
+    )
+    updates = _zero_unless(finite, updates)
+    params = optax.apply_updates(state.params, updates)
     decay = _ema_decay(config.optimizer.ema_decay, state.step)
+    share = jnp.where(finite, 1 - decay, 0.0)
     new = TrainState(
       step=state.step + 1,
       params=params,
-      ema_params=optax.incremental_update(params, state.ema_params, 1 - decay),
+      ema_params=optax.incremental_update(params, state.ema_params, share),
       opt_state=opt_state,
     )
-    # The last norm is that of the update's mean gradient.
-    finite = jnp.isfinite(losses.sum()) & jnp.isfinite(grad_norms[-1])
-    metrics = _metrics(state, new, tasks, finite)
-    metrics["loss"] = losses.sum()
-    metrics["grad_norm"] = grad_norms[-1]
-    metrics["learning_rate"] = schedule(state.step)
-    return _keep_if(finite, new, state), metrics
+    metrics = {
+      "loss": loss,
+      "grad_norm": grad_norm,
+      "param_norm": optax.tree.norm(params),
+      "update_norm": optax.tree.norm(updates),
+      "learning_rate": schedule(state.step),
+      "skipped": 1.0 - finite.astype(jnp.float32),
+    }
+    return new, metrics | _token_counts(tasks)
 
   return train_step
+
+
+def _sum_over_microbatches(function: Callable, tasks: _Task, like: Any) -> Any:
+  """Adds up what a function returns for every microbatch, one at a time."""
+
+  def add(total, task):
+    return jax.tree.map(jnp.add, total, function(task)), None
+
+  start = jax.tree.map(jnp.zeros_like, like)
+  return jax.lax.scan(add, start, tasks)[0]
 
 
 def _make_tasks(config, rates, mask_id, step, batch: Batch) -> _Task:
@@ -144,32 +157,20 @@ def _ema_decay(longest: float, step: Int[Array, ""]) -> Float[Array, ""]:
   return jnp.minimum(longest, (1 + step) / (10 + step))
 
 
-def _mean_gradient(opt_state, grads: Params) -> Params:
-  """The mean over the microbatches so far, this one included."""
-  if not isinstance(opt_state, optax.MultiStepsState):
-    return grads
-  count = (opt_state.mini_step + 1).astype(jnp.float32)
-  return jax.tree.map(
-    lambda mean, g: mean + (g - mean) / count, opt_state.acc_grads, grads
-  )
+def _zero_unless(finite: Bool[Array, ""], tree: Params) -> Params:
+  """Keeps a tree, or puts zeros in its place.
+
+  Around the optimizer, an update that is not finite moves no parameter, and is
+  to Adam's moments one whose gradient was zero. Choosing between the old and
+  the new state instead would need both in memory, and time to copy one.
+  """
+  return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), tree)
 
 
-def _metrics(state, new, tasks: _Task, finite) -> Metrics:
-  change = jax.tree.map(jnp.subtract, new.params, state.params)
+def _token_counts(tasks: _Task) -> Metrics:
   real = (tasks.segments > 0).sum()
   masked = tasks.corrupted.masked.sum()
   return {
     "mask_rate": masked / jnp.maximum(real, 1),
     "tokens": real.astype(jnp.float32),
-    "param_norm": optax.tree.norm(new.params),
-    "update_norm": optax.tree.norm(change),
-    "skipped": 1.0 - finite.astype(jnp.float32),
   }
-
-
-def _keep_if(
-  finite: Bool[Array, ""], new: TrainState, old: TrainState
-) -> TrainState:
-  """Takes the new state only if finite; the step counts on either way."""
-  kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-  return dataclasses.replace(kept, step=new.step)
