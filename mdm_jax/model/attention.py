@@ -75,6 +75,7 @@ def _attend(
 
 
 def _attend_forward(query, key, value, visible):
+  # Shardings are named: einsum forgets that of a batch of one row.
   scores = _scores(query, key, visible)
   highest = scores.max(axis=-1, keepdims=True)
   weights = jnp.exp(scores - highest)
@@ -84,6 +85,7 @@ def _attend_forward(query, key, value, visible):
     weights.astype(value.dtype),
     value,
     preferred_element_type=jnp.float32,
+    out_sharding=jax.typeof(query).sharding,
   )
   mixed = (mixed / total).astype(value.dtype)
   log_total = highest + jnp.log(total)
@@ -93,7 +95,6 @@ def _attend_forward(query, key, value, visible):
 
 def _attend_backward(residuals, grad):
   query, key, value, visible, mixed, log_total = residuals
-  # A batch of one row is as split as any other, which einsum forgets.
   like = lambda x: {"out_sharding": jax.typeof(x).sharding}
   weights = jnp.exp(_scores(query, key, visible) - log_total)
   grad_value = jnp.einsum(

@@ -101,20 +101,24 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp
-def swiglu(gate_up: Float[Array, "B L 2 F"]) -> Float[Array, "B L F"]:
-  """silu(gate) * up (arXiv 2002.05202); the gradient keeps its input only."""
-  gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
+def swiglu(
+  gate: Float[Array, "B L F"], up: Float[Array, "B L F"]
+) -> Float[Array, "B L F"]:
+  """silu(gate) * up (arXiv 2002.05202); its gradient keeps the two alone."""
   return jax.nn.silu(gate) * up
 
 
-def _swiglu_backward(gate_up, grad):
-  gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
+def _swiglu_forward(gate, up):
+  return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(residuals, grad):
+  gate, up = residuals
   share = jax.nn.sigmoid(gate)
-  grad_gate = grad * up * share * (1 + gate * (1 - share))
-  return (jnp.stack([grad_gate, grad * gate * share], axis=2),)
+  return grad * up * share * (1 + gate * (1 - share)), grad * gate * share
 
 
-swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _swiglu_backward)
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class RMSNorm(nnx.Module):
