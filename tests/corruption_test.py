@@ -108,19 +108,30 @@ def test_uniform_rates_mask_half_of_every_group_of_rows(groups):
   assert half <= bound <= half + spare
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("groups", [1, 2, 4, 16])
 @pytest.mark.parametrize(
   "rates",
   [noise.RateRange(0.05, 0.2, 0.25), noise.ScheduledRates(noise.Cosine())],
 )
 def test_bound_on_masked_tokens_holds_and_is_near(rates, groups):
-  bound = corruption.max_masked(rates, 16, 64, groups)
+  bound = corruption.max_masked(rates, 16, 640, groups)
+  offsets = jnp.append(jnp.linspace(0.001, 1, 200), 0.5)
+  stratum = corruption.strata(16).astype(np.float32)
   most = 0
-  for update in range(200):
-    u = corruption.stratified_uniforms(rng.stream(0, "rate", update), 16)
-    counts = corruption.num_masked(rates.rate(u), jnp.full(16, 64))
+  for offset in offsets:
+    u = (stratum + corruption._offsets(offset, 16)) / 16
+    counts = corruption.num_masked(rates.rate(u), jnp.full(16, 640))
     most = max(most, int(counts.reshape(groups, -1).sum(axis=1).max()))
-  assert 0.95 * bound <= most <= bound
+  assert 0.98 * bound <= most <= bound
+
+
+def test_the_bounds_offsets_are_those_that_are_drawn():
+  key = rng.stream(0, "rate", 5)
+  offset = 1 - jax.random.uniform(key)
+  u = (corruption.strata(16) + np.asarray(corruption._offsets(offset, 16))) / 16
+  np.testing.assert_allclose(
+    corruption.stratified_uniforms(key, 16), u, rtol=1e-6
+  )
 
 
 def test_streams_differ_by_name_and_counters():

@@ -25,6 +25,7 @@ Command = tuple[str, ...]
 
 _PLAIN = "--against=plain"
 _MD4 = "--against=md4"
+_MEDIUM = "train_step", "--preset=medium", "--batch=16"
 SUITES: dict[str, tuple[Command, ...]] = {
   "cpu": (
     ("train_step", "--preset=char", _PLAIN),
@@ -34,7 +35,8 @@ SUITES: dict[str, tuple[Command, ...]] = {
     ("train_step", "--preset=bpe", _MD4),
     ("compile_time", "--preset=bpe"),
     ("input", "--preset=char"),
-    ("input", "--preset=gpt2", "--batch=64", "--nosteps"),
+    ("input", "--preset=char", "--batch=64", "--nosteps"),
+    ("input", "--preset=gpt2", "--batch=16", "--nosteps"),  # recommended's
     ("loop", "--preset=char"),
     ("startup",),
     ("sampler", "--preset=large_vocab"),
@@ -44,16 +46,12 @@ SUITES: dict[str, tuple[Command, ...]] = {
     ("train_step", "--preset=char", _PLAIN),
     ("train_step", "--preset=bpe", _PLAIN),
     ("train_step", "--preset=gpt2", "--batch=64", _PLAIN),
-    ("train_step", "--preset=medium", "--batch=16", _PLAIN),
+    (*_MEDIUM, _PLAIN),
     ("train_step", "--preset=char", _MD4),
     ("train_step", "--preset=gpt2", "--batch=32", _MD4),
-    (
-      *("train_step", "--preset=medium", "--batch=16", "--rates=uniform"),
-      "--attention=reference",
-    ),
-    (
-      *("train_step", "--preset=medium", "--batch=16", "--rates=uniform"),
-      "--attention=fused",
+    *(
+      (*_MEDIUM, "--rates=uniform", f"--attention={kernel}")
+      for kernel in ("reference", "fused", "cudnn")
     ),
     ("compile_time", "--preset=gpt2"),
     ("input", "--preset=gpt2", "--batch=64"),
