@@ -113,8 +113,7 @@ def _optimizer(optimizer, params: Any, with_norms: bool) -> timing.Timed:
     updates, opt_state = optimizer.update(grads, opt_state, params)
     new = optax.apply_updates(params, updates)
     if with_norms:
-      change = jax.tree.map(jnp.subtract, new, params)
-      norms += optax.tree.norm(change) + optax.tree.norm(new)
+      norms += optax.tree.norm(updates) + optax.tree.norm(new)
     ema = optax.incremental_update(new, ema, 1e-4)
     return (new, ema, opt_state), norms
 
