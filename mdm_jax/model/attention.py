@@ -104,7 +104,8 @@ def _attend_backward(residuals, grad):
     "bgnk,bglk->bgnl", grad, value, preferred_element_type=jnp.float32
   )
   # The softmax's own gradient: what every query's weights gain on average.
-  mean = (grad * mixed).astype(jnp.float32).sum(axis=-1, keepdims=True)
+  both = grad.astype(jnp.float32) * mixed.astype(jnp.float32)
+  mean = both.sum(axis=-1, keepdims=True)
   grad_scores = weights * (grad_weights - mean) * _scale(query)
   grad_scores = grad_scores.astype(query.dtype)
   grad_query = jnp.einsum("bgnl,bglk->bgnk", grad_scores, key, **like(query))
