@@ -119,7 +119,7 @@ def test_ce_in_a_range_is_the_mean_over_its_rates(
   denoiser, params = model
   config = EvalConfig(masks_per_row=60, batch_size=2700)
   evaluator = Evaluator(config, denoiser, MASK, mesh)
-  got = evaluator.ce_in_range(params, make_rows(TEXTS * 5), low, high)
+  got = evaluator.ce_in_range(params, make_rows(TEXTS * 40), low, high)
   by_count = [np.mean([mean_ce(table, x, n) for x in TEXTS]) for n in (1, 2, 3)]
   np.testing.assert_allclose(got, np.dot(shares, by_count), rtol=1e-2)
   assert np.ptp(by_count) > 0.05  # the test could see another range
@@ -127,7 +127,7 @@ def test_ce_in_a_range_is_the_mean_over_its_rates(
 
 def test_curve_is_ce_at_each_rate(model, table, mesh):
   denoiser, params = model
-  rows = make_rows(TEXTS * 40)
+  rows = make_rows(TEXTS * 160)
   evaluator = Evaluator(EvalConfig(batch_size=2700), denoiser, MASK, mesh)
   curve = evaluator.ce_by_mask_rate(params, rows)
   assert len(curve) == 20

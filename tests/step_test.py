@@ -227,7 +227,8 @@ def test_meshes_draw_the_same_masks_and_agree(tmp_path):
     np.testing.assert_array_equal(a, b)
   for a, b in zip(metrics_a, metrics_b, strict=True):
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
-  assert_trees_close(state_a.params, state_b.params, atol=1e-5)
+  # Adam divides by the gradient's size: a tiny one's rounding shows.
+  assert_trees_close(state_a.params, state_b.params, atol=2e-4)
 
 
 def test_moments_carry_the_parameters_sharding():
