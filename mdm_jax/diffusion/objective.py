@@ -102,15 +102,13 @@ def masked_cross_entropy(
   """
   losses = _losses(head, num_real, label_smoothing)
   chunks = _chunks(capacity, hidden.shape[-1], num_real)
-  states, targets, position, slot = _pack_shards(
-    hidden, x0, masked, capacity, chunks
-  )
+  states, targets, _, slot = _pack_shards(hidden, x0, masked, capacity, chunks)
   packed = jax.lax.map(lambda part: losses(params, *part), (states, targets))
   rows = P(BATCH_AXES)
   unpack = jax.shard_map(
-    _unpack, in_specs=(P(None, *rows), rows, rows, rows), out_specs=rows
+    _unpack, in_specs=(P(None, *rows), rows, rows), out_specs=rows
   )
-  return unpack(packed, masked, position, slot)
+  return unpack(packed, masked, slot)
 
 
 def masked_loss(
@@ -273,13 +271,12 @@ def _pack_weights(
 def _unpack(
   losses: Float[Array, "C N"],
   masked: Bool[Array, "B L"],
-  position: Int[Array, "S"],
   slot: Int[Array, "M"],
 ) -> Float[Array, "B L"]:
   """Puts one shard's losses back where they came from."""
-  placed = _move(losses.reshape(-1), slot, position).reshape(masked.shape)
-  overflow = masked.sum() > position.size
-  return jnp.where(overflow, jnp.nan, placed)
+  placed = losses.reshape(-1).at[slot].get(mode="fill", fill_value=0)
+  overflow = masked.sum() > losses.size
+  return jnp.where(overflow, jnp.nan, placed.reshape(masked.shape))
 
 
 @jax.custom_vjp
