@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdm_jax.core import coercion
 from mdm_jax.core import config as config_lib
 from mdm_jax.core import errors
 from mdm_jax.core.config import Config, ModelConfig, StageConfig
@@ -63,7 +64,7 @@ def test_defaults_survive_every_form():
   plain = config_lib.to_dict(Config())
   assert config_lib.from_dict(plain) == Config()
   assert config_lib.from_dict(json.loads(json.dumps(plain))) == Config()
-  saved = config_lib.to_config_dict(config_lib.from_dict(plain))
+  saved = coercion.to_config_dict(config_lib.from_dict(plain))
   assert config_lib.from_config_dict(saved) == Config()
 
 
@@ -73,7 +74,7 @@ def test_optional_values_survive_every_form(path):
   section, name = _section(config, path)
   assert getattr(section, name) == OPTIONAL[path]
   assert config_lib.from_dict(config_lib.to_dict(config)) == config
-  raw = config_lib.to_config_dict(config)
+  raw = coercion.to_config_dict(config)
   assert config_lib.from_config_dict(raw) == config
 
 
@@ -95,7 +96,7 @@ def test_optional_values_survive_every_form(path):
 def test_any_stages_survive_every_form(stages):
   config = Config(stages=tuple(stages))
   assert config_lib.from_dict(config_lib.to_dict(config)) == config
-  raw = config_lib.to_config_dict(config)
+  raw = coercion.to_config_dict(config)
   assert config_lib.from_config_dict(raw) == config
 
 
@@ -162,7 +163,7 @@ def test_a_typo_is_told_with_the_nearest_name(raw, wrong, right):
   ],
 )
 def test_a_flag_for_no_field_is_told(path, wrong, nearest):
-  message = _error(config_lib.check_field, path)
+  message = _error(coercion.check_field, path, config_lib.Config)
   assert f"unknown field {wrong};" in message
   assert nearest is None or repr(nearest) in message
 
@@ -170,7 +171,7 @@ def test_a_flag_for_no_field_is_told(path, wrong, nearest):
 def test_every_field_may_be_a_flag():
   def walk(cls, prefix):
     for field in dataclasses.fields(cls):
-      config_lib.check_field(f"{prefix}{field.name}")
+      coercion.check_field(f"{prefix}{field.name}", config_lib.Config)
       if dataclasses.is_dataclass(field.type):
         walk(field.type, f"{prefix}{field.name}.")
 
@@ -395,7 +396,7 @@ def test_the_effective_batch_and_sample_length():
 def test_quick_keeps_the_stages_and_shrinks_the_rest():
   config = config_lib.default_config()
   config.name = "big"
-  config.model = config_lib.to_config_dict(
+  config.model = coercion.to_config_dict(
     ModelConfig(num_kv_heads=3, mlp_dim=999, remat="dots")
   )
   config.stages = tuple(

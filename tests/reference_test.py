@@ -5,8 +5,10 @@ import pathlib
 
 import pytest
 
+from mdm_jax.core import coercion
 from mdm_jax.core import config as config_lib
 from mdm_jax.core import reference
+from mdm_jax.core.config import Config
 
 FILE = pathlib.Path(__file__).parents[1] / "docs" / "configuration.md"
 CLASSES = [
@@ -46,7 +48,7 @@ def test_every_name_is_one_that_a_flag_can_set():
   for path, cls in reference.sections():
     for field in dataclasses.fields(cls):
       name = f"{path}.{field.name}" if path else field.name
-      config_lib.check_field(name.replace("[i]", "[0]"))
+      coercion.check_field(name.replace("[i]", "[0]"), Config)
       if not reference._inner(field.type)[0]:
         assert text.count(f"| `{name}` |") == 1
 

@@ -1,9 +1,11 @@
-"""Plain values, as JSON has them, to a dataclass's types."""
+"""Between plain values, as JSON has them, and a dataclass's types."""
 
 import dataclasses
 import types
 import typing
 from typing import Any, Literal
+
+from ml_collections import config_dict
 
 from mdm_jax.core.errors import UserError, nearest
 
@@ -51,3 +53,39 @@ def _dataclass(value: Any, cls: type, path: str) -> Any:
   return cls(
     **{k: coerce(v, hints[k], f"{prefix}{k}") for k, v in value.items()}
   )
+
+
+def to_config_dict(value: Any) -> config_dict.ConfigDict:
+  """Returns a dataclass's fields, locked, each with the type it may have."""
+  result = config_dict.ConfigDict()
+  for field in dataclasses.fields(value):
+    item = getattr(value, field.name)
+    if dataclasses.is_dataclass(item):
+      item = to_config_dict(item)
+    elif isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
+      item = tuple(to_config_dict(part) for part in item)
+    options = [t for t in typing.get_args(field.type) if t is not type(None)]
+    if type(None) in typing.get_args(field.type):
+      # A typed placeholder can be set from the command line, None included.
+      kind = typing.get_origin(options[0]) or options[0]
+      holder = config_dict.placeholder(kind)
+      if item is not None:
+        holder.set(item)
+      item = holder
+    result[field.name] = item
+  return result.lock()
+
+
+def check_field(path: str, cls: type) -> None:
+  """Raises UserError, naming the nearest, if no field is at a dotted path."""
+  hint: Any = cls
+  for done, part in enumerate(path.split(".")):
+    name, _, index = part.partition("[")
+    fields = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+    hints = {f.name: f.type for f in fields}
+    if name not in hints:
+      parents = ".".join(path.split(".")[:done])
+      hint = nearest(name, hints) if hints else f"{parents} has no fields"
+      where = f"{parents}.{name}" if parents else name
+      raise UserError(f"unknown field {where}; {hint}")
+    hint = typing.get_args(hints[name])[0] if index else hints[name]

@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
+from mdm_jax.core import coercion
 from mdm_jax.core import config as config_lib
 from mdm_jax.core.config import Config
 from mdm_jax.core.errors import EXIT_USER, UserError, nearest
@@ -86,7 +87,7 @@ def _check_overrides(argv: list[str]) -> None:
   for given in argv[1:]:
     field = re.match(r"--?(?:no)?config\.([^=]+)", given)
     if field:
-      config_lib.check_field(field[1])
+      coercion.check_field(field[1], Config)
 
 
 def _define_config(path: str | None) -> None:
@@ -101,7 +102,7 @@ def _define_config(path: str | None) -> None:
     saved = config_lib.from_dict(
       Workdir(flags.FLAGS.workdir).read_config_dict()
     )
-    config_flags.DEFINE_config_dict("config", config_lib.to_config_dict(saved))
+    config_flags.DEFINE_config_dict("config", coercion.to_config_dict(saved))
     return
   if path and not os.path.isfile(path):
     others = glob.glob(os.path.join(os.path.dirname(path), "*.py"))

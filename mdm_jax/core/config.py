@@ -8,7 +8,6 @@ validated dataclasses. Nothing below the programs ever sees a `ConfigDict`.
 
 import dataclasses
 import json
-import typing
 from typing import Any, Literal
 
 from ml_collections import config_dict
@@ -27,20 +26,28 @@ def _field(default: Any, doc: str) -> Any:
   return dataclasses.field(default=default, metadata={"doc": doc})
 
 
+def _fixed(default: Any, doc: str) -> Any:
+  """A field whose value a run keeps: with another it is another run."""
+  metadata = {"doc": doc, "fixed": True}
+  return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
   """Which text, and how many rows of it a step sees."""
 
-  corpus: str = _field(
-    "sotu",
-    "`sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`",
+  corpus: str = _fixed(
+    "sotu", "`sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`"
   )
-  batch_size: int = _field(8, "global rows a microbatch")
-  eval_fraction: float = _field(
+  batch_size: int = _fixed(8, "global rows a microbatch")
+  eval_fraction: float = _fixed(
     0.05, "share of the documents held out, chosen by a hash of their text"
   )
-  max_documents: int | None = _field(
+  max_documents: int | None = _fixed(
     None, "read only the first N documents (None: all)"
+  )
+  on_bad_record: Literal["fail", "skip"] = _field(
+    "fail", "stop at a file or line that can't be read, or count and skip it"
   )
   cache_dir: str = _field(
     "", "where prepared rows are kept ('': $XDG_CACHE_HOME/mdm_jax)"
@@ -51,31 +58,31 @@ class DataConfig:
 class TokenizerConfig:
   """How text becomes token ids."""
 
-  kind: Literal["sentencepiece", "byte", "char"] = _field(
+  kind: Literal["sentencepiece", "byte", "char"] = _fixed(
     "sentencepiece", "sentencepiece is trained on the train split"
   )
-  vocab_size: int = _field(8192, "pieces of a SentencePiece model to train")
-  path: str = _field("", "a given SentencePiece .model instead of training one")
+  vocab_size: int = _fixed(8192, "pieces of a SentencePiece model to train")
+  path: str = _fixed("", "a given SentencePiece .model instead of training one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """The denoiser, a bidirectional transformer."""
 
-  num_layers: int = _field(12, "transformer blocks")
-  embed_dim: int = _field(768, "width D of the residual stream")
-  num_heads: int = _field(12, "attention heads H; must divide embed_dim")
-  num_kv_heads: int | None = _field(
+  num_layers: int = _fixed(12, "transformer blocks")
+  embed_dim: int = _fixed(768, "width D of the residual stream")
+  num_heads: int = _fixed(12, "attention heads H; must divide embed_dim")
+  num_kv_heads: int | None = _fixed(
     None, "key/value heads for grouped-query attention (None: num_heads)"
   )
-  mlp_dim: int | None = _field(
+  mlp_dim: int | None = _fixed(
     None, "SwiGLU hidden width (None: 8/3 D rounded up to 64)"
   )
-  dropout: float = _field(0.0, "rate on the two residual branches of a block")
-  qk_norm: bool = _field(True, "RMSNorm on queries and keys")
-  tie_embeddings: bool = _field(True, "the head is the embedding transposed")
-  time_conditioning: bool = _field(False, "adaLN-zero on the mask rate")
-  rope_theta: float = _field(10_000.0, "base of the rotary frequencies")
+  dropout: float = _fixed(0.0, "rate on the two residual branches of a block")
+  qk_norm: bool = _fixed(True, "RMSNorm on queries and keys")
+  tie_embeddings: bool = _fixed(True, "the head is the embedding transposed")
+  time_conditioning: bool = _fixed(False, "adaLN-zero on the mask rate")
+  rope_theta: float = _fixed(10_000.0, "base of the rotary frequencies")
   remat: Literal["none", "dots", "full"] = _field(
     "dots", "what the backward pass recomputes: nothing, all but matmuls, all"
   )
@@ -93,17 +100,17 @@ class ModelConfig:
 class NoiseConfig:
   """The noise schedule alpha(t), used where rates come from t ~ U(0, 1)."""
 
-  schedule: Literal["linear", "cosine", "polynomial"] = _field(
+  schedule: Literal["linear", "cosine", "polynomial"] = _fixed(
     "linear", "shape of alpha(t), from 1 at t=0 to 0 at t=1"
   )
-  exponent: float = _field(2.0, "of the polynomial schedule 1 - t**exponent")
+  exponent: float = _fixed(2.0, "of the polynomial schedule 1 - t**exponent")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
   """What a training step minimises."""
 
-  weighting: Literal["masked_ce", "nelbo"] = _field(
+  weighting: Literal["masked_ce", "nelbo"] = _fixed(
     "masked_ce",
     "mean cross-entropy over masked tokens, or the unbiased likelihood bound",
   )
@@ -117,24 +124,24 @@ class StageConfig:
   """One stage of the curriculum."""
 
   name: str = _field("train", "shown in progress lines and logs")
-  unit: Literal["sentences", "pairs", "paragraphs"] = _field(
+  unit: Literal["sentences", "pairs", "paragraphs"] = _fixed(
     "paragraphs",
     "text unit: one sentence, two consecutive ones, or running text",
   )
-  length: int = _field(512, "tokens a row")
-  easiest: float = _field(
+  length: int = _fixed(512, "tokens a row")
+  easiest: float = _fixed(
     1.0, "share of the units kept, the least difficult first"
   )
-  min_words: int = _field(0, "shorter units are left out")
-  max_words: int | None = _field(None, "longer units are left out")
-  epochs: float = _field(1.0, "passes over the rows selected for the stage")
-  updates: int | None = _field(
+  min_words: int = _fixed(0, "shorter units are left out")
+  max_words: int | None = _fixed(None, "longer units are left out")
+  epochs: float = _fixed(1.0, "passes over the rows selected for the stage")
+  updates: int | None = _fixed(
     None, "optimizer updates instead of epochs (None: from epochs)"
   )
-  mask_rate: tuple[float, float] | None = _field(
+  mask_rate: tuple[float, float] | None = _fixed(
     None, "each row's rate r ~ U(range) (None: t ~ U(0,1) through `noise`)"
   )
-  rehearsal: float = _field(
+  rehearsal: float = _fixed(
     0.0, "share of the rows whose rate is r ~ U(0, 1) instead"
   )
   lr_factor: float = _field(
@@ -146,7 +153,7 @@ class StageConfig:
 class OptimizerConfig:
   """AdamW, warm-up, then one cosine cycle a stage."""
 
-  name: Literal["adamw"] = _field("adamw", "the optimizer")
+  name: Literal["adamw"] = _fixed("adamw", "the optimizer")
   learning_rate: float = _field(2e-4, "peak of the first stage")
   schedule: Literal["cosine_with_restarts"] = _field(
     "cosine_with_restarts", "one cosine cycle a stage"
@@ -162,7 +169,7 @@ class OptimizerConfig:
   b1: float = _field(0.9, "decay of Adam's first moment")
   b2: float = _field(0.95, "decay of Adam's second moment")
   eps: float = _field(1e-8, "Adam's epsilon")
-  accumulation: int = _field(1, "microbatches an optimizer update")
+  accumulation: int = _fixed(1, "microbatches an optimizer update")
   ema_decay: float = _field(
     0.9999, "of the averaged parameters that are evaluated and sampled"
   )
@@ -179,11 +186,39 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """How often the loop reports and saves."""
+  """How often the loop reports and saves, and what it does about faults."""
 
   log_every: int = _field(20, "updates between points in the logs")
   checkpoint_every: int = _field(500, "updates between checkpoints")
+  checkpoint_minutes: float = _field(
+    10.0, "save at the latest after so many minutes (0: by updates only)"
+  )
   keep_latest: int = _field(2, "newest checkpoints kept, beside the best one")
+  keep_every: int | None = _field(
+    None, "keep for good the checkpoints of updates divisible by this"
+  )
+  restore_step: int | None = _field(
+    None, "go on from this checkpoint, once, and set newer ones aside"
+  )
+  skip_updates: str = _field(
+    "", "updates passed over with their rows, as `1200:1500,1800:1810`"
+  )
+  max_nonfinite: int = _field(
+    3, "updates in a row without a finite loss and gradient that end the run"
+  )
+  spike_sigmas: float | None = _field(
+    None,
+    "don't apply an update whose gradient norm is so far above the last"
+    " ones' mean, in their deviations",
+  )
+  spike_window: int = _field(128, "applied updates that a spike is told by")
+  watchdog_seconds: float = _field(
+    1200.0,
+    "without progress, then all stacks are told and the run ends (0: never)",
+  )
+  max_attempts: int = _field(
+    3, "starts in a row that may die before they save anything new"
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,7 +290,7 @@ class Config:
   """Everything a run depends on."""
 
   name: str = _field("run", "the run's name; workdir defaults to runs/<name>")
-  seed: int = _field(0, "root of every random number of the training")
+  seed: int = _fixed(0, "root of every random number of the training")
   init_from: str = _field(
     "", "folder of a run whose best parameters and tokenizer to start from"
   )
@@ -290,12 +325,12 @@ class Config:
 
 def default_config() -> config_dict.ConfigDict:
   """Returns every field at its default, locked: a typo in a file fails."""
-  return to_config_dict(Config())
+  return coercion.to_config_dict(Config())
 
 
 def stage(**fields: Any) -> config_dict.ConfigDict:
   """Returns one stage for a config file's `config.stages` tuple."""
-  return to_config_dict(from_dict(fields, StageConfig, "stages[.]"))
+  return coercion.to_config_dict(from_dict(fields, StageConfig, "stages[.]"))
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> Config:
@@ -306,21 +341,6 @@ def from_config_dict(config: config_dict.ConfigDict) -> Config:
 def from_dict(raw: Any, cls: type = Config, path: str = "") -> Any:
   """Builds `cls` from plain JSON values; a wrong name or type is named."""
   return coercion.coerce(raw, cls, path)
-
-
-def check_field(path: str) -> None:
-  """Raises UserError, naming the nearest, if no field is at a dotted path."""
-  hint: Any = Config
-  for done, part in enumerate(path.split(".")):
-    name, _, index = part.partition("[")
-    fields = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
-    hints = {f.name: f.type for f in fields}
-    if name not in hints:
-      parents = ".".join(path.split(".")[:done])
-      hint = nearest(name, hints) if hints else f"{parents} has no fields"
-      where = f"{parents}.{name}" if parents else name
-      raise UserError(f"unknown field {where}; {hint}")
-    hint = typing.get_args(hints[name])[0] if index else hints[name]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -365,23 +385,3 @@ def quick(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.eval.update(batch_size=32, samples=8)
   config.sample.length = None
   return config
-
-
-def to_config_dict(value: Any) -> Any:
-  result = config_dict.ConfigDict()
-  for field in dataclasses.fields(value):
-    item = getattr(value, field.name)
-    if dataclasses.is_dataclass(item):
-      item = to_config_dict(item)
-    elif isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
-      item = tuple(to_config_dict(part) for part in item)
-    options = [t for t in typing.get_args(field.type) if t is not type(None)]
-    if type(None) in typing.get_args(field.type):
-      # A typed placeholder can be set from the command line, None included.
-      kind = typing.get_origin(options[0]) or options[0]
-      holder = config_dict.placeholder(kind)
-      if item is not None:
-        holder.set(item)
-      item = holder
-    result[field.name] = item
-  return result.lock()

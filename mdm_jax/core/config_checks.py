@@ -13,6 +13,8 @@ def check(c: Any) -> None:
     ("data.batch_size", "model.num_layers", "model.embed_dim")
     + ("model.num_heads", "optimizer.accumulation", "optimizer.learning_rate")
     + ("train.log_every", "train.checkpoint_every", "train.keep_latest")
+    + ("train.keep_every", "train.max_nonfinite", "train.spike_window")
+    + ("train.spike_sigmas", "train.max_attempts", "train.restore_step")
     + ("eval.rows", "eval.masks_per_row", "eval.batch_size")
     + ("sample.num_samples", "sample.num_steps", "sample.temperature")
     + ("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm")
@@ -30,6 +32,8 @@ def check(c: Any) -> None:
   _within(c, "optimizer.weight_decay", 0, math.inf)
   _within(c, "optimizer.warmup_steps", 0, math.inf)
   _within(c, "eval.every", 0, math.inf)
+  _within(c, "train.checkpoint_minutes", 0, math.inf)
+  _within(c, "train.watchdog_seconds", 0, math.inf)
   _within(c, "eval.samples", 0, math.inf)
   _check_sample(c)
   if c.init_from and c.tokenizer.path:
