@@ -25,7 +25,7 @@ from rich import box
 from rich.table import Table
 
 from mdm_jax.core import command_line
-from mdm_jax.core.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
+from mdm_jax.core.errors import Exit, Failure, UserError, nearest
 from mdm_jax.core.progress import console
 from mdm_jax.core.workdir import Workdir
 
@@ -85,18 +85,18 @@ def main(_: list[str]) -> int:
     for seed in range(flags.FLAGS.seeds):
       for variant in variants:
         code = _train(variant, seed, _run_folder(folder, variant, seed))
-        if code != EXIT_OK:
+        if code != Exit.DONE:
           return code
-  except UserError as error:
+  except Failure as error:
     return command_line.fail(error)
   except KeyboardInterrupt:
     print("interrupted: the same command goes on from what was saved")
-    return EXIT_STOPPED
+    return Exit.STOPPED
   results = {v: _results(folder, v, flags.FLAGS.seeds) for v in variants}
   _write(folder, results)
   for table in _tables(results):
     console.print(table)
-  return EXIT_OK
+  return Exit.DONE
 
 
 def _chosen(path: str | None, names: list[str] | None) -> list[str]:

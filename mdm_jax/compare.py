@@ -104,7 +104,7 @@ def compare_workdir(
   chosen = {name: fields for name, fields in known.items() if only in name}
   if not chosen:
     raise UserError(f"--ways={only}: {nearest(only, known)}")
-  data = prepare(config, workdir.path)
+  data = prepare(config, workdir.path, for_training=False)
   judge = make_judge(config.eval.judge, training_texts(config))
   model = sample.load_with(config, workdir)
   count = max(config.eval.samples, config.sample.num_samples)

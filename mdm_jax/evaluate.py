@@ -1,7 +1,7 @@
 """From a checkpoint to numbers: likelihood, samples, the guide's targets."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,8 +34,11 @@ class Measures:
     data: PreparedData,
     denoiser: Denoiser,
     mesh: jax.sharding.Mesh,
+    poll: Callable[[], None] = lambda: None,
   ):
+    """Makes what measures; `poll` is called between its longer parts."""
     check_judge(config.eval.judge)
+    self._poll = poll
     self.config, self.data = config, data
     self.denoiser, self.mesh = denoiser, mesh
     self._draw_texts = TextSampler(
@@ -46,6 +49,7 @@ class Measures:
 
   def likelihood(self, params: Params, count: int | None) -> dict[str, Any]:
     """Returns the bound over `count` held-out rows (None: all)."""
+    self._poll()
     rows = subset(self.data.held_out, count)
     measured = self._evaluator.likelihood(params, rows)
     num_bytes = int(self.data.num_bytes(rows).sum())
@@ -102,6 +106,7 @@ class Measures:
     self, params: Params, settings: SampleConfig, count: int
   ) -> Samples:
     curve = self._curve(params)
+    self._poll()
     return self._draw_texts(params, [""] * count, settings, curve)
 
   def _text_metrics(self, params: Params, drawn: Samples) -> dict[str, Any]:
@@ -134,7 +139,7 @@ class Measures:
 
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   """Measures a run's best checkpoint, writes and returns the results."""
-  data = prepare(config, workdir.path)
+  data = prepare(config, workdir.path, for_training=False)
   workdir.check_tokenizer(data.tokenizer.sha256)
   mesh = make_mesh(config.mesh)
   check_divides("eval.batch_size", config.eval.batch_size, mesh)
@@ -152,7 +157,7 @@ def evaluate_checkpoint(
   config = measures.config
   step, params = checkpoints.restore_best_params(measures.denoiser)
   latest = checkpoints.latest()
-  run = checkpoints.metrics(latest)
+  run = checkpoints.progress(latest)
   wall, tokens = run["wall_seconds"], run["tokens_seen"]
   results = {
     **measures.likelihood(params, config.eval.final_rows),

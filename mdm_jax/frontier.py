@@ -48,7 +48,7 @@ class Point:
 
 def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
   """Sweeps the temperature of a run's best checkpoint; writes CSV and PNG."""
-  data = prepare(config, workdir.path)
+  data = prepare(config, workdir.path, for_training=False)
   workdir.check_tokenizer(data.tokenizer.sha256)
   judge = make_judge(config.eval.judge, training_texts(config))
   curve = (workdir.read_results() or {}).get("ce_by_mask_rate")

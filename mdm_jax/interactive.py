@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from mdm_jax import sample
+from mdm_jax.core import distributed
 from mdm_jax.core.config import Config, SampleConfig
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.progress import console
@@ -29,6 +30,10 @@ def converse(config: Config, workdir: Workdir) -> list[str]:
 
   A mistake is told in one line, and the next prompt is read.
   """
+  if distributed.count() > 1:
+    raise UserError(
+      "--interactive reads from one terminal; several processes take --prompt"
+    )
   model = sample.load_with(config, workdir)
   _edit_lines()
   console.print(f"{workdir.path}: type a prompt, or /help", markup=False)

@@ -7,21 +7,27 @@
 
 --mode=data and --mode=plan look at what a run would do; train does it; eval,
 sample, frontier (a temperature sweep), compare (orders, steps, budgets) and
-report (a page) look at what it did.
+report (a page) look at what it did. Exit codes: docs/reliability.md.
 Any field of the config can be set: --config.data.batch_size=4. Without
 --config, the config saved in the workdir is used.
 """
 
 import json
 import os
+import sys
+import threading
+import traceback
 from typing import Any
 
 from absl import app, flags, logging
 
 from mdm_jax.core import command_line
 from mdm_jax.core.config import Config
-from mdm_jax.core.errors import EXIT_OK, EXIT_STOPPED, Stopped, UserError
+from mdm_jax.core.errors import Exit, Failure, Stopped
+from mdm_jax.core.progress import console
 from mdm_jax.core.workdir import Workdir
+
+_LAST_SECONDS = 20.0  # that the interpreter may take to end
 
 _MODE = flags.DEFINE_enum(
   "mode",
@@ -50,6 +56,21 @@ _WAYS = flags.DEFINE_string(
 _NUM_SAMPLES = flags.DEFINE_integer(
   "num_samples", None, "Texts to draw (default: sample.num_samples)."
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0, for several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many there are (default: what JAX finds)."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Number of this one, from 0."
+)
+_JOIN_SECONDS = flags.DEFINE_integer(
+  "join_seconds", 300, "Until all processes must have come.", 1
+)
+_HEARTBEAT_SECONDS = flags.DEFINE_integer(
+  "heartbeat_seconds", 100, "After which a silent process counts as gone.", 1
+)
 _JSON = flags.DEFINE_bool(
   "json", False, "Print the results as JSON on the last line."
 )
@@ -57,25 +78,53 @@ _JSON = flags.DEFINE_bool(
 
 def main(_: list[str]) -> int:
   """Runs the program the flags ask for; returns the exit code."""
+  code = _main()
+  _end_soon(code)
+  return code
+
+
+def _main() -> int:
   try:
     config = command_line.read_config(_NUM_SAMPLES.value)
     path = _WORKDIR.value or os.path.join("runs", config.name)
     results = _run(config, Workdir(path))
-  except UserError as error:
-    return command_line.fail(error)
   except Stopped as stopped:
-    print(stopped)
-    return EXIT_STOPPED
+    console.print(stopped, markup=False, soft_wrap=True)
+    return Exit.STOPPED
+  except Failure as error:
+    return command_line.fail(error)
   except KeyboardInterrupt:
     print("interrupted: the same command goes on from what was saved")
-    return EXIT_STOPPED
-  if _JSON.value:
+    return Exit.STOPPED
+  except Exception:
+    traceback.print_exc()
+    return Exit.BUG
+  if _JSON.value and not console.quiet:
     print(json.dumps(results))
-  return EXIT_OK
+  return Exit.DONE
+
+
+def _end_soon(code: int) -> None:
+  """Sees to it that nothing keeps the process alive that has failed."""
+  sys.stdout.flush()
+  if "jax" not in sys.modules:  # a mistake in the flags
+    return
+  from mdm_jax.core import distributed
+
+  if distributed.count() > 1:
+    # An end in peace waits for the others; after a failure they wait for us.
+    if code not in (Exit.DONE, Exit.STOPPED):
+      distributed.leave(code)
+    return
+  # A thread of Orbax's, after a save that failed, waits for a signal.
+  timer = threading.Timer(_LAST_SECONDS, os._exit, (code,))
+  timer.daemon = True
+  timer.start()
 
 
 def _run(config: Config, workdir: Workdir) -> Any:
   _keep_compiled_programs()
+  _join()
   # Imported here, so that --help and a wrong flag answer at once.
   from mdm_jax import (
     compare,
@@ -91,12 +140,14 @@ def _run(config: Config, workdir: Workdir) -> Any:
 
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+  # And every thread's traceback, of an error that is told in one line.
+  logging.get_absl_handler().addFilter(lambda r: "/orbax/" not in r.pathname)
   match _MODE.value:
     case "data":
       return preview.show_data(config)
     case "plan":
       return plan.plan_run(config)
-    case "train":
+    case "train":  # has its own way to stop: it saves
       return train.train_and_evaluate(config, workdir)
     case "eval":
       return evaluate.evaluate_workdir(config, workdir)
@@ -112,6 +163,20 @@ def _run(config: Config, workdir: Workdir) -> Any:
       return compare.compare_workdir(config, workdir, _WAYS.value)
     case "report":
       return report.report_workdir(config, workdir)
+
+
+def _join() -> None:
+  """Joins the other processes, if there are any; one of them prints."""
+  from mdm_jax.core import distributed
+
+  distributed.initialize(
+    _COORDINATOR.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    _JOIN_SECONDS.value,
+    _HEARTBEAT_SECONDS.value,
+  )
+  console.quiet = not distributed.is_first()
 
 
 def _keep_compiled_programs() -> None:

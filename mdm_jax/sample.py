@@ -14,6 +14,7 @@ from etils import epath
 from jaxtyping import Bool, Int
 
 from mdm_jax.core import config as config_lib
+from mdm_jax.core import distributed
 from mdm_jax.core.config import Config, SampleConfig
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.progress import console
@@ -195,9 +196,9 @@ def sample_workdir(
   else:
     drawn = model.generate(prompt, count)
   settings = effective(config.sample)
-  if trace:
+  if trace and distributed.is_first():
     trace_lib.save(drawn, model.tokenizer, settings, workdir.path / "samples")
-  if page:
+  if page and distributed.is_first():
     _write_page(page, render_page(drawn, model.tokenizer, settings))
   for i, text in enumerate(drawn.texts, start=1):
     console.rule(f"sample {i}, {drawn.calls[i - 1]} denoiser calls")

@@ -1,36 +1,46 @@
 """The training loop: from a config and a workdir to a measured model.
 
   prepare data -> tell the plan -> restore or initialise
-  -> update, log, evaluate, save -> final evaluation and samples
+  -> update, log, save, evaluate -> final evaluation and samples
 
 The state saved under update k is the state after k updates; batch, masks and
 learning rate of the next one follow from k alone, so a resumed run continues
-exactly where it was. Keep the order inside the loop: dispatch an update, and
-only then read the numbers of the one before, so the device never waits.
+exactly where it was. A state is saved before it is evaluated: whatever happens
+there loses nothing, and is done again. Keep the order inside the loop:
+dispatch an update, and only then read the numbers of the one before, so the
+device never waits.
 """
 
 import dataclasses
+import hashlib
+import json
 import time
 from typing import Any
 
 import jax
-from absl import logging
 
 from mdm_jax import evaluate as evaluate_lib
 from mdm_jax import plan as plan_lib
 from mdm_jax import preview
+from mdm_jax.core import config as config_lib
+from mdm_jax.core import config_changes, distributed
 from mdm_jax.core.config import Config
-from mdm_jax.core.errors import Stopped
+from mdm_jax.core.config_changes import Change
+from mdm_jax.core.errors import NumericsError, Stopped, UserError
+from mdm_jax.core.goodput import Cause
 from mdm_jax.core.metrics import Writers
 from mdm_jax.core.progress import ProgressLine, console, duration
+from mdm_jax.core.session import ROLL_SECONDS, Session
 from mdm_jax.core.sharding import training_mesh
-from mdm_jax.core.signals import StopRequest
 from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.prepared import prepare
+from mdm_jax.training import incident
 from mdm_jax.training.checkpoint import Checkpoints
-from mdm_jax.training.curriculum import Curriculum, StagePlan
+from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.trainer import Trainer
+
+_EVALUATION = "eval/", "samples/"  # names of what an evaluation writes
 
 
 def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
@@ -38,122 +48,284 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
 
   Raises:
     UserError: the config, the data or the workdir can't be used.
+    StorageError: the workdir can't be written, is full, or is damaged.
+    NumericsError: losses or gradients stayed without a finite value.
+    CrashLoop: the last attempts all died without saving anything new.
+    Aborted: another process is gone.
     Stopped: a signal came; the same command resumes.
   """
   workdir.create()
-  data = prepare(config, workdir.path)
-  mesh = training_mesh(config)
-  workdir.check_tokenizer(data.tokenizer.sha256)
+  train = config.train
   with (
-    jax.set_mesh(mesh),
-    Checkpoints(workdir.path, config.train.keep_latest) as checkpoints,
+    Session(
+      workdir.path, _sha256(config), train.max_attempts, train.watchdog_seconds
+    ) as session,
+    Checkpoints(
+      workdir.path,
+      train.keep_latest,
+      train.keep_every,
+      on_sealed=session.attempt.commit,
+    ) as checkpoints,
   ):
-    run = Run(Trainer(config, data, mesh), workdir, checkpoints)
-    if (checkpoints.latest() or 0) >= run.curriculum.updates:
-      console.print(f"{workdir.path} is finished: nothing to train")
-      results = workdir.read_results()
-      if results is not None:
-        return results
-    else:
-      run.train()
-    return run.finish()
+    with session.attempt.ledger.spend(Cause.RESTORE):
+      origin = distributed.first_alone(
+        lambda: _find_origin(config, workdir, checkpoints)
+      )
+      distributed.agree("the checkpoint to go on from", origin.update)
+    data = distributed.first_alone(lambda: prepare(config, workdir.path))
+    distributed.agree("the prepared data", data.manifest["files"])
+    workdir.check_tokenizer(data.tokenizer.sha256)
+    mesh = training_mesh(config)
+    session.check()
+    with jax.set_mesh(mesh), distributed.naming_peers(ROLL_SECONDS):
+      trainer = Trainer(config, data, mesh)
+      run = Run(trainer, workdir, checkpoints, session, origin)
+      return run.train() or run.finish()
 
 
-@dataclasses.dataclass
-class _Clock:
-  """Tokens and time of the run, over all its attempts."""
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """What a run goes on from.
 
-  tokens: float = 0.0
-  seconds_before: float = 0.0
-  started: float = dataclasses.field(default_factory=time.monotonic)
+  Attributes:
+    update: of the checkpoint, None for a fresh start.
+    measured: whether that was evaluated.
+    changes: of the config since, told and kept.
+  """
+
+  update: int | None = None
+  measured: bool = False
+  changes: tuple[Change, ...] = ()
 
   @property
-  def seconds(self) -> float:
-    return self.seconds_before + time.monotonic() - self.started
+  def done(self) -> int:
+    """Updates that need not be made."""
+    return self.update or 0
+
+
+def _find_origin(
+  config: Config, workdir: Workdir, checkpoints: Checkpoints
+) -> Origin:
+  """Chooses the checkpoint to go on from; looks, and changes nothing.
+
+  Raises:
+    UserError: the config is of another run, or the step it names isn't there.
+  """
+  latest = checkpoints.latest()
+  wanted = config.train.restore_step
+  saved = None
+  if latest is not None:
+    saved = config_lib.from_dict(workdir.read_config_dict())
+  # Once restored to, the same command goes on from what came after.
+  if wanted is None or (saved and saved.train.restore_step == wanted):
+    update = latest
+  elif checkpoints.has(wanted):
+    update = wanted
+  else:
+    raise UserError(
+      f"train.restore_step={wanted}: workdir {workdir.path} has no such"
+      f" checkpoint; there are: {checkpoints.told()}"
+    )
+  if saved is None:
+    return Origin()
+  measured = checkpoints.evaluation(update) is not None
+  return Origin(update, measured, config_changes.check(saved, config))
 
 
 class Run:
   """One attempt at a run: what it is made of, and the loop."""
 
   def __init__(
-    self, trainer: Trainer, workdir: Workdir, checkpoints: Checkpoints
+    self,
+    trainer: Trainer,
+    workdir: Workdir,
+    checkpoints: Checkpoints,
+    session: Session,
+    origin: Origin = Origin(),  # noqa: B008
   ):
     self.trainer, self.workdir = trainer, workdir
-    self.checkpoints = checkpoints
+    self.checkpoints, self.session = checkpoints, session
     self.config, self.data = trainer.config, trainer.data
     self.curriculum = trainer.curriculum
     self.measures = evaluate_lib.Measures(
-      self.config, self.data, trainer.denoiser, trainer.mesh
+      self.config, self.data, trainer.denoiser, trainer.mesh, session.check
     )
-    self.clock = _Clock()
+    self._origin, self._attempt = origin, session.attempt
+    self._saved_at = time.monotonic()
 
-  def train(self) -> None:
-    """Tells the plan, then runs every update that is left."""
+  def train(self) -> dict[str, Any] | None:
+    """Makes every update that is left; returns the results if none is."""
+    done = self._origin.done
+    self._attempt.begin(done)
+    if done >= self.curriculum.updates and self._origin.measured:
+      console.print(f"{self.workdir.path} is finished: nothing to train")
+      return self.workdir.read_results()
     # First what is only looked at: a config that can't resume the run must
     # leave it as it is, and the calibration's state must be gone before ours.
-    done = self.checkpoints.latest() or 0
-    if done:
+    if self._origin.update is not None:
       self.checkpoints.check(done, self.trainer.abstract())
     preview.show(self.config, self.data)
-    plan_lib.show(plan_lib.make_plan(self.trainer, done))
-    state = self._restore_or_init()
-    self.workdir.write_config(self.config, self.data.tokenizer.sha256)
-    self.workdir.write_data(self.data.manifest)
-    self.data.tokenizer.save(self.workdir.path)
+    with self._spend(Cause.COMPILE):
+      plan_lib.show(plan_lib.make_plan(self.trainer, done))
+    self.session.check()
+    with self._spend(Cause.RESTORE):
+      self.checkpoints.set_aside_after(self._origin.update)
+      state = self._restore_or_init()
+    self._write_what_it_is()
     with (
-      Writers(self.workdir.path, after=done) as writers,
+      self._writers() as writers,
       ProgressLine(self.curriculum.updates) as line,
-      StopRequest() as stop,
     ):
-      if done == 0:
-        writers.write_texts(0, {"config": _as_text(self.config)})
-        texts = preview.describe(self.config, self.data)
-        writers.write_texts(0, {f"data/{k}": v for k, v in texts.items()})
-      self.advance(state, self.curriculum.updates, writers, line, stop)
+      log = RunLog(self.trainer, writers, line, self._attempt, self._progress())
+      self._tell_start(log)
+      self.advance(state, self.curriculum.updates, log)
+    return None
 
-  def advance(
-    self,
-    state: TrainState,
-    until: int,
-    writers: Writers,
-    line: ProgressLine,
-    stop: StopRequest,
-  ) -> TrainState:
+  def advance(self, state: TrainState, until: int, log: RunLog) -> TrainState:
     """Does what is left of the first `until` updates; returns the state then.
 
-    Logs, evaluates and saves on the way. The state it is given is consumed.
+    Logs, saves and evaluates on the way. The state it is given is consumed.
 
     Raises:
       Stopped: a signal came, and all that was done is saved.
+      NumericsError: too many updates in a row could not be applied.
     """
-    log, stage = _Log(self, writers, line), None
-    for update in range(int(state.step), until):
+    stage, done = None, int(state.step)
+    if self._is_evaluated_late(done):
+      self._evaluate(done, state, log)
+    for update in range(done, until):
       if self.curriculum.stage_at(update) is not stage:
         stage = self.curriculum.stage_at(update)
-        log.start_stage(stage)
-      state, metrics = self.trainer.update(state, update)
-      log.add(update + 1, metrics)
-      self._after_update(update + 1, state, log, stop)
+        log.start_stage(stage, update)
+      state = self._update(state, update, log)
+      self._attempt.update = update + 1
+      self._after_update(update + 1, state, log)
     log.flush()
+    self._check_applied(state, log)
     return state
 
   def finish(self) -> dict[str, Any]:
     """Measures the best checkpoint and writes the results."""
-    return evaluate_lib.evaluate_checkpoint(
-      self.workdir, self.measures, self.checkpoints
+    with self._spend(Cause.EVAL):
+      return evaluate_lib.evaluate_checkpoint(
+        self.workdir, self.measures, self.checkpoints
+      )
+
+  # MARK: an update and what follows
+
+  def _update(self, state: TrainState, update: int, log: RunLog) -> TrainState:
+    if self.trainer.passes_over(update):
+      return self.trainer.pass_over(state)
+    try:
+      with self._spend(Cause.DATA):
+        batch = self.trainer.batch(self.curriculum.stage_at(update), update)
+      with self._spend(Cause.TRAIN):
+        state, metrics = self.trainer.update(state, update, batch)
+        log.add(update + 1, metrics)
+    except Exception:
+      # Of this update or, being read late, of the one before.
+      self._attempt.rows = self.trainer.row_numbers(update).tolist()
+      raise
+    return state
+
+  def _after_update(self, done: int, state: TrainState, log: RunLog) -> None:
+    """Saves and evaluates where that is due, and stops where it was asked."""
+    self._check_applied(state, log)
+    self.checkpoints.check_save()
+    stop = self.session.poll()
+    last = done == self.curriculum.updates
+    evaluate = self._is_evaluated_at(done)
+    if evaluate or stop or self._is_saved_at(done):
+      with self._spend(Cause.SAVE):
+        self._save(state, log)
+    if evaluate and not stop:
+      self._evaluate(done, state, log)
+    if stop and not last:
+      with self._spend(Cause.SAVE):
+        self.checkpoints.wait()
+      raise Stopped(
+        f"{self.session.stop.name}: saved update {done} of"
+        f" {self.curriculum.updates}; the same command resumes"
+      )
+
+  def _is_evaluated_at(self, done: int) -> bool:
+    every = self.config.eval.every
+    return done == self.curriculum.updates or bool(
+      every and done and done % every == 0
     )
 
+  def _is_evaluated_late(self, done: int) -> bool:
+    """Whether an earlier attempt saved this update, but did not measure it."""
+    due = done == self._origin.update and self._is_evaluated_at(done)
+    return due and not self._origin.measured
+
+  def _is_saved_at(self, done: int) -> bool:
+    train = self.config.train
+    if done % train.checkpoint_every == 0:
+      return True
+    if not train.checkpoint_minutes or done % train.log_every:
+      return False
+    # By one clock: processes that disagree would wait for each other for ever.
+    minutes = (time.monotonic() - self._saved_at) / 60
+    return distributed.broadcast(minutes >= train.checkpoint_minutes)
+
+  def _save(self, state: TrainState, log: RunLog) -> None:
+    log.flush()
+    self._check_applied(state, log)
+    log.writers.flush()
+    self.checkpoints.save(state, log.progress())
+    self._saved_at = time.monotonic()
+
+  def _evaluate(self, done: int, state: TrainState, log: RunLog) -> None:
+    """Measures the averaged parameters on a few held-out rows."""
+    began = time.monotonic()
+    with self._spend(Cause.EVAL):
+      rows = self.config.eval.rows
+      measured = self.measures.likelihood(state.ema_params, rows)
+      samples = self.measures.sample(state.ema_params)
+    scalars = {f"eval/{name}": value for name, value in measured.items()}
+    texts = {f"samples/{i}": text for i, text in enumerate(samples.texts)}
+    log.writers.write_scalars(done, scalars)
+    log.writers.write_texts(done, texts)
+    log.writers.flush()
+    self.checkpoints.record(done, measured)
+    bound, stderr = measured["nelbo_per_token"], measured["nelbo_stderr"]
+    log.line.say(
+      f"update {done}: held-out NELBO {bound:.4f} ± {stderr:.4f} nats/token,"
+      f" {measured['bits_per_byte']:.3f} bits/byte ({duration(log.seconds)})"
+    )
+    log.not_counted(began)
+
+  def _check_applied(self, state: TrainState, log: RunLog) -> None:
+    """Ends a run whose updates can't be applied any more.
+
+    Raises:
+      NumericsError: there were too many in a row; a folder tells of each.
+    """
+    failed = log.failed
+    if len(failed) < self.config.train.max_skipped:
+      return
+    updates = [update - 1 for update in failed]
+    folder = self.workdir.path / "numerics_report"
+    incident.write_report(folder, self.trainer, state, updates)
+    last = self.checkpoints.latest()
+    raise NumericsError(
+      f"updates {failed[0]} to {failed[-1]} were not applied, being not finite"
+      f" or spikes; {folder} tells what they read. The last checkpoint is"
+      f" {last}. To pass over them: --config.train.skip_updates="
+      f"{updates[0]}:{updates[-1] + 1}"
+    )
+
+  # MARK: the start
+
   def _restore_or_init(self) -> TrainState:
-    latest = self.checkpoints.latest()
-    if latest is None:
+    update = self._origin.update
+    if update is None:
       return self._start()
-    saved = self.checkpoints.metrics(latest)
-    self.clock = _Clock(saved["tokens_seen"], saved["wall_seconds"])
-    console.print(f"resuming {self.workdir.path} at update {latest}")
-    return self.checkpoints.restore(latest, self.trainer.abstract())
+    console.print(f"resuming {self.workdir.path} at update {update}")
+    return self.checkpoints.restore(update, self.trainer.abstract())
 
   def _start(self) -> TrainState:
-    self.clock = _Clock()
     source = self.config.init_from
     if not source:
       return self.trainer.init()
@@ -162,124 +334,45 @@ class Run:
     console.print(f"starting from the parameters of {source}, update {step}")
     return self.trainer.init_from(params)
 
-  def _after_update(
-    self, done: int, state: TrainState, log: "_Log", stop: StopRequest
-  ) -> None:
-    """Evaluates and saves where that is due, and stops where it was asked."""
-    last = done == self.curriculum.updates
-    bound = {}
-    every = self.config.eval.every
-    if last or (every and done % every == 0):
-      bound = log.evaluate(done, state)
-    if bound or done % self.config.train.checkpoint_every == 0 or stop.name:
-      log.flush()
-      self.checkpoints.save(state, bound | log.progress())
-    if stop.name and not last:
-      self.checkpoints.close()
-      raise Stopped(
-        f"{stop.name}: saved update {done} of {self.curriculum.updates}; the"
-        " same command resumes"
-      )
+  def _progress(self) -> dict[str, Any] | None:
+    update = self._origin.update
+    return None if update is None else self.checkpoints.progress(update)
 
+  def _write_what_it_is(self) -> None:
+    self.workdir.write_config(self.config, self.data.tokenizer.sha256)
+    self.workdir.write_data(self.data.manifest)
+    if distributed.is_first():
+      self.data.tokenizer.save(self.workdir.path)
 
-class _Log:
-  """Numbers of the updates, on their way to the screen and the files."""
+  def _writers(self) -> Writers:
+    update = self._origin.update
+    if update is None:
+      return Writers(self.workdir.path, after=-1)
+    redo = _EVALUATION if self._is_evaluated_late(update) else ()
+    return Writers(self.workdir.path, after=update, redo=redo)
 
-  def __init__(self, run: Run, writers: Writers, line: ProgressLine):
-    self._run, self._writers, self._line = run, writers, line
-    self._window: list[dict[str, float]] = []
-    self._pending: tuple[int, dict[str, jax.Array]] | None = None
-    self._stage: StagePlan | None = None
-    self._since = time.monotonic()
+  def _tell_start(self, log: RunLog) -> None:
+    """Writes what the run is, or what has changed since it began."""
+    update = self._origin.update
+    if update is None:
+      log.writers.write_texts(0, {"config": _as_text(self.config)})
+      texts = preview.describe(self.config, self.data)
+      log.writers.write_texts(0, {f"data/{k}": v for k, v in texts.items()})
+    elif self._origin.changes:
+      table = config_changes.table(self._origin.changes)
+      text = f"other settings from update {update} on:\n{table}"
+      log.line.say(f"warning: {text}")
+      self._attempt.changes = text
+      log.writers.write_texts(update, {"config_changes": text})
 
-  def start_stage(self, stage: StagePlan) -> None:
-    """Names the stage in what follows."""
-    self.flush()
-    self._stage = stage
-    self._window, self._since = [], time.monotonic()
-
-  def add(self, update: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the numbers of an update just dispatched; reads those before."""
-    self.flush()
-    self._pending = update, metrics
-
-  def flush(self) -> None:
-    """Reads the numbers that are still on the device."""
-    if self._pending is None:
-      return
-    update, metrics = self._pending
-    self._pending = None
-    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    self._run.clock.tokens += values["tokens"]
-    if values["skipped"]:
-      logging.warning("update %d: not finite, not applied", update)
-    self._window.append(values)
-    if update % self._run.config.train.log_every == 0:
-      self._write_window(update)
-
-  def progress(self) -> dict[str, float]:
-    """What a checkpoint has to remember beside the state."""
-    clock = self._run.clock
-    return {"tokens_seen": clock.tokens, "wall_seconds": clock.seconds}
-
-  def evaluate(self, done: int, state: TrainState) -> dict[str, float]:
-    """Measures the averaged parameters on a few held-out rows."""
-    self.flush()
-    began = time.monotonic()
-    measures = self._run.measures
-    rows = self._run.config.eval.rows
-    measured = measures.likelihood(state.ema_params, rows)
-    scalars = {f"eval/{name}": value for name, value in measured.items()}
-    self._writers.write_scalars(done, scalars)
-    samples = measures.sample(state.ema_params)
-    texts = {f"samples/{i}": text for i, text in enumerate(samples.texts)}
-    self._writers.write_texts(done, texts)
-    bound, stderr = measured["nelbo_per_token"], measured["nelbo_stderr"]
-    self._line.say(
-      f"update {done}: held-out NELBO {bound:.4f} ± {stderr:.4f} nats/token,"
-      f" {measured['bits_per_byte']:.3f} bits/byte"
-      f" ({duration(self._run.clock.seconds)})"
-    )
-    self._since += time.monotonic() - began  # not the training's time
-    return {"nelbo_per_token": bound}
-
-  def _write_window(self, update: int) -> None:
-    """Writes means since the last time, and moves the progress line."""
-    seconds = max(time.monotonic() - self._since, 1e-9)
-    count = len(self._window)
-    means = {
-      name: sum(values[name] for values in self._window) / count
-      for name in self._window[0]
-    }
-    speed = means.pop("tokens") * count / seconds
-    scalars = {f"train/{name}": value for name, value in means.items()}
-    scalars |= {
-      "train/tokens_per_second": speed,
-      "train/tokens_seen": self._run.clock.tokens,
-      "train/stage": self._stage.index + 1,
-      "train/update_seconds": seconds / count,
-    }
-    self._writers.write_scalars(update, scalars)
-    left = _seconds_left(
-      self._run.curriculum, self._stage, update, seconds / count
-    )
-    self._line.update(
-      self._stage.config.name, update, means["loss"], speed, *left
-    )
-    self._window, self._since = [], time.monotonic()
-
-
-def _seconds_left(
-  curriculum: Curriculum, now: StagePlan, update: int, seconds: float
-) -> tuple[float, float]:
-  """Time left for the stage and the run, a row's cost being its length."""
-  stage = (now.end - update) * seconds
-  later = sum(
-    s.updates * seconds * s.config.length / now.config.length
-    for s in curriculum.stages[now.index + 1 :]
-  )
-  return stage, stage + later
+  def _spend(self, cause: Cause):
+    return self._attempt.ledger.spend(cause)
 
 
 def _as_text(config: Config) -> str:
   return "\n".join(f"{k}: {v}" for k, v in dataclasses.asdict(config).items())
+
+
+def _sha256(config: Config) -> str:
+  plain = json.dumps(config_lib.to_dict(config), sort_keys=True)
+  return hashlib.sha256(plain.encode()).hexdigest()[:16]

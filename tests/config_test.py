@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdm_jax.core import coercion
+from mdm_jax.core import coercion, errors
 from mdm_jax.core import config as config_lib
-from mdm_jax.core import errors
 from mdm_jax.core.config import Config, ModelConfig, StageConfig
 from mdm_jax.core.errors import UserError
 
@@ -17,6 +16,9 @@ OPTIONAL = {
   "data.max_documents": 7,
   "model.num_kv_heads": 4,
   "model.mlp_dim": 128,
+  "train.keep_every": 1000,
+  "train.restore_step": 40,
+  "train.spike_sigmas": 6.0,
   "eval.final_rows": 16,
   "sample.length": 32,
   "sample.block_length": 8,
@@ -145,6 +147,7 @@ def test_other_fields_can_not_be_none():
     ({"stages": [{"lenth": 4}]}, "stages[0].lenth", "length"),
     ({"tokenizer": {"kind": "bite"}}, "tokenizer.kind", "byte"),
     ({"model": {"dtype": "float31"}}, "model.dtype", "float32"),
+    ({"data": {"on_bad_record": "skp"}}, "data.on_bad_record", "skip"),
   ],
 )
 def test_a_typo_is_told_with_the_nearest_name(raw, wrong, right):
@@ -226,6 +229,8 @@ POSITIVE = [
   *("data.batch_size", "model.num_layers", "model.embed_dim"),
   *("model.num_heads", "optimizer.accumulation", "optimizer.learning_rate"),
   *("train.log_every", "train.checkpoint_every", "train.keep_latest"),
+  *("train.keep_every", "train.max_skipped", "train.spike_window"),
+  *("train.spike_sigmas", "train.max_attempts", "train.restore_step"),
   *("eval.rows", "eval.masks_per_row", "eval.batch_size"),
   *("sample.num_samples", "sample.num_steps", "sample.temperature"),
   *("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm"),
@@ -272,7 +277,8 @@ def test_what_must_be_within_a_range(path):
   "path",
   [
     *("optimizer.weight_decay", "optimizer.warmup_steps", "eval.every"),
-    *("sample.entropy_bound", "sample.guidance"),
+    *("sample.entropy_bound", "sample.guidance", "eval.samples"),
+    *("train.checkpoint_minutes", "train.watchdog_seconds"),
   ],
 )
 def test_what_must_not_be_negative(path):

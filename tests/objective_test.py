@@ -97,21 +97,22 @@ def test_training_loss_and_gradient_are_those_of_the_full_array(
 
   def packed(params):
     head = denoiser.logits, denoiser.head(params)
-    return objective.masked_loss(
+    total, by_position = objective.masked_loss(
       *head, hidden(params), x0, masked, weight, capacity, REAL, smoothing
     )
+    return 3 * total, by_position
 
   def full(params):
     states = hidden(params).reshape(80, -1)
     logits = denoiser.logits(params, states)
     loss = objective.cross_entropy(logits, x0.reshape(-1), REAL, smoothing)
     loss = jnp.where(masked, loss.reshape(8, 10), 0.0)
-    return (loss.sum(axis=1) * weight).sum()
+    return 3 * (loss.sum(axis=1) * weight).sum(), loss
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    jax.jit(jax.value_and_grad(lambda p: 3 * packed(p)))(params),
-    jax.jit(jax.value_and_grad(lambda p: 3 * full(p)))(params),
+    jax.jit(jax.value_and_grad(packed, has_aux=True))(params),
+    jax.jit(jax.value_and_grad(full, has_aux=True))(params),
   )
 
 
@@ -135,12 +136,37 @@ def test_training_loss_is_the_weighted_sum_whatever_the_chunks(
     *(hidden, x0, corrupted.masked, weight, capacity, REAL),
   )
   by_position = losses(denoiser, params, case, hidden)
+  total, along = run(80)
   np.testing.assert_allclose(
-    run(80), (by_position.sum(axis=1) * weight).sum(), rtol=1e-5
+    total, (by_position.sum(axis=1) * weight).sum(), rtol=1e-5
   )
+  np.testing.assert_allclose(along, by_position, rtol=1e-6)
   shards = x0.sharding.mesh.shape["fsdp"] * x0.sharding.mesh.shape["replica"]
   most = np.asarray(corrupted.masked).reshape(shards, -1).sum(axis=1).max()
-  assert np.isnan(run(int(most) - 1 if most < 17 else 16))
+  total, along = run(int(most) - 1 if most < 17 else 16)
+  assert np.isnan(total) and np.isnan(along).any()
+
+
+def test_what_comes_along_has_no_gradient(case, small_chunks):
+  denoiser, params = network()
+  x0, _, corrupted = case
+  mesh = x0.sharding.mesh
+  draw = jax.random.normal(rng.stream(0, "h"), (8, 10, 8))
+  hidden = jax.device_put(draw, batch_sharding(mesh, 3))
+  weight = jax.device_put(jnp.ones(8), batch_sharding(mesh, 1))
+
+  def gradient(of):
+    def loss(hidden, params):
+      found = objective.masked_loss(
+        *(denoiser.logits, denoiser.head(params), hidden, x0),
+        *(corrupted.masked, weight, 80, REAL),
+      )
+      return of(*found)
+
+    return np.asarray(jax.jit(jax.grad(loss))(hidden, params))
+
+  np.testing.assert_array_equal(gradient(lambda _, along: along.sum()), 0)
+  assert gradient(lambda total, _: total).any()
 
 
 def test_chunks_follow_the_width_but_are_never_tiny():
@@ -170,7 +196,8 @@ def test_no_chunks_logits_are_kept(mesh, small_chunks):
       denoiser.logits,
       denoiser.head(params),
       *(hidden, x0, masked, weight, 1024, 4000),
-    )
+    ),
+    has_aux=True,
   )
   program = jax.jit(gradient).lower(params, *args).compile()
   every_logit = 4 * 1024 * 4096

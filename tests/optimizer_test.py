@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mdm_jax.core.config import Config, DataConfig, OptimizerConfig, StageConfig
@@ -11,14 +12,6 @@ from mdm_jax.training.optimizer import (
   make_optimizer,
   warmup_updates,
 )
-
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-  """Adam raises a Python float to an integer power: not strict promotion."""
-  with jax.numpy_dtype_promotion("standard"):
-    yield
-
 
 LR = OptimizerConfig(learning_rate=1e-3, warmup_steps=10, min_lr_ratio=0.05)
 STAGES = tuple(
@@ -131,3 +124,70 @@ def test_gradients_are_clipped_by_global_norm_before_adam():
   clipped = 1 / np.sqrt(14)  # 14 equal entries of norm 1
   want = -clipped / (clipped + 1)
   np.testing.assert_allclose(updates["embedding"], want, rtol=1e-5)
+
+
+def random_like(tree, seed, scale=1.0):
+  draw = np.random.default_rng(seed)
+  normal = lambda p: jnp.asarray(draw.normal(0, scale, p.shape), jnp.float32)
+  return jax.tree.map(normal, tree)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_applied_updates_are_optax_adamws(scale):
+  """Gradients below and above the clip, some steps on."""
+  config = OptimizerConfig(weight_decay=0.3, clip_norm=0.5)
+  schedule = lambda step: 0.1 / (1.0 + jnp.asarray(step, jnp.float32))
+  ours = make_optimizer(config, schedule)
+  theirs = optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      *(schedule, config.b1, config.b2, config.eps),
+      weight_decay=config.weight_decay,
+      mask=decay_mask,
+    ),
+  )
+  params = [random_like(PARAMS, 0)] * 2
+  states = [ours.init(PARAMS), theirs.init(PARAMS)]
+  for step in range(6):
+    grads = random_like(PARAMS, step, scale)
+    for i, optimizer in enumerate((ours, theirs)):
+      with jax.numpy_dtype_promotion("standard" if i else "strict"):
+        updates, states[i] = jax.jit(optimizer.update)(
+          grads, states[i], params[i]
+        )
+      params[i] = optax.apply_updates(params[i], updates)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-6, atol=1e-7)
+    jax.tree.map(close, *params)
+  for name in ("mu", "nu"):
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-6)
+    jax.tree.map(close, *(optax.tree.get(s, name) for s in states))
+  assert int(states[0].count) == 6
+
+
+def test_the_learning_rate_is_of_the_step_it_is_given():
+  """Which goes on where an update is not applied; Adam's count does not."""
+  schedule = lambda step: 1.0 + jnp.asarray(step, jnp.float32)
+  optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), schedule)
+  grads, state = random_like(PARAMS, 1), optimizer.init(PARAMS)
+  first, _ = optimizer.update(grads, state, PARAMS)
+  later, new = optimizer.update(grads, state, PARAMS, step=jnp.int32(6))
+  seven = lambda a, b: np.testing.assert_allclose(7 * a, b, rtol=1e-6)
+  jax.tree.map(seven, first, later)
+  assert int(new.count) == 1
+
+
+@pytest.mark.parametrize("gradient", [1.0, np.nan, np.inf])
+def test_an_update_that_is_not_applied_changes_no_bit(gradient):
+  optimizer = make_optimizer(OptimizerConfig(), lambda _: 0.1)
+  awkward = jnp.array([-0.0, 1e-40, -1e-45, 3e38], jnp.float32)
+  tree = {"down": awkward, "embedding": -awkward}
+  state = optax.ScaleByAdamState(jnp.int32(0), tree, tree)
+  grads = jax.tree.map(lambda p: jnp.full_like(p, gradient), tree)
+  update = jax.jit(optimizer.update)
+  updates, after = update(grads, state, tree, applied=jnp.bool_(False))
+  same = lambda a, b: np.testing.assert_array_equal(
+    np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32)
+  )
+  jax.tree.map(same, after, state)
+  nothing = jax.tree.map(lambda p: jnp.full_like(p, -0.0), tree)
+  jax.tree.map(same, updates, nothing)

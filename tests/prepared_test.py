@@ -48,6 +48,7 @@ def config(texts, cache):
         "corpus": f"text:{texts}/*.txt",
         "cache_dir": str(cache),
         "eval_fraction": 0.25,
+        "batch_size": 2,
       },
       "tokenizer": {"vocab_size": 400},
       "stages": STAGES,
@@ -142,7 +143,7 @@ def test_a_field_that_shapes_rows_makes_a_new_folder(
 def test_other_fields_share_the_folder(config, cache):
   prepare(config)
   other = _change(config, "stage", name="x", epochs=9, mask_rate=[0.1, 0.2])
-  other = _change(other, "data", batch_size=2)
+  other = _change(other, "data", batch_size=1, on_bad_record="skip")
   prepare(dataclasses.replace(other, seed=5, name="other"))
   assert len(_folders(cache)) == 1
 
@@ -337,6 +338,7 @@ def test_counts_are_those_of_the_rows(config):
   assert data.manifest["documents"] == {
     "train": len(train),
     "held_out": len(held_out),
+    "bad": 0,
   }
   for i, rows in enumerate(data.stages):
     count = counts[f"stage_{i + 1}"]

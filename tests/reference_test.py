@@ -5,9 +5,8 @@ import pathlib
 
 import pytest
 
-from mdm_jax.core import coercion
+from mdm_jax.core import coercion, reference
 from mdm_jax.core import config as config_lib
-from mdm_jax.core import reference
 from mdm_jax.core.config import Config
 
 FILE = pathlib.Path(__file__).parents[1] / "docs" / "configuration.md"

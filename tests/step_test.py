@@ -18,26 +18,26 @@ from mdm_jax.core.config import (
   ObjectiveConfig,
   OptimizerConfig,
   StageConfig,
+  TrainConfig,
 )
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import batches
 from mdm_jax.data.packing import Rows
+from mdm_jax.diffusion import objective
 from mdm_jax.diffusion.noise import stage_rates
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.training import optimizer as optimizer_lib
 from mdm_jax.training import step as step_lib
 from mdm_jax.training.checkpoint import Checkpoints
 from mdm_jax.training.curriculum import make_curriculum
+from mdm_jax.training.guard import make_guard
 from mdm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from mdm_jax.training.state import TrainState, abstract_state, init_state
+from mdm_jax.training.state import (
+  TrainState,
+  abstract_state,
+  init_state,
+)
 from mdm_jax.training.step import make_train_step
-
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-  """Adam raises a Python float to an integer power: not strict promotion."""
-  with jax.numpy_dtype_promotion("standard"):
-    yield
-
 
 V, REAL, MASK, PAD = 32, 28, 30, 29
 CONFIG = Config(
@@ -64,19 +64,24 @@ def make_rows(count=64, length=16):
 class Run:
   """A training run in miniature, on the current mesh."""
 
-  def __init__(self, config, mesh):
+  def __init__(self, config, mesh, schedule=None):
     self.config, self.mesh, self.rows = config, mesh, make_rows()
     self.denoiser = Denoiser(config.model, V, REAL)
     self.plan = make_curriculum(config, [len(self.rows)] * len(config.stages))
-    schedule = learning_rate_schedule(config.optimizer, self.plan)
+    if schedule is None:
+      schedule = learning_rate_schedule(config.optimizer, self.plan)
     self.optimizer = make_optimizer(config.optimizer, schedule)
+    self.guard, self.schedule = make_guard(config.train), schedule
     self.step = make_train_step(
       config, self.plan.stages[0], self.denoiser, self.optimizer, schedule, MASK
     )
 
   def init(self):
     key = rng.stream(self.config.seed, "init")
-    return init_state(self.denoiser, self.optimizer, key)
+    return init_state(self.denoiser, self.optimizer, key, self.guard)
+
+  def abstract(self):
+    return abstract_state(self.denoiser, self.optimizer, self.guard)
 
   def batch(self, update):
     numbers = batches.row_numbers(
@@ -90,7 +95,7 @@ class Run:
     metrics = []
     for update in range(start, end):
       state, values = self.step(state, self.batch(update))
-      metrics.append({k: float(v) for k, v in values.items()})
+      metrics.append({k: np.asarray(v).tolist() for k, v in values.items()})
     return state, metrics
 
   def tasks(self, update):
@@ -181,19 +186,23 @@ def test_two_microbatches_of_8_equal_one_of_16(mesh):
     )
 
 
-def test_six_updates_equal_three_a_resume_and_three(mesh, tmp_path):
-  run = Run(CONFIG, mesh)
+GUARDED = dataclasses.replace(
+  CONFIG, train=TrainConfig(spike_sigmas=2.0, spike_window=4)
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, GUARDED], ids=["plain", "guarded"])
+def test_six_updates_equal_three_a_resume_and_three(mesh, tmp_path, config):
+  run = Run(config, mesh)
   whole, losses = run.train(run.init(), 0, 6)
   half, first = run.train(run.init(), 0, 3)
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(half, {"tokens_seen": 3.0})
+    checkpoints.save(half, {})
   del half
-  again = Run(CONFIG, mesh)
+  again = Run(config, mesh)
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest() == 3
-    assert checkpoints.metrics(3)["tokens_seen"] == 3.0
-    like = abstract_state(again.denoiser, again.optimizer)
-    state = checkpoints.restore(3, like)
+    state = checkpoints.restore(3, again.abstract())
   state, second = again.train(state, 3, 6)
   assert_trees_equal(state, whole)
   assert first + second == losses
@@ -226,7 +235,9 @@ def test_meshes_draw_the_same_masks_and_agree(tmp_path):
   for a, b in zip(tasks_a, tasks_b, strict=True):
     np.testing.assert_array_equal(a, b)
   for a, b in zip(metrics_a, metrics_b, strict=True):
-    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+    for name in ("loss", "bin_loss", "mask_rate"):
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
+    assert a["bin_count"] == b["bin_count"] and a["skipped"] == 0
   # Adam divides by the gradient's size: a tiny one's rounding shows.
   assert_trees_close(state_a.params, state_b.params, atol=2e-4)
 
@@ -255,7 +266,7 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
   with context:
     run = make()
     with Checkpoints(tmp_path) as checkpoints:
-      like = abstract_state(run.denoiser, run.optimizer)
+      like = run.abstract()
       restored = checkpoints.restore(2, like)
       ema = checkpoints.restore_ema_params(2, like.ema_params)
     assert_trees_equal(restored, saved)
@@ -264,28 +275,13 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
     run.train(restored, 2, 3)
 
 
-def test_best_and_latest_checkpoints_are_kept(mesh, tmp_path):
-  run = Run(CONFIG, mesh)
-  state = run.init()
-  with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
-    assert checkpoints.latest() is None and checkpoints.best() is None
-    for step, bound in ((1, 3.0), (2, 2.0), (3, 2.5), (4, None)):
-      metrics = {} if bound is None else {"nelbo_per_token": bound}
-      numbered = dataclasses.replace(state, step=jnp.asarray(step))
-      checkpoints.save(numbered, metrics)
-  with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
-    assert checkpoints.latest() == 4 and checkpoints.best() == 2
-  kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
-  assert {"2", "4"} <= kept and not {"1", "3"} & kept
-
-
 def test_a_checkpoint_of_another_model_is_refused(mesh, tmp_path):
   run = Run(CONFIG, mesh)
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(run.init(), {})
   wider = dataclasses.replace(CONFIG.model, embed_dim=32)
   other = Run(dataclasses.replace(CONFIG, model=wider), mesh)
-  like = abstract_state(other.denoiser, other.optimizer)
+  like = other.abstract()
   with Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(
       UserError, match=r"key is float32\[2, 16, 2, 8\].*\[2, 32, 2, 16\]"
@@ -293,32 +289,194 @@ def test_a_checkpoint_of_another_model_is_refused(mesh, tmp_path):
       checkpoints.restore(0, like)
 
 
-def test_an_update_that_is_not_finite_is_not_applied(mesh):
-  """To Adam's moments it is one without a gradient."""
-  run = Run(CONFIG, mesh)
-  state, _ = run.train(run.init(), 0, 1)
-  sane = jax.device_get(state.params["final_norm"]["scale"])
-  huge = jnp.full_like(state.params["final_norm"]["scale"], 3e38)
-  poisoned = state.params | {"final_norm": {"scale": huge}}
-  state = dataclasses.replace(state, params=poisoned)
-  before = jax.device_get(state)
-  after, metrics = run.step(state, run.batch(1))
-  assert not np.isfinite(metrics["loss"])
-  assert metrics["skipped"] == 1 and int(after.step) == 2
-  assert metrics["update_norm"] == 0
-  assert_trees_equal(after.params, before.params)
-  assert_trees_equal(after.ema_params, before.ema_params)
-  moments = lambda s: optax.tree.get(s.opt_state, "mu")
-  decayed = jax.tree.map(lambda m: CONFIG.optimizer.b1 * m, moments(before))
-  assert_trees_close(moments(after), decayed, rtol=1e-6)
-  # And the next one is as good as ever.
-  healed = after.params | {"final_norm": {"scale": jnp.asarray(sane)}}
-  after, metrics = run.step(
-    dataclasses.replace(after, params=healed), run.batch(2)
+# MARK: updates that are not applied
+
+
+def weigh_by(factor):
+  """Every row's weight in the loss, so that loss and gradient are `factor`."""
+  weights = objective.row_weights
+  return "row_weights", lambda *args: factor * weights(*args)
+
+
+def nan_gradient():
+  """Adds nothing whose derivative is 0 * inf: the loss stays as it is."""
+  loss = objective.masked_loss
+  nothing = lambda h: 0 * jnp.sqrt(0 * h)
+  return "masked_loss", lambda head, params, hidden, *args: loss(
+    head, params, hidden + nothing(hidden), *args
   )
-  assert metrics["skipped"] == 0
-  leaves = jax.tree.leaves((after.params, after.opt_state))
-  assert all(np.isfinite(x).all() for x in leaves)
+
+
+def broken(run, monkeypatch, name, function):
+  """The run with an update that was traced with part of the objective bad."""
+  other = Run(run.config, run.mesh)
+  monkeypatch.setattr(objective, name, function)
+  jax.block_until_ready(other.step(run.init(), run.batch(0)))  # traced now
+  monkeypatch.undo()
+  return other
+
+
+def bits(tree):
+  """A copy of every leaf's bits."""
+  view = lambda x: np.array(x).reshape(-1).view(np.uint32)
+  return jax.tree.map(view, jax.device_get(tree))
+
+
+def with_awkward_numbers(state):
+  """Zeros of both signs, subnormals and large values, in every array."""
+  awkward = np.float32([-0.0, 0.0, 1e-40, -1e-45, 3e38, -1e-38])
+
+  def put(x):
+    flat = np.array(x).reshape(-1)
+    flat[: len(awkward)] = awkward
+    return jax.device_put(flat.reshape(x.shape), x.sharding)
+
+  trees = state.ema_params, state.opt_state.mu, state.opt_state.nu
+  ema, mu, nu = jax.tree.map(put, trees)
+  # The last norm alone: the forward pass has to be finite.
+  scale = put(state.params["final_norm"]["scale"]).at[4].set(1.0)
+  return dataclasses.replace(
+    state,
+    params=state.params | {"final_norm": {"scale": scale}},
+    ema_params=ema,
+    opt_state=state.opt_state._replace(mu=mu, nu=nu),
+  )
+
+
+KEPT = "params", "ema_params", "opt_state", "guard"
+BAD = {
+  "loss and gradient": lambda: weigh_by(np.float32(np.inf)),
+  "gradient": nan_gradient,
+  "a norm too large": lambda: weigh_by(np.float32(1e30)),
+  "not a number": lambda: weigh_by(np.float32(np.nan)),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_an_update_that_is_not_finite_keeps_every_bit(mesh, monkeypatch, what):
+  run = Run(GUARDED, mesh)
+  bad = broken(run, monkeypatch, *BAD[what]())
+  state, _ = run.train(run.init(), 0, 2)
+  state = with_awkward_numbers(state)
+  before = {name: bits(getattr(state, name)) for name in KEPT}
+  after, (metrics,) = bad.train(state, 2, 3)
+  finite = what in ("gradient", "a norm too large")
+  assert np.isfinite(metrics["loss"]) == finite
+  assert not np.isfinite(metrics["grad_norm"])
+  assert (metrics["skipped"], metrics["nonfinite"], metrics["spike"]) == (
+    *(1, 1, 0),
+  )
+  assert metrics["update_norm"] == 0 and int(after.step) == 3
+  assert int(after.opt_state.count) == 2
+  for name in KEPT:
+    assert_trees_equal(bits(getattr(after, name)), before[name])
+
+
+def test_the_test_of_bits_would_see_an_update(mesh):
+  run = Run(GUARDED, mesh)
+  state = run.init()
+  before = {name: bits(getattr(state, name)) for name in KEPT}
+  after, _ = run.train(state, 0, 1)
+  for name in KEPT:
+    with pytest.raises(AssertionError):
+      assert_trees_equal(bits(getattr(after, name)), before[name])
+
+
+def test_an_update_that_is_not_finite_is_as_one_passed_over(
+  any_mesh, monkeypatch
+):
+  """Rows, masks and learning rate of the next one are those of its number."""
+  run = Run(GUARDED, any_mesh)
+  bad = broken(run, monkeypatch, *weigh_by(np.float32(np.inf)))
+  state, _ = run.train(run.init(), 0, 2)
+  state, _ = bad.train(state, 2, 3)
+  skipped, metrics = run.train(state, 3, 5)
+  state, _ = run.train(run.init(), 0, 2)
+  state = dataclasses.replace(state, step=state.step + 1)
+  passed, others = run.train(state, 3, 5)
+  assert run.step._cache_size() == 1
+  assert metrics == others and metrics[0]["skipped"] == 0
+  assert metrics[0]["learning_rate"] == run.schedule(3)
+  assert_trees_equal(bits(skipped), bits(passed))
+
+
+def test_the_learning_rate_is_of_the_update_whatever_was_applied(mesh):
+  still = lambda update: jnp.where(update == 3, 0.0, 1e-2)
+  run = Run(CONFIG, mesh, still)
+  state, metrics = run.train(run.init(), 0, 2)
+  state = dataclasses.replace(state, step=state.step + 1)
+  _, (third,) = run.train(state, 3, 4)
+  assert third["learning_rate"] == third["update_norm"] == 0
+  assert all(m["update_norm"] > 0 for m in metrics)
+
+
+def test_a_spike_is_not_applied_and_not_remembered(any_mesh, monkeypatch):
+  run = Run(GUARDED, any_mesh)
+  bad = broken(run, monkeypatch, *weigh_by(np.float32(1e3)))
+  state, metrics = run.train(run.init(), 0, 3)
+  norms = [m["grad_norm"] for m in metrics]
+  assert not any(m["skipped"] for m in metrics)
+  np.testing.assert_array_equal(state.guard["norms"], np.float32([*norms, 0]))
+  before = {name: bits(getattr(state, name)) for name in KEPT}
+  state, (metrics,) = bad.train(state, 3, 4)
+  assert (metrics["skipped"], metrics["nonfinite"], metrics["spike"]) == (
+    *(1, 0, 1),
+  )
+  assert np.isfinite(metrics["grad_norm"]) and int(state.step) == 4
+  for name in KEPT:
+    assert_trees_equal(bits(getattr(state, name)), before[name])
+
+
+def test_without_a_guard_the_same_update_is_applied(mesh, monkeypatch):
+  run = Run(CONFIG, mesh)
+  bad = broken(run, monkeypatch, *weigh_by(np.float32(1e3)))
+  _, metrics = bad.train(run.train(run.init(), 0, 3)[0], 3, 4)
+  assert metrics[0]["skipped"] == metrics[0]["spike"] == 0
+
+
+def test_not_applying_needs_no_copy_of_the_state(mesh, monkeypatch):
+  """Old and new moments are never both in memory."""
+  # Wide, so that the state is larger than what the forward pass keeps.
+  model = dataclasses.replace(CONFIG.model, embed_dim=128)
+  # One microbatch: a loop over several holds the gradients twice as it is.
+  optimizer = dataclasses.replace(CONFIG.optimizer, accumulation=1)
+  config = dataclasses.replace(GUARDED, model=model, optimizer=optimizer)
+  size = sum(x.nbytes for x in jax.tree.leaves(Run(config, mesh).init().params))
+
+  def temporary():
+    run = Run(config, mesh)
+    step = lambda state, *rows: run.step(state, batches.Batch(*rows))
+    batch = run.batch(0)
+    program = jax.jit(step, donate_argnums=0).lower(
+      *(run.init(), batch.tokens, batch.segments)
+    )
+    program = program.compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+  guarded = temporary()
+  for module in (step_lib, optimizer_lib):
+    monkeypatch.setattr(module, "choose", lambda _, new, old: new)
+  assert guarded - temporary() < size / 4
+
+
+def test_a_row_that_is_not_finite_shows_in_its_mask_rate_alone(
+  mesh, monkeypatch
+):
+  run = Run(CONFIG, mesh)
+  tasks = run.tasks(0)
+  row = np.asarray(run.batch(0).tokens)[0, 3]
+  loss = objective.masked_loss
+
+  def spoil(head, params, hidden, x0, *args):
+    here = (x0 == row[None]).all(axis=1)
+    hidden = jnp.where(here[:, None, None], jnp.nan, hidden)
+    return loss(head, params, hidden, x0, *args)
+
+  bad = broken(run, monkeypatch, "masked_loss", spoil)
+  _, (metrics,) = bad.train(run.init(), 0, 1)
+  assert metrics["nonfinite"] == 1
+  (where,) = np.nonzero(np.isnan(metrics["bin_loss"]))
+  assert where.tolist() == [int(np.ceil(float(tasks.rate[0, 3]) * 10)) - 1]
 
 
 def test_averaged_parameters_follow_the_parameters(mesh):
@@ -345,7 +503,7 @@ def test_loss_is_the_weighted_mean_it_says(mesh, weighting):
   )
   run = Run(config, mesh)
   state, tasks = run.init(), run.tasks(0)
-  total = 0.0
+  total, sums, counts = 0.0, np.zeros(10), np.zeros(10)
   for i in range(2):
     part = jax.tree.map(lambda x, i=i: x[i], tasks)
     hidden = jax.jit(run.denoiser.hidden)(
@@ -358,6 +516,9 @@ def test_loss_is_the_weighted_mean_it_says(mesh, weighting):
     ce = np.where(part.corrupted.masked, ce, 0)
     count = np.asarray(part.corrupted.masked).sum(axis=1)
     length = np.asarray(part.segments > 0).sum(axis=1)
+    bins = np.searchsorted(np.linspace(0, 1, 11), part.rate) - 1
+    np.add.at(sums, bins, ce.sum(axis=1))
+    np.add.at(counts, bins, count)
     if weighting == "masked_ce":
       total += ce.sum() / np.asarray(tasks.corrupted.masked).sum()
     else:
@@ -368,6 +529,9 @@ def test_loss_is_the_weighted_mean_it_says(mesh, weighting):
       ).sum()
   _, metrics = run.train(state, 0, 1)
   np.testing.assert_allclose(metrics[0]["loss"], total, rtol=1e-4)
+  np.testing.assert_allclose(metrics[0]["bin_loss"], sums, rtol=1e-4)
+  np.testing.assert_array_equal(metrics[0]["bin_count"], counts)
+  assert (counts > 0).sum() >= 4  # the test sees several bins
 
 
 def test_state_holds_no_key_and_has_readable_paths(mesh):
@@ -377,7 +541,10 @@ def test_state_holds_no_key_and_has_readable_paths(mesh):
     "params",
     "ema_params",
     "opt_state",
+    "guard",
   ]
   flat = jax.tree_util.tree_flatten_with_path(state.params)[0]
   names = {jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in flat}
   assert "blocks/attention/query" in names
+  assert set(state.opt_state._fields) == {"count", "mu", "nu"}
+  assert state.guard == {}  # a checkpoint can't hold an empty array

@@ -12,9 +12,11 @@ from mdm_jax import train
 from mdm_jax.benchmarks import workload
 from mdm_jax.core.metrics import Writers
 from mdm_jax.core.progress import ProgressLine
-from mdm_jax.core.signals import StopRequest
+from mdm_jax.core.session import Session
 from mdm_jax.core.workdir import Workdir
+from mdm_jax.training import run_log
 from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.trainer import Trainer
 
 TINY = workload.PRESETS["tiny"]
@@ -63,7 +65,7 @@ class _Scripted(Trainer):
       for i, name in enumerate(NAMES[:2])
     } | {"skipped": np.zeros(100, np.float32)}
 
-  def update(self, state, update):
+  def update(self, state, update, batch=None):
     self.told.append(("dispatched", update))
     metrics = {
       name: _Number(values[update], self.told, ("read", update))
@@ -91,13 +93,11 @@ def _run(trainer, folder):
     Checkpoints(workdir.path) as checkpoints,
     Writers(workdir.path, after=0) as writers,
     ProgressLine(trainer.curriculum.updates) as line,
-    StopRequest() as stop,
+    Session(workdir.path) as session,
   ):
-    run = train.Run(trainer, workdir, checkpoints)
-    yield (
-      lambda state, until: run.advance(state, until, writers, line, stop),
-      run,
-    )
+    run = train.Run(trainer, workdir, checkpoints, session)
+    log = RunLog(trainer, writers, line, session.attempt)
+    yield (lambda state, until: run.advance(state, until, log), run)
 
 
 def _logged(folder, *parts, trainer):
@@ -152,13 +152,15 @@ def test_an_update_is_dispatched_before_the_last_ones_numbers_are_read(
 def test_an_update_that_was_not_applied_is_told(trainer, tmp_path, monkeypatch):
   told = []
   monkeypatch.setattr(
-    train.logging,
+    run_log.logging,
     "warning",
     lambda text, *values: told.append((text % values, list(trainer.told))),
   )
   trainer.numbers["skipped"][5] = 1.0
   lines = _logged(tmp_path, 8, trainer=trainer)
   ((text, before),) = told
-  assert text == "update 6: not finite, not applied"  # counted from 1
+  assert text.startswith("update 6: not finite")  # counted from 1
+  rows = ", ".join(map(str, trainer.row_numbers(5)))
+  assert text.endswith(f"not applied; rows {rows} of stage train")
   assert ("dispatched", 6) in before and ("dispatched", 7) not in before
   assert [line["train/skipped"] for line in lines] == [0.0, 0.25]

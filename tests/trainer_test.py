@@ -17,18 +17,13 @@ from mdm_jax.core.config import (
   OptimizerConfig,
   StageConfig,
   TokenizerConfig,
+  TrainConfig,
 )
 from mdm_jax.core.errors import UserError
+from mdm_jax.data import batches
 from mdm_jax.data.prepared import prepare
 from mdm_jax.training import calibration
 from mdm_jax.training.trainer import Trainer
-
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-  """Adam raises a Python float to an integer power: not strict promotion."""
-  with jax.numpy_dtype_promotion("standard"):
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +75,59 @@ def test_updates_follow_the_stages(trainer):
     assert metrics["learning_rate"] == trainer.schedule(update)
 
 
+def test_an_updates_rows_are_those_of_its_number(trainer):
+  for update in range(5):
+    stage = trainer.curriculum.stage_at(update)
+    numbers = trainer.row_numbers(update)
+    rows = trainer.data.stages[stage.index].tokens[numbers]
+    batch = trainer.batch(stage, update)
+    np.testing.assert_array_equal(rows, np.concatenate(batch.tokens))
+  seed = batches.stage_seed(trainer.config.seed, 1)
+  first = batches.row_numbers(len(trainer.data.stages[1]), seed, 0, 8)
+  np.testing.assert_array_equal(trainer.row_numbers(3), first)
+
+
+def test_an_update_passed_over_only_counts(trainer):
+  state, _ = trainer.update(trainer.init(), 0)
+  before = jax.device_get(state)
+  after = trainer.pass_over(state)
+  assert int(after.step) == 2
+  same = dataclasses.replace(before, step=after.step)
+  assert _trees_equal(after, same)
+  _, metrics = trainer.update(after, 2)
+  assert metrics["learning_rate"] == trainer.schedule(2)
+
+
+def test_updates_passed_over_are_half_open_ranges(config, trainer):
+  train = dataclasses.replace(config.train, skip_updates="1:3, 7:8")
+  config = dataclasses.replace(config, train=train)
+  some = Trainer(config, trainer.data, trainer.mesh)
+  assert [u for u in range(10) if some.passes_over(u)] == [1, 2, 7]
+  assert not any(trainer.passes_over(u) for u in range(10))
+
+
+@pytest.mark.parametrize(
+  "text, part",
+  [
+    ("5:5", "5:5"),
+    ("1:2,9:8", "9:8"),
+    ("-1:3", "-1:3"),
+    ("1200", "1200"),
+    ("1:2,", ""),
+    ("1:b", "1:b"),
+    ("1:2:3", "1:2:3"),
+    ("\u0663:9", "\u0663:9"),
+  ],
+)
+def test_a_wrong_range_is_named(text, part):
+  train = TrainConfig(skip_updates=text)
+  with pytest.raises(UserError) as told:
+    Config(train=train)
+  said = str(told.value)
+  assert said.startswith("train.skip_updates=") and "\n" not in said
+  assert repr(part) in said and "1200:1500,1800:1810" in said
+
+
 def test_a_state_from_parameters_is_a_fresh_start(trainer):
   state, _ = trainer.update(trainer.init(), 0)
   trained = jax.device_get(state.ema_params)
@@ -124,8 +172,7 @@ def test_calibration_compiles_what_the_run_uses(config, trainer, caplog):
 
 @pytest.fixture(scope="module")
 def plan(trainer):
-  with jax.numpy_dtype_promotion("standard"):
-    return plan_lib.make_plan(trainer, after=1)
+  return plan_lib.make_plan(trainer, after=1)
 
 
 def test_the_plan_counts_what_the_run_does(plan, trainer):

@@ -41,11 +41,12 @@ from mdm_jax.benchmarks.workload import PRESETS, Preset
 from mdm_jax.core.config import Config, MeshConfig
 from mdm_jax.core.metrics import Writers
 from mdm_jax.core.progress import ProgressLine, console
+from mdm_jax.core.session import Session
 from mdm_jax.core.sharding import make_mesh
-from mdm_jax.core.signals import StopRequest
 from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.trainer import Trainer
 
@@ -177,10 +178,14 @@ class _Turn:
     workdir = Workdir(enter(tempfile.TemporaryDirectory()))
     keep = self._trainer.config.train.keep_latest
     checkpoints = enter(Checkpoints(workdir.path, keep))
-    self.run = train.Run(self._trainer, workdir, checkpoints)
-    self._writers = enter(Writers(workdir.path, after=0))
-    self._line = enter(ProgressLine(self._trainer.curriculum.updates))
-    self._stop = enter(StopRequest())
+    session = enter(Session(workdir.path))
+    self.run = train.Run(self._trainer, workdir, checkpoints, session)
+    self._log = RunLog(
+      self._trainer,
+      enter(Writers(workdir.path, after=0)),
+      enter(ProgressLine(self._trainer.curriculum.updates)),
+      session.attempt,
+    )
     self.state = self._trainer.init()
     # A checkpoint then falls into the middle of a turn, and is written in it.
     self._until = self._updates // 2
@@ -191,9 +196,7 @@ class _Turn:
 
   def __call__(self) -> None:
     self._until += self._updates
-    self.state = self.run.advance(
-      self.state, self._until, self._writers, self._line, self._stop
-    )
+    self.state = self.run.advance(self.state, self._until, self._log)
 
 
 def _saves(preset: Preset, data: PreparedData, repeats: int) -> dict[str, Any]:
@@ -210,7 +213,7 @@ def _saves(preset: Preset, data: PreparedData, repeats: int) -> dict[str, Any]:
       began = time.perf_counter()
       saver.save(state, progress)
       returned = time.perf_counter()
-      saver.metrics(number + 1)  # waits until all is on disk
+      saver.wait()  # until all is on disk and hashed
       if number:  # the first makes folders and threads
         blocked.append(returned - began)
         written.append(time.perf_counter() - began)

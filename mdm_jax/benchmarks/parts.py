@@ -85,9 +85,10 @@ def _gathered_loss(work: Work) -> Callable[..., jax.Array]:
   def loss(params, hidden, x0, masked):
     head = denoiser.logits, denoiser.head(params)
     weight = jax.device_put(jnp.ones(len(x0)), RULES.spec("batch"))
-    return objective.masked_loss(
+    total, _ = objective.masked_loss(
       *(*head, hidden, x0, masked, weight, capacity, denoiser.num_real)
     )
+    return total
 
   return loss
 

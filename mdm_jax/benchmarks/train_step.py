@@ -12,8 +12,8 @@ plain     the same blocks and objective with every position's logits, one-hot,
           AdamW (`plain.py`)
 md4       MD4's own blocks too, in float32 whatever the preset says (`md4.py`)
 matmul    the machine's ceiling in the blocks' dtype
-mfu       counted FLOP/s (`flops.py`) over the ceiling; the head is counted for
-          the positions that go through it, which is what is computed
+mfu       counted FLOP/s (`model/flops.py`) over the ceiling; of the head, what
+          goes through it is counted, which is what is computed
 
 How many times as fast the library is, is the median of the turns' ratios: the
 two of a turn are timed one right after the other. Dropout is off; with
@@ -37,11 +37,12 @@ from absl import app, flags
 from rich import box
 from rich.table import Table
 
-from mdm_jax.benchmarks import flops, md4, parts, plain, timing, workload
+from mdm_jax.benchmarks import md4, parts, plain, timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, RATES, Preset, Work
 from mdm_jax.core.config import Config, MeshConfig, ModelConfig
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import make_mesh
+from mdm_jax.model import flops
 from mdm_jax.model.denoiser import compute_dtype
 from mdm_jax.training import step
 from mdm_jax.training.state import TrainState, init_state, state_from

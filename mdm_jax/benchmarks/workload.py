@@ -116,7 +116,7 @@ def on_disk(rows: Rows, folder: epath.PathLike) -> Rows:
   for field in dataclasses.fields(rows):
     path = epath.Path(folder) / f"stage_1.{field.name}.npy"
     np.save(path, getattr(rows, field.name))
-    parts.append(np.load(path, mmap_mode="r"))
+    parts.append(np.load(path, mmap_mode="r", allow_pickle=False))
   return Rows(*parts)
 
 

@@ -25,7 +25,7 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
     return coerce(value, args[0], path)
   if origin is Literal:
     if value not in args:
-      raise UserError(f"{path}={value!r}: {nearest(value, args)}")
+      raise UserError(f"{path}={value!r}: {nearest(str(value), args)}")
     return value
   if origin is tuple and isinstance(value, list | tuple):
     hints = args[:1] * len(value) if args[-1] is Ellipsis else args

@@ -15,7 +15,7 @@ from ml_collections.config_flags import tuple_parser
 from mdm_jax.core import coercion
 from mdm_jax.core import config as config_lib
 from mdm_jax.core.config import Config
-from mdm_jax.core.errors import EXIT_USER, UserError, nearest
+from mdm_jax.core.errors import Exit, Failure, UserError, nearest
 from mdm_jax.core.workdir import Workdir
 
 
@@ -40,9 +40,9 @@ def read_config(num_samples: int | None = None) -> Config:
 
 
 def fail(message: Any) -> int:
-  """Prints the one line of a user's mistake; returns the exit code."""
+  """Prints the one line of a failure; returns its exit code."""
   print(f"error: {message}", file=sys.stderr)
-  return EXIT_USER
+  return message.code if isinstance(message, Failure) else Exit.USER
 
 
 def parse(argv: list[str]) -> list[str]:

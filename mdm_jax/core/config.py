@@ -203,8 +203,8 @@ class TrainConfig:
   skip_updates: str = _field(
     "", "updates passed over with their rows, as `1200:1500,1800:1810`"
   )
-  max_nonfinite: int = _field(
-    3, "updates in a row without a finite loss and gradient that end the run"
+  max_skipped: int = _field(
+    3, "updates in a row, not finite or spikes, that end the run unapplied"
   )
   spike_sigmas: float | None = _field(
     None,

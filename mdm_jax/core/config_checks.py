@@ -1,6 +1,7 @@
 """Which values of the configuration can work, alone and together."""
 
 import math
+import re
 from typing import Any
 
 from mdm_jax.core.errors import UserError
@@ -13,7 +14,7 @@ def check(c: Any) -> None:
     ("data.batch_size", "model.num_layers", "model.embed_dim")
     + ("model.num_heads", "optimizer.accumulation", "optimizer.learning_rate")
     + ("train.log_every", "train.checkpoint_every", "train.keep_latest")
-    + ("train.keep_every", "train.max_nonfinite", "train.spike_window")
+    + ("train.keep_every", "train.max_skipped")
     + ("train.spike_sigmas", "train.max_attempts", "train.restore_step")
     + ("eval.rows", "eval.masks_per_row", "eval.batch_size")
     + ("sample.num_samples", "sample.num_steps", "sample.temperature")
@@ -34,7 +35,9 @@ def check(c: Any) -> None:
   _within(c, "eval.every", 0, math.inf)
   _within(c, "train.checkpoint_minutes", 0, math.inf)
   _within(c, "train.watchdog_seconds", 0, math.inf)
+  _within(c, "train.spike_window", 2, math.inf)
   _within(c, "eval.samples", 0, math.inf)
+  update_ranges(c.train.skip_updates)
   _check_sample(c)
   if c.init_from and c.tokenizer.path:
     raise UserError(
@@ -46,6 +49,24 @@ def check(c: Any) -> None:
     raise UserError("stages is empty; give at least one")
   for i, stage in enumerate(c.stages):
     _check_stage(c, i, stage)
+
+
+def update_ranges(text: str) -> tuple[tuple[int, int], ...]:
+  """Reads `train.skip_updates`: half-open ranges of updates, counted from 0.
+
+  Raises:
+    UserError: a part of it is not START:END with START < END.
+  """
+  ranges = []
+  for part in text.split(",") if text else ():
+    found = re.fullmatch(r"\s*([0-9]+):([0-9]+)\s*", part)
+    if not found or int(found[1]) >= int(found[2]):
+      raise UserError(
+        f"train.skip_updates={text!r}: {part!r} is no range START:END with"
+        " START < END; a valid one: '1200:1500,1800:1810'"
+      )
+    ranges.append((int(found[1]), int(found[2])))
+  return tuple(ranges)
 
 
 def _check_sample(c: Any) -> None:

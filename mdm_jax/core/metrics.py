@@ -4,11 +4,20 @@ Method names are those of clu's metric writers, so one of them drops in.
 """
 
 import json
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import tensorboardX
+from absl import logging
 from etils import epath
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+
+from mdm_jax.core import distributed, files
+
+_FLUSH_SECONDS = 10.0
 
 Scalars = Mapping[str, float]
 
@@ -16,13 +25,22 @@ Scalars = Mapping[str, float]
 class JsonlWriter:
   """One JSON object a line: the step and its scalars."""
 
-  def __init__(self, path: epath.Path, after: int):
-    """Appends to `path`, first dropping lines of steps beyond `after`."""
-    kept = []
-    if path.exists():
-      lines = path.read_text().splitlines()
-      kept = [line for line in lines if _step(line) <= after]
-    path.write_text("".join(f"{line}\n" for line in kept))
+  def __init__(self, path: epath.Path, after: int, redo: tuple[str, ...] = ()):
+    """Appends to `path`, first dropping lines that will be written again.
+
+    Args:
+      path: of the file.
+      after: lines of later steps are dropped.
+      redo: and those of this step whose names begin with one of these.
+    """
+    kept = [
+      line
+      for line in files.read_lines(path)
+      if line["step"] < after
+      or (line["step"] == after and not any(n.startswith(redo) for n in line))
+    ]
+    lines = "".join(f"{json.dumps(line)}\n" for line in kept)
+    files.write(path, lines.encode())
     self._file = path.open("a")
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
@@ -33,60 +51,108 @@ class JsonlWriter:
     self._file.write(json.dumps({"step": step, **texts}) + "\n")
     self._file.flush()
 
+  def flush(self) -> None:
+    self._file.flush()
+
   def close(self) -> None:
     self._file.close()
 
 
 class TensorBoardWriter:
-  """An event file; what an earlier run wrote beyond `after` is hidden."""
+  """An event file; what an earlier run wrote beyond `after` is hidden.
+
+  Written by this thread: tensorboardX's own writer has another one, which a
+  full disk kills without a word, and then waits for it for ever.
+  """
 
   def __init__(self, folder: epath.Path, after: int):
-    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=after + 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+    started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._flushed = time.monotonic()
+    self._write(after + 1, session_log=started)
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
     for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+      self._write(step, summary=summary.scalar(name, value))
+    if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+      self.flush()  # for whoever is watching
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     for name, text in texts.items():
       # TensorBoard reads Markdown; an indented block keeps text as it is.
       indented = "\n".join("    " + line for line in text.splitlines())
-      self._writer.add_text(name, indented, step)
+      self._write(step, summary=summary.text(name, indented))
+
+  def flush(self) -> None:
+    self._events.flush()
+    self._flushed = time.monotonic()
 
   def close(self) -> None:
-    self._writer.close()
+    self._events.close()
+
+  def _write(self, step: int, **content: Any) -> None:
+    now = time.time()
+    self._events.write_event(
+      event_pb2.Event(wall_time=now, step=step, **content)
+    )
 
 
 class Writers:
-  """Writes everything to a workdir's metrics.jsonl and TensorBoard files."""
+  """Writes everything to a workdir's metrics.jsonl and TensorBoard files.
 
-  def __init__(self, workdir: epath.Path, after: int):
-    self._writers = (
-      JsonlWriter(workdir / "metrics.jsonl", after),
-      TensorBoardWriter(workdir / "tensorboard", after),
-    )
+  Of several processes, the first one writes. A writer that fails, as on a full
+  disk, is told of once and then left out: a training is worth more than its
+  curves.
+  """
+
+  def __init__(
+    self, workdir: epath.Path, after: int, redo: tuple[str, ...] = ()
+  ):
+    self._writers = []
+    if not distributed.is_first():
+      return
+    jsonl = workdir / "metrics.jsonl"
+    self._open(jsonl, lambda: JsonlWriter(jsonl, after, redo))
+    folder = workdir / "tensorboard"
+    self._open(folder, lambda: TensorBoardWriter(folder, after))
 
   def __enter__(self) -> "Writers":
     return self
 
   def __exit__(self, *_: Any) -> None:
-    for writer in self._writers:
-      writer.close()
+    self._each("close")
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
     """Writes numbers of one step."""
-    for writer in self._writers:
-      writer.write_scalars(step, scalars)
+    self._each("write_scalars", step, scalars)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     """Writes texts of one step."""
-    for writer in self._writers:
-      writer.write_texts(step, texts)
+    self._each("write_texts", step, texts)
+
+  def flush(self) -> None:
+    """Hands all that was written to the system: a kill then loses none."""
+    self._each("flush")
+
+  def _open(self, path: epath.Path, make: Callable[[], Any]) -> None:
+    try:
+      self._writers.append((path, make()))
+    except OSError as error:
+      _give_up(path, error)
+
+  def _each(self, method: str, *args: Any) -> None:
+    working = []
+    for path, writer in self._writers:
+      try:
+        getattr(writer, method)(*args)
+        working.append((path, writer))
+      except OSError as error:
+        _give_up(path, error)
+    self._writers = working
 
 
-def _step(line: str) -> float:
-  """The step of a line; one cut short by a crash is dropped."""
-  try:
-    return json.loads(line)["step"]
-  except (ValueError, KeyError):
-    return float("inf")
+def _give_up(path: epath.Path, error: OSError) -> None:
+  logging.warning(
+    "%s can't be written (%s): the run goes on without it", path, error.strerror
+  )

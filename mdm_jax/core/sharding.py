@@ -1,9 +1,11 @@
 """The device mesh and the one table from logical axes to mesh axes."""
 
 import dataclasses
+from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mdm_jax.core.config import Config, MeshConfig, ModelConfig
@@ -61,7 +63,26 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
   if sizes[0] * sizes[1] * sizes[2] != total:
     text = " x ".join(f"{n}={s}" for n, s in zip(AXES, sizes, strict=True))
     raise UserError(f"mesh {text} does not fit {total} device(s)")
-  return jax.make_mesh(tuple(sizes), AXES)
+  if jax.process_count() == 1:
+    return jax.make_mesh(tuple(sizes), AXES)
+  return _mesh_by_process(tuple(sizes))
+
+
+def _mesh_by_process(sizes: tuple[int, int, int]) -> jax.sharding.Mesh:
+  """Returns a mesh in which each process's devices, so its rows, are a run.
+
+  `jax.make_mesh` orders devices for the wires between them, and gives up where
+  these are of several kinds; who reads which rows would follow from the wires.
+  """
+  local, tensor = jax.local_device_count(), sizes[2]
+  if tensor % local and local % tensor:
+    raise UserError(
+      f"mesh.tensor={tensor} does not fit processes of {local} device(s): one"
+      " must divide the other"
+    )
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  grid = np.array(devices).reshape(sizes)
+  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def training_mesh(config: Config) -> jax.sharding.Mesh:
@@ -76,6 +97,17 @@ def training_mesh(config: Config) -> jax.sharding.Mesh:
 def data_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
   """Returns the number of shards a batch is split into."""
   return mesh.shape["replica"] * mesh.shape["fsdp"]
+
+
+def process_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """Returns which share of a batch's rows this process has, and of how many.
+
+  Processes that one data shard is split over, by the tensor axis, have the same
+  share.
+  """
+  processes = jax.process_count()
+  together = max(mesh.shape["tensor"] * processes // mesh.size, 1)
+  return jax.process_index() // together, processes // together
 
 
 def check_divides(what: str, rows: int, mesh: jax.sharding.Mesh) -> None:
@@ -114,6 +146,18 @@ def batch_sharding(mesh: jax.sharding.Mesh, rank: int, axis: int = 0):
   """Returns the sharding of a rank-`rank` array split over rows at `axis`."""
   names = ["batch" if i == axis else None for i in range(rank)]
   return NamedSharding(mesh, RULES.spec(*names))
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+  """Puts arrays on the devices that every process has whole copies of."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+
+  def place(values: np.ndarray) -> jax.Array:
+    read = lambda index: np.asarray(values)[index]
+    return jax.make_array_from_callback(np.shape(values), sharding, read)
+
+  return jax.tree.map(place, tree)
 
 
 def _as_tuple(axis: str | tuple[str, ...]) -> tuple[str, ...]:

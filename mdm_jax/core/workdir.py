@@ -8,18 +8,22 @@ unmasking.json  one of its samples, step by step
 report.html     all of it as a page
 frontier.csv    the judge's opinion and entropy by temperature; also .png
 ways.csv        the same, and denoiser calls, by order and steps; also .md
+
+`core/attempt.py` has lock.json, attempts.jsonl and exit.json;
+`training/checkpoint.py` checkpoints, checkpoints.jsonl and set_aside.
 """
 
+import getpass
 import importlib.metadata
 import json
-import os
 from typing import Any
 
 from etils import epath
 
 from mdm_jax.core import config as config_lib
+from mdm_jax.core import distributed, files
 from mdm_jax.core.config import Config
-from mdm_jax.core.errors import UserError
+from mdm_jax.core.errors import StorageError, UserError
 
 _PACKAGES = (
   "mdm_jax",
@@ -32,17 +36,33 @@ _PACKAGES = (
 
 
 class Workdir:
-  """A run's folder."""
+  """A run's folder; of several processes, the first one writes."""
 
   def __init__(self, path: epath.PathLike):
     self.path = epath.Path(path)
 
   def create(self) -> None:
-    """Makes the folder; raises UserError where that can't be."""
+    """Makes the folder, and sees that it can be written.
+
+    Raises:
+      StorageError: it can't.
+      UserError: what a bucket needs is not installed.
+    """
     try:
       self.path.mkdir(parents=True, exist_ok=True)
+      probe = self.path / f".writable.{distributed.index()}"
+      files.write(probe, b"")
+      probe.unlink()
     except OSError as error:
-      raise UserError(f"workdir {self.path}: {error.strerror}") from error
+      raise StorageError(
+        f"workdir {self.path} can't be written by {_user()}: {error.strerror}"
+        f" (errno {error.errno})"
+      ) from error
+    except ImportError as error:
+      raise UserError(
+        f"workdir {self.path}: {error}; run: pip install -e"
+        f" '.[{str(self.path).partition('://')[0]}]'"
+      ) from error
 
   def has_config(self) -> bool:
     """Whether a run was started here."""
@@ -110,9 +130,7 @@ class Workdir:
 
   def read_metrics(self) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl; none before a run's first."""
-    path = self.path / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return files.read_lines(self.path / "metrics.jsonl")
 
   def write_frontier(self, table: str, plot: bytes) -> None:
     """Stores a temperature sweep."""
@@ -134,11 +152,16 @@ class Workdir:
     return json.loads(path.read_text()) if path.exists() else None
 
   def _write(self, name: str, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=2) + "\n"
-    self._write_bytes(name, text.encode())
+    if distributed.is_first():
+      files.write_json(self.path / name, values)
 
   def _write_bytes(self, name: str, content: bytes) -> None:
-    """Writes a file so that a crash leaves the old one or the new one."""
-    partial = self.path / f".{name}.{os.getpid()}"
-    partial.write_bytes(content)
-    partial.replace(self.path / name)
+    if distributed.is_first():
+      files.write(self.path / name, content)
+
+
+def _user() -> str:
+  try:
+    return getpass.getuser()
+  except (OSError, KeyError):
+    return "this user"

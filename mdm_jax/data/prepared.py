@@ -21,14 +21,16 @@ from absl import logging
 from etils import epath
 from rich.progress import Progress
 
+from mdm_jax.core import safe_files
 from mdm_jax.core.config import Config, StageConfig, to_dict
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import corpora, segments
+from mdm_jax.data import corpora, row_checks, segments
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.corpora import Document
 from mdm_jax.data.packing import Rows, Tokens, join_sentences, pack
 from mdm_jax.data.segments import Selection, Unit
-from mdm_jax.data.tokenizer import Tokenizer
+from mdm_jax.data.text_files import Tally
+from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 
 _FORMAT = 2
 _MANIFEST = "manifest.json"
@@ -64,7 +66,9 @@ class PreparedData:
 
 
 def prepare(
-  config: Config, workdir: epath.PathLike | None = None
+  config: Config,
+  workdir: epath.PathLike | None = None,
+  for_training: bool = True,
 ) -> PreparedData:
   """Returns the rows of a config, from the cache or made now.
 
@@ -72,25 +76,38 @@ def prepare(
     config: of the run.
     workdir: the run's folder. A run that started from another one's parameters
       has its tokenizer there, and needs that other one no more.
+    for_training: whether every stage has to have the rows of one update.
 
   Raises:
-    UserError: the corpus can't be read, or a stage has no rows to train on.
+    UserError: the corpus can't be read, a stage has too few rows to train on,
+      or the prepared rows are not what was written, or written wrong.
   """
   given = _given_tokenizer(config, workdir)
-  documents = corpora.load(config.data.corpus, config.data.max_documents)
-  inputs = _inputs(config, documents, given)
+  documents, tally = _load(config)
+  corpora.tell(tally)
+  inputs = _inputs(config, documents, given) | {"bad_records": tally.bad}
   key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
   folder = _cache_dir(config) / key.hexdigest()[:16]
   if not (folder / _MANIFEST).exists():
     _write(folder, config, documents, inputs, given)
-  return _read(folder, config)
+  data = _read(folder, config)
+  _check_rows(config, data, for_training)
+  logging.info("prepared data: %s", folder)
+  return data
 
 
 def training_texts(config: Config) -> list[str]:
   """Returns the text of the train split, as it was before tokens."""
-  documents = corpora.load(config.data.corpus, config.data.max_documents)
+  documents, _ = _load(config)
   train, _ = corpora.split(documents, config.data.eval_fraction)
   return [document.text for document in train]
+
+
+def _load(config: Config) -> tuple[list[Document], Tally]:
+  data = config.data
+  return corpora.load_and_count(
+    data.corpus, data.max_documents, data.on_bad_record
+  )
 
 
 def _given_tokenizer(
@@ -187,11 +204,17 @@ def _fill(
   ]:
     progress.update(task, description=f"rows: {name}", advance=1)
     rows, counts[name] = _stage_rows(stage, source, tokenizer)
-    np.save(folder / f"{name}.tokens.npy", rows.tokens)
-    np.save(folder / f"{name}.segments.npy", rows.segments)
+    for file, array in zip(
+      _array_names(name), (rows.tokens, rows.segments), strict=True
+    ):
+      np.save(folder / file, array, allow_pickle=False)
   manifest = {
     "inputs": inputs,
-    "documents": {"train": len(train), "held_out": len(held_out)},
+    "documents": {
+      "train": len(train),
+      "held_out": len(held_out),
+      "bad": inputs["bad_records"],
+    },
     "tokenizer": {
       "kind": tokenizer.kind,
       "sha256": tokenizer.sha256,
@@ -277,44 +300,75 @@ def _encode(
 
 
 def _read(folder: epath.Path, config: Config) -> PreparedData:
-  try:
-    manifest = json.loads((folder / _MANIFEST).read_text())
-    files = manifest["files"].items()
-  except (ValueError, KeyError):
-    raise _damaged(folder, _MANIFEST) from None
-  for name, digest in files:
+  """Returns what a folder holds, once all of it is what it should be."""
+  lengths = [stage.length for stage in config.stages]
+  names = [*map(_stage_name, range(len(lengths))), _HELD_OUT]
+  manifest = _read_manifest(folder, names)
+  for name, digest in manifest["files"].items():
     if not (folder / name).exists() or _sha256(folder / name) != digest:
-      raise _damaged(folder, name)
-  load = lambda name: Rows(
-    np.load(folder / f"{name}.tokens.npy", mmap_mode="r"),
-    np.load(folder / f"{name}.segments.npy", mmap_mode="r"),
-  )
-  stages = tuple(load(_stage_name(i)) for i in range(len(config.stages)))
-  _check_rows(config, stages, manifest)
-  logging.info("prepared data: %s", folder)
-  return PreparedData(
-    tokenizers.load_tokenizer(folder), stages, load(_HELD_OUT), manifest
-  )
+      raise _damaged(folder, folder / name)
+  tokenizer = tokenizers.load_tokenizer(folder)
+  *stages, held_out = [
+    _read_rows(folder, name, length, tokenizer.vocab)
+    for name, length in zip(names, [*lengths, lengths[-1]], strict=True)
+  ]
+  return PreparedData(tokenizer, tuple(stages), held_out, manifest)
 
 
-def _damaged(folder: epath.Path, name: str) -> UserError:
+def _read_manifest(folder: epath.Path, names: list[str]) -> dict[str, Any]:
+  """Returns the manifest, if it is about these rows and leads nowhere else."""
+  path = folder / _MANIFEST
+  arrays = {file for name in names for file in _array_names(name)}
+  try:
+    manifest = safe_files.read_json(path)
+    for name in manifest["files"]:
+      safe_files.check_name(name, path)
+    complete = manifest["files"].keys() >= arrays
+    complete &= manifest["rows"].keys() >= set(names)
+  except (KeyError, TypeError, AttributeError):
+    complete = False
+  except safe_files.UnsafeFile as error:
+    raise _damaged(folder, error) from None
+  if not complete:
+    raise _damaged(folder, path)
+  return manifest
+
+
+def _read_rows(
+  folder: epath.Path, name: str, length: int, vocab: Vocabulary
+) -> Rows:
+  """Maps the two arrays of some rows into memory, once they are looked at."""
+  arrays = []
+  for path in (folder / file for file in _array_names(name)):
+    try:
+      arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (ValueError, EOFError):
+      raise _damaged(folder, path) from None
+  wrong = row_checks.find_wrong(*arrays, length, vocab)
+  if wrong:
+    raise _damaged(folder, f"{folder / name}, {wrong}")
+  return Rows(*arrays)
+
+
+def _array_names(name: str) -> tuple[str, str]:
+  return f"{name}.tokens.npy", f"{name}.segments.npy"
+
+
+def _damaged(folder: epath.Path, what: Any) -> UserError:
   return UserError(
-    f"prepared data is damaged: {folder / name}; delete the folder {folder} and"
-    " run again to make it anew"
+    f"prepared data is damaged: {what}; delete the folder {folder} and run"
+    " again to make it anew"
   )
 
 
-def _check_rows(config: Config, stages: tuple[Rows, ...], manifest) -> None:
-  for i, (stage, rows) in enumerate(zip(config.stages, stages, strict=True)):
+def _check_rows(config: Config, data: PreparedData, for_training: bool) -> None:
+  for i, (stage, rows) in enumerate(
+    zip(config.stages, data.stages, strict=True)
+  ):
     if not len(rows):
-      counts = manifest["rows"][_stage_name(i)]
-      raise UserError(
-        f"stages[{i}] has no rows: of {counts['units_found']} {stage.unit}"
-        f" within [{stage.min_words}, {stage.max_words}] words,"
-        f" {counts['units_selected']} are among the easiest"
-        f" {stage.easiest:.0%}, {counts['texts_too_long']} of them longer than"
-        f" {stage.length} tokens"
-      )
+      raise row_checks.no_rows(i, stage, data.manifest["rows"][_stage_name(i)])
+    if for_training:
+      row_checks.check_enough(config, i, len(rows))
 
 
 def _stage_name(index: int) -> str:

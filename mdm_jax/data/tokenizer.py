@@ -18,6 +18,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import Int32, Integer
 
+from mdm_jax.core import safe_files
 from mdm_jax.core.config import TokenizerConfig
 from mdm_jax.core.errors import UserError
 
@@ -26,6 +27,8 @@ _BREAKS = ("\n\n", "\n")
 _SMALLEST = 320  # unknown, 256 bytes, two line breaks and 61 to learn
 _MAX_LINES = 200_000  # SentencePiece learns from at most so many lines
 _SPACE = "\u2581"  # how SentencePiece writes a space
+# What parsing a file that this library did not write may raise.
+_NOT_OURS = ValueError, KeyError, TypeError, AttributeError, RecursionError
 _PROBE = " A\u00e9\u0301\ufb01  b\t\u3000\uff21\r\n\n<s>\U0001f600 "
 
 
@@ -153,10 +156,11 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
   path = epath.Path(folder) / CharTokenizer.filename
   if not path.exists():
     raise UserError(f"{folder} holds no {model.name} and no {path.name}")
+  content = safe_files.read_bytes(path)
   try:
-    fields = json.loads(path.read_bytes())
+    fields = json.loads(content)
     return CharTokenizer(fields["kind"], fields["characters"])
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
+  except _NOT_OURS as e:
     raise UserError(f"{path} is not a tokenizer this library wrote") from e
 
 
@@ -282,7 +286,7 @@ def _given(path: str) -> SentencePieceTokenizer:
 
 def _checked(path: epath.Path) -> bytes:
   """Returns a model's bytes once it is clear that they can be used."""
-  content = path.read_bytes()
+  content = safe_files.read_bytes(path)
   try:
     if not content:
       raise RuntimeError("empty")

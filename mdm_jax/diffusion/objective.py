@@ -104,11 +104,7 @@ def masked_cross_entropy(
   chunks = _chunks(capacity, hidden.shape[-1], num_real)
   states, targets, _, slot = _pack_shards(hidden, x0, masked, capacity, chunks)
   packed = jax.lax.map(lambda part: losses(params, *part), (states, targets))
-  rows = P(BATCH_AXES)
-  unpack = jax.shard_map(
-    _unpack, in_specs=(P(None, *rows), rows, rows), out_specs=rows
-  )
-  return unpack(packed, masked, slot)
+  return _unpack_shards(packed, masked, slot)
 
 
 def masked_loss(
@@ -121,11 +117,11 @@ def masked_loss(
   capacity: int,
   num_real: int,
   label_smoothing: float = 0.0,
-) -> Float[Array, ""]:
-  """Returns the sum of weight * cross-entropy over the masked positions.
+) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
+  """Returns the sum of weight * cross-entropy, and `masked_cross_entropy`.
 
-  Equal to `(masked_cross_entropy(...).sum(1) * weight).sum()`, for training:
-  its gradient needs no logits of the forward pass.
+  For training: the sum's gradient needs no logits of the forward pass. What it
+  is a sum of comes along, without a gradient.
 
   Args:
     head: as in `masked_cross_entropy`, and so are all others.
@@ -133,7 +129,7 @@ def masked_loss(
   """
   losses = _losses(head, num_real, label_smoothing)
   chunks = _chunks(capacity, hidden.shape[-1], num_real)
-  states, targets, position, _ = _pack_shards(
+  states, targets, position, slot = _pack_shards(
     hidden, x0, masked, capacity, chunks
   )
   rows = P(BATCH_AXES)
@@ -143,7 +139,9 @@ def masked_loss(
     out_specs=P(None, *rows),
   )
   weights = weigh(weight, masked, position)
-  return _weighted_sum(losses, params, states, targets, weights)
+  total, packed = _weighted_sum(losses, params, states, targets, weights)
+  packed = jax.lax.stop_gradient(packed)
+  return total, _unpack_shards(packed, masked, slot)
 
 
 def _losses(head: Head, num_real: int, label_smoothing: float) -> _Losses:
@@ -170,43 +168,46 @@ def _weighted_sum(
   states: Float[Array, "C N D"],
   targets: Int[Array, "C N"],
   weights: Float[Array, "C N"],
-) -> Float[Array, ""]:
-  """Sums weights * losses over chunks.
+) -> tuple[Float[Array, ""], Float[Array, "C N"]]:
+  """Sums weights * losses over chunks; returns also the losses.
 
   The sum is linear in what comes back for it, so each chunk's gradient can be
   computed where its logits are: they are not kept, nor computed again.
   """
 
   def chunk(total, part):
-    return total + _chunk_sum(losses, params, *part), None
+    value, by_slot = _chunk_sum(losses, params, *part)
+    return total + value, by_slot
 
-  return jax.lax.scan(chunk, 0.0, (states, targets, weights))[0]
+  return jax.lax.scan(chunk, 0.0, (states, targets, weights))
 
 
 def _chunk_sum(losses, params, states, targets, weights):
-  return (weights * losses(params, states, targets)).sum()
+  by_slot = losses(params, states, targets)
+  return (weights * by_slot).sum(), by_slot
 
 
 def _weighted_sum_forward(losses, params, states, targets, weights):
   value_and_grad = jax.value_and_grad(
-    functools.partial(_chunk_sum, losses), argnums=(0, 1)
+    functools.partial(_chunk_sum, losses), argnums=(0, 1), has_aux=True
   )
 
   def chunk(carry, part):
     total, by_params = carry
-    value, (more, by_states) = value_and_grad(params, *part)
+    (value, by_slot), (more, by_states) = value_and_grad(params, *part)
     by_params = jax.tree.map(jnp.add, by_params, more)
-    return (total + value, by_params), by_states
+    return (total + value, by_params), (by_slot, by_states)
 
   start = 0.0, jax.tree.map(jnp.zeros_like, params)
-  (total, by_params), by_states = jax.lax.scan(
+  (total, by_params), (by_slot, by_states) = jax.lax.scan(
     chunk, start, (states, targets, weights)
   )
-  return total, (by_params, by_states)
+  return (total, by_slot), (by_params, by_states)
 
 
-def _weighted_sum_backward(losses, gradients, grad):
+def _weighted_sum_backward(losses, gradients, grads):
   del losses
+  grad, _ = grads  # nothing is differentiated by way of the losses
   scale = lambda g: g * grad.astype(g.dtype)
   return *jax.tree.map(scale, gradients), None, None
 
@@ -266,6 +267,15 @@ def _pack_weights(
   weights = flat.at[position].get(mode="fill", fill_value=0)
   overflow = masked.sum() > position.size
   return jnp.where(overflow, jnp.nan, weights).reshape(chunks, -1)
+
+
+def _unpack_shards(packed, masked, slot):
+  """Puts every data shard's losses back, by itself."""
+  rows = P(BATCH_AXES)
+  unpack = jax.shard_map(
+    _unpack, in_specs=(P(None, *rows), rows, rows), out_specs=rows
+  )
+  return unpack(packed, masked, slot)
 
 
 def _unpack(

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mdm_jax.core import rng
+from mdm_jax.core import distributed, rng
 from mdm_jax.core.config import EvalConfig
-from mdm_jax.core.sharding import batch_sharding, data_shards
+from mdm_jax.core.sharding import batch_sharding, data_shards, put
 from mdm_jax.data.packing import Rows
 from mdm_jax.diffusion import corruption, objective
 from mdm_jax.model.denoiser import Denoiser, Params
@@ -140,7 +140,7 @@ class Evaluator:
     results = []
     for start in range(0, total + pad, size):
       part = slice(start, start + size)
-      place = lambda x: jax.device_put(x, batch_sharding(self.mesh, x.ndim))
+      place = lambda x: put(x, batch_sharding(self.mesh, x.ndim))
       picked = which[part]
       results.append(
         self._masked_ce(
@@ -154,7 +154,7 @@ class Evaluator:
           capacity=capacity,
         )
       )
-    return np.concatenate([np.asarray(r) for r in results])[:total]
+    return np.concatenate(distributed.fetch(results))[:total]
 
   def _capacity(self, rows, which, rates) -> int:
     """The most masked tokens any shard of any batch will have."""

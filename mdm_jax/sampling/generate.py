@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from mdm_jax.core import rng
+from mdm_jax.core import distributed, rng
 from mdm_jax.core.config import SampleConfig
-from mdm_jax.core.sharding import batch_sharding, data_shards
+from mdm_jax.core.errors import UserError
+from mdm_jax.core.sharding import batch_sharding, data_shards, put
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling import schedule, template, tokens
@@ -73,6 +73,13 @@ class TextSampler:
     self._denoiser, self._tokenizer = denoiser, tokenizer
     self._mesh, self._watch = mesh, watch
     self._compiled: dict[SampleConfig, Sampler] = {}
+    split = batch_sharding(mesh, rank=1)
+    self._row_keys = jax.jit(rng.per_row, out_shardings=split)
+    if watch is not None and distributed.count() > 1:
+      raise UserError(
+        "texts can't be watched while several processes draw them: leave out"
+        " --trace, or draw in one process"
+      )
 
   def __call__(
     self,
@@ -109,7 +116,7 @@ class TextSampler:
     """Returns one text for each row of a canvas of `length` tokens a row."""
     count, size = len(canvas.tokens), self._rows_a_call(len(canvas.tokens))
     pace = schedule.pace(config, self.length, ce_by_mask_rate)
-    pace = jax.device_put(pace, NamedSharding(self._mesh, P()))
+    pace = put(pace, NamedSharding(self._mesh, P()))
     settings = tokens.effective_settings(config)
     stream = rng.stream(config.seed, "sample")
     sample, parts = self._program(config), []
@@ -119,9 +126,9 @@ class TextSampler:
       rows = np.arange(start, start + size)
       row = lambda values: self._place(values[rows % count])  # noqa: B023
       part = Canvas(row(canvas.tokens), row(canvas.free), row(canvas.lengths))
-      keys = self._place(rng.per_row(stream, jnp.asarray(rows)))
+      keys = self._row_keys(stream, rows.astype(np.int32))
       drawn = sample(params, part, pace, settings, keys)
-      parts.append(jax.device_get(drawn))
+      parts.append(distributed.fetch(drawn))
     return self._samples(parts, count)
 
   def _program(self, config: SampleConfig) -> Sampler:
@@ -160,7 +167,7 @@ class TextSampler:
     return -(-min(count, _ROWS_A_CALL) // shards) * shards
 
   def _place(self, values):
-    return jax.device_put(values, batch_sharding(self._mesh, values.ndim))
+    return put(values, batch_sharding(self._mesh, values.ndim))
 
 
 def effective(config: SampleConfig) -> dict[str, Any]:

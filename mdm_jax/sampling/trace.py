@@ -11,7 +11,6 @@ import importlib.resources
 import io
 import json
 import math
-import os
 import re
 import string
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mdm_jax.core import files
 from mdm_jax.core.errors import UserError
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 from mdm_jax.sampling.generate import Samples
@@ -76,10 +76,10 @@ def save(
   folder = epath.Path(folder)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "samples.npz", arrays.getvalue())
+    files.write(folder / "samples.npz", arrays.getvalue())
     # A lone surrogate becomes its escape, which JSON reads back.
-    _write(folder / "samples.json", text.encode(errors="backslashreplace"))
-    _write(folder / "samples.html", page.encode())
+    files.write(folder / "samples.json", text.encode(errors="backslashreplace"))
+    files.write(folder / "samples.html", page.encode())
   except OSError as error:
     raise UserError(f"{folder}: {error.strerror}") from error
 
@@ -107,12 +107,6 @@ def load(folder: epath.PathLike) -> tuple[Samples, Json]:
     ) from error
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f"{folder}/samples.json is damaged") from error
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-  partial = path.parent / f".{path.name}.{os.getpid()}"
-  partial.write_bytes(content)
-  partial.replace(path)
 
 
 def _plain(found: OrderStatistic) -> Json:

@@ -4,6 +4,7 @@ import time
 
 import jax
 
+from mdm_jax.core import distributed
 from mdm_jax.training.curriculum import StagePlan
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.trainer import Trainer
@@ -30,11 +31,20 @@ def _time_stage(
   trainer: Trainer, state: TrainState, stage: StagePlan
 ) -> tuple[TrainState, float]:
   state = _update(trainer, state, stage)  # compiles
-  count, began = 0, time.monotonic()
-  while count < _MOST_UPDATES and time.monotonic() - began < _SECONDS:
+  began = time.monotonic()
+  state = _update(trainer, state, stage)
+  # Each process by its own clock would do another number of updates, and wait
+  # for the others in one that they don't do.
+  more = distributed.broadcast(_fit(time.monotonic() - began))
+  for _ in range(more):
     state = _update(trainer, state, stage)
-    count += 1
-  return state, (time.monotonic() - began) / count
+  seconds = (time.monotonic() - began) / (1 + more)
+  return state, distributed.broadcast(seconds)
+
+
+def _fit(seconds: float) -> int:
+  """Returns how many updates there is time for beside one that took so long."""
+  return min(int(_SECONDS / max(seconds, 1e-9)), _MOST_UPDATES - 1)
 
 
 def _update(trainer: Trainer, state: TrainState, stage: StagePlan):

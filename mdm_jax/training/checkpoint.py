@@ -1,88 +1,219 @@
-"""Checkpoints of the train state: the only module that knows Orbax."""
+"""Checkpoints of the train state: the only module that knows Orbax.
 
-import math
+`step_folders.py` knows the files around what Orbax writes.
+"""
+
+import concurrent.futures
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policies
 
-from mdm_jax.core.errors import UserError
+from mdm_jax.core import distributed, files
+from mdm_jax.core.errors import (
+  Failure,
+  NumericsError,
+  Stopped,
+  StorageError,
+  UserError,
+)
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.training.state import TrainState
+from mdm_jax.training.step_folders import StepFolders
 
-_FOLDER = "checkpoints"
-_METRIC = "nelbo_per_token"
+_STATE = "state"
+_ROOM = 1.05  # bytes on disk for a byte of state, at most
 
 
 class Checkpoints:
   """Saved steps of a workdir: the newest few and the best by held-out bound.
 
-  Saving is asynchronous; leaving the `with` block waits for it.
+  Saving is asynchronous, one step at a time; a save that failed is raised by
+  whatever is called next. Leaving the `with` block waits. Several processes
+  save together, and the first one does what is to be done once.
   """
 
-  def __init__(self, workdir: epath.PathLike, keep_latest: int = 2):
-    keep = [
-      policies.LatestN(keep_latest),
-      policies.BestN(get_metric_fn=_bound, reverse=True, n=1),
-    ]
-    self._manager = ocp.CheckpointManager(
-      epath.Path(workdir).resolve() / _FOLDER,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        best_fn=_bound,
-        best_mode="min",
-        create=True,
-        enable_async_checkpointing=True,
-      ),
-      item_handlers=ocp.PyTreeCheckpointHandler(),
-    )
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    keep_latest: int = 2,
+    keep_every: int | None = None,
+    on_sealed: Callable[[int], None] = lambda step: None,
+  ):
+    """Opens a workdir's checkpoints, if there are any.
+
+    Args:
+      workdir: of the run.
+      keep_latest: newest steps that are kept.
+      keep_every: and those divisible by this.
+      on_sealed: called, in another thread, with each step that is safe.
+    """
+    path = epath.Path(workdir)
+    path = path.resolve() if files.is_local(path) else path
+    self._folders = StepFolders(path, keep_latest, keep_every)
+    self._on_sealed = on_sealed
+    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._sealing: concurrent.futures.Future | None = None
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self.close()
+  def __exit__(self, kind: type | None, *_: Any) -> None:
+    if kind in (None, Stopped):  # a stop promises that all is saved
+      self.close()
+      return
+    with contextlib.suppress(Exception):  # the first error is the one to tell
+      self.close()
 
   def close(self) -> None:
-    """Waits for pending saves; a failed one is raised here."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits for the pending save.
+
+    Raises:
+      StorageError: it failed.
+    """
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._orbax.close()
+
+  # MARK: what there is
 
   def latest(self) -> int | None:
-    """Returns the newest saved update, or None."""
-    return self._manager.latest_step()
+    """Returns the newest step that is whole, None before there was any.
+
+    Raises:
+      StorageError: there were steps, and not one of them is whole.
+      UserError: one is of a newer version of this library.
+    """
+    self.wait()
+    return self._folders.newest()
 
   def best(self) -> int | None:
-    """Returns the saved update with the lowest held-out bound, or None."""
-    self._manager.wait_until_finished()
-    step = self._manager.best_step()
-    if step is None or not math.isfinite(_bound(self.metrics(step))):
-      return self.latest()
-    return step
+    """Returns the step with the lowest held-out bound, else the newest."""
+    self.wait()
+    best = distributed.first_alone(self._folders.best)
+    return self.latest() if best is None else best
 
-  def metrics(self, step: int) -> dict[str, float]:
+  def has(self, step: int) -> bool:
+    """Whether a step is there and whole."""
+    return step in self._folders.steps() and self._folders.is_whole(step)
+
+  def told(self) -> str:
+    """Returns the steps that are whole, for a message."""
+    whole = filter(self._folders.is_whole, self._folders.steps())
+    return ", ".join(map(str, whole)) or "none"
+
+  def progress(self, step: int) -> dict[str, Any]:
     """Returns what was saved beside a step."""
-    self._manager.wait_until_finished()
-    return self._manager.metrics(step)
+    return self._folders.progress(step)
 
-  def save(self, state: TrainState, metrics: dict[str, float]) -> None:
+  def evaluation(self, step: int) -> dict[str, float] | None:
+    """Returns what was measured of a step, or None."""
+    return self._folders.evaluation(step)
+
+  # MARK: saving
+
+  def save(self, state: TrainState, progress: dict[str, Any]) -> None:
     """Saves the state under its update; a step that is there is left alone.
 
     Args:
       state: what to save.
-      metrics: numbers to keep beside it; `nelbo_per_token` decides which step
-        is the best, and one without it never is.
+      progress: numbers to keep beside it.
+
+    Raises:
+      NumericsError: the state is not finite; nothing is saved.
+      StorageError: there is no room, or this or the last save failed.
     """
     step = int(state.step)
-    if step == self.latest():
+    self.wait()
+    if self._folders.known_whole(step):  # as after a stop
       return
-    self._manager.save(
-      step,
-      args=ocp.args.PyTreeSave(state),
-      metrics={_METRIC: math.inf, **metrics},
+    if not bool(_all_finite(state)):
+      raise NumericsError(
+        f"the state after update {step} is not finite: it is not saved; the"
+        f" last good checkpoint is {self._folders.last_known()}"
+      )
+    self._check_room(state)
+    began = time.monotonic()
+    try:
+      self._orbax.save(
+        self._folders.path(step) / _STATE,
+        args=ocp.args.PyTreeSave(state),
+        force=True,
+      )
+    except Exception as error:
+      raise self._failed(step, error) from error
+    self._sealing = self._thread.submit(self._seal, step, progress, began)
+
+  def record(self, step: int, measured: dict[str, float]) -> None:
+    """Keeps what was measured of a step; `nelbo_per_token` tells the best."""
+    self.wait()
+    try:
+      if distributed.is_first():
+        self._folders.record(step, measured)
+    except OSError as error:
+      raise self._failed(step, error) from error
+
+  def check_save(self) -> None:
+    """Raises StorageError if the pending save has failed by now."""
+    if self._sealing is not None and self._sealing.done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits for the pending save, and raises StorageError if it failed."""
+    if self._sealing is not None:
+      pending, self._sealing = self._sealing, None
+      pending.result()
+
+  def set_aside_after(self, step: int | None) -> None:
+    """Moves the steps after `step`, all if None, out of the way."""
+    distributed.first_alone(lambda: self._folders.set_aside_after(step))
+
+  def _seal(self, step: int, progress: dict[str, Any], began: float) -> None:
+    """Makes what Orbax wrote a checkpoint, and deletes what it replaces."""
+    try:
+      self._orbax.wait_until_finished()
+      if distributed.is_first():
+        self._folders.seal(step, progress, time.monotonic() - began)
+        self._on_sealed(step)
+        self._folders.prune()
+      else:
+        self._folders.trust(step)
+        self._on_sealed(step)
+    except Exception as error:
+      raise self._failed(step, error) from error
+
+  def _check_room(self, state: TrainState) -> None:
+    folder = self._folders.workdir
+    if not files.is_local(folder):
+      return
+    needed = _ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+      raise StorageError(
+        f"no room for checkpoint {int(state.step)}: it needs"
+        f" {needed / 2**20:,.1f} MiB and {folder} has {free / 2**20:,.1f}; the"
+        f" last good one is {self._folders.last_known()}"
+      )
+
+  def _failed(self, step: int, error: Exception) -> Failure:
+    if isinstance(error, Failure):
+      return error
+    told = str(error).strip().splitlines() or [type(error).__name__]
+    return StorageError(
+      f"checkpoint {step} could not be saved ({told[0]}); the last good one is"
+      f" {self._folders.last_known()}"
     )
+
+  # MARK: restoring
 
   def restore(self, step: int, like: TrainState) -> TrainState:
     """Restores a step onto the shardings of `like` (an abstract state).
@@ -97,11 +228,11 @@ class Checkpoints:
 
     Raises:
       UserError: nothing was saved yet, or it is of another architecture.
+      StorageError: all that was saved is damaged.
     """
     step = self.best()
     if step is None:
-      folder = epath.Path(self._manager.directory).parent
-      raise UserError(f"workdir {folder} has no checkpoint yet")
+      raise UserError(f"workdir {self._folders.workdir} has no checkpoint yet")
     like = jax.eval_shape(denoiser.init, jax.random.key(0))
     return step, self.restore_ema_params(step, like)
 
@@ -112,8 +243,8 @@ class Checkpoints:
   def _restore(self, step: int, like: Any, partial: bool = False) -> Any:
     self.check(step, like)
     like = jax.tree.map(_placed, like)
-    return self._manager.restore(
-      step,
+    return self._orbax.restore(
+      self._folders.path(step) / _STATE,
       args=ocp.args.PyTreeRestore(
         like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -127,11 +258,15 @@ class Checkpoints:
     Raises:
       UserError: the step is of another architecture or optimizer than `like`.
     """
-    saved = _by_path(self._manager.item_metadata(step))
+    tree = self._orbax.metadata(self._folders.path(step) / _STATE)
+    saved = _by_path(tree.item_metadata.tree)
     for path, leaf in _by_path(like).items():
       found = saved.get(path)
       if found is None:
-        raise UserError(f"checkpoint {step} has no {path}; use another workdir")
+        raise UserError(
+          f"checkpoint {step} has no {path}; use another workdir, or start"
+          " from its parameters with --config.init_from"
+        )
       if tuple(found.shape) != leaf.shape or found.dtype != leaf.dtype:
         raise UserError(
           f"checkpoint {step}: {path} is {found.dtype}{list(found.shape)}, the"
@@ -140,16 +275,22 @@ class Checkpoints:
         )
 
 
+@jax.jit
+def _all_finite(state: TrainState) -> jax.Array:
+  floats = (
+    leaf
+    for leaf in jax.tree.leaves(state)
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  )
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
+
+
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   """Puts an abstract leaf on the current mesh's devices, at its own spec."""
   # Constants of an abstract state, such as counters, have no sharding.
   spec = leaf.sharding.spec if leaf.sharding else jax.sharding.PartitionSpec()
   sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _bound(metrics: dict[str, float]) -> float:
-  return metrics[_METRIC]
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 from mdm_jax.core.config import Config, StageConfig
+from mdm_jax.core.config_checks import update_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +34,15 @@ class StagePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-  """The stages, one after the other."""
+  """The stages, one after the other.
+
+  Attributes:
+    stages: in the order they are run.
+    passed_over: half-open ranges of updates that are not done.
+  """
 
   stages: tuple[StagePlan, ...]
+  passed_over: tuple[tuple[int, int], ...] = ()
 
   @property
   def updates(self) -> int:
@@ -48,6 +55,10 @@ class Curriculum:
     at = bisect.bisect_right(ends, update)
     return self.stages[min(at, len(ends) - 1)]
 
+  def passes_over(self, update: int) -> bool:
+    """Returns whether an update is skipped on purpose, with its rows."""
+    return any(start <= update < end for start, end in self.passed_over)
+
 
 def make_curriculum(config: Config, rows: list[int]) -> Curriculum:
   """Lays the stages out in updates, given the rows prepared for each."""
@@ -58,4 +69,4 @@ def make_curriculum(config: Config, rows: list[int]) -> Curriculum:
     )
     plans.append(StagePlan(index, stage, count, start, start + updates))
     start += updates
-  return Curriculum(tuple(plans))
+  return Curriculum(tuple(plans), update_ranges(config.train.skip_updates))

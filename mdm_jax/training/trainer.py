@@ -1,9 +1,14 @@
 """What a config and its data make of a run: stages, updates, batches."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Int
 
 from mdm_jax.core import rng
 from mdm_jax.core.config import Config
@@ -12,6 +17,7 @@ from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.training.curriculum import StagePlan, make_curriculum
+from mdm_jax.training.guard import make_guard
 from mdm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mdm_jax.training.state import (
   TrainState,
@@ -19,7 +25,13 @@ from mdm_jax.training.state import (
   init_state,
   state_from,
 )
-from mdm_jax.training.step import TrainStep, make_train_step
+from mdm_jax.training.step import (
+  Diagnosis,
+  Metrics,
+  TrainStep,
+  make_diagnosis,
+  make_train_step,
+)
 
 
 class Trainer:
@@ -30,6 +42,7 @@ class Trainer:
     curriculum: its stages in updates.
     schedule: the learning rate of each update.
     optimizer: what turns gradients into updates.
+    guard: what tells spikes of the gradient.
   """
 
   def __init__(
@@ -40,40 +53,75 @@ class Trainer:
     self.denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
     self.curriculum = make_curriculum(config, [len(r) for r in data.stages])
     self.schedule = learning_rate_schedule(config.optimizer, self.curriculum)
-    self.optimizer: optax.GradientTransformation = make_optimizer(
+    self.optimizer: optax.GradientTransformationExtraArgs = make_optimizer(
       config.optimizer, self.schedule
     )
+    self.guard = make_guard(config.train)
     self._steps = functools.cache(self._make_step)
+    self._diagnoses = functools.cache(self._make_diagnosis)
 
   def init(self) -> TrainState:
     """Returns the state before the first update, of new parameters."""
     key = rng.stream(self.config.seed, "init")
-    return init_state(self.denoiser, self.optimizer, key)
+    return init_state(self.denoiser, self.optimizer, key, self.guard)
 
   def init_from(self, params: Params) -> TrainState:
     """Returns the state before the first update, of given parameters."""
-    return state_from(params, self.optimizer)
+    return state_from(params, self.optimizer, self.guard)
 
   def abstract(self) -> TrainState:
     """Returns shapes, dtypes and shardings of the state."""
-    return abstract_state(self.denoiser, self.optimizer)
+    return abstract_state(self.denoiser, self.optimizer, self.guard)
 
-  def update(self, state: TrainState, update: int):
-    """Does one update, consuming the state; returns the next and metrics."""
+  def update(
+    self, state: TrainState, update: int, batch: Batch | None = None
+  ) -> tuple[TrainState, Metrics]:
+    """Does one update, consuming the state; returns the next and metrics.
+
+    Args:
+      state: the state before it.
+      update: its number.
+      batch: its rows, if they were made already.
+    """
     stage = self.curriculum.stage_at(update)
-    return self._steps(stage.index)(state, self.batch(stage, update))
+    if batch is None:
+      batch = self.batch(stage, update)
+    return self._steps(stage.index)(state, batch)
+
+  def passes_over(self, update: int) -> bool:
+    """Returns whether the config skips an update on purpose."""
+    return self.curriculum.passes_over(update)
+
+  def pass_over(self, state: TrainState) -> TrainState:
+    """Skips an update and its rows; the states share all else."""
+    return dataclasses.replace(state, step=state.step + 1)
+
+  def diagnose(self, params: Params, update: int) -> dict[str, Any]:
+    """Returns what `make_diagnosis` finds of an update, fetched."""
+    stage = self.curriculum.stage_at(update)
+    found = self._diagnoses(stage.index)(
+      params, jnp.asarray(update, jnp.int32), self.batch(stage, update)
+    )
+    return jax.device_get(found)
 
   def batch(self, stage: StagePlan, update: int) -> Batch:
-    """Returns the rows of an update."""
-    numbers = batches.row_numbers(
+    """Returns the rows of an update on the devices."""
+    numbers = self._row_numbers(stage, update)
+    rows = self.data.stages[stage.index]
+    return batches.make_batch(
+      rows, numbers, self.config.optimizer.accumulation, self.mesh
+    )
+
+  def row_numbers(self, update: int) -> Int[np.ndarray, "N"]:
+    """Returns which of its stage's rows an update reads, in their order."""
+    return self._row_numbers(self.curriculum.stage_at(update), update)
+
+  def _row_numbers(self, stage: StagePlan, update: int):
+    return batches.row_numbers(
       stage.rows,
       batches.stage_seed(self.config.seed, stage.index),
       update - stage.start,
       self.config.rows_per_update,
-    )
-    rows = self.data.stages[stage.index]
-    return batches.make_batch(
-      rows, numbers, self.config.optimizer.accumulation, self.mesh
     )
 
   def _make_step(self, index: int) -> TrainStep:
@@ -83,5 +131,13 @@ class Trainer:
       self.denoiser,
       self.optimizer,
       self.schedule,
+      self.data.tokenizer.vocab.mask,
+    )
+
+  def _make_diagnosis(self, index: int) -> Diagnosis:
+    return make_diagnosis(
+      self.config,
+      self.curriculum.stages[index],
+      self.denoiser,
       self.data.tokenizer.vocab.mask,
     )

@@ -45,3 +45,24 @@ def update_flops(
   """
   trunk = trunk_flops(config, rows, length)
   return 3 * (trunk + head_flops(config, positions, vocab_size))
+
+
+# Dense bfloat16 operations a second of one device, by what JAX calls it.
+_PEAKS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Returns a device's peak by its data sheet, None for one not listed."""
+  for name in sorted(_PEAKS, key=len, reverse=True):
+    if device_kind.startswith(name):
+      return _PEAKS[name]
+  return None

@@ -1,0 +1,99 @@
+"""Rows on disk are what a model can be trained on, or it is told at the start.
+
+Their hashes only say that they are as they were written. JAX would not say that
+they were written wrong: an index past the end of an array is clamped on a
+device, silently, so that a wrong id trains the embedding of another one.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from mdm_jax.core.config import Config, StageConfig
+from mdm_jax.core.errors import UserError
+from mdm_jax.data.tokenizer import Vocabulary
+
+_CHUNK = 2**22  # tokens looked at at once; more would fill the memory
+_IDS = np.uint16, np.int32
+
+
+def find_wrong(
+  tokens: np.ndarray, segments: np.ndarray, length: int, vocab: Vocabulary
+) -> str | None:
+  """Returns what is wrong first with what should be packed rows, if anything.
+
+  Args:
+    tokens: ids; may be memory-mapped, and are never read as a whole.
+    segments: beside them, as in `Rows`.
+    length: tokens a row should have.
+    vocab: of the tokenizer that the ids are of.
+  """
+  shapes = tokens.shape, segments.shape
+  if shapes[0] != shapes[1] or shapes[0][1:] != (length,):
+    return f"rows of {length} tokens have shapes {shapes[0]} and {shapes[1]}"
+  if tokens.dtype not in _IDS or segments.dtype != np.uint16:
+    return f"ids and segments are {tokens.dtype} and {segments.dtype}"
+  step = max(_CHUNK // length, 1)
+  for i in range(0, len(tokens), step):
+    wrong = _wrong(tokens[i : i + step], segments[i : i + step], vocab)
+    if wrong.any():
+      row, place = map(int, np.argwhere(wrong)[0])
+      reason = _reason(int(tokens[i + row, place]), vocab)
+      return f"row {i + row}, token {place}: {reason}"
+  return None
+
+
+def _wrong(
+  tokens: np.ndarray, segments: np.ndarray, vocab: Vocabulary
+) -> np.ndarray:
+  """Marks the ids that may not be where they are: padding is PAD, only it."""
+  special = tokens >= vocab.num_real
+  return (special != (segments == 0)) | (tokens > vocab.pad) | (tokens < 0)
+
+
+def _reason(token: int, vocab: Vocabulary) -> str:
+  """Says why an id is wrong; PAD is so only in a text."""
+  if token == vocab.mask:
+    return f"id {token} is the mask, which stands for no text"
+  if 0 <= token < vocab.num_real:
+    return f"id {token} in padding, which is {vocab.pad}"
+  if token == vocab.pad:
+    return f"id {token} is padding, but in a text"
+  return f"id {token} is none of the tokenizer's 0..{vocab.num_real - 1}"
+
+
+def check_enough(config: Config, index: int, rows: int) -> None:
+  """Raises UserError if a stage has fewer rows than one of its updates.
+
+  Args:
+    config: of the run.
+    index: of the stage.
+    rows: that the stage has.
+  """
+  needed = config.rows_per_update
+  if rows >= needed:
+    return
+  batch, parts = config.data.batch_size, config.optimizer.accumulation
+  fit = (
+    f"data.batch_size={rows // parts}"
+    if rows >= parts
+    else f"data.batch_size={rows} and optimizer.accumulation=1"
+  )
+  raise UserError(
+    f"stages[{index}] has {rows} rows of {config.stages[index].length} tokens,"
+    f" an update needs {needed} (data.batch_size={batch} x"
+    f" optimizer.accumulation={parts}); nearest valid: {fit}, or give more text"
+  )
+
+
+def no_rows(
+  index: int, stage: StageConfig, counts: dict[str, Any]
+) -> UserError:
+  """Returns the error of a stage without any row: why nothing was left."""
+  return UserError(
+    f"stages[{index}] has no rows: of {counts['units_found']} {stage.unit}"
+    f" within [{stage.min_words}, {stage.max_words}] words,"
+    f" {counts['units_selected']} are among the easiest"
+    f" {stage.easiest:.0%}, {counts['texts_too_long']} of them longer than"
+    f" {stage.length} tokens"
+  )

@@ -1,0 +1,123 @@
+"""What is written down when updates in a row could not be applied.
+
+report.json   the numbers of these updates, computed again, and where the state
+              itself is not finite
+rows.jsonl    the rows they read, one a line
+
+The parameters have not changed since before the first of them, but by what was
+under way already: so every forward and backward pass can be done again, with
+the same rows, masks and dropout.
+"""
+
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from mdm_jax.training.state import TrainState
+from mdm_jax.training.step import RATE_BINS, count_nonfinite
+from mdm_jax.training.trainer import Trainer
+
+
+def write_report(
+  folder: epath.PathLike,
+  trainer: Trainer,
+  state: TrainState,
+  updates: list[int],
+) -> epath.Path:
+  """Does updates again without applying them; returns the report's path.
+
+  Every process has to call it: the passes run on all devices. One writes.
+
+  Args:
+    folder: where to write; it is made if it is not there.
+    trainer: of the run.
+    state: with the parameters that the updates were tried on.
+    updates: their numbers, counted from 0.
+  """
+  counts = jax.device_get(jax.jit(count_nonfinite)(state))
+  report = {
+    "seed": trainer.config.seed,
+    "step": int(state.step),
+    "nonfinite": {
+      name: _some(getattr(counts, name))
+      for name in ("params", "ema_params", "opt_state", "guard")
+    },
+    "updates": [_describe(trainer, state, update) for update in updates],
+  }
+  path = epath.Path(folder) / "report.json"
+  if jax.process_index() == 0:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_strict(report), indent=2, allow_nan=False))
+    lines = [_rows(trainer, update) for update in updates]
+    (path.parent / "rows.jsonl").write_text("".join(lines))
+  return path
+
+
+def _describe(trainer: Trainer, state: TrainState, update: int) -> dict:
+  found = trainer.diagnose(state.params, update)
+  by_row = ("mask_rate", "masked", "cross_entropy")
+  columns = [np.reshape(found[name], -1).tolist() for name in by_row]
+  numbers = trainer.row_numbers(update).tolist()
+  bins = zip(found["bin_loss"], found["bin_count"], strict=True)
+  return {
+    "update": update,
+    "stage": trainer.curriculum.stage_at(update).config.name,
+    "learning_rate": float(trainer.schedule(update)),
+    "loss": float(found["loss"]),
+    "gradient_norm": _by_path(found["grad_norm"]),
+    "gradient_nonfinite": _some(found["grad_nonfinite"]),
+    "mask_rates": [
+      {
+        "up_to": (i + 1) / RATE_BINS,
+        "masked": int(masked),
+        "cross_entropy": float(total),
+      }
+      for i, (total, masked) in enumerate(bins)
+    ],
+    "rows": [
+      {"row": n, "mask_rate": r, "masked": int(m), "cross_entropy": s}
+      for n, r, m, s in zip(numbers, *columns, strict=True)
+    ],
+  }
+
+
+def _rows(trainer: Trainer, update: int) -> str:
+  """Returns the rows of an update as lines of JSON."""
+  stage = trainer.curriculum.stage_at(update)
+  rows = trainer.data.stages[stage.index]
+  lines = ""
+  for number in trainer.row_numbers(update).tolist():
+    line = {
+      "update": update,
+      "row": number,
+      "tokens": rows.tokens[number].tolist(),
+      "segments": rows.segments[number].tolist(),
+    }
+    lines += json.dumps(line) + "\n"
+  return lines
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  return {name(path): leaf.item() for path, leaf in flat}
+
+
+def _some(counts: Any) -> dict[str, int]:
+  """Leaves out the paths where there is nothing to count."""
+  return {path: n for path, n in _by_path(counts).items() if n}
+
+
+def _strict(value: Any) -> Any:
+  """Spells out numbers that JSON does not have."""
+  if isinstance(value, dict):
+    return {key: _strict(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return [_strict(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return str(value)  # nan, inf or -inf
+  return value

@@ -1,0 +1,288 @@
+"""Numbers of the updates, on their way to the screen and the files.
+
+Every `train.log_every` updates become one point. The updates since the last
+point are kept beside a checkpoint, so that a resumed run's next point is the
+mean over the same updates.
+"""
+
+import math
+import resource
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from mdm_jax.core import goodput
+from mdm_jax.core.attempt import Attempt
+from mdm_jax.core.metrics import Writers
+from mdm_jax.core.progress import ProgressLine
+from mdm_jax.model import flops
+from mdm_jax.training.curriculum import StagePlan
+from mdm_jax.training.trainer import Trainer
+
+_BINS = "bin_loss", "bin_count"
+_COUNTED = "nonfinite", "skipped"
+_GIB = 2**30
+
+
+class RunLog:
+  """Collects what updates return, one behind; writes it point by point.
+
+  Attributes:
+    clock: tokens and seconds of the run, over all its attempts.
+    failed: the last updates in a row that were not applied, oldest first.
+  """
+
+  def __init__(
+    self,
+    trainer: Trainer,
+    writers: Writers,
+    line: ProgressLine,
+    attempt: Attempt,
+    progress: Mapping[str, Any] | None = None,
+  ):
+    """Goes on from the progress saved beside a checkpoint, if any."""
+    progress = progress or {}
+    self._trainer, self._attempt = trainer, attempt
+    self.writers, self.line = writers, line
+    self.failed: list[int] = []
+    self._tokens = progress.get("tokens_seen", 0.0)
+    self._seconds_before = progress.get("wall_seconds", 0.0)
+    self._totals = {name: progress.get(f"{name}_total", 0) for name in _COUNTED}
+    self._window = [_from_plain(v) for v in progress.get("window", [])]
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
+    self._stage: StagePlan | None = None
+    self._started = self._since = self._last = time.monotonic()
+    self._durations: list[float] = []
+    self._data_before = self._data_seconds()
+
+  @property
+  def seconds(self) -> float:
+    """Seconds of the run, over all its attempts."""
+    return self._seconds_before + time.monotonic() - self._started
+
+  def start_stage(self, stage: StagePlan, update: int) -> None:
+    """Names the stage of what follows `update`; its points are its own."""
+    self.flush()
+    if update == stage.start:
+      self._window = []
+    self._stage = stage
+    self._restart()
+
+  def add(self, update: int, metrics: dict[str, jax.Array]) -> None:
+    """Takes the numbers of an update just dispatched; reads those before."""
+    self.flush()
+    self._pending = update, metrics
+
+  def flush(self) -> None:
+    """Reads the numbers that are still on the device."""
+    if self._pending is None:
+      return
+    update, metrics = self._pending
+    self._pending = None
+    values = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
+    values = {k: v if v.ndim else float(v) for k, v in values.items()}
+    now = time.monotonic()
+    self._durations.append(now - self._last)
+    self._last = now
+    self._tokens += values["tokens"]
+    self._count(update, values)
+    self._window.append(values)
+    if update % self._trainer.config.train.log_every == 0:
+      self._write_point(update)
+
+  def not_counted(self, began: float) -> None:
+    """Leaves what was done since `began` out of the updates' time."""
+    self._since += time.monotonic() - began
+    self._last = time.monotonic()
+
+  def progress(self) -> dict[str, Any]:
+    """What a checkpoint has to remember beside the state."""
+    return {
+      "tokens_seen": self._tokens,
+      "wall_seconds": self.seconds,
+      **{f"{name}_total": self._totals[name] for name in _COUNTED},
+      "window": [_to_plain(values) for values in self._window],
+    }
+
+  def _count(self, update: int, values: dict[str, Any]) -> None:
+    for name in _COUNTED:
+      self._totals[name] += int(values.get(name, 0))
+    if not values["skipped"]:
+      self.failed = []
+      return
+    self.failed.append(update)
+    # Rows and masks follow from the number, so that this is all one needs.
+    rows = ", ".join(map(str, self._trainer.row_numbers(update - 1)))
+    if values.get("nonfinite", 1):
+      why = f"not finite (at mask rates {_bad_bins(values)})"
+    else:
+      why = f"a spike (gradient norm {values['grad_norm']:.3g})"
+    logging.warning(
+      "update %d: %s, not applied; rows %s of stage %s",
+      *(update, why, rows, self._stage.config.name if self._stage else "?"),
+    )
+
+  def _write_point(self, update: int) -> None:
+    """Writes means since the last time, and moves the progress line."""
+    seconds = max(time.monotonic() - self._since, 1e-9)
+    made = max(len(self._durations), 1)
+    means = _means(self._window)
+    tokens = means.pop("tokens") * made
+    positions = means.get("mask_rate", 0.0) * tokens / made
+    scalars = {f"train/{name}": value for name, value in means.items()}
+    scalars |= _by_mask_rate(self._window)
+    scalars |= {
+      "train/tokens_per_second": tokens / seconds,
+      "train/tokens_seen": self._tokens,
+      "train/stage": self._stage.index + 1,
+      "train/update_seconds": seconds / made,
+    }
+    scalars |= self._speed(seconds, made, positions) | _memory()
+    scalars |= self._health()
+    self.writers.write_scalars(update, scalars)
+    left = _seconds_left(self._trainer, self._stage, update, seconds / made)
+    loss = means.get("loss", math.nan)
+    self.line.update(
+      self._stage.config.name, update, loss, tokens / seconds, *left
+    )
+    self._window = []
+    self._restart()
+
+  def _restart(self) -> None:
+    self._since = self._last = time.monotonic()
+    self._durations, self._data_before = [], self._data_seconds()
+
+  def _data_seconds(self) -> float:
+    return self._attempt.ledger.seconds()[goodput.Cause.DATA]
+
+  def _speed(
+    self, seconds: float, made: int, positions: float
+  ) -> dict[str, float]:
+    config, stage = self._trainer.config, self._stage.config
+    work = flops.update_flops(
+      config.model,
+      config.rows_per_update,
+      stage.length,
+      round(positions),
+      self._trainer.data.tokenizer.vocab.size,
+    )
+    speed = work * made / seconds
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    mfu = {"perf/mfu": speed / (peak * jax.device_count())} if peak else {}
+    waited = self._data_seconds() - self._data_before
+    return {
+      "perf/flops_per_second": speed,
+      "perf/update_seconds_p50": statistics.median(self._durations or [0.0]),
+      "perf/update_seconds_max": max(self._durations or [0.0]),
+      "perf/data_wait": waited / seconds,
+    } | mfu
+
+  def _health(self) -> dict[str, float]:
+    seconds = self._attempt.seconds()
+    spent = {f"goodput/{k}_seconds": v for k, v in seconds.items()}
+    counts = {f"health/{k}_total": v for k, v in self._totals.items()}
+    return (
+      spent
+      | counts
+      | {
+        "goodput/fraction": goodput.goodput(seconds),
+        "health/attempts": self._attempt.number,
+        "health/committed": self._attempt.committed,
+      }
+    )
+
+
+def _means(window: list[dict[str, Any]]) -> dict[str, float]:
+  """Means of the numbers, over the updates where they are finite."""
+  means = {}
+  for name in window[0]:
+    if name not in _BINS:
+      found = [values[name] for values in window]
+      found = [value for value in found if math.isfinite(value)]
+      if found:
+        means[name] = sum(found) / len(found)
+  return means
+
+
+def _by_mask_rate(window: list[dict[str, Any]]) -> dict[str, float]:
+  """Cross-entropy per masked token by mask rate; bins without any left out."""
+  if "bin_loss" not in window[0]:
+    return {}
+  loss, count = (
+    np.sum([np.where(_finite(v), v[name], 0) for v in window], axis=0)
+    for name in _BINS
+  )
+  size = len(count)
+  return {
+    f"mask_bins/ce_{i / size:.1f}-{(i + 1) / size:.1f}": float(
+      loss[i] / count[i]
+    )
+    for i in range(size)
+    if count[i]
+  }
+
+
+def _finite(values: dict[str, Any]) -> np.ndarray:
+  return np.isfinite(values["bin_loss"])
+
+
+def _bad_bins(values: dict[str, Any]) -> str:
+  """Names the mask rates whose loss is not finite."""
+  if "bin_loss" not in values:
+    return "?"
+  size = len(values["bin_loss"])
+  bad = np.flatnonzero(~_finite(values))
+  named = (f"{i / size:.1f}-{(i + 1) / size:.1f}" for i in bad)
+  return ", ".join(named) or "none: the gradient alone"
+
+
+def _memory() -> dict[str, float]:
+  """GiB in use, of the fullest device, and of this process at its peak."""
+  found = [device.memory_stats() or {} for device in jax.local_devices()]
+  names = {
+    "memory/in_use_gib": "bytes_in_use",
+    "memory/peak_gib": "peak_bytes_in_use",
+    "memory/limit_gib": "bytes_limit",
+  }
+  told = {
+    tag: max(stats[name] for stats in found) / _GIB
+    for tag, name in names.items()
+    if all(name in stats for stats in found)
+  }
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+  return told | {"memory/host_peak_gib": peak * 1024 / _GIB}
+
+
+def _seconds_left(
+  trainer: Trainer, now: StagePlan, update: int, seconds: float
+) -> tuple[float, float]:
+  """Time left for the stage and the run, a row's cost being its length."""
+  stage = (now.end - update) * seconds
+  later = sum(
+    s.updates * seconds * s.config.length / now.config.length
+    for s in trainer.curriculum.stages[now.index + 1 :]
+  )
+  return stage, stage + later
+
+
+def _to_plain(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns numbers as JSON has them: what is not finite as a word."""
+  spell = lambda x: x if math.isfinite(x) else repr(x)
+  return {
+    name: [spell(float(x)) for x in value] if np.ndim(value) else spell(value)
+    for name, value in values.items()
+  }
+
+
+def _from_plain(values: dict[str, Any]) -> dict[str, Any]:
+  return {
+    name: np.array([float(x) for x in value], np.float32)
+    if isinstance(value, list)
+    else float(value)
+    for name, value in values.items()
+  }

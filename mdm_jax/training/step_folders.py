@@ -1,0 +1,183 @@
+"""The folders of saved steps: which there are, which are whole, which go.
+
+checkpoints/350/state            what Orbax wrote
+checkpoints/350/manifest.json    the hashes of its files, and the run's progress
+checkpoints/350/evaluation.json  what was measured of it, if it was
+checkpoints.jsonl                every step that ever had a manifest
+set_aside/350                    a step that was damaged, or not wanted
+
+A step without a verified manifest is no checkpoint: it is neither restored nor
+counted when older ones are deleted.
+"""
+
+import math
+import time
+from typing import Any
+
+from etils import epath
+
+from mdm_jax.core import files
+from mdm_jax.core.errors import StorageError
+from mdm_jax.core.progress import console
+from mdm_jax.training import manifest
+
+_EVALUATION = "evaluation.json"
+_BOUND = "nelbo_per_token"
+
+
+class StepFolders:
+  """The checkpoints of a workdir, as far as they are files.
+
+  Attributes:
+    workdir: the run's folder.
+  """
+
+  def __init__(
+    self, workdir: epath.Path, keep_latest: int, keep_every: int | None
+  ):
+    self.workdir = workdir
+    self._keep_latest, self._keep_every = keep_latest, keep_every
+    self._folder = workdir / "checkpoints"
+    self._log = workdir / "checkpoints.jsonl"
+    self._problems: dict[int, str | None] = {}  # what is known of each
+
+  def path(self, step: int) -> epath.Path:
+    """Returns the folder of a step, whether it is there or not."""
+    return self._folder / str(step)
+
+  def steps(self) -> list[int]:
+    """Returns every step that has a folder, rising; most of them are whole."""
+    if not self._folder.exists():
+      return []
+    names = (path.name for path in self._folder.iterdir())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+  # MARK: reading
+
+  def newest(self) -> int | None:
+    """Returns the newest step that is whole, None before there was any.
+
+    Raises:
+      StorageError: there were steps, and not one of them is whole.
+      UserError: one is of a newer version of this library.
+    """
+    for step in reversed(self.steps()):
+      if self.is_whole(step):
+        return step
+    logged = self._logged()
+    if logged:
+      raise StorageError(
+        f"workdir {self.workdir} had checkpoints (the last of update"
+        f" {max(logged)}), and none of them is whole; bring one back, or give"
+        " another --workdir to start anew"
+      )
+    return None
+
+  def best(self) -> int | None:
+    """Returns the whole step with the lowest bound, if one was measured."""
+    bounds = self._bounds(self.steps())
+    ranked = sorted(bounds, key=bounds.get)
+    return next((step for step in ranked if self.is_whole(step)), None)
+
+  def is_whole(self, step: int) -> bool:
+    """Whether a step's files fit its manifest; reads all of them, once."""
+    if step not in self._problems:
+      problem = manifest.problem(self.path(step))
+      self._problems[step] = problem
+      if problem:
+        damaged = step in self._logged()
+        what = f"is damaged ({problem})" if damaged else "was never finished"
+        console.print(
+          f"checkpoint {step} {what}: passing over it",
+          markup=False,
+          soft_wrap=True,
+        )
+    return self._problems[step] is None
+
+  def known_whole(self, step: int) -> bool:
+    """Whether a step was read or written by this process, and is whole."""
+    return self._problems.get(step, "unknown") is None
+
+  def last_known(self) -> int | None:
+    """Returns the newest of those steps, for a message."""
+    return max(filter(self.known_whole, self._problems), default=None)
+
+  def progress(self, step: int) -> dict[str, Any]:
+    """Returns what was saved beside a step."""
+    return manifest.read(self.path(step))["progress"]
+
+  def evaluation(self, step: int) -> dict[str, float] | None:
+    """Returns what was measured of a step, or None."""
+    return files.read_json(self.path(step) / _EVALUATION)
+
+  def _bounds(self, steps: list[int]) -> dict[int, float]:
+    measured = {step: self.evaluation(step) for step in steps}
+    bounds = {
+      step: m.get(_BOUND, math.nan) for step, m in measured.items() if m
+    }
+    return {step: b for step, b in bounds.items() if math.isfinite(b)}
+
+  def _logged(self) -> set[int]:
+    return {line["step"] for line in files.read_lines(self._log)}
+
+  # MARK: writing
+
+  def seal(self, step: int, progress: dict[str, Any], seconds: float) -> None:
+    """Makes a folder that is complete a checkpoint.
+
+    Args:
+      step: whose folder it is.
+      progress: to keep beside it.
+      seconds: the save took so far, for the log.
+    """
+    told = {"step": step, "finite": True, "progress": progress}
+    content = manifest.write(self.path(step), told)
+    size = sum(file["bytes"] for file in content["files"].values())
+    line = {"step": step, "bytes": size, "seconds": seconds}
+    files.append_line(self._log, line | {"time": time.time()})
+    self.trust(step)
+
+  def trust(self, step: int) -> None:
+    """Takes a step for whole that this process saw being written."""
+    self._problems[step] = None
+
+  def record(self, step: int, measured: dict[str, float]) -> None:
+    """Keeps what was measured of a step; `nelbo_per_token` tells the best."""
+    files.write_json(self.path(step) / _EVALUATION, measured)
+
+  def prune(self) -> None:
+    """Deletes whole steps that are neither new, best nor to be kept.
+
+    Damaged ones are not counted as kept, and not deleted either.
+    """
+    whole = [s for s in self.steps() if manifest.has_its_files(self.path(s))]
+    bounds = self._bounds(whole)
+    keep = set(whole[-self._keep_latest :])
+    keep |= {min(bounds, key=bounds.get)} if bounds else set()
+    every = self._keep_every
+    keep |= {s for s in whole if every and s % every == 0}
+    for step in set(whole) - keep:
+      # Without its manifest first: half a deletion must not look like damage.
+      (self.path(step) / manifest.NAME).unlink()
+      self.path(step).rmtree()
+      self._problems.pop(step, None)
+
+  def set_aside_after(self, step: int | None) -> None:
+    """Moves the steps after `step`, all if None, out of the way.
+
+    What was never finished is deleted, as its update will be made again.
+    """
+    logged, aside = self._logged(), self.workdir / "set_aside"
+    for found in self.steps():
+      if step is not None and found <= step:
+        continue
+      self._problems.pop(found, None)
+      if found not in logged:
+        self.path(found).rmtree()
+        continue
+      target = aside / str(found)
+      aside.mkdir(exist_ok=True)
+      if target.exists():
+        target.rmtree()
+      self.path(found).rename(target)
+      console.print(f"checkpoint {found} is kept in {target}", soft_wrap=True)

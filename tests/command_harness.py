@@ -1,0 +1,46 @@
+"""Commands as a user gives them: real processes, with a cache of their own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICK = f"--config={ROOT / 'configs' / 'quickstart.py'}:quick"
+
+
+def environment(cache, **more):
+  """Returns the environment of a command that compiles in a hurry."""
+  return os.environ | {
+    "XDG_CACHE_HOME": str(cache),
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    "NPROC": "16",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true",
+    **more,
+  }
+
+
+def call(folder, env, *args):
+  """Runs the program in a folder; returns the finished process."""
+  return subprocess.run(
+    [sys.executable, "-m", "mdm_jax.main", *map(str, args)],
+    cwd=folder,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def check_mistake(done, *words):
+  """Checks for one line that holds the words, exit code 2, no traceback."""
+  assert done.returncode == 2, done.stderr
+  assert done.stderr.startswith("error: ")
+  assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n")
+  assert "Traceback" not in done.stderr + done.stdout
+  for word in words:
+    assert word in done.stderr, word

@@ -1,0 +1,242 @@
+"""Which changes of a config a run can go on with, and how others are told."""
+
+import dataclasses
+import typing
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from mdm_jax.core import config as config_lib
+from mdm_jax.core import config_changes
+from mdm_jax.core.config import Config
+from mdm_jax.core.config_changes import Change
+from mdm_jax.core.errors import UserError
+
+NAMES = ("a", "b", "c")
+SAVED = config_lib.from_dict(
+  {
+    "data": {"batch_size": 8},
+    "optimizer": {"accumulation": 2},
+    "stages": [
+      {"name": name, "updates": 10, "mask_rate": [0.2, 0.8], "rehearsal": 0.5}
+      for name in NAMES
+    ],
+  }
+)
+
+
+def _leaves(value, prefix=""):
+  """Every field under a config: (path, dataclass field, value)."""
+  for field in dataclasses.fields(value):
+    item, path = getattr(value, field.name), f"{prefix}{field.name}"
+    if dataclasses.is_dataclass(item):
+      yield from _leaves(item, f"{path}.")
+    elif path == "stages":
+      for i, stage in enumerate(item):
+        yield from _leaves(stage, f"stages[{i}].")
+    else:
+      yield path, field, item
+
+
+LEAVES = {path: (field, value) for path, field, value in _leaves(SAVED)}
+ENDS = {"stages[2].updates", "stages[2].epochs"}
+
+
+def _set(config, values):
+  """The config with the values of dotted paths."""
+  raw = config_lib.to_dict(config)
+  for path, value in values.items():
+    *sections, name = path.replace("]", "").replace("[", ".").split(".")
+    target = raw
+    for section in sections:
+      target = target[int(section) if section.isdigit() else section]
+    target[name] = value
+  return config_lib.from_dict(raw)
+
+
+def _values(hint):
+  """A strategy for the values of a field's type, as JSON has them."""
+  args = typing.get_args(hint)
+  if typing.get_origin(hint) is typing.Literal:
+    return st.sampled_from(args)
+  if type(None) in args:
+    return st.none() | _values(args[0])
+  if typing.get_origin(hint) is tuple:
+    return st.sampled_from([[0.1, 0.4], [0.2, 0.9]])
+  return {
+    bool: st.booleans(),
+    int: st.integers(1, 2**12),
+    float: st.floats(0.001, 0.5),
+    str: st.text(max_size=5),
+  }[hint]
+
+
+@st.composite
+def _cases(draw):
+  """A field, and a value of its type."""
+  path = draw(st.sampled_from(sorted(LEAVES)))
+  return path, draw(_values(LEAVES[path][0].type))
+
+
+def _changed(case):
+  """The valid config in which that field has another value, and the change."""
+  path, value = case
+  try:
+    config = _set(SAVED, {path: value})
+  except UserError:
+    assume(False)
+  (after,) = (v for p, _, v in _leaves(config) if p == path)
+  assume(after != LEAVES[path][1])
+  return config, Change(path, LEAVES[path][1], after)
+
+
+def _paths(changes):
+  return [change.path for change in changes]
+
+
+def _error(now, saved=SAVED):
+  with pytest.raises(UserError) as caught:
+    config_changes.check(saved, now)
+  return str(caught.value)
+
+
+# MARK: what is found
+
+
+@given(_cases())
+def test_a_config_is_as_it_is(case):
+  config, _ = _changed(case)
+  again = config_lib.from_dict(config_lib.to_dict(config))
+  assert config_changes.compare(config, again) == config_changes.Changes((), ())
+  assert config_changes.check(config, again) == ()
+
+
+@given(_cases())
+def test_any_changed_field_is_found_with_its_path(case):
+  config, change = _changed(case)
+  field, _ = LEAVES[change.path]
+  changes = config_changes.compare(SAVED, config)
+  fixed = field.metadata.get("fixed", False) and change.path not in ENDS
+  assert changes.fatal == ((change,) if fixed else ())
+  assert changes.benign == (() if fixed else (change,))
+
+
+@given(_cases())
+def test_the_other_way_round_it_is_as_bad(case):
+  config, change = _changed(case)
+  there = config_changes.compare(SAVED, config)
+  back = config_changes.compare(config, SAVED)
+  swapped = Change(change.path, change.after, change.before)
+  assert (there.fatal == (change,)) == (back.fatal == (swapped,))
+  assert len(there.fatal + there.benign) == len(back.fatal + back.benign) == 1
+
+
+def test_every_field_can_be_changed_by_the_tests():
+  """Otherwise the properties above would be silent about one."""
+  values = (1, 3, 4, 24, 0.3, "x", True, False, [0.1, 0.4])
+  found = {
+    path
+    for path, (field, _) in LEAVES.items()
+    if any(_works(path, value) for value in (*values, *_choices(field)))
+  }
+  single = {"optimizer.name", "optimizer.schedule"}  # there is no other value
+  assert found == set(LEAVES) - single
+
+
+def _choices(field):
+  return typing.get_args(field.type)
+
+
+def _works(path, value):
+  try:
+    changes = config_changes.compare(SAVED, _set(SAVED, {path: value}))
+  except UserError:
+    return False
+  return _paths(changes.fatal + changes.benign) == [path]
+
+
+def test_not_a_number_is_no_change():
+  config = dataclasses.replace(
+    SAVED, model=dataclasses.replace(SAVED.model, rope_theta=float("nan"))
+  )
+  again = config_lib.from_dict(config_lib.to_dict(config))
+  assert config_changes.check(config, again) == ()
+
+
+# MARK: what a run can go on with
+
+
+@pytest.mark.parametrize("path", ["data.batch_size", "optimizer.accumulation"])
+def test_another_effective_batch_is_another_run(path):
+  assert path in _error(_set(SAVED, {path: 4}))
+
+
+def test_a_batch_may_be_cut_into_other_microbatches():
+  now = _set(SAVED, {"data.batch_size": 2, "optimizer.accumulation": 8})
+  assert _paths(config_changes.check(SAVED, now)) == [
+    "data.batch_size",
+    "optimizer.accumulation",
+  ]
+
+
+def test_only_the_last_stage_may_be_of_another_size():
+  for name in ("updates", "epochs"):
+    now = _set(SAVED, {f"stages[2].{name}": 30})
+    assert _paths(config_changes.check(SAVED, now)) == [f"stages[2].{name}"]
+    assert f"stages[1].{name}" in _error(_set(SAVED, {f"stages[1].{name}": 30}))
+
+
+def test_other_stages_are_another_run():
+  longer = dataclasses.replace(SAVED, stages=SAVED.stages + SAVED.stages[-1:])
+  for now, counts in ((longer, ("3", "4")), (_shorter(), ("3", "2"))):
+    last = _error(now).splitlines()[-1].split()
+    assert last == ["number", "of", "stages", *counts]
+
+
+def _shorter():
+  return dataclasses.replace(SAVED, stages=SAVED.stages[:-1])
+
+
+def test_the_last_stage_of_a_longer_run_is_not_the_saved_one():
+  now = _set(SAVED, {"stages[2].updates": 30})
+  now = dataclasses.replace(now, stages=now.stages + SAVED.stages[-1:])
+  found = _paths(config_changes.compare(SAVED, now).fatal)
+  assert found == ["number of stages", "stages[2].updates"]
+
+
+def test_a_field_that_an_older_version_did_not_save_has_its_default():
+  old = config_lib.to_dict(Config())
+  del old["data"]["on_bad_record"], old["train"]["keep_every"], old["mesh"]
+  saved = config_lib.from_dict(old)
+  assert config_changes.check(saved, Config()) == ()
+  now = _set(Config(), {"train.keep_every": 100})
+  assert config_changes.check(saved, now) == (
+    Change("train.keep_every", None, 100),
+  )
+
+
+# MARK: how it is told
+
+
+def test_fatal_changes_are_told_as_a_table():
+  now = _set(
+    SAVED,
+    {
+      "model.embed_dim": 192,
+      "tokenizer.path": "x.model",
+      "data.corpus": "text:a\nb",
+      "train.log_every": 1,
+      "stages[0].mask_rate": [0.1, 0.4],
+    },
+  )
+  first, *lines = _error(now).split("\n")
+  assert "started with other settings" in first
+  assert "another --workdir" in first and "saved values back" in first
+  assert lines == [
+    "  field                saved       now",
+    '  data.corpus          sotu        "text:a\\nb"',
+    '  tokenizer.path       ""          x.model',
+    "  model.embed_dim      768         192",
+    "  stages[0].mask_rate  (0.2, 0.8)  (0.1, 0.4)",
+  ]
