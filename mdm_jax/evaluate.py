@@ -45,7 +45,7 @@ class Measures:
       denoiser, data.tokenizer, mesh, config.sample_length
     )
     mask = data.tokenizer.vocab.mask
-    self._evaluator = Evaluator(config.eval, denoiser, mask, mesh)
+    self._evaluator = Evaluator(config.eval, denoiser, mask, mesh, poll)
 
   def likelihood(self, params: Params, count: int | None) -> dict[str, Any]:
     """Returns the bound over `count` held-out rows (None: all)."""

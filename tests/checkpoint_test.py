@@ -83,13 +83,15 @@ def _change_the_manifest(folder):
 
 
 DAMAGE = {
-  "17_truncated": _truncate,
-  "17_missing": _remove_a_file,
-  "18_bit": lambda folder: harness.flip_a_bit(harness.largest_file(folder)),
-  "19_empty_folder": _empty_the_folder,
-  "19_empty_metadata": _empty_its_metadata,
-  "19_no_manifest": lambda folder: (folder / "manifest.json").unlink(),
-  "19_manifest": _change_the_manifest,
+  "fault_17_truncated": _truncate,
+  "fault_17_missing": _remove_a_file,
+  "fault_18_bit": lambda folder: harness.flip_a_bit(
+    harness.largest_file(folder)
+  ),
+  "fault_19_empty_folder": _empty_the_folder,
+  "fault_19_empty_metadata": _empty_its_metadata,
+  "fault_19_no_manifest": lambda folder: (folder / "manifest.json").unlink(),
+  "fault_19_manifest": _change_the_manifest,
 }
 
 
@@ -180,6 +182,14 @@ def test_fault_24_a_newer_format_says_so(tmp_path, monkeypatch):
   with Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(UserError, match=r"written by mdm_jax .*format 2"):
       checkpoints.latest()
+
+
+def test_fault_22_another_optimizer_has_no_state_here(tmp_path):
+  _save(tmp_path, 1)
+  wanted = dataclasses.replace(_state(0), opt_state={"momentum": jnp.ones(3)})
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError, match="no opt_state/momentum.*init_from"):
+      checkpoints.restore(1, jax.eval_shape(lambda: wanted))
 
 
 # MARK: never finished, and not wanted

@@ -229,7 +229,7 @@ POSITIVE = [
   *("data.batch_size", "model.num_layers", "model.embed_dim"),
   *("model.num_heads", "optimizer.accumulation", "optimizer.learning_rate"),
   *("train.log_every", "train.checkpoint_every", "train.keep_latest"),
-  *("train.keep_every", "train.max_skipped", "train.spike_window"),
+  *("train.keep_every", "train.max_skipped"),
   *("train.spike_sigmas", "train.max_attempts", "train.restore_step"),
   *("eval.rows", "eval.masks_per_row", "eval.batch_size"),
   *("sample.num_samples", "sample.num_steps", "sample.temperature"),
@@ -284,6 +284,13 @@ def test_what_must_be_within_a_range(path):
 def test_what_must_not_be_negative(path):
   config_lib.from_dict(_nested(path, 0))
   assert path in _error(config_lib.from_dict, _nested(path, -1))
+
+
+def test_a_window_of_one_has_no_deviation():
+  config_lib.from_dict(_nested("train.spike_window", 2))
+  for value in (1, 0, -1):
+    message = _error(config_lib.from_dict, _nested("train.spike_window", value))
+    assert "train.spike_window" in message and "[2, inf]" in message
 
 
 def test_not_a_number_is_not_positive():

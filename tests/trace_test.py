@@ -12,6 +12,7 @@ import report_test
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdm_jax.core import files
 from mdm_jax.core.config import TokenizerConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import tokenizer as tokenizers
@@ -290,7 +291,7 @@ def test_a_number_that_means_nothing_is_none(tmp_path):
 
 def test_a_crash_leaves_the_old_files(samples, tmp_path, monkeypatch):
   save(samples, BYTES, SETTINGS, tmp_path)
-  write, done = trace._write, []
+  write, done = files.write, []
 
   def fail(path, content):
     if done:
@@ -298,7 +299,7 @@ def test_a_crash_leaves_the_old_files(samples, tmp_path, monkeypatch):
     done.append(path)
     write(path, content)
 
-  monkeypatch.setattr(trace, "_write", fail)
+  monkeypatch.setattr(files, "write", fail)
   changed = dataclasses.replace(samples, calls=samples.calls + 1)
   with pytest.raises(UserError, match=str(tmp_path)):
     save(changed, BYTES, SETTINGS, tmp_path)

@@ -10,6 +10,7 @@ checkpoints are measured on the same masks.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +65,11 @@ class Evaluator:
     denoiser: Denoiser,
     mask_id: int,
     mesh: jax.sharding.Mesh,
+    poll: Callable[[], None] = lambda: None,
   ):
+    """Makes what measures; `poll` is called as long as batches are done."""
     self.config, self.denoiser, self.mesh = config, denoiser, mesh
+    self._poll = poll
     self._masked_ce = jax.jit(
       functools.partial(_masked_ce, denoiser, mask_id),
       static_argnames="capacity",
@@ -139,6 +143,9 @@ class Evaluator:
     capacity = self._capacity(rows, which, rates)
     results = []
     for start in range(0, total + pad, size):
+      # One batch ahead of the devices, so that a poll means progress.
+      jax.block_until_ready(results[-2:-1])
+      self._poll()
       part = slice(start, start + size)
       place = lambda x: put(x, batch_sharding(self.mesh, x.ndim))
       picked = which[part]
