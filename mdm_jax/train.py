@@ -68,13 +68,18 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     ) as checkpoints,
   ):
     with session.attempt.ledger.spend(Cause.RESTORE):
+      latest = distributed.first_alone(checkpoints.latest)
+      session.attempt.begin(latest or 0)
       origin = distributed.first_alone(
-        lambda: _find_origin(config, workdir, checkpoints)
+        lambda: _find_origin(config, workdir, checkpoints, latest)
       )
       distributed.agree("the checkpoint to go on from", origin.update)
+      session.attempt.begin(origin.done)
     data = distributed.first_alone(lambda: prepare(config, workdir.path))
     distributed.agree("the prepared data", data.manifest["files"])
     workdir.check_tokenizer(data.tokenizer.sha256)
+    if origin.update is not None:
+      workdir.check_data(data.manifest)
     mesh = training_mesh(config)
     session.check()
     with jax.set_mesh(mesh), distributed.naming_peers(ROLL_SECONDS):
@@ -104,14 +109,16 @@ class Origin:
 
 
 def _find_origin(
-  config: Config, workdir: Workdir, checkpoints: Checkpoints
+  config: Config,
+  workdir: Workdir,
+  checkpoints: Checkpoints,
+  latest: int | None,
 ) -> Origin:
   """Chooses the checkpoint to go on from; looks, and changes nothing.
 
   Raises:
     UserError: the config is of another run, or the step it names isn't there.
   """
-  latest = checkpoints.latest()
   wanted = config.train.restore_step
   saved = None
   if latest is not None:
@@ -156,7 +163,6 @@ class Run:
   def train(self) -> dict[str, Any] | None:
     """Makes every update that is left; returns the results if none is."""
     done = self._origin.done
-    self._attempt.begin(done)
     if done >= self.curriculum.updates and self._origin.measured:
       console.print(f"{self.workdir.path} is finished: nothing to train")
       return self.workdir.read_results()

@@ -403,6 +403,7 @@ def test_fault_20_21_another_run_s_settings_are_refused(place, half):
   assert "seed" in ended.err and "learning_rate" not in ended.err
   assert "Traceback" not in ended.err
   assert (half / "config.json").read_text() == before
+  assert ended.exit["code"] == 2 and ended.exit["committed"] == 20
 
 
 @pytest.mark.slow
@@ -422,6 +423,20 @@ def test_fault_21_harmless_settings_are_told_and_kept(place, half):
   )
   with pytest.raises(AssertionError):  # the control: it is another run now
     _check_same(place, half)
+
+
+def test_fault_34_another_text_is_not_gone_on_with(place, half):
+  path = place.folder / "text" / "signal.txt"
+  text = path.read_text()
+  path.write_text(text + "One more line.\n")
+  try:
+    ended = place.run(half.name, *MOST)
+  finally:
+    path.write_text(text)
+  assert ended.code == 2, ended.err
+  assert "was started with another text" in ended.err
+  assert ended.err.count("\n") == 1
+  assert ended.exit["committed"] == 20
 
 
 # MARK: numerics

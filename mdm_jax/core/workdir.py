@@ -105,6 +105,16 @@ class Workdir:
         " has changed; use another workdir"
       )
 
+  def check_data(self, manifest: dict[str, Any]) -> None:
+    """Raises UserError if the run was started with other rows."""
+    saved = (self.read_data() or manifest)["files"]
+    changed = [n for n in saved if saved[n] != manifest["files"].get(n)]
+    if changed:
+      raise UserError(
+        f"workdir {self.path} was started with another text: {changed[0]} has"
+        " changed since; bring the text back, or use another workdir"
+      )
+
   def write_data(self, manifest: dict[str, Any]) -> None:
     """Stores what the stages read."""
     self._write("data.json", manifest)
