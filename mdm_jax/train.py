@@ -226,7 +226,10 @@ class Run:
       with self._spend(Cause.DATA):
         batch = self.trainer.batch(self.curriculum.stage_at(update), update)
       with self._spend(Cause.TRAIN):
-        state, metrics = self.trainer.update(state, update, batch)
+        every = self.config.train.recheck_every
+        twice = every and (update + 1) % every == 0
+        make = self.trainer.update_twice if twice else self.trainer.update
+        state, metrics = make(state, update, batch)
         log.add(update + 1, metrics)
     except Exception:
       # Of this update or, being read late, of the one before.

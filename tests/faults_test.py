@@ -509,3 +509,34 @@ def test_fault_28_a_step_that_is_not_there(place, half):
   ended = place.run(half.name, "--config.train.restore_step=15")
   assert ended.code == 2
   assert "there are: 10, 20" in ended.err and ended.err.count("\n") == 1
+
+
+WRONG = """
+import dataclasses
+import jax
+from mdm_jax.training.trainer import Trainer
+_update, _made = Trainer.update, []
+def update(self, state, update, *args):
+  state, metrics = _update(self, state, update, *args)
+  _made.append(update)
+  if {wrong} and update == 29 and _made.count(29) == {time}:
+    up = lambda x: jax.numpy.nextafter(x, x + 1)
+    ema = jax.tree.map(up, state.ema_params)
+    state = dataclasses.replace(state, ema_params=ema)
+  return state, metrics
+Trainer.update = update
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [1, 2])
+def test_fault_29_a_machine_that_computes_wrongly_is_found(first, place, half):
+  args = [*MOST, "--config.train.recheck_every=5"]
+  ended = place.run(half.name, *args, patch=WRONG.format(wrong=1, time=first))
+  assert ended.code == 3, ended.err
+  assert "error: update 30, made twice" in ended.err
+  assert harness.steps(half) == [10, 20]
+  # The control: the same, computed rightly, is the run that nobody checked.
+  ended = place.run(half.name, *args, patch=WRONG.format(wrong=0, time=first))
+  assert ended.code == 0, ended.err
+  _check_same(place, half)

@@ -19,7 +19,7 @@ from mdm_jax.core.config import (
   TokenizerConfig,
   TrainConfig,
 )
-from mdm_jax.core.errors import UserError
+from mdm_jax.core.errors import NumericsError, UserError
 from mdm_jax.data import batches
 from mdm_jax.data.prepared import prepare
 from mdm_jax.training import calibration
@@ -96,6 +96,51 @@ def test_an_update_passed_over_only_counts(trainer):
   assert _trees_equal(after, same)
   _, metrics = trainer.update(after, 2)
   assert metrics["learning_rate"] == trainer.schedule(2)
+
+
+def _perturbed(trainer, monkeypatch, part, which):
+  """Makes one of two updates wrong, in the last bit of one number."""
+  update, made = Trainer.update, []
+
+  def wrong(self, *args):
+    state, metrics = update(self, *args)
+    made.append(0)
+    if len(made) == which:
+      leaves, tree = jax.tree.flatten(getattr(state, part))
+      values = np.array(leaves[0])
+      values.flat[-1] = np.nextafter(values.flat[-1], np.float32(9))
+      leaves[0] = jax.device_put(values, leaves[0].sharding)
+      changed = {part: jax.tree.unflatten(tree, leaves)}
+      state = dataclasses.replace(state, **changed)
+    return state, metrics
+
+  monkeypatch.setattr(Trainer, "update", wrong)
+
+
+def _twice(trainer):
+  batch = trainer.batch(trainer.curriculum.stages[0], 0)
+  return trainer.update_twice(trainer.init(), 0, batch)
+
+
+def test_fault_29_an_update_made_twice_is_that_update(trainer):
+  (twice, metrics), (once, expected) = (
+    _twice(trainer),
+    trainer.update(trainer.init(), 0),
+  )
+  for a, b in zip(
+    jax.tree.leaves((twice, metrics)),
+    jax.tree.leaves((once, expected)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("part", ["params", "ema_params"])
+@pytest.mark.parametrize("which", [1, 2])
+def test_fault_29_one_wrong_bit_is_told(trainer, monkeypatch, part, which):
+  _perturbed(trainer, monkeypatch, part, which)
+  with pytest.raises(NumericsError, match="update 1, made twice"):
+    _twice(trainer)
 
 
 def test_updates_passed_over_are_half_open_ranges(config, trainer):

@@ -212,6 +212,9 @@ class TrainConfig:
     " ones' mean, in their deviations",
   )
   spike_window: int = _field(128, "applied updates that a spike is told by")
+  recheck_every: int | None = _field(
+    None, "make every so many updates one twice, and compare every bit"
+  )
   watchdog_seconds: float = _field(
     1200.0,
     "without progress, then all stacks are told and the run ends (0: never)",

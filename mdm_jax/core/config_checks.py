@@ -15,6 +15,7 @@ def check(c: Any) -> None:
     + ("model.num_heads", "optimizer.accumulation", "optimizer.learning_rate")
     + ("train.log_every", "train.checkpoint_every", "train.keep_latest")
     + ("train.keep_every", "train.max_skipped")
+    + ("train.recheck_every",)
     + ("train.spike_sigmas", "train.max_attempts", "train.restore_step")
     + ("eval.rows", "eval.masks_per_row", "eval.batch_size")
     + ("sample.num_samples", "sample.num_steps", "sample.temperature")

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Int
 
 from mdm_jax.core import rng
 from mdm_jax.core.config import Config
+from mdm_jax.core.errors import NumericsError
 from mdm_jax.data import batches
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
@@ -88,6 +89,24 @@ class Trainer:
       batch = self.batch(stage, update)
     return self._steps(stage.index)(state, batch)
 
+  def update_twice(
+    self, state: TrainState, update: int, batch: Batch
+  ) -> tuple[TrainState, Metrics]:
+    """Does what `update` does, twice, from a copy and from the state.
+
+    Raises:
+      NumericsError: the two differ in any bit.
+    """
+    again = self.update(jax.tree.map(jnp.copy, state), update, batch)
+    first = self.update(state, update, batch)
+    if not bool(_same_bits(first, again)):
+      raise NumericsError(
+        f"update {update + 1}, made twice from one state, gave two results:"
+        " this machine computes wrongly, or is not deterministic (on a GPU set"
+        " XLA_FLAGS=--xla_gpu_deterministic_ops=true)"
+      )
+    return first
+
   def passes_over(self, update: int) -> bool:
     """Returns whether the config skips an update on purpose."""
     return self.curriculum.passes_over(update)
@@ -141,3 +160,15 @@ class Trainer:
       self.denoiser,
       self.data.tokenizer.vocab.mask,
     )
+
+
+@jax.jit
+def _same_bits(a: Any, b: Any) -> Bool[Array, ""]:
+  """Whether two trees hold the same, NaN being equal to itself."""
+  same = jax.tree.map(lambda x, y: (_bits(x) == _bits(y)).all(), a, b)
+  return jnp.stack(jax.tree.leaves(same)).all()
+
+
+def _bits(x: Array) -> Array:
+  size = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+  return jax.lax.bitcast_convert_type(x, size[x.dtype.itemsize])

@@ -1,0 +1,111 @@
+"""Files of curves: what a resume drops, and what a full disk costs."""
+
+import json
+import os
+
+import pytest
+from etils import epath
+
+from mdm_jax.core import metrics
+from mdm_jax.core.metrics import JsonlWriter, TensorBoardWriter, Writers
+
+
+def _steps(path):
+  return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def _write(path, lines):
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+LINES = [
+  {"step": 0, "config": "x"},
+  {"step": 1, "train/loss": 1.0},
+  {"step": 2, "train/loss": 2.0},
+  {"step": 2, "eval/nelbo": 3.0},
+  {"step": 2, "samples/0": "text"},
+  {"step": 3, "train/loss": 4.0},
+]
+
+
+@pytest.mark.parametrize(
+  ("after", "redo", "kept"),
+  [
+    (-1, (), []),
+    (0, (), LINES[:1]),
+    (2, (), LINES[:5]),
+    (2, ("eval/", "samples/"), LINES[:3]),
+    (3, ("eval/", "samples/"), LINES),  # update 2 was measured long ago
+  ],
+)
+def test_what_will_be_written_again_is_dropped(after, redo, kept, tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  _write(path, LINES)
+  with path.open("a") as file:
+    file.write('{"step": 3, "train/lo')
+  writer = JsonlWriter(epath.Path(path), after, redo)
+  writer.write_scalars(4, {"train/loss": 5.0})
+  writer.close()
+  found = [json.loads(line) for line in path.read_text().splitlines()]
+  assert found == [*kept, {"step": 4, "train/loss": 5.0}]
+
+
+def _events(folder):
+  accumulators = pytest.importorskip(
+    "tensorboard.backend.event_processing.event_accumulator"
+  )
+  return accumulators.EventAccumulator(str(folder)).Reload()
+
+
+def test_tensorboard_shows_what_was_made_again_once(tmp_path, monkeypatch):
+  folder = epath.Path(tmp_path)
+  for attempt, (first, last) in enumerate([(1, 7), (4, 9)]):
+    # Two attempts of a second would share a file's name.
+    monkeypatch.setattr(metrics.os, "getpid", lambda n=attempt: n)
+    writer = TensorBoardWriter(folder, after=first - 1)
+    for step in range(first, last + 1):
+      writer.write_scalars(step, {"x": float(attempt * 100 + step)})
+    writer.close()
+  shown = [(e.step, e.value) for e in _events(tmp_path).Scalars("x")]
+  assert shown == [(1, 1), (2, 2), (3, 3)] + [
+    (step, 100 + step) for step in range(4, 10)
+  ]
+
+
+def test_what_is_flushed_survives_a_kill(tmp_path):
+  """The file is read while the writer, as after a kill, never closes it."""
+  writer = TensorBoardWriter(epath.Path(tmp_path), after=-1)
+  for step in range(5):
+    writer.write_scalars(step, {"x": float(step)})
+  writer.flush()
+  assert [e.step for e in _events(tmp_path).Scalars("x")] == list(range(5))
+
+
+def test_fault_14_a_writer_that_fails_is_left_out(tmp_path, monkeypatch):
+  told = []
+  monkeypatch.setattr(
+    metrics.logging, "warning", lambda *args: told.append(args)
+  )
+  with Writers(epath.Path(tmp_path), after=-1) as writers:
+    writers.write_scalars(1, {"x": 1.0})
+    broken = writers._writers[0][1]
+    broken._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+    for step in (2, 3):
+      writers.write_scalars(step, {"x": 1.0})
+  assert len(told) == 1 and "metrics.jsonl" in str(told[0][1])
+  assert _steps(tmp_path / "metrics.jsonl") == [1]
+  assert [e.step for e in _events(tmp_path / "tensorboard").Scalars("x")] == [
+    *(1, 2, 3)
+  ]
+
+
+def test_a_folder_that_can_not_be_made_is_told(tmp_path, monkeypatch):
+  told = []
+  monkeypatch.setattr(
+    metrics.logging, "warning", lambda *args: told.append(args)
+  )
+  (tmp_path / "tensorboard").write_text("a file")
+  with Writers(epath.Path(tmp_path), after=-1) as writers:
+    writers.write_scalars(1, {"x": 1.0})
+  assert len(told) == 1 and "tensorboard" in str(told[0][1])
+  assert _steps(tmp_path / "metrics.jsonl") == [1]
