@@ -467,6 +467,7 @@ def test_fault_26_one_bad_update_is_passed_over_and_told(place, half):
   assert logged[40]["health/nonfinite_total"] == 1
 
 
+@pytest.mark.slow
 def test_fault_27_many_bad_updates_end_it_with_a_report(place, half):
   ended = place.run(
     half.name, *MOST, patch=NAN.format(steps=list(range(24, 60)))
