@@ -263,7 +263,7 @@ def test_what_can_not_be_is_told(stopped):
 def test_a_stopped_process_is_named(stopped):
   (told, seconds), (told_of_first, _) = (left for _, left in stopped)
   assert told.startswith("no sign of process 1 (")
-  assert seconds < 4
+  assert seconds < 30  # bounded, on a busy machine too
   assert told_of_first.startswith("process 0 (localhost:")
 
 
