@@ -148,8 +148,9 @@ class Run:
     workdir: Workdir,
     checkpoints: Checkpoints,
     session: Session,
-    origin: Origin = Origin(),  # noqa: B008
+    origin: Origin | None = None,
   ):
+    """Puts an attempt together; without an origin it starts anew."""
     self.trainer, self.workdir = trainer, workdir
     self.checkpoints, self.session = checkpoints, session
     self.config, self.data = trainer.config, trainer.data
@@ -157,7 +158,7 @@ class Run:
     self.measures = evaluate_lib.Measures(
       self.config, self.data, trainer.denoiser, trainer.mesh, session.check
     )
-    self._origin, self._attempt = origin, session.attempt
+    self._origin, self._attempt = origin or Origin(), session.attempt
     self._saved_at = time.monotonic()
 
   def train(self) -> dict[str, Any] | None:
