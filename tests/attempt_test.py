@@ -107,6 +107,15 @@ def test_the_exit_code_is_the_errors(folder, error, code):
   assert ("ZeroDivisionError" in told.get("traceback", "")) == (code == 1)
 
 
+def test_an_end_is_not_taken_for_the_next_ones(folder):
+  with _attempt(folder):
+    pass
+  assert _exit(folder)["number"] == 1
+  with _attempt(folder):
+    assert _exit(folder) is None  # as after a kill
+  assert _exit(folder)["number"] == 2
+
+
 def test_attempts_are_numbered(folder):
   for number in (1, 2, 3):
     with _attempt(folder) as attempt:

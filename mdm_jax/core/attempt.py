@@ -86,6 +86,9 @@ class Attempt:
       self.before = files.read_lines(self._folder / "attempts.jsonl")
       self.number = len(self.before) + 1
       self._beat()
+      # After a kill, nobody shall take the last attempt's end for this one's.
+      with contextlib.suppress(OSError):
+        (self._folder / "exit.json").unlink()
     try:
       self._check_crash_loop()
     except CrashLoop as error:
