@@ -107,10 +107,19 @@ def running(
         stdin=subprocess.DEVNULL,
         env=environment(devices),
         cwd=TESTS.parent,
+        preexec_fn=_hear_sigint,
       )
       children.append(Child(process, path))
       stack.callback(children[-1].end)
     yield children
+
+
+def _hear_sigint() -> None:
+  """Undoes what a shell does to what it starts in the background.
+
+  A script that finds SIGINT ignored can't ask for it any more.
+  """
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def python(script: str, count: int) -> list[list[str]]:
