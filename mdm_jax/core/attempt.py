@@ -119,14 +119,16 @@ class Attempt:
     told = {"code": int(code), "name": code.name.lower(), **record} | (
       {"traceback": told} if told else {}
     )
-    # A full disk must not change the exit code.
+    name = (
+      f"exit.process_{self._process}.json" if self._process else "exit.json"
+    )
+    # A full disk must not change the exit code; what fits is written.
     with contextlib.suppress(OSError):
-      if self._process:
-        name = f"exit.process_{self._process}.json"
-        files.write_json(self._folder / name, told)
-        return
+      files.write_json(self._folder / name, told)
+    if self._process:
+      return
+    with contextlib.suppress(OSError):
       files.append_line(self._folder / "attempts.jsonl", record)
-      files.write_json(self._folder / "exit.json", told)
     with contextlib.suppress(OSError):
       (self._folder / "lock.json").unlink()
 
