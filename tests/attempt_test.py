@@ -204,8 +204,9 @@ def test_what_is_no_crash_loop(folder, between):
   _die(folder)
   _die(folder, **between)
   _die(folder)
-  with _attempt(folder):
-    pass
+  with _attempt(folder) as attempt:
+    assert attempt.number == 5
+  assert _exit(folder)["code"] == 0
 
 
 def test_a_stop_is_no_death(folder):

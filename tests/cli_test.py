@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shutil
 import signal
@@ -16,6 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from command_harness import call, check_mistake, environment
 
 from mdm_jax.core import config as config_lib
 from mdm_jax.sampling import trace
@@ -70,14 +70,7 @@ class Run:
 @pytest.fixture(scope="session")
 def env(tmp_path_factory):
   """Rows and programs are made once; programs are compiled in a hurry."""
-  return os.environ | {
-    "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    "NPROC": "16",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true",
-  }
+  return environment(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +80,7 @@ def trained(tmp_path_factory, env):
   source = (CONFIGS / "quickstart.py").read_text()
   (folder / "quickstart.py").write_text(source + PLANTED)
   args = ("--config=quickstart.py:quick", "--config.train.log_every=1")
-  done = _call(folder, env, *args, "--json")
+  done = call(folder, env, *args, "--json")
   assert done.returncode == 0, done.stderr
   return Run(folder, args, done.stdout, env)
 
@@ -96,18 +89,6 @@ def trained(tmp_path_factory, env):
 def copied(trained, tmp_path):
   """A copy of the trained run's workdir, to be changed."""
   return shutil.copytree(trained.workdir, tmp_path / "copy")
-
-
-def _call(folder, env, *args, typed=""):
-  return subprocess.run(
-    [sys.executable, "-m", "mdm_jax.main", *map(str, args)],
-    cwd=folder,
-    env=env,
-    input=typed,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
 
 
 def _last_json(done):
@@ -295,7 +276,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(trained):
     if p.is_file() and p.name not in ATTEMPT
   ]
   before = {p: p.read_bytes() for p in files}
-  done = _call(trained.folder, trained.env, *trained.args, "--json")
+  done = call(trained.folder, trained.env, *trained.args, "--json")
   assert _last_json(done) == trained.results()
   assert "finished" in done.stdout
   assert {p: p.read_bytes() for p in before} == before
@@ -308,13 +289,13 @@ def test_a_finished_run_says_so_and_stays_as_it_is(trained):
 def test_another_model_does_not_spoil_a_finished_run(trained, copied):
   before = (copied / "config.json").read_text()
   wide = "--config.model.embed_dim=32"
-  _call(trained.folder, trained.env, *trained.args, f"--workdir={copied}", wide)
+  call(trained.folder, trained.env, *trained.args, f"--workdir={copied}", wide)
   assert (copied / "config.json").read_text() == before
 
 
 def test_another_model_can_not_resume(trained, copied):
   before = (copied / "config.json").read_text()
-  done = _call(
+  done = call(
     *(trained.folder, trained.env, *trained.args),
     *(f"--workdir={copied}", "--config.model.embed_dim=32"),
     "--config.stages[2].updates=20",
@@ -362,7 +343,7 @@ def test_signals_save_and_the_run_continues_bit_for_bit(trained, tmp_path):
     assert (workdir / "checkpoints" / str(stopped[-1])).is_dir()
   assert 3 <= stopped[0] < stopped[1] < 36
   assert not (workdir / "results.json").exists()
-  done = _call(
+  done = call(
     trained.folder, trained.env, *trained.args, f"--workdir={workdir}"
   )
   assert done.returncode == 0, done.stderr
@@ -379,9 +360,7 @@ def test_a_crash_is_made_good_from_the_last_checkpoint(trained, copied):
   (copied / "results.json").unlink()
   with (copied / "metrics.jsonl").open("a") as file:
     file.write('{"step": 36, "train/lo')
-  done = _call(
-    trained.folder, trained.env, *trained.args, f"--workdir={copied}"
-  )
+  done = call(trained.folder, trained.env, *trained.args, f"--workdir={copied}")
   assert done.returncode == 0, done.stderr
   assert "at update 24" in " ".join(done.stdout.split())
   _check_same(trained, copied)
@@ -408,7 +387,7 @@ def _check_same(trained, workdir):
 def test_evaluation_needs_only_the_workdir(trained, copied):
   trained.marker.unlink(missing_ok=True)
   (copied / "results.json").write_text("{}")
-  done = _call(
+  done = call(
     trained.folder, trained.env, "--mode=eval", f"--workdir={copied}", "--json"
   )
   results = _last_json(done)
@@ -422,12 +401,12 @@ def test_samples_begin_with_the_prompt(trained):
   prompt = "Fellow citizens,\n we  "
   args = ["--mode=sample", f"--workdir={trained.workdir}", "--json"]
   args += [f"--prompt={prompt}", "--num_samples=3"]
-  texts = _last_json(_call(trained.folder, trained.env, *args))
+  texts = _last_json(call(trained.folder, trained.env, *args))
   assert len(texts) == 3
   assert all(text.startswith(prompt) for text in texts)
   assert any(len(text) > len(prompt) for text in texts)
   changed = ["--config.sample.temperature=0.3", "--config.sample.top_k=None"]
-  others = _last_json(_call(trained.folder, trained.env, *args, *changed))
+  others = _last_json(call(trained.folder, trained.env, *args, *changed))
   assert len(others) == 3 and others != texts
   assert all(text.startswith(prompt) for text in others)
   assert not trained.marker.exists()
@@ -438,7 +417,7 @@ def test_samples_without_a_prompt_are_those_of_the_evaluation(
 ):
   env = trained.env | {"XDG_CACHE_HOME": str(tmp_path)}
   del env["JAX_COMPILATION_CACHE_DIR"]
-  done = _call(
+  done = call(
     *(trained.folder, env, "--mode=sample", "--json"),
     f"--workdir={trained.workdir}",
   )
@@ -453,7 +432,7 @@ def test_how_samples_were_drawn_is_shown_and_stored(trained, copied, tmp_path):
   args = ["--mode=sample", f"--workdir={copied}", "--num_samples=2", "--json"]
   args += ["--prompt=The [MASK:4] of", "--trace", f"--html={page}"]
   args += ["--config.sample.order=margin"]
-  done = _call(trained.folder, trained.env, *args)
+  done = call(trained.folder, trained.env, *args)
   texts = _last_json(done)
   assert all(text.startswith("The") for text in texts)
   assert all(text.endswith(" of") for text in texts)
@@ -469,7 +448,7 @@ def test_how_samples_were_drawn_is_shown_and_stored(trained, copied, tmp_path):
 def test_prompts_can_be_typed(trained):
   typed = ["We", "/temperature 0.4", "We", "/ordr x", "/top_k", "[MASK:x]"]
   typed += ["/seed 3", "/settings", "/num_steps 5", "We [MASK:2]", "/quit"]
-  done = _call(
+  done = call(
     *(trained.folder, trained.env, "--mode=sample", "--interactive", "--json"),
     f"--workdir={trained.workdir}",
     typed="\n".join([*typed, "not read"]),
@@ -488,7 +467,7 @@ def test_prompts_can_be_typed(trained):
 def test_ways_to_draw_are_compared(trained, copied):
   args = ["--mode=compare", f"--workdir={copied}", "--config.eval.samples=4"]
   args += ["--config.sample.length=30", "--json", "--ways=threshold"]
-  rows = _last_json(_call(trained.folder, trained.env, *args))
+  rows = _last_json(call(trained.folder, trained.env, *args))
   assert [row["way"] for row in rows] == [
     *(f"confidence, threshold {t}" for t in (0.5, 0.2)),
     "held-out text",
@@ -522,7 +501,7 @@ def test_the_plan_is_told_without_training(env, tmp_path):
 
 
 def test_the_data_is_told_without_training(env, trained, tmp_path):
-  done = _call(tmp_path, env, "--mode=data", QUICK, "--json")
+  done = call(tmp_path, env, "--mode=data", QUICK, "--json")
   kept = json.loads((trained.workdir / "data.json").read_text())
   assert _last_json(done) == kept
   assert "cut at" in done.stdout
@@ -531,20 +510,20 @@ def test_the_data_is_told_without_training(env, trained, tmp_path):
 
 def test_the_report_needs_only_the_workdir(trained, copied):
   args = ["--mode=report", f"--workdir={copied}"]
-  done = _call(trained.folder, trained.env, *args, "--json")
+  done = call(trained.folder, trained.env, *args, "--json")
   assert _last_json(done) == str(copied / "report.html")
   page = (copied / "report.html").read_text()
   results = trained.results()
   for word in (f"{results['bits_per_byte']:.4f}", "III refinement", "<svg"):
     assert word in page
   (copied / "results.json").unlink()  # a run that goes on has a page too
-  assert _call(trained.folder, trained.env, *args).returncode == 0
+  assert call(trained.folder, trained.env, *args).returncode == 0
   assert "--mode=eval" in (copied / "report.html").read_text()
 
 
 def test_the_frontier_is_a_table_and_a_plot(trained, copied):
   args = ["--mode=frontier", f"--workdir={copied}", "--json"]
-  done = _call(trained.folder, trained.env, *args)
+  done = call(trained.folder, trained.env, *args)
   points = _last_json(done)
   header, *lines = (copied / "frontier.csv").read_text().splitlines()
   assert header.startswith("drawn,judge_nll,") and len(lines) == len(points)
@@ -558,9 +537,9 @@ def test_the_frontier_is_a_table_and_a_plot(trained, copied):
 
 def test_a_quick_fix_starts_from_a_finished_run(trained, env, tmp_path):
   config = f"--config={CONFIGS / 'quick_fix.py'}:quick"
-  _check_error(_call(tmp_path, env, config), "init_from", "runs/baseline")
+  check_mistake(call(tmp_path, env, config), "init_from", "runs/baseline")
   given = f"--config.init_from={trained.workdir}"
-  done = _call(tmp_path, env, config, given, "--config.train.log_every=1")
+  done = call(tmp_path, env, config, given, "--config.train.log_every=1")
   assert done.returncode == 0, done.stderr
   assert "starting from the parameters of" in done.stdout
   losses = _series(tmp_path / "runs" / "quick_fix_quick", float)["train/loss"]
@@ -577,7 +556,7 @@ def test_every_config_runs_quickly(name, trained, env, tmp_path):
   args = [f"--config={CONFIGS / name}.py:quick", "--json"]
   if name == "quick_fix":
     args.append(f"--config.init_from={trained.workdir}")
-  done = _call(tmp_path, env, *args)
+  done = call(tmp_path, env, *args)
   results = _last_json(done)
   workdir = tmp_path / "runs" / f"{name}_quick"
   assert results == json.loads((workdir / "results.json").read_text())
@@ -647,47 +626,38 @@ BROKEN = {
 }
 
 
-def _check_error(done, *words):
-  assert done.returncode == 2, done.stderr
-  assert done.stderr.startswith("error: ")
-  assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n")
-  assert "Traceback" not in done.stderr + done.stdout
-  for word in words:
-    assert word in done.stderr
-
-
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(name, env, tmp_path):
   args, words = MISTAKES[name]
-  _check_error(_call(tmp_path, env, *args), *words.split("|"))
+  check_mistake(call(tmp_path, env, *args), *words.split("|"))
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_config_file_is_one_line(name, env, tmp_path):
   source, words = BROKEN[name]
   (tmp_path / "broken.py").write_text(source)
-  done = _call(tmp_path, env, "--config=broken.py:x")
-  _check_error(done, *words.split("|"))
+  done = call(tmp_path, env, "--config=broken.py:x")
+  check_mistake(done, *words.split("|"))
 
 
 def test_a_batch_that_devices_can_not_divide(env, tmp_path):
   env = env | {"JAX_NUM_CPU_DEVICES": "3"}
-  done = _call(tmp_path, env, QUICK)
-  _check_error(done, "data.batch_size=8", "6 or 9")
+  done = call(tmp_path, env, QUICK)
+  check_mistake(done, "data.batch_size=8", "6 or 9")
 
 
 def test_a_prompt_that_is_too_long(trained):
   args = ["--mode=sample", f"--workdir={trained.workdir}"]
-  done = _call(trained.folder, trained.env, *args, f"--prompt={'We ' * 99}")
-  _check_error(done, "prompt", "sample.length")
+  done = call(trained.folder, trained.env, *args, f"--prompt={'We ' * 99}")
+  check_mistake(done, "prompt", "sample.length")
 
 
 def test_a_run_without_a_checkpoint(trained, tmp_path):
   for name in ("config.json", "versions.json", "tokenizer.model"):
     shutil.copy(trained.workdir / name, tmp_path)
   args = ["--mode=sample", f"--workdir={tmp_path}"]
-  done = _call(trained.folder, trained.env, *args)
-  _check_error(done, "no checkpoint yet")
+  done = call(trained.folder, trained.env, *args)
+  check_mistake(done, "no checkpoint yet")
 
 
 def test_a_run_with_another_tokenizer(trained, copied):
@@ -696,20 +666,20 @@ def test_a_run_with_another_tokenizer(trained, copied):
   (copied / "versions.json").write_text(json.dumps(versions))
   for mode in ("eval", "sample"):
     args = [f"--mode={mode}", f"--workdir={copied}"]
-    done = _call(trained.folder, trained.env, *args)
-    _check_error(done, "another tokenizer")
+    done = call(trained.folder, trained.env, *args)
+    check_mistake(done, "another tokenizer")
 
 
 def test_a_field_from_the_command_line_is_used(env, tmp_path):
-  done = _call(
+  done = call(
     *(tmp_path, env, QUICK, "--config.data.batch_size=5"),
     *("--config.mesh.fsdp=3", "--workdir=w"),
   )
-  _check_error(done, "mesh")
-  done = _call(
+  check_mistake(done, "mesh")
+  done = call(
     tmp_path,
     env | {"JAX_NUM_CPU_DEVICES": "3"},
     QUICK,
     "--config.data.batch_size=5",
   )
-  _check_error(done, "data.batch_size=5")
+  check_mistake(done, "data.batch_size=5")

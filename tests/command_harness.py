@@ -13,23 +13,27 @@ QUICK = f"--config={ROOT / 'configs' / 'quickstart.py'}:quick"
 
 def environment(cache, **more):
   """Returns the environment of a command that compiles in a hurry."""
-  return os.environ | {
-    "XDG_CACHE_HOME": str(cache),
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    "NPROC": "16",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true",
-    **more,
-  }
+  return (
+    os.environ
+    | {
+      "XDG_CACHE_HOME": str(cache),
+      "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+      "NPROC": "16",
+      "XLA_FLAGS": "--xla_backend_optimization_level=0"
+      " --xla_llvm_disable_expensive_passes=true",
+    }
+    | more
+  )
 
 
-def call(folder, env, *args):
+def call(folder, env, *args, typed=""):
   """Runs the program in a folder; returns the finished process."""
   return subprocess.run(
     [sys.executable, "-m", "mdm_jax.main", *map(str, args)],
     cwd=folder,
     env=env,
+    input=typed,
     capture_output=True,
     text=True,
     timeout=300,

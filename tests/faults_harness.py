@@ -8,7 +8,6 @@ few lines that are run before; the product knows nothing of faults.
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import command_harness
 import jax
 import numpy as np
 
@@ -159,19 +159,13 @@ def make_place(folder: pathlib.Path, cache: pathlib.Path) -> Place:
   (folder / "tiny.py").write_text(CONFIG)
   (folder / "text").mkdir()
   for name in ("signal", "json", "os", "csv", "ast", "io", "re", "copy"):
-    source = pathlib.Path(sys.modules["os"].__file__).parent
+    source = pathlib.Path(json.__file__).parents[1]
     path = source / f"{name}.py"
     path = path if path.exists() else source / name / "__init__.py"
     text = path.read_text()[:6000]
     (folder / "text" / f"{name}.txt").write_text(text)
-  env = os.environ | {
-    "XDG_CACHE_HOME": str(cache),
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    "NPROC": "16",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true",
-  }
+  short = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+  env = command_harness.environment(cache, **short)
   return Place(folder, env)
 
 

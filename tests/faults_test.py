@@ -361,7 +361,7 @@ def test_fault_16_a_bucket_without_its_package(place):
   patch = "import sys; sys.modules['gcsfs'] = None"
   ended = place.start("gs://bucket/run", patch=patch).end()
   assert ended.code == 2, ended.err
-  assert "pip install" in ended.err and "gs" in ended.err
+  assert "pip install -e '.[gs]'" in ended.err
   assert ended.err.count("\n") == 1
 
 
