@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,14 +32,17 @@ class ShardingRules:
   def spec(self, *names: str | None) -> P:
     """Returns the PartitionSpec of an array with these logical axes.
 
+    Inside a `shard_map` over some mesh axes, of what is left to split.
+
     Raises:
       ValueError: one mesh axis would split two axes of the same array.
     """
     axes = [None if name is None else getattr(self, name) for name in names]
-    used = [a for axis in axes if axis for a in _as_tuple(axis)]
+    used = [a for axis in axes for a in _as_tuple(axis)]
     if len(used) != len(set(used)):
       raise ValueError(f"{names} use a mesh axis twice: {axes}")
-    return P(*axes)
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    return P(*(None if _as_set(axis) <= manual else axis for axis in axes))
 
 
 RULES = ShardingRules()
@@ -142,6 +146,39 @@ def check_model(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
       )
 
 
+def gathered(spec: P) -> P:
+  """Returns a parameter's spec once it is brought together for a product."""
+  split = lambda axis: bool(_as_set(axis) - set(BATCH_AXES))
+  return P(*(axis if split(axis) else None for axis in spec))
+
+
+def vocab_ids(width: int) -> jax.Array:
+  """Returns the ids of the vocabulary that are along an axis.
+
+  All of them, but inside a `shard_map` only this tensor shard's.
+  """
+  ids = jnp.arange(width)
+  if RULES.vocab in jax.sharding.get_abstract_mesh().manual_axes:
+    ids = ids + jax.lax.axis_index(RULES.vocab) * width
+  return ids
+
+
+def sum_over_shards(values: jax.Array, spec: P) -> jax.Array:
+  """Adds up what all data shards have, and leaves each the part `spec` says.
+
+  For the inside of a `shard_map`.
+  """
+  for axis in BATCH_AXES:
+    if axis in spec:
+      at = list(spec).index(axis)
+      values = jax.lax.psum_scatter(
+        values, axis, scatter_dimension=at, tiled=True
+      )
+    else:
+      values = jax.lax.psum(values, axis)
+  return values
+
+
 def batch_sharding(mesh: jax.sharding.Mesh, rank: int, axis: int = 0):
   """Returns the sharding of a rank-`rank` array split over rows at `axis`."""
   names = ["batch" if i == axis else None for i in range(rank)]
@@ -160,5 +197,9 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(place, tree)
 
 
-def _as_tuple(axis: str | tuple[str, ...]) -> tuple[str, ...]:
-  return (axis,) if isinstance(axis, str) else axis
+def _as_tuple(axis: Axis) -> tuple[str, ...]:
+  return (axis,) if isinstance(axis, str) else axis or ()
+
+
+def _as_set(axis: Axis) -> set[str]:
+  return set(_as_tuple(axis))

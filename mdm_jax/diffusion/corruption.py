@@ -23,6 +23,7 @@ from mdm_jax.diffusion.noise import RateDistribution
 _ROUNDING = 1e-6
 # Of the offset that an update's rows share, to bound the masked tokens.
 _INTERVALS = 64
+_NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 @jax.tree_util.register_dataclass
@@ -82,11 +83,12 @@ def max_masked(
   Rates do not decrease in the uniforms, so between two offsets even rows have
   at most what they have at the higher one, odd rows at the lower one.
   """
-  edges = jnp.linspace(0, 1, _INTERVALS + 1)
-  offsets = jax.vmap(lambda offset: _offsets(offset, rows))(edges)
-  stratum = strata(rows).astype(np.float32)[None]
-  upper = (stratum + jnp.maximum(offsets[:-1], offsets[1:])) / rows
-  counts = num_masked(rates.rate(upper), jnp.full(upper.shape, length))
+  with jax.sharding.use_abstract_mesh(_NO_MESH):  # it may have no devices
+    edges = jnp.linspace(0, 1, _INTERVALS + 1)
+    offsets = jax.vmap(lambda offset: _offsets(offset, rows))(edges)
+    stratum = strata(rows).astype(np.float32)[None]
+    upper = (stratum + jnp.maximum(offsets[:-1], offsets[1:])) / rows
+    counts = num_masked(rates.rate(upper), jnp.full(upper.shape, length))
   by_group = np.asarray(counts).reshape(_INTERVALS, groups, -1).sum(axis=-1)
   return int(by_group.max())
 

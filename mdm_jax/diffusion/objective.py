@@ -19,7 +19,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mdm_jax.core.config import ObjectiveConfig
-from mdm_jax.core.sharding import BATCH_AXES
+from mdm_jax.core.sharding import (
+  BATCH_AXES,
+  RULES,
+  gathered,
+  sum_over_shards,
+  vocab_ids,
+)
 
 # Parameters of the vocabulary projection and hidden states, to logits.
 Head = Callable[[Any, Float[Array, "N D"]], Float[Array, "N V"]]
@@ -65,16 +71,31 @@ def cross_entropy(
 
   The smoothed target is (1 - s) at the token and s / num_real at each of the
   ids below `num_real`: never at MASK or PAD, whose logits are -inf.
+
+  Inside a `shard_map` every tensor shard has the logits of its own ids.
   """
   assert logits.dtype == jnp.float32, logits.dtype
-  ids = jnp.arange(logits.shape[-1])[None]
-  log_z = jax.nn.logsumexp(logits, axis=-1)
+  ids = vocab_ids(logits.shape[-1])[None]
+  total, largest = _over_vocabulary()
+  highest = largest(jax.lax.stop_gradient(logits.max(axis=-1)))
+  exp = jnp.exp(logits - highest[:, None])
+  log_z = jnp.log(total(exp.sum(axis=-1))) + highest
   # Compare and sum: one fused pass that also works on a split vocabulary.
-  target = jnp.where(ids == targets[:, None], logits, 0.0).sum(axis=-1)
+  target = total(jnp.where(ids == targets[:, None], logits, 0.0).sum(axis=-1))
   if label_smoothing == 0:
     return log_z - target
-  mean = jnp.where(ids < num_real, logits, 0.0).sum(axis=-1) / num_real
+  mean = total(jnp.where(ids < num_real, logits, 0.0).sum(axis=-1)) / num_real
   return log_z - (1 - label_smoothing) * target - label_smoothing * mean
+
+
+def _over_vocabulary():
+  """Returns what adds up over tensor shards, and what takes their maximum."""
+  if RULES.vocab not in jax.sharding.get_abstract_mesh().manual_axes:
+    return (lambda x: x,) * 2
+  return (
+    functools.partial(jax.lax.psum, axis_name=RULES.vocab),
+    functools.partial(jax.lax.pmax, axis_name=RULES.vocab),
+  )
 
 
 def masked_cross_entropy(
@@ -103,7 +124,12 @@ def masked_cross_entropy(
   losses = _losses(head, num_real, label_smoothing)
   chunks = _chunks(capacity, hidden.shape[-1], num_real)
   states, targets, _, slot = _pack_shards(hidden, x0, masked, capacity, chunks)
-  packed = jax.lax.map(lambda part: losses(params, *part), (states, targets))
+
+  def by_chunk(params, *parts):
+    return jax.lax.map(lambda part: losses(params, *part), parts)
+
+  params = _gathered(params, hidden.dtype)
+  packed = _in_shards(by_chunk, _BY_SLOT)(params, states, targets)
   return _unpack_shards(packed, masked, slot)
 
 
@@ -175,11 +201,16 @@ def _weighted_sum(
   computed where its logits are: they are not kept, nor computed again.
   """
 
-  def chunk(total, part):
-    value, by_slot = _chunk_sum(losses, params, *part)
-    return total + value, by_slot
+  def sum_chunks(params, *parts):
+    def chunk(total, part):
+      value, by_slot = _chunk_sum(losses, params, *part)
+      return total + value, by_slot
 
-  return jax.lax.scan(chunk, 0.0, (states, targets, weights))
+    total, by_slot = jax.lax.scan(chunk, _zero(), parts)
+    return jax.lax.psum(total, BATCH_AXES), by_slot
+
+  add_up = _in_shards(sum_chunks, (P(), _BY_SLOT))
+  return add_up(_gathered(params, states.dtype), states, targets, weights)
 
 
 def _chunk_sum(losses, params, states, targets, weights):
@@ -191,16 +222,27 @@ def _weighted_sum_forward(losses, params, states, targets, weights):
   value_and_grad = jax.value_and_grad(
     functools.partial(_chunk_sum, losses), argnums=(0, 1), has_aux=True
   )
+  specs = jax.tree.map(lambda p: jax.typeof(p).sharding.spec, params)
 
-  def chunk(carry, part):
-    total, by_params = carry
-    (value, by_slot), (more, by_states) = value_and_grad(params, *part)
-    by_params = jax.tree.map(jnp.add, by_params, more)
-    return (total + value, by_params), (by_slot, by_states)
+  def sum_chunks(whole, *parts):
+    def chunk(carry, part):
+      total, by_params = carry
+      (value, by_slot), (more, by_states) = value_and_grad(whole, *part)
+      add = lambda a, b: a + b.astype(a.dtype)
+      by_params = jax.tree.map(add, by_params, more)
+      return (total + value, by_params), (by_slot, by_states)
 
-  start = 0.0, jax.tree.map(jnp.zeros_like, params)
-  (total, by_params), (by_slot, by_states) = jax.lax.scan(
-    chunk, start, (states, targets, weights)
+    # In the parameters' dtype, whatever the products are in.
+    zeros = lambda w, p: jnp.zeros_like(w, p.dtype)
+    start = _zero(), jax.tree.map(zeros, whole, params)
+    (total, by_params), by_part = jax.lax.scan(chunk, start, parts)
+    # Once for all chunks, and to each shard its own part.
+    by_params = jax.tree.map(sum_over_shards, by_params, specs)
+    return jax.lax.psum(total, BATCH_AXES), by_params, *by_part
+
+  out_specs = P(), specs, _BY_SLOT, _BY_SLOT
+  total, by_params, by_slot, by_states = _in_shards(sum_chunks, out_specs)(
+    _gathered(params, states.dtype), states, targets, weights
   )
   return (total, by_slot), (by_params, by_states)
 
@@ -213,6 +255,46 @@ def _weighted_sum_backward(losses, gradients, grads):
 
 
 _weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
+
+
+# MARK: the vocabulary's parameters, in every data shard
+
+_BY_SLOT = P(None, BATCH_AXES)  # chunks, slots of all shards
+
+
+def _in_shards(function: Callable[..., Any], out_specs: Any):
+  """Returns a function that every shard calls by itself.
+
+  Its first argument is what `_gathered` returns, each tensor shard's part of
+  it; the others are chunks of the data shard's slots.
+  """
+
+  def by_itself(params, *parts):
+    mine = lambda p: jax.lax.pcast(p, BATCH_AXES, to="varying")
+    return function(jax.tree.map(mine, params), *parts)
+
+  def call(params, *parts):
+    specs = jax.tree.map(lambda p: jax.typeof(p).sharding.spec, params)
+    in_specs = specs, *[_BY_SLOT] * len(parts)
+    run = jax.shard_map(by_itself, in_specs=in_specs, out_specs=out_specs)
+    return run(params, *parts)
+
+  return call
+
+
+def _gathered(params: Any, dtype: jnp.dtype) -> Any:
+  """Brings parameters together once for all chunks, as the head reads them."""
+
+  def gather(p):
+    p = p.astype(dtype) if p.ndim > 1 else p
+    return jax.reshard(p, gathered(jax.typeof(p).sharding.spec))
+
+  return jax.tree.map(gather, params)
+
+
+def _zero() -> Float[Array, ""]:
+  """Returns 0 for a sum that differs between shards, as the chunks do."""
+  return jax.lax.pcast(jnp.float32(0), BATCH_AXES, to="varying")
 
 
 # MARK: the buffer

@@ -204,7 +204,7 @@ def _masked_ce(
   corrupted = corruption.corrupt(keys(row, draw), tokens, real, rate, mask_id)
   losses = objective.masked_cross_entropy(
     denoiser.logits,
-    params,
+    denoiser.head(params),
     denoiser.hidden(params, corrupted.xt, segments, rate),
     tokens,
     corrupted.masked,

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.config import ModelConfig
-from mdm_jax.core.sharding import RULES
-from mdm_jax.model import attention, layers
+from mdm_jax.core.sharding import RULES, vocab_ids
+from mdm_jax.model import attention, embedding, layers
 
 Params = dict[str, Any]
 
@@ -215,10 +214,7 @@ class Network(nnx.Module):
   ) -> Float[Array, "B L D"]:
     """Runs the blocks; see `Denoiser.hidden`."""
     dtype = compute_dtype(self.config)
-    # Gathering from a split table makes XLA rematerialise; bring it together.
-    table = jax.reshard(self.embedding[...].astype(dtype), P(None, None))
-    rows = RULES.spec("batch", "length", None)
-    x = table.at[xt].get(out_sharding=rows)
+    x = embedding.look_up(dtype, self.embedding[...], xt)
     context = self._context(segments, rate, row_keys)
 
     def body(x, layer):
@@ -298,6 +294,8 @@ class Denoiser:
   ) -> Float[Array, "N V"]:
     """Returns float32 logits of any hidden states; -inf at unreal ids.
 
+    Inside a `shard_map`, of the ids that this shard has of the vocabulary.
+
     Args:
       params: from `init`, or what `head` returns of them.
       hidden: the last block's output, normed here.
@@ -311,8 +309,8 @@ class Denoiser:
       preferred_element_type=jnp.float32,
       out_sharding=RULES.spec("batch", "vocab"),
     )
-    ids = jnp.arange(logits.shape[-1])[None]
-    return jnp.where(ids < self.num_real, logits, -jnp.inf)
+    real = vocab_ids(logits.shape[-1]) < self.num_real
+    return jnp.where(real[None], logits, -jnp.inf)
 
   def _build(self, key: Key[Array, ""]) -> Network:
     rngs = nnx.Rngs(key)

@@ -60,8 +60,10 @@ def abstract_state(
   guard: SpikeGuard = _NO_GUARD,
 ) -> TrainState:
   """Returns shapes, dtypes and shardings of the state, without computing it."""
-  init = lambda key: _init(denoiser, optimizer, key, guard)
-  return jax.eval_shape(init, jax.random.key(0))
+  # The key is made inside: there may be no device for it.
+  return jax.eval_shape(
+    lambda: _init(denoiser, optimizer, jax.random.key(0), guard)
+  )
 
 
 def _init(denoiser, optimizer, key, guard) -> TrainState:
