@@ -5,7 +5,8 @@
   python -m mdm_jax.main --mode=sample --workdir=runs/quickstart --prompt="We"
   python -m mdm_jax.main --mode=sample --workdir=runs/quickstart --interactive
 
---mode=data and --mode=plan look at what a run would do; train does it; eval,
+--mode=data and --mode=plan look at what a run would do; prepare writes the rows
+of a corpus too large for memory; train does what the config says; eval,
 sample, frontier (a temperature sweep), compare (orders, steps, budgets) and
 report (a page) look at what it did. Exit codes: docs/reliability.md.
 Any field of the config can be set: --config.data.batch_size=4. Without
@@ -32,7 +33,10 @@ _LAST_SECONDS = 20.0  # that the interpreter may take to end
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ["data", "plan", "train", "eval", "sample", "frontier", "compare", "report"],
+  [
+    *("data", "plan", "prepare", "train"),
+    *("eval", "sample", "frontier", "compare", "report"),
+  ],
   "What to do.",
 )
 _WORKDIR = flags.DEFINE_string(
@@ -55,6 +59,15 @@ _WAYS = flags.DEFINE_string(
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
   "num_samples", None, "Texts to draw (default: sample.num_samples)."
+)
+_WORKERS = flags.DEFINE_integer(
+  "workers", None, "Processes of --mode=prepare (default: one a core).", 1
+)
+_MESH = flags.DEFINE_string(
+  "mesh", None, "Plan for FSDPxTENSOR devices, as 64x4, that are not here."
+)
+_DEVICE = flags.DEFINE_string(
+  "device", None, "Which ones they are, as v5e; refuse what does not fit."
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "HOST:PORT of process 0, for several processes."
@@ -129,9 +142,11 @@ def _run(config: Config, workdir: Workdir) -> Any:
   from mdm_jax import (
     compare,
     evaluate,
+    fit,
     frontier,
     interactive,
     plan,
+    prepare,
     preview,
     report,
     sample,
@@ -145,8 +160,12 @@ def _run(config: Config, workdir: Workdir) -> Any:
   match _MODE.value:
     case "data":
       return preview.show_data(config)
+    case "plan" if _MESH.value:
+      return fit.plan_mesh(config, _MESH.value, _DEVICE.value)
     case "plan":
       return plan.plan_run(config)
+    case "prepare":
+      return prepare.prepare_rows(config, workdir.path, _WORKERS.value)
     case "train":  # has its own way to stop: it saves
       return train.train_and_evaluate(config, workdir)
     case "eval":

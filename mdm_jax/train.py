@@ -33,7 +33,7 @@ from mdm_jax.core.progress import ProgressLine, console, duration
 from mdm_jax.core.session import ROLL_SECONDS, Session
 from mdm_jax.core.sharding import training_mesh
 from mdm_jax.core.workdir import Workdir
-from mdm_jax.data.prepared import prepare
+from mdm_jax.data.prepared import prepare_on_all
 from mdm_jax.training import incident
 from mdm_jax.training.checkpoint import Checkpoints
 from mdm_jax.training.run_log import RunLog
@@ -75,7 +75,7 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
       )
       distributed.agree("the checkpoint to go on from", origin.update)
       session.attempt.begin(origin.done)
-    data = distributed.first_alone(lambda: prepare(config, workdir.path))
+    data = prepare_on_all(config, workdir.path)
     distributed.agree("the prepared data", data.manifest["files"])
     workdir.check_tokenizer(data.tokenizer.sha256)
     if origin.update is not None:

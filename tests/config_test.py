@@ -237,7 +237,7 @@ POSITIVE = [
   *("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm"),
   *("data.max_documents", "model.num_kv_heads", "model.mlp_dim"),
   *("eval.final_rows", "sample.length", "sample.top_k"),
-  "sample.block_length",
+  *("sample.block_length", "data.block_megabytes"),
   *("stages[0].length", "stages[0].epochs", "stages[0].updates"),
   *("stages[0].max_words", "stages[0].lr_factor"),
 ]

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow_datasets.core import registered
 
+from mdm_jax.core.config import DataConfig
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import corpora
+from mdm_jax.data import blocks, corpora
 from mdm_jax.data.corpora import Document
+from mdm_jax.data.text_files import Tally
 
 PROSE = [
   "It rains.\r\n",
@@ -313,3 +315,14 @@ def test_fingerprint_sees_every_change():
   prints = {corpora.fingerprint(documents) for documents in [base, *changed]}
   assert len(prints) == 5
   assert corpora.fingerprint(list(base)) == corpora.fingerprint(base)
+
+
+def test_tfds_in_blocks_is_the_same_text(tmp_path, monkeypatch):
+  """`--mode=prepare` reads it so."""
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  _prepare(tmp_path)
+  data = DataConfig(corpus="tfds:my_text", block_megabytes=0.05)
+  found = blocks.cut(data)
+  assert len(found) > 5
+  parts = [blocks.read(data, block, Tally()) for block in found]
+  assert [d for part in parts for d in part] == corpora.load("tfds:my_text")

@@ -29,12 +29,14 @@ SIDEWAYS = {
     ("main.py", name): "main is the door to the programs"
     for name in (
       *("train.py", "evaluate.py", "sample.py", "plan.py", "preview.py"),
-      *("frontier.py", "compare.py", "report.py", "interactive.py"),
+      *("frontier.py", "compare.py", "report.py", "interactive.py", "fit.py"),
+      "prepare.py",
     )
   },
   ("train.py", "evaluate.py"): "training ends with the evaluation",
   ("train.py", "plan.py"): "training begins by telling its plan",
   ("train.py", "preview.py"): "training begins by telling what it reads",
+  ("prepare_beam.py", "prepare.py"): "both tell in the same words",
   ("interactive.py", "sample.py"): "it draws as a user of the library does",
   ("compare.py", "sample.py"): "it draws as a user of the library does",
 }

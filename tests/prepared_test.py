@@ -194,7 +194,7 @@ def test_a_damaged_manifest_is_refused(config, cache, content):
   assert "delete the folder" in _error(config)
 
 
-@pytest.mark.parametrize("step", ["pack", "_sha256"])
+@pytest.mark.parametrize("step", ["make_rows", "file_sha256"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_death_half_way_leaves_nothing(
   config, cache, monkeypatch, step, error

@@ -274,7 +274,7 @@ def test_safety_S3_a_manifest_names_only_files_beside_it(
 ):
   folder = _folder(config)
   seen = []
-  monkeypatch.setattr("mdm_jax.data.prepared._sha256", seen.append)
+  monkeypatch.setattr("mdm_jax.data.prepared.file_sha256", seen.append)
   change = lambda values: values["files"].update({name: "0" * 64})
   _change(folder / "manifest.json", change)
   message = _message(prepare, config)

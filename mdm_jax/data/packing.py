@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Integer
 
+from mdm_jax.data.shards import Shards
+
 Tokens = Integer[np.ndarray, "_"]
 
 
@@ -18,8 +20,8 @@ class Rows:
     segments: 1, 2, ... for the texts of a row, 0 at padding.
   """
 
-  tokens: Integer[np.ndarray, "N L"]
-  segments: Integer[np.ndarray, "N L"]
+  tokens: Integer[np.ndarray, "N L"] | Shards
+  segments: Integer[np.ndarray, "N L"] | Shards
 
   def __len__(self) -> int:
     return len(self.tokens)

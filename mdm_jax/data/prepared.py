@@ -1,5 +1,8 @@
 """Rows on disk: text is tokenised and packed once, then only read.
 
+Of a corpus that fits in memory they are made here, when first asked for; of a
+larger one they were made before, by --mode=prepare (`preparation.py`).
+
 A folder of the cache holds the tokenizer, one pair of arrays a stage and one
 for the held-out text, and a manifest with their sizes and hashes. The folder's
 name is a hash of all it depends on (the text and the fields that shape rows),
@@ -11,9 +14,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import pathlib
 import shutil
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,23 +24,28 @@ from absl import logging
 from etils import epath
 from rich.progress import Progress
 
-from mdm_jax.core import safe_files
-from mdm_jax.core.config import Config, StageConfig, to_dict
+from mdm_jax.core import distributed, safe_files
+from mdm_jax.core.config import Config, StageConfig
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import corpora, row_checks, segments
+from mdm_jax.data import corpora, preparation, row_checks, segments, shards
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.corpora import Document
-from mdm_jax.data.packing import Rows, Tokens, join_sentences, pack
-from mdm_jax.data.segments import Selection, Unit
+from mdm_jax.data.inputs import file_sha256, given_tokenizer, row_inputs
+from mdm_jax.data.packing import Rows
+from mdm_jax.data.shards import Index
+from mdm_jax.data.stage_rows import (
+  HELD_OUT,
+  held_out_stage,
+  make_rows,
+  row_lengths,
+  stage_name,
+)
 from mdm_jax.data.text_files import Tally
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 
 _FORMAT = 2
 _MANIFEST = "manifest.json"
-_HELD_OUT = "held_out"
-_BINS = 20  # of the histogram of difficulty
-_EXAMPLES = 5
-_UNIT_FIELDS = ("unit", "length", "easiest", "min_words", "max_words")
+_CHUNK = 2**22  # tokens looked at at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +70,10 @@ class PreparedData:
     sizes[: len(self.tokenizer.pieces)] = [
       len(piece) for piece in self.tokenizer.pieces
     ]
-    return sizes[rows.tokens].sum(axis=1)
+    step = max(_CHUNK // rows.length, 1)
+    parts = (rows.tokens[i : i + step] for i in range(0, len(rows), step))
+    counts = [sizes[tokens].sum(axis=1) for tokens in parts]
+    return np.concatenate(counts) if counts else np.zeros(0, np.int64)
 
 
 def prepare(
@@ -82,25 +93,55 @@ def prepare(
     UserError: the corpus can't be read, a stage has too few rows to train on,
       or the prepared rows are not what was written, or written wrong.
   """
-  given = _given_tokenizer(config, workdir)
+  given = given_tokenizer(config, workdir)
+  if config.data.prepared:
+    data = _read_folder(config, given)
+  else:
+    data = _from_cache(config, given)
+  _check_rows(config, data, for_training)
+  return data
+
+
+def prepare_on_all(
+  config: Config, workdir: epath.PathLike | None = None
+) -> PreparedData:
+  """Returns what `prepare` does, on each of several processes.
+
+  One of them fills the cache; sharded rows they look at together.
+  """
+  if config.data.prepared:
+    return prepare(config, workdir)
+  return distributed.first_alone(lambda: prepare(config, workdir))
+
+
+def training_texts(config: Config) -> list[str]:
+  """Returns the text of the train split, as it was before tokens.
+
+  Of rows that were prepared at scale it is a sample, or all of a small corpus.
+  """
+  if config.data.prepared:
+    path = preparation.folder_of(config) / preparation.SAMPLE
+    return safe_files.read_json(path)["texts"]
+  documents, _ = _load(config)
+  train, _ = corpora.split(documents, config.data.eval_fraction)
+  return [document.text for document in train]
+
+
+def _from_cache(config: Config, given: Tokenizer | None) -> PreparedData:
   documents, tally = _load(config)
   corpora.tell(tally)
-  inputs = _inputs(config, documents, given) | {"bad_records": tally.bad}
+  inputs = {
+    "format": _FORMAT,
+    "text": corpora.fingerprint(documents),
+    "bad_records": tally.bad,
+  } | row_inputs(config, given)
   key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
   folder = _cache_dir(config) / key.hexdigest()[:16]
   if not (folder / _MANIFEST).exists():
     _write(folder, config, documents, inputs, given)
   data = _read(folder, config)
-  _check_rows(config, data, for_training)
   logging.info("prepared data: %s", folder)
   return data
-
-
-def training_texts(config: Config) -> list[str]:
-  """Returns the text of the train split, as it was before tokens."""
-  documents, _ = _load(config)
-  train, _ = corpora.split(documents, config.data.eval_fraction)
-  return [document.text for document in train]
 
 
 def _load(config: Config) -> tuple[list[Document], Tally]:
@@ -108,40 +149,6 @@ def _load(config: Config) -> tuple[list[Document], Tally]:
   return corpora.load_and_count(
     data.corpus, data.max_documents, data.on_bad_record
   )
-
-
-def _given_tokenizer(
-  config: Config, workdir: epath.PathLike | None
-) -> Tokenizer | None:
-  if not config.init_from:
-    return None
-  if workdir is not None and tokenizers.is_saved_in(workdir):
-    return tokenizers.load_tokenizer(workdir)
-  if not tokenizers.is_saved_in(config.init_from):
-    raise UserError(
-      f"init_from={config.init_from!r} is no finished run: it holds no"
-      " tokenizer; give --config.init_from=WORKDIR"
-    )
-  return tokenizers.load_tokenizer(config.init_from)
-
-
-def _inputs(
-  config: Config, documents: list[Document], given: Tokenizer | None
-) -> dict[str, Any]:
-  """Everything that the rows depend on."""
-  path = config.tokenizer.path
-  sha256 = given.sha256 if given else path and _sha256(epath.Path(path))
-  return {
-    "format": _FORMAT,
-    "text": corpora.fingerprint(documents),
-    "eval_fraction": config.data.eval_fraction,
-    "tokenizer": None if given else to_dict(config.tokenizer),
-    "given_tokenizer": sha256 or None,
-    "stages": [
-      {name: getattr(stage, name) for name in _UNIT_FIELDS}
-      for stage in config.stages
-    ],
-  }
 
 
 def _cache_dir(config: Config) -> epath.Path:
@@ -189,18 +196,17 @@ def _fill(
   progress: Progress,
 ) -> None:
   """Writes every file of a prepared folder, the manifest last."""
-  names = [_stage_name(i) for i in range(len(config.stages))]
+  *names, _ = row_lengths(config)
   task = progress.add_task("tokenizer", total=len(names) + 2)
   train, held_out = corpora.split(documents, config.data.eval_fraction)
   texts = [document.text for document in train]
   tokenizer = given or tokenizers.build(config.tokenizer, texts)
   tokenizer.save(folder)
   counts = {}
-  whole = StageConfig(unit="paragraphs", length=config.stages[-1].length)
   held_texts = [document.text for document in held_out]
   for name, stage, source in [
     *zip(names, config.stages, [texts] * len(names), strict=True),
-    (_HELD_OUT, whole, held_texts),
+    (HELD_OUT, held_out_stage(config), held_texts),
   ]:
     progress.update(task, description=f"rows: {name}", advance=1)
     rows, counts[name] = _stage_rows(stage, source, tokenizer)
@@ -221,7 +227,7 @@ def _fill(
       "vocab_size": tokenizer.vocab.size,
     },
     "rows": counts,
-    "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())},
+    "files": {p.name: file_sha256(p) for p in sorted(folder.iterdir())},
   }
   (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
 
@@ -229,71 +235,10 @@ def _fill(
 def _stage_rows(
   stage: StageConfig, texts: list[str], tokenizer: Tokenizer
 ) -> tuple[Rows, dict[str, Any]]:
-  """Returns a stage's packed rows, and what is to be known of them."""
-  units = segments.units(texts, stage)
-  found = len(units)
-  selection = None
+  units, selection = segments.units(texts, stage), None
   if stage.unit != "paragraphs":
     selection = segments.easiest(units, stage.easiest)
-    units = selection.units
-  pieces = _encode(units, stage, tokenizer)
-  fitting = [p for p in pieces if len(p) <= stage.length]
-  rows = pack(fitting, stage.length, tokenizer.vocab.pad)
-  return rows, {
-    "units_found": found,
-    "units_selected": len(units),
-    "texts_too_long": len(pieces) - len(fitting),
-    "rows": len(rows),
-    "tokens": int((rows.segments > 0).sum()),
-    "capacity": int(rows.tokens.size),
-    "difficulty": _difficulty(selection),
-    "examples": _examples(selection, fitting, tokenizer),
-  }
-
-
-def _difficulty(selection: Selection | None) -> dict[str, Any] | None:
-  if selection is None:
-    return None
-  return {"histogram": selection.histogram(_BINS), "cut": selection.cut}
-
-
-def _examples(
-  selection: Selection | None, pieces: list[Tokens], tokenizer: Tokenizer
-) -> list[str]:
-  """A few texts, from easy to difficult, or else from first to last."""
-  if selection is None:
-    return [tokenizer.decode(piece) for piece in _spread(pieces)]
-  rising = np.argsort(selection.kept, kind="stable").tolist()
-  return ["\n".join(selection.units[i].parts) for i in _spread(rising)]
-
-
-def _spread(values: Sequence[Any]) -> list[Any]:
-  at = np.linspace(0, len(values) - 1, min(_EXAMPLES, len(values)))
-  return [values[int(i)] for i in at]
-
-
-def _encode(
-  units: list[Unit], stage: StageConfig, tokenizer: Tokenizer
-) -> list[Tokens]:
-  """Returns the token sequences of a stage, before packing."""
-  vocab = tokenizer.vocab
-  encoded = tokenizer.encode_batch([p for unit in units for p in unit.parts])
-  parts, at = [], 0
-  for unit in units:
-    parts.append(encoded[at : at + len(unit.parts)])
-    at += len(unit.parts)
-  match stage.unit:
-    case "sentences":
-      return [sentence for (sentence,) in parts]
-    case "pairs":
-      between = np.array([vocab.separator], np.int32)
-      return [np.concatenate([a, between, b]) for a, b in parts]
-    case "paragraphs":
-      return [
-        piece
-        for sentences in parts
-        for piece in join_sentences(sentences, stage.length, vocab.eos)
-      ]
+  return make_rows(units, selection, stage, tokenizer)
 
 
 # MARK: reading
@@ -301,29 +246,27 @@ def _encode(
 
 def _read(folder: epath.Path, config: Config) -> PreparedData:
   """Returns what a folder holds, once all of it is what it should be."""
-  lengths = [stage.length for stage in config.stages]
-  names = [*map(_stage_name, range(len(lengths))), _HELD_OUT]
-  manifest = _read_manifest(folder, names)
-  for name, digest in manifest["files"].items():
-    if not (folder / name).exists() or _sha256(folder / name) != digest:
-      raise _damaged(folder, folder / name)
+  lengths = row_lengths(config)
+  arrays = {file for name in lengths for file in _array_names(name)}
+  manifest = _read_manifest(folder, [*lengths], arrays)
   tokenizer = tokenizers.load_tokenizer(folder)
   *stages, held_out = [
     _read_rows(folder, name, length, tokenizer.vocab)
-    for name, length in zip(names, [*lengths, lengths[-1]], strict=True)
+    for name, length in lengths.items()
   ]
   return PreparedData(tokenizer, tuple(stages), held_out, manifest)
 
 
-def _read_manifest(folder: epath.Path, names: list[str]) -> dict[str, Any]:
-  """Returns the manifest, if it is about these rows and leads nowhere else."""
-  path = folder / _MANIFEST
-  arrays = {file for name in names for file in _array_names(name)}
+def _read_manifest(
+  folder: os.PathLike, names: list[str], needed: set[str]
+) -> dict[str, Any]:
+  """Returns the manifest, if it is about these rows, and so are its files."""
+  path = (folder := epath.Path(folder)) / _MANIFEST
   try:
     manifest = safe_files.read_json(path)
     for name in manifest["files"]:
       safe_files.check_name(name, path)
-    complete = manifest["files"].keys() >= arrays
+    complete = manifest["files"].keys() >= needed
     complete &= manifest["rows"].keys() >= set(names)
   except (KeyError, TypeError, AttributeError):
     complete = False
@@ -331,6 +274,9 @@ def _read_manifest(folder: epath.Path, names: list[str]) -> dict[str, Any]:
     raise _damaged(folder, error) from None
   if not complete:
     raise _damaged(folder, path)
+  for name, digest in manifest["files"].items():
+    if not (folder / name).exists() or file_sha256(folder / name) != digest:
+      raise _damaged(folder, folder / name)
   return manifest
 
 
@@ -354,11 +300,61 @@ def _array_names(name: str) -> tuple[str, str]:
   return f"{name}.tokens.npy", f"{name}.segments.npy"
 
 
-def _damaged(folder: epath.Path, what: Any) -> UserError:
+def _damaged(folder: os.PathLike, what: Any) -> UserError:
   return UserError(
     f"prepared data is damaged: {what}; delete the folder {folder} and run"
     " again to make it anew"
   )
+
+
+# MARK: sharded rows
+
+
+def _read_folder(config: Config, given: Tokenizer | None) -> PreparedData:
+  """Returns the sharded rows of a folder, every process having read a part."""
+  folder = preparation.folder_of(config)
+  wanted = preparation.folder_inputs(config, given)
+  if not (folder / _MANIFEST).exists():
+    raise UserError(
+      f"data.prepared={folder} holds no finished preparation; run"
+      " --mode=prepare with the same config first"
+    )
+  names = [*row_lengths(config)]
+  preparation.check_made(folder, wanted)
+  manifest = _read_manifest(folder, names, {*map(shards.index_name, names)})
+  tokenizer = tokenizers.load_tokenizer(folder)
+  indices = [shards.read_index(folder, name) for name in names]
+  _check_shards(folder, indices, tokenizer.vocab)
+  *stages, held_out = [
+    Rows(*(index.open(part) for part in shards.PARTS)) for index in indices
+  ]
+  return PreparedData(tokenizer, tuple(stages), held_out, manifest)
+
+
+def _check_shards(
+  folder: pathlib.Path, indices: list[Index], vocab: Vocabulary
+) -> None:
+  """Looks for every file, and reads this process's part of them.
+
+  Raises:
+    UserError: on all processes, if one of them found damage.
+  """
+  missing = (index.missing() for index in indices)
+  wrong = next(filter(None, missing), None) or _damaged_shard(indices, vocab)
+  told = wrong and str(_damaged(folder, wrong))
+  distributed.agree("what is wrong with data.prepared", told)
+  if told:
+    raise UserError(told)
+
+
+def _damaged_shard(indices: list[Index], vocab: Vocabulary) -> str | None:
+  mine = slice(distributed.index(), None, distributed.count())
+  every = [(i, n) for i in indices for n in range(len(i.shards))]
+  found = (index.damaged(number, vocab) for index, number in every[mine])
+  return next(filter(None, found), None)
+
+
+# MARK: both
 
 
 def _check_rows(config: Config, data: PreparedData, for_training: bool) -> None:
@@ -366,18 +362,6 @@ def _check_rows(config: Config, data: PreparedData, for_training: bool) -> None:
     zip(config.stages, data.stages, strict=True)
   ):
     if not len(rows):
-      raise row_checks.no_rows(i, stage, data.manifest["rows"][_stage_name(i)])
+      raise row_checks.no_rows(i, stage, data.manifest["rows"][stage_name(i)])
     if for_training:
       row_checks.check_enough(config, i, len(rows))
-
-
-def _stage_name(index: int) -> str:
-  return f"stage_{index + 1}"
-
-
-def _sha256(path: epath.Path) -> str:
-  try:
-    with path.open("rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
-  except OSError as error:
-    raise UserError(f"{path}: {error.strerror}") from error

@@ -77,6 +77,45 @@ def _parts(verbatim: list[str], unit: str) -> Iterator[tuple[str, ...]]:
   return zip(stripped[::2], stripped[1::2], strict=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class UnitWords:
+  """The words of some units, each distinct one once.
+
+  Attributes:
+    distinct: words, in the order they are first met.
+    ids: of every word in the text, its index in `distinct`.
+    owner: of every word in the text, the index of its unit.
+    counts: words of each unit.
+  """
+
+  distinct: list[str]
+  ids: Int64[np.ndarray, "T"]
+  owner: Int64[np.ndarray, "T"]
+  counts: Int64[np.ndarray, "N"]
+
+  def frequency(self) -> Int64[np.ndarray, "W"]:
+    """Returns how many of the units hold each distinct word."""
+    size = max(len(self.distinct), 1)
+    pairs = np.unique(self.owner * size + self.ids)
+    return np.bincount(pairs % size, minlength=len(self.distinct))
+
+  def sums(self, of_word: Num[np.ndarray, "W"]) -> Num[np.ndarray, "N"]:
+    """Returns each unit's sum of a number that every word has."""
+    return np.bincount(
+      self.owner, of_word[self.ids], minlength=len(self.counts)
+    )
+
+
+def unit_words(units: Sequence[Unit]) -> UnitWords:
+  """Returns the words of some units, in lower case."""
+  words = [readability.words("\n".join(unit.parts)) for unit in units]
+  counts = np.array([len(w) for w in words], np.int64)
+  index: dict[str, int] = {}
+  flat = [index.setdefault(w, len(index)) for ws in words for w in ws]
+  owner = np.repeat(np.arange(len(words)), counts)
+  return UnitWords(list(index), np.array(flat, np.int64), owner, counts)
+
+
 def difficulty(units: Sequence[Unit]) -> Float64[np.ndarray, "N"]:
   """Returns how difficult each unit is among these, from 0 to 1.
 
@@ -85,38 +124,38 @@ def difficulty(units: Sequence[Unit]) -> Float64[np.ndarray, "N"]:
   document frequency, a unit being a document), Flesch's reading ease, size
   after compression by zlib over size before, and number of words.
   """
-  texts = ["\n".join(unit.parts) for unit in units]
-  raw = [text.encode() for text in texts]
+  words = unit_words(units)
+  found = signals(units, words, rarity(words.frequency(), len(units)))
+  return np.mean([_percentile_ranks(signal) for signal in found], axis=0)
+
+
+def rarity(
+  frequency: Int64[np.ndarray, "W"], units: int
+) -> Float64[np.ndarray, "W"]:
+  """Returns inverse document frequencies, of words that some units hold."""
+  return np.log(units / np.maximum(frequency, 1))
+
+
+def signals(
+  units: Sequence[Unit], words: UnitWords, rarity: Float64[np.ndarray, "W"]
+) -> Float64[np.ndarray, "4 N"]:
+  """Returns what difficulty is a mean of, before it is ranked.
+
+  Args:
+    units: to be measured.
+    words: of these units.
+    rarity: of each distinct word.
+  """
+  raw = ["\n".join(unit.parts).encode() for unit in units]
   packed = [len(zlib.compress(r)) / max(len(r), 1) for r in raw]
-  words = [readability.words(text) for text in texts]
-  counts = np.array([len(w) for w in words], np.int64)
   sentences = np.array([len(unit.parts) for unit in units], np.int64)
-  rarity, syllables = _rarity_and_syllables(words, counts)
-  some = np.maximum(counts, 1)
-  signals = [
-    rarity / some,
-    -readability.reading_ease(some, sentences, syllables),
-    np.array(packed, np.float64),
-    counts,
-  ]
-  return np.mean([_percentile_ranks(s) for s in signals], axis=0)
-
-
-def _rarity_and_syllables(
-  words: list[list[str]], counts: Int64[np.ndarray, "N"]
-) -> tuple[Num[np.ndarray, "N"], ...]:
-  """Returns the sums of inverse document frequencies and of syllables."""
-  index: dict[str, int] = {}
-  flat = [index.setdefault(w, len(index)) for ws in words for w in ws]
-  ids = np.array(flat, np.int64)
-  owner = np.repeat(np.arange(len(words)), counts)
-  pairs = np.unique(owner * max(len(index), 1) + ids)
-  frequency = np.bincount(pairs % max(len(index), 1), minlength=len(index))
-  idf = np.log(len(words) / np.maximum(frequency, 1))
-  syllables = np.array([readability.syllables(w) for w in index], np.float64)
-  return tuple(
-    np.bincount(owner, of_word[ids], minlength=len(words))
-    for of_word in (idf, syllables)
+  spoken = [readability.syllables(w) for w in words.distinct]
+  some = np.maximum(words.counts, 1)
+  ease = readability.reading_ease(
+    some, sentences, words.sums(np.array(spoken, np.float64))
+  )
+  return np.array(
+    [words.sums(rarity) / some, -ease, packed, words.counts], np.float64
   )
 
 
@@ -161,8 +200,13 @@ def easiest(units: Sequence[Unit], fraction: float) -> Selection:
   It rounds up, and of equally difficult units the earlier ones are kept. Only
   sentences and pairs are comparable in this way.
   """
-  # The small amount undoes rounding: 1/3 of 3 is 1.
-  count = math.ceil(fraction * len(units) - 1e-9)
+  count = share(fraction, len(units))
   scores = difficulty(units)
   kept = np.sort(np.argsort(scores, kind="stable")[:count])
   return Selection([units[i] for i in kept], scores[kept], scores)
+
+
+def share(fraction: float, count: int) -> int:
+  """Returns a share of so many units, rounded up."""
+  # The small amount undoes rounding: 1/3 of 3 is 1.
+  return math.ceil(fraction * count - 1e-9)

@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from mdm_jax.core.errors import UserError
 
@@ -26,6 +26,8 @@ SUFFIXES = (".txt", ".txt.gz", ".jsonl")
 MAX_BAD_SHARE = 0.01
 FEWEST_BAD = 10
 
+Files = tuple[list[pathlib.Path], pathlib.Path]
+
 
 @dataclasses.dataclass(frozen=True)
 class Document:
@@ -33,6 +35,21 @@ class Document:
 
   name: str
   text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """Records of a file: those that begin within some of its bytes.
+
+  Attributes:
+    path: of the file.
+    start: the first byte; only a `.jsonl` is ever divided.
+    end: after the last byte (None: the file's end).
+  """
+
+  path: str
+  start: int = 0
+  end: int | None = None
 
 
 class BadRecord(UserError):
@@ -64,6 +81,13 @@ class Tally:
     self.bad += 1
     self.first = self.first or str(error)
 
+  def add(self, other: "Tally") -> None:
+    """Adds what was met while reading something that comes later."""
+    self.files += other.files
+    self.records += other.records
+    self.bad += other.bad
+    self.first = self.first or other.first
+
   def check(self) -> None:
     """Raises UserError if too many records were left out."""
     most = MAX_BAD_SHARE * self.records
@@ -81,7 +105,7 @@ class Tally:
     )
 
 
-def find(pattern: str) -> tuple[list[pathlib.Path], pathlib.Path]:
+def find(pattern: str) -> Files:
   """Returns the files that match, sorted, and the folder they are in.
 
   Raises:
@@ -99,20 +123,26 @@ def find(pattern: str) -> tuple[list[pathlib.Path], pathlib.Path]:
   return paths, root
 
 
+def whole(paths: Iterable[pathlib.Path]) -> Iterator[Span]:
+  """Yields every file as one span."""
+  return (Span(str(path)) for path in paths)
+
+
 def read_all(
-  paths: list[pathlib.Path], root: pathlib.Path, tally: Tally
+  spans: Iterable[Span], root: pathlib.Path, tally: Tally
 ) -> Iterator[Document]:
   """Yields documents whose names don't tell where the root is."""
-  for path in paths:
+  for span in spans:
     tally.files += 1
-    for name, read in _records(path, path.relative_to(root).as_posix()):
+    name = pathlib.Path(span.path).relative_to(root).as_posix()
+    for record, read in _records(span, name):
       tally.records += 1
       try:
         text = read()
       except BadRecord as error:
         tally.add_bad(error)
       else:
-        yield Document(name, text)
+        yield Document(record, text)
 
 
 def decode(data: bytes, path: str | pathlib.Path, first_line: int = 1) -> str:
@@ -160,21 +190,33 @@ def _holds(folder: pathlib.Path) -> str:
 # MARK: records
 
 
-def _records(
-  path: pathlib.Path, name: str
-) -> Iterator[tuple[str, Callable[[], str]]]:
+def _records(span: Span, name: str) -> Iterator[tuple[str, Callable[[], str]]]:
   """Yields the name of each record, and what reads it or finds it bad."""
+  path = pathlib.Path(span.path)
   if path.suffix != ".jsonl":
     yield name, functools.partial(_read_file, path)
     return
   try:
-    with path.open("rb") as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          read = functools.partial(_read_line, line, path, number)
-          yield f"{name}:{number}", read
+    for number, line in enumerate(_lines(span), 1):
+      if line.strip():
+        read = functools.partial(_read_line, line, span, number)
+        yield f"{name}:{number}", read
   except OSError as e:
     raise UserError(f"{path} can't be read: {e.strerror}") from e
+
+
+def _lines(span: Span) -> Iterator[bytes]:
+  """Yields the lines that begin in a span."""
+  with open(span.path, "rb") as file:
+    at = span.start
+    if at:  # what began before it is another span's
+      file.seek(at - 1)
+      at += len(file.readline()) - 1
+    for line in file:
+      if span.end is not None and at >= span.end:
+        return
+      at += len(line)
+      yield line
 
 
 def _read_file(path: pathlib.Path) -> str:
@@ -188,17 +230,22 @@ def _read_file(path: pathlib.Path) -> str:
   return decode(data, path)
 
 
-def _read_line(line: bytes, path: pathlib.Path, number: int) -> str:
-  where = f"{path}, line {number}"
-  text = decode(line, path, number)
+def _read_line(line: bytes, span: Span, number: int) -> str:
   try:
-    text = json.loads(text)["text"]
+    text = json.loads(line.decode())["text"]
     text.encode()
     return text
-  except UnicodeEncodeError as e:
-    raise BadRecord(f"{where}: half of a surrogate pair in the text") from e
+  except UnicodeDecodeError as e:
+    reason = f"not valid UTF-8 ({e.reason})"
+  except UnicodeEncodeError:
+    reason = "half of a surrogate pair in the text"
   except (ValueError, RecursionError) as e:
-    reason = getattr(e, "msg", None) or str(e)
-    raise BadRecord(f"{where}: not valid JSON ({reason})") from e
-  except (KeyError, TypeError, AttributeError) as e:
-    raise BadRecord(f'{where}: no "text" with a string') from e
+    reason = f"not valid JSON ({getattr(e, 'msg', None) or str(e)})"
+  except (KeyError, TypeError, AttributeError):
+    reason = 'no "text" with a string'
+  raise BadRecord(f"{span.path}, line {_line(span, number)}: {reason}")
+
+
+def _line(span: Span, number: int) -> int:
+  """Returns the number in its file of a line of a span."""
+  return number + sum(1 for _ in _lines(Span(span.path, 0, span.start)))

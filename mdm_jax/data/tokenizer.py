@@ -138,6 +138,22 @@ def build(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
   return SentencePieceTokenizer(_train(config.vocab_size, texts))
 
 
+def planned_vocabulary(config: TokenizerConfig) -> Vocabulary:
+  """Returns the vocabulary a config asks for, without any text.
+
+  Of a SentencePiece model to train, as if the text gave that many pieces; of
+  characters, as if there were 256.
+  """
+  match config.kind:
+    case "byte":
+      return Vocabulary(256)
+    case "char":
+      return Vocabulary(256 + 256)
+  return (
+    _given(config.path).vocab if config.path else Vocabulary(config.vocab_size)
+  )
+
+
 def is_saved_in(folder: epath.PathLike) -> bool:
   """Whether `save` wrote a tokenizer into the folder."""
   names = SentencePieceTokenizer.filename, CharTokenizer.filename

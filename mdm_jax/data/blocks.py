@@ -1,0 +1,124 @@
+"""A corpus in blocks of about one size, each of them read by itself.
+
+Where it is cut depends on the files and the size of a block, never on who reads
+them. A `.jsonl` is cut between lines; a document is never divided, so one that
+is larger than a block makes its block larger.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterator
+
+from mdm_jax.core.config import DataConfig
+from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.data import corpora
+from mdm_jax.data.corpora import Document
+from mdm_jax.data.text_files import Span, Tally
+
+_COMPRESSED = 4  # text is about so many times larger than its .gz
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """A part of a corpus.
+
+  Attributes:
+    number: from 0, in the order of the corpus.
+    root: the folder of the files, or the name of a TFDS data set.
+    spans: parts of its files, or of its splits: examples instead of bytes.
+    most: documents that are read of it (None: all).
+    sha256: of its documents, once they were read.
+  """
+
+  number: int
+  root: str
+  spans: tuple[Span, ...]
+  most: int | None = None
+  sha256: str = ""
+
+
+def cut(data: DataConfig) -> list[Block]:
+  """Returns the blocks of a corpus.
+
+  Raises:
+    UserError: it can't be cut, or holds nothing to cut.
+  """
+  size = max(int(data.block_megabytes * 1e6), 1)
+  kind, _, name = data.corpus.partition(":")
+  if kind == "tfds" and name:
+    root, weighted = data.corpus, _split_spans(name, size)
+  elif found := corpora.files(data.corpus):
+    root, weighted = str(found[1]), _file_spans(found[0], size)
+  else:
+    valid = ("sotu", "shakespeare", "text:GLOB", "tfds:NAME")
+    raise UserError(
+      f"data.corpus={data.corpus!r} can't be prepared in blocks:"
+      f" {nearest(data.corpus, valid)}"
+    )
+  groups = enumerate(_group(weighted, size))
+  return [Block(i, root, spans) for i, spans in groups]
+
+
+def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
+  """Returns the documents of a block that hold text."""
+  if data.corpus.startswith("tfds:"):
+    name = block.root.removeprefix("tfds:")
+    parts = [
+      corpora.read_tfds(name, s.path, s.start, s.end) for s in block.spans
+    ]
+    found = (document for part in parts for document in part)
+  else:
+    found = corpora.read_files(block.spans, pathlib.Path(block.root), tally)
+  documents = [document for document in found if document.text.strip()]
+  return documents[: block.most]
+
+
+def state(blocks: list[Block]) -> str:
+  """Returns a hash of which files there are, how large and how old."""
+  digest = hashlib.sha256()
+  for block in blocks:
+    for span in block.spans:
+      path, known = pathlib.Path(span.path), dataclasses.astuple(span)
+      if path.is_file():
+        known += (path.stat().st_size, path.stat().st_mtime_ns)
+      digest.update(repr(known).encode())
+  return digest.hexdigest()
+
+
+def _file_spans(
+  paths: list[pathlib.Path], size: int
+) -> Iterator[tuple[Span, int]]:
+  """Yields parts of files, and about how much text each holds, in bytes."""
+  for path in paths:
+    whole = path.stat().st_size
+    if path.suffix != ".jsonl":
+      factor = _COMPRESSED if path.suffix == ".gz" else 1
+      yield Span(str(path)), whole * factor
+      continue
+    for start in range(0, whole, size):
+      end = min(start + size, whole)
+      yield Span(str(path), start, end), end - start
+
+
+def _split_spans(name: str, size: int) -> Iterator[tuple[Span, int]]:
+  for part, (examples, total) in corpora.tfds_splits(name).items():
+    step = max(size * examples // max(total, 1), 1)
+    for start in range(0, examples, step):
+      end = min(start + step, examples)
+      yield Span(part, start, end), total * (end - start) // examples
+
+
+def _group(
+  weighted: Iterator[tuple[Span, int]], size: int
+) -> Iterator[tuple[Span, ...]]:
+  """Puts neighbours together, until they would be more than a block."""
+  group, total = [], 0
+  for span, weight in weighted:
+    if group and total + weight > size:
+      yield tuple(group)
+      group, total = [], 0
+    group.append(span)
+    total += weight
+  if group:
+    yield tuple(group)

@@ -1,0 +1,80 @@
+"""What rows depend on beside the text: a given tokenizer, and some fields."""
+
+import hashlib
+from typing import Any
+
+from etils import epath
+
+from mdm_jax.core.config import Config, to_dict
+from mdm_jax.core.errors import UserError
+from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.tokenizer import Tokenizer
+
+_UNIT_FIELDS = ("unit", "length", "easiest", "min_words", "max_words")
+
+
+def given_tokenizer(
+  config: Config, workdir: epath.PathLike | None
+) -> Tokenizer | None:
+  """Returns the tokenizer of the run that this one starts from, if any.
+
+  Args:
+    config: of the run.
+    workdir: the run's folder, which has a copy once it was started.
+  """
+  if not config.init_from:
+    return None
+  if workdir is not None and tokenizers.is_saved_in(workdir):
+    return tokenizers.load_tokenizer(workdir)
+  if not tokenizers.is_saved_in(config.init_from):
+    raise UserError(
+      f"init_from={config.init_from!r} is no finished run: it holds no"
+      " tokenizer; give --config.init_from=WORKDIR"
+    )
+  return tokenizers.load_tokenizer(config.init_from)
+
+
+def row_inputs(config: Config, given: Tokenizer | None) -> dict[str, Any]:
+  """Returns all that shapes rows beside the text, as plain values."""
+  path = config.tokenizer.path
+  sha256 = given.sha256 if given else path and file_sha256(epath.Path(path))
+  return {
+    "eval_fraction": config.data.eval_fraction,
+    "tokenizer": None if given else to_dict(config.tokenizer),
+    "given_tokenizer": sha256 or None,
+    "stages": [
+      {name: getattr(stage, name) for name in _UNIT_FIELDS}
+      for stage in config.stages
+    ],
+  }
+
+
+def difference(made: Any, wanted: Any, path: str = "") -> str | None:
+  """Names the first field in which two nests of plain values differ.
+
+  Returns:
+    As `stages[0].length is 64, here 48`: what was made, then what is wanted.
+  """
+  if isinstance(made, dict) and isinstance(wanted, dict):
+    names = [*wanted, *(name for name in made if name not in wanted)]
+    pairs = [(f"{path}.{n}", made.get(n), wanted.get(n)) for n in names]
+  elif isinstance(made, list) and isinstance(wanted, list):
+    if len(made) != len(wanted):
+      return f"the number of {path[1:]} is {len(made)}, here {len(wanted)}"
+    both = zip(made, wanted, strict=True)
+    pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(both)]
+  elif made == wanted:
+    return None
+  else:
+    return f"{path[1:]} is {made!r}, here {wanted!r}"
+  found = (difference(a, b, name) for name, a, b in pairs)
+  return next((text for text in found if text), None)
+
+
+def file_sha256(path: epath.PathLike) -> str:
+  """Returns the hash of a file, which is read piece by piece."""
+  try:
+    with epath.Path(path).open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}") from error

@@ -1,0 +1,379 @@
+"""A folder of sharded rows: the passes over all blocks, and what joins them.
+
+count -> split, blocks -> sample -> tokenizer -> (words -> rarity -> signals ->
+ranks -> cut) -> rows -> index, manifest
+
+Between two passes, the records of all blocks become something of a fixed size,
+one record after the other. Nothing here holds more than one block's.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from mdm_jax.core.config import Config
+from mdm_jax.core.errors import StorageError, UserError
+from mdm_jax.data import (
+  blocks,
+  corpora,
+  inputs,
+  journal,
+  passes,
+  ranking,
+  segments,
+  shards,
+)
+from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.blocks import Block
+from mdm_jax.data.passes import Job, Pass
+from mdm_jax.data.stage_rows import row_lengths, spread
+from mdm_jax.data.text_files import Tally
+from mdm_jax.data.tokenizer import Tokenizer
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SAMPLE = "training_sample.json"
+SAMPLE_BYTES = 2**25  # of text, for the tokenizer and the n-gram judge
+
+# Does a pass over some blocks, anywhere; returns when all of them are done.
+Run = Callable[[Pass, Job, list[Block]], None]
+
+
+def folder_inputs(config: Config, given: Tokenizer | None) -> dict[str, Any]:
+  """Returns what a folder was made with, and has to be read with."""
+  return {
+    "format": FORMAT,
+    "data": {
+      "corpus": config.data.corpus,
+      "max_documents": config.data.max_documents,
+    },
+  } | inputs.row_inputs(config, given)
+
+
+def folder_of(config: Config) -> pathlib.Path:
+  """Returns the folder `data.prepared`; raises UserError if it is a bucket."""
+  if "://" in config.data.prepared:
+    raise UserError(
+      f"data.prepared={config.data.prepared} is a bucket; rows are mapped into"
+      " memory, so give a folder of a disk that all machines see, or mount it"
+    )
+  return pathlib.Path(config.data.prepared).expanduser().absolute()
+
+
+def prepare_folder(
+  config: Config, given: Tokenizer | None, run: Run
+) -> dict[str, Any]:
+  """Fills the folder `data.prepared`, or goes on with it; returns its manifest.
+
+  Args:
+    config: of the run that will train on it.
+    given: the tokenizer to use instead of the config's.
+    run: does a pass over blocks.
+
+  Raises:
+    UserError: the corpus can't be prepared, or the folder is of another config.
+  """
+  folder = folder_of(config)
+  wanted = folder_inputs(config, given)
+  if not (folder / MANIFEST).exists():
+    job = Job(folder, config)
+    with _owned(job.work):
+      found = blocks.cut(config.data)
+      _begin(job, wanted, found)
+      _fill(job, wanted, given, found, run)
+  check_made(folder, wanted)
+  shutil.rmtree(folder / passes.WORK, ignore_errors=True)
+  return journal.get_json(folder / MANIFEST)
+
+
+def check_made(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
+  """Raises UserError if a finished folder was made with another config."""
+  manifest = journal.get_json(folder / MANIFEST)
+  if not isinstance(manifest, dict) or "inputs" not in manifest:
+    raise UserError(f"{folder / MANIFEST} was not written by --mode=prepare")
+  _check_inputs(folder, manifest["inputs"], wanted)
+
+
+def _check_inputs(folder: pathlib.Path, made: Any, wanted: Any) -> None:
+  differs = inputs.difference(made, wanted)
+  if differs:
+    raise UserError(
+      f"data.prepared={folder} was prepared with another config: {differs};"
+      " take that value back, or prepare another folder"
+    )
+
+
+# MARK: the folder
+
+
+class _owned:
+  """Holds a folder of work alone; a process that dies lets go of it."""
+
+  def __init__(self, work: pathlib.Path):
+    self._work = work
+
+  def __enter__(self) -> None:
+    try:
+      self._work.mkdir(parents=True, exist_ok=True)
+      self._file = open(self._work / "lock", "w")
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(
+        f"another process prepares {self._work.parent}; wait for it, or give"
+        " another data.prepared"
+      ) from None
+    except OSError as error:
+      where = self._work.parent
+      raise StorageError(
+        f"data.prepared={where} can't be written: {error.strerror}"
+      ) from error
+
+  def __exit__(self, *_: Any) -> None:
+    self._file.close()
+
+
+def _begin(job: Job, wanted: dict[str, Any], found: list[Block]) -> None:
+  """Goes on with the work of before, if it is this one."""
+  # It decides which bytes are written, but not how they are read.
+  size = {"data.block_megabytes": job.config.data.block_megabytes}
+  now = {"inputs": wanted, "blocks": size, "files": blocks.state(found)}
+  path = job.work / "job.json"
+  for place in (job.work, job.folder):
+    journal.sweep(place)
+  if not path.exists():
+    journal.put_json(path, now)
+    return
+  before = journal.get_json(path)
+  _check_inputs(job.folder, before["inputs"] | before["blocks"], wanted | size)
+  if before["files"] != now["files"]:
+    raise UserError(
+      f"the files of data.corpus={job.config.data.corpus!r} have changed since"
+      f" {job.folder} was begun; delete that folder and run again"
+    )
+
+
+def _fill(
+  job: Job,
+  wanted: dict[str, Any],
+  given: Tokenizer | None,
+  found: list[Block],
+  run: Run,
+) -> None:
+  """Writes every file of a folder, the manifest last."""
+  do = lambda name, some: run(name, job, _undone(name, job, some))
+  do("count", found)
+  found = _limited(job, found)
+  do("count", found)
+  job, found, counts = _counted(job, found)
+  do("sample", found)
+  counts |= _sampled(job, found, given)
+  if job.ranked:
+    do("words", found)
+    _write_rarity(job, found)
+    do("signals", found)
+    for name in job.ranked:
+      _write_ranks(job, found, name)
+      _write_cuts(job, found, name)
+  do("rows", found)
+  _finish(job, wanted, found, counts)
+
+
+def _undone(name: Pass, job: Job, found: list[Block]) -> list[Block]:
+  return [block for block in found if not job.record(name, block).exists()]
+
+
+def _records(
+  name: Pass, job: Job, found: list[Block]
+) -> Iterator[dict[str, Any]]:
+  return (journal.get_json(job.record(name, block)) for block in found)
+
+
+# MARK: documents
+
+
+def _limited(job: Job, found: list[Block]) -> list[Block]:
+  """Returns the blocks of the first `data.max_documents` documents."""
+  left = job.config.data.max_documents
+  if left is None:
+    return found
+  kept = []
+  for block, record in zip(found, _records("count", job, found), strict=True):
+    if left <= 0:
+      break
+    part = left if left < record["documents"] else None
+    kept.append(dataclasses.replace(block, most=part))
+    left -= record["documents"]
+  return kept
+
+
+def _counted(
+  job: Job, found: list[Block]
+) -> tuple[Job, list[Block], dict[str, Any]]:
+  """Returns what follows from the counts: the split, and the sample's share."""
+  data = job.config.data
+  total, tally = 0, Tally()
+  lowest, highest = math.inf, -math.inf
+  known = []
+  for block, record in zip(found, _records("count", job, found), strict=True):
+    tally.add(Tally(**record["tally"]))
+    known.append(dataclasses.replace(block, sha256=record["sha256"]))
+    total += record["bytes"]
+    if record["documents"]:
+      lowest = min(lowest, record["lowest"])
+      highest = max(highest, record["highest"])
+  tally.check()
+  corpora.tell(tally)
+  if lowest >= highest:
+    raise UserError(
+      f"data.corpus={data.corpus!r} holds no two different texts, one to train"
+      " on and one to hold out; without data.prepared a single text is divided"
+    )
+  job = dataclasses.replace(
+    job,
+    below=corpora.threshold(lowest, highest, data.eval_fraction),
+    sampled=min(SAMPLE_BYTES / total, 1.0),
+  )
+  digest = hashlib.sha256("".join(b.sha256 for b in known).encode())
+  counts = {"bytes": total, "text": digest.hexdigest(), "bad": tally.bad}
+  return job, known, counts
+
+
+def _sampled(
+  job: Job, found: list[Block], given: Tokenizer | None
+) -> dict[str, int]:
+  """Writes the sample of the training text and the tokenizer."""
+  train = held_out = 0
+  texts: list[str] = []
+  characters: set[str] = set()
+  room = SAMPLE_BYTES
+  for record in _records("sample", job, found):
+    train, held_out = train + record["train"], held_out + record["held_out"]
+    characters.update(record["characters"])
+    for text in record["texts"] if room > 0 else ():
+      texts.append(text)
+      room -= len(text.encode())
+  if not (job.folder / SAMPLE).exists():
+    journal.put_json(job.folder / SAMPLE, {"texts": texts})
+  if not tokenizers.is_saved_in(job.folder):
+    learnt = [*texts, "".join(sorted(characters))] if characters else texts
+    tokenizer = given or tokenizers.build(job.config.tokenizer, learnt)
+    journal.put(job.folder / tokenizer.filename, tokenizer.content)
+  return {"train": train, "held_out": held_out}
+
+
+# MARK: difficulty
+
+
+def _write_rarity(job: Job, found: list[Block]) -> None:
+  """Adds up in how many units each word is, over the whole corpus."""
+  for name in job.ranked:
+    path = job.work / f"rarity.{name}.npy"
+    if path.exists():
+      continue
+    frequency, units = np.zeros(passes.WORD_BINS, np.int64), 0
+    for block in found:
+      record = journal.get_arrays(job.record("words", block))
+      frequency[record[f"{name}.bins"]] += record[f"{name}.counts"]
+      units += int(record[f"{name}.units"])
+    journal.put_array(path, segments.rarity(frequency, max(units, 1)))
+
+
+def _write_ranks(job: Job, found: list[Block], name: str) -> None:
+  path = job.work / f"ranks.{name}.npy"
+  if path.exists():
+    return
+  counts = np.zeros((4, ranking.BINS), np.int64)
+  for block in found:
+    record = journal.get_arrays(job.record("signals", block))
+    counts += ranking.count(record[name])
+  journal.put_array(path, ranking.ranks(counts))
+
+
+def _write_cuts(job: Job, found: list[Block], name: str) -> None:
+  """Finds the level of the last unit that is kept, and each block's share."""
+  path = job.work / f"cuts.{name}.npy"
+  if path.exists():
+    return
+  levels = lambda: (
+    ranking.levels(passes.difficulty(job, name, block)) for block in found
+  )
+  counts = np.zeros(ranking.BINS, np.int64)
+  for level in levels():
+    counts += np.bincount(level, minlength=ranking.BINS)
+  wanted = segments.share(job.ranked[name].easiest, int(counts.sum()))
+  last, most = ranking.find_level(counts, wanted)
+  tied = [int((level == last).sum()) for level in levels()]
+  quotas = ranking.quotas(most, tied)
+  journal.put_array(path, np.stack([np.full_like(quotas, last), quotas], 1))
+
+
+# MARK: the end
+
+
+def _finish(
+  job: Job, wanted: dict[str, Any], found: list[Block], counts: dict[str, Any]
+) -> None:
+  """Writes the indices of all shards, and the manifest over all of it."""
+  lengths = row_lengths(job.config)
+  rows = {n: _write_index(job, found, n, lengths[n]) for n in lengths}
+  tokenizer = tokenizers.load_tokenizer(job.folder)
+  small = [SAMPLE, tokenizer.filename, *map(shards.index_name, lengths)]
+  manifest = {
+    "inputs": wanted,
+    "blocks": {
+      "count": len(found),
+      "megabytes": job.config.data.block_megabytes,
+    },
+    "documents": counts,
+    "tokenizer": {
+      "kind": tokenizer.kind,
+      "sha256": tokenizer.sha256,
+      "vocab_size": tokenizer.vocab.size,
+    },
+    "rows": rows,
+    "files": {n: inputs.file_sha256(job.folder / n) for n in sorted(small)},
+  }
+  journal.put_json(job.folder / MANIFEST, manifest)
+
+
+def _write_index(
+  job: Job, found: list[Block], name: str, length: int
+) -> dict[str, Any]:
+  """Writes the index of some rows; returns their counts."""
+  shown = {block.number for block in spread(found)}
+  listed, merged, examples = [], None, []
+  for block, record in zip(found, _records("rows", job, found), strict=True):
+    part = record[name]
+    listed.append(part["shard"])
+    merged = _merge(merged, part["counts"])
+    if block.number in shown:
+      examples += enumerate(part["counts"]["examples"])
+  if merged["difficulty"]:  # a block's own go from easy to difficult
+    examples.sort(key=lambda example: example[0])
+  content = shards.index_bytes(length, part["dtype"], listed)
+  journal.put(job.folder / shards.index_name(name), content)
+  return merged | {"examples": [text for _, text in spread(examples)]}
+
+
+def _merge(a: dict[str, Any] | None, b: dict[str, Any]) -> dict[str, Any]:
+  """Adds up the counts of two runs of blocks."""
+  if a is None:
+    return b
+  merged = {k: a[k] + b[k] for k in a if isinstance(a[k], int)}
+  merged["difficulty"] = b["difficulty"] and {
+    "histogram": [
+      x + y
+      for x, y in zip(
+        a["difficulty"]["histogram"], b["difficulty"]["histogram"], strict=True
+      )
+    ],
+    "cut": max(a["difficulty"]["cut"], b["difficulty"]["cut"]),
+  }
+  return merged

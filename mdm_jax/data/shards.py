@@ -1,0 +1,179 @@
+"""Rows in many files, of which a process reads those it is asked for.
+
+A set of rows is a run of shards, each a pair of arrays as NumPy writes them,
+and an index: how many rows each has, its sizes and its hashes.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mdm_jax.core import safe_files
+from mdm_jax.data import inputs, row_checks
+from mdm_jax.data.tokenizer import Vocabulary
+
+PARTS = "tokens", "segments"
+_MAPPED = 512  # files mapped at a time; the system allows about 65,000
+
+
+def shard_name(name: str, number: int, part: str) -> str:
+  """Returns the file of a shard's tokens or segments."""
+  return f"{name}.{number:06d}.{part}.npy"
+
+
+def index_name(name: str) -> str:
+  """Returns the file that lists the shards of some rows."""
+  return f"{name}.shards.json"
+
+
+class Shards:
+  """An array of rows in many files, read by their numbers.
+
+  It has what the readers of rows use of an array. A file is mapped into memory
+  when a row of it is asked for, and the ones used last stay mapped.
+  """
+
+  ndim = 2
+
+  def __init__(
+    self, paths: list[pathlib.Path], rows: list[int], length: int, dtype: str
+  ):
+    """Makes it of the files, how many rows each has, and what those are."""
+    self._paths, self._ends = paths, np.cumsum(rows, dtype=np.int64)
+    self._starts = self._ends - np.array(rows, np.int64)
+    self.dtype = np.dtype(dtype)
+    self.shape = int(self._ends[-1]) if rows else 0, length
+    self._map = functools.lru_cache(_MAPPED)(self._open)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  @property
+  def size(self) -> int:
+    """Numbers in all rows."""
+    return self.shape[0] * self.shape[1]
+
+  def __getitem__(self, key: Any) -> np.ndarray:
+    """Returns rows by a number, a slice, or numbers in any shape."""
+    if isinstance(key, slice):
+      key = np.arange(*key.indices(len(self)))
+    numbers = np.asarray(key, np.int64)
+    flat = numbers.reshape(-1)
+    flat = np.where(flat < 0, flat + len(self), flat)
+    if flat.size and not 0 <= flat.min() <= flat.max() < len(self):
+      raise IndexError(f"row {key} of {len(self)}")
+    return self._gather(flat).reshape(*numbers.shape, self.shape[1])
+
+  def __iter__(self) -> Iterator[np.ndarray]:
+    return (row for i in range(len(self._paths)) for row in self._map(i))
+
+  def __gt__(self, other: Any) -> np.ndarray:
+    return np.concatenate(
+      [self._map(i) > other for i in range(len(self._paths))]
+    )
+
+  def _gather(self, numbers: np.ndarray) -> np.ndarray:
+    out = np.empty((len(numbers), self.shape[1]), self.dtype)
+    shards = np.searchsorted(self._ends, numbers, side="right")
+    for shard in np.unique(shards):
+      here = np.flatnonzero(shards == shard)
+      out[here] = self._map(int(shard))[numbers[here] - self._starts[shard]]
+    return out
+
+  def _open(self, shard: int) -> np.ndarray:
+    return np.load(self._paths[shard], mmap_mode="r", allow_pickle=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """The shards of some rows, as the index lists them.
+
+  Attributes:
+    folder: that they are in.
+    name: of these rows.
+    length: tokens a row.
+    dtype: of ids and of segments, by the name of the part.
+    shards: of each, `rows`, and by the name of the part `bytes` and `sha256`.
+  """
+
+  folder: pathlib.Path
+  name: str
+  length: int
+  dtype: dict[str, str]
+  shards: list[dict[str, Any]]
+
+  def path(self, number: int, part: str) -> pathlib.Path:
+    """Returns where a shard's tokens or segments are."""
+    return self.folder / shard_name(self.name, number, part)
+
+  def open(self, part: str) -> Shards:
+    """Returns the rows' tokens or segments; reads nothing yet."""
+    paths = [self.path(i, part) for i in range(len(self.shards))]
+    rows = [shard["rows"] for shard in self.shards]
+    return Shards(paths, rows, self.length, self.dtype[part])
+
+  def missing(self) -> str | None:
+    """Names the first file that is not there or has another size."""
+    for i, shard in enumerate(self.shards):
+      for part in PARTS:
+        path, size = self.path(i, part), shard[part]["bytes"]
+        if not path.is_file():
+          return f"{path} is missing"
+        if path.stat().st_size != size:
+          return f"{path} has {path.stat().st_size:,} bytes, not {size:,}"
+    return None
+
+  def damaged(self, number: int, vocab: Vocabulary) -> str | None:
+    """Reads a whole shard, and tells what is wrong with it first."""
+    shard = self.shards[number]
+    for part in PARTS:
+      path = self.path(number, part)
+      if inputs.file_sha256(path) != shard[part]["sha256"]:
+        return str(path)
+    arrays = []
+    for part in PARTS:
+      path = self.path(number, part)
+      try:
+        arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
+      except (ValueError, EOFError):
+        return str(path)
+    if len(arrays[0]) != shard["rows"]:
+      return f"{path}: {len(arrays[0])} rows, not {shard['rows']}"
+    wrong = row_checks.find_wrong(*arrays, self.length, vocab)
+    return f"{self.path(number, PARTS[0])}, {wrong}" if wrong else None
+
+
+def read_index(folder: pathlib.Path, name: str) -> Index:
+  """Returns the index of some rows.
+
+  Raises:
+    UnsafeFile: it is not one.
+  """
+  path = folder / index_name(name)
+  found = safe_files.read_json(path)
+  try:
+    index = Index(
+      folder, name, found["length"], dict(found["dtype"]), found["shards"]
+    )
+    for shard in index.shards:
+      for number in (shard["rows"], *(shard[p]["bytes"] for p in PARTS)):
+        int(number)
+    for part in PARTS:
+      np.dtype(index.dtype[part])
+    return index
+  except (KeyError, TypeError, ValueError) as error:
+    raise safe_files.UnsafeFile(f"{path} is no index of shards") from error
+
+
+def index_bytes(
+  length: int, dtype: dict[str, str], shards: list[dict[str, Any]]
+) -> bytes:
+  """Returns an index as it is written, a line a shard."""
+  lines = ",\n".join(map(json.dumps, shards))
+  head = json.dumps({"length": length, "dtype": dtype})[:-1]
+  return f'{head}, "shards": [\n{lines}\n]}}\n'.encode()

@@ -1,0 +1,93 @@
+"""A corpus of any size to a folder of sharded rows, in several processes.
+
+python -m mdm_jax.main --mode=prepare --config=FILE \\
+  --config.data.prepared=FOLDER --workers=4
+"""
+
+import os
+from typing import Any
+
+from etils import epath
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from mdm_jax.core import distributed
+from mdm_jax.core.config import Config
+from mdm_jax.core.errors import UserError
+from mdm_jax.core.progress import console
+from mdm_jax.core.signals import stop_request
+from mdm_jax.data import inputs, preparation
+from mdm_jax.data.blocks import Block
+from mdm_jax.data.passes import Job, Pass
+from mdm_jax.data.workers import Workers
+
+
+def prepare_rows(
+  config: Config, workdir: epath.PathLike | None, workers: int | None
+) -> dict[str, Any]:
+  """Fills the folder `data.prepared`, prints and returns what is in it.
+
+  Args:
+    config: of the run that will train on it.
+    workdir: the run's folder, which may hold its tokenizer.
+    workers: processes (None: one a core).
+  """
+  if not config.data.prepared:
+    raise UserError(
+      "--mode=prepare needs a folder to fill; give"
+      " --config.data.prepared=FOLDER"
+    )
+  if distributed.count() > 1:
+    raise UserError(
+      "--mode=prepare is one program with --workers; on several machines run"
+      " python -m mdm_jax.prepare_beam"
+    )
+  given = inputs.given_tokenizer(config, workdir)
+  with (
+    stop_request() as stop,
+    Workers(workers or os.cpu_count() or 1, stop.check) as pool,
+  ):
+    manifest = preparation.prepare_folder(config, given, _shown(pool))
+    stop.check()
+  tell(config, manifest)
+  return manifest
+
+
+def tell(config: Config, manifest: dict[str, Any]) -> None:
+  """Prints what a prepared folder holds, a line each."""
+  documents = manifest["documents"]
+  lines = [
+    f"{documents['train']:,} documents to train on, {documents['held_out']:,}"
+    f" held out, {documents['bytes'] / 1e6:,.1f} MB in"
+    f" {manifest['blocks']['count']:,} blocks"
+  ]
+  lines += [
+    f"{name}: {counts['tokens']:,} tokens in {counts['rows']:,} rows"
+    for name, counts in manifest["rows"].items()
+  ]
+  lines.append(f"prepared: {config.data.prepared}")
+  for line in lines:
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _shown(pool: Workers) -> preparation.Run:
+  """Returns what does a pass, and shows how far it is."""
+
+  def run(name: Pass, job: Job, blocks: list[Block]) -> None:
+    if not blocks:
+      return
+    progress = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(bar_width=20),
+      MofNCompleteColumn(),
+      TextColumn("blocks"),
+      console=console,
+      transient=True,
+      disable=not console.is_terminal,
+    )
+    if not console.is_terminal:
+      console.print(f"{name}: {len(blocks):,} blocks", soft_wrap=True)
+    with progress:
+      task = progress.add_task(name, total=len(blocks))
+      pool.run(name, job, blocks, lambda: progress.advance(task))
+
+  return run

@@ -1,0 +1,81 @@
+"""The same preparation by Apache Beam, on as many machines as its runner has.
+
+  pip install -e '.[beam]'
+  python -m mdm_jax.prepare_beam --config=FILE --config.data.prepared=FOLDER \\
+    --runner=FlinkRunner --beam=--flink_master=HOST:8081
+
+Every pass is a pipeline over the blocks; what joins them runs here, as in
+--mode=prepare, and the bytes are the same. The corpus and the folder are on a
+file system that all machines see under the same path.
+"""
+
+import contextlib
+
+from absl import app, flags
+
+from mdm_jax import prepare
+from mdm_jax.core import command_line
+from mdm_jax.core.errors import Failure, UserError
+from mdm_jax.core.progress import console
+from mdm_jax.data import inputs, passes, preparation
+from mdm_jax.data.blocks import Block
+from mdm_jax.data.passes import Job, Pass
+
+with contextlib.suppress(ImportError):  # told by `_check`, in one line
+  import apache_beam as beam
+  from apache_beam.options.pipeline_options import PipelineOptions
+
+
+def beam_run(options: list[str]) -> preparation.Run:
+  """Returns what does a pass over blocks as a pipeline.
+
+  Args:
+    options: of the pipeline, as Beam's own flags.
+  """
+  _check()
+
+  def run(name: Pass, job: Job, blocks: list[Block]) -> None:
+    if not blocks:
+      return
+    console.print(f"{name}: {len(blocks):,} blocks", soft_wrap=True)
+    with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
+      _ = (
+        pipeline
+        | beam.Create(blocks)
+        | beam.Reshuffle()  # else a runner may fuse all blocks into one task
+        | beam.Map(lambda block: passes.run(name, job, block))
+      )
+
+  return run
+
+
+def _check() -> None:
+  if "beam" not in globals():
+    raise UserError(
+      "Apache Beam is not installed; run: pip install -e '.[beam]'"
+    )
+
+
+def main(_: list[str]) -> int:
+  """Prepares the folder; returns the exit code."""
+  try:
+    config = command_line.read_config(None)
+    if not config.data.prepared:
+      raise UserError("give the folder to fill: --config.data.prepared=FOLDER")
+    options = [f"--runner={flags.FLAGS.runner}", *flags.FLAGS.beam]
+    given = inputs.given_tokenizer(config, None)
+    manifest = preparation.prepare_folder(config, given, beam_run(options))
+  except Failure as error:
+    return command_line.fail(error)
+  prepare.tell(config, manifest)
+  return 0
+
+
+def _define_flags() -> None:
+  flags.DEFINE_string("runner", "DirectRunner", "Of Beam, by its name.")
+  flags.DEFINE_multi_string("beam", [], "An option of Beam's, as --a=b.")
+
+
+if __name__ == "__main__":
+  _define_flags()
+  app.run(main, flags_parser=command_line.parse)

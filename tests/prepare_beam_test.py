@@ -1,0 +1,78 @@
+"""Apache Beam writes the same bytes.
+
+It wants older packages than the library does (protobuf, pyarrow, beartype), so
+it is not installed beside it: $BEAM_PYTHON names the Python of another
+environment, in which `pip install -e '.[dev,beam]'` was run.
+"""
+
+import os
+import subprocess
+import sys
+
+import command_harness as commands
+import prepare_harness as harness
+import pytest
+
+CONFIG = """
+from mdm_jax.core.config import default_config, stage
+
+def get_config(arg=""):
+  config = default_config()
+  config.stages = (
+    stage(unit="sentences", length=48, min_words=3, easiest=0.5),
+    stage(length=64),
+  )
+  config.data.update(block_megabytes=0.006, eval_fraction=0.25)
+  config.data.corpus = "text:texts/*"
+  config.tokenizer.vocab_size = 400
+  return config.lock()
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+  """A folder with texts and a config."""
+  harness.write_texts(tmp_path / "texts")
+  (tmp_path / "config.py").write_text(CONFIG)
+  return tmp_path
+
+
+@pytest.fixture
+def env(tmp_path):
+  """The environment of the commands."""
+  return commands.environment(tmp_path / "cache")
+
+
+def _beam(python, place, env, *more):
+  command = [python, "-m", "mdm_jax.prepare_beam", "--config=config.py"]
+  command += ["--config.data.prepared=by_beam", *more]
+  return subprocess.run(
+    command, cwd=place, env=env, capture_output=True, text=True, timeout=300
+  )
+
+
+def test_without_it_one_line_says_what_to_install(place, env):
+  (place / "apache_beam.py").write_text("raise ImportError\n")
+  env = env | {"PYTHONPATH": f"{place}{os.pathsep}{commands.ROOT}"}
+  done = _beam(sys.executable, place, env)
+  commands.check_mistake(done, "pip install -e '.[beam]'")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  "BEAM_PYTHON" not in os.environ,
+  reason="$BEAM_PYTHON names no Python of an environment with Apache Beam",
+)
+def test_beam_writes_the_same_bytes(place, env):
+  done = _beam(
+    os.environ["BEAM_PYTHON"], place, env, "--beam=--direct_num_workers=2"
+  )
+  assert done.returncode == 0, done.stderr
+  here = commands.call(
+    place,
+    env,
+    *("--mode=prepare", "--config=config.py", "--workers=2"),
+    "--config.data.prepared=here",
+  )
+  assert here.returncode == 0, here.stderr
+  assert harness.contents(place / "by_beam") == harness.contents(place / "here")
