@@ -85,10 +85,10 @@ class Attempt:
       self._take_over()
       self.before = files.read_lines(self._folder / "attempts.jsonl")
       self.number = len(self.before) + 1
-      self._beat()
+      self._claim()
       # After a kill, nobody shall take the last attempt's end for this one's.
       with contextlib.suppress(OSError):
-        (self._folder / "exit.json").unlink()
+        files.delete(self._folder / "exit.json")
     try:
       self._check_crash_loop()
     except CrashLoop as error:
@@ -130,7 +130,7 @@ class Attempt:
     with contextlib.suppress(OSError):
       files.append_line(self._folder / "attempts.jsonl", record)
     with contextlib.suppress(OSError):
-      (self._folder / "lock.json").unlink()
+      files.delete(self._folder / "lock.json")
 
   def begin(self, update: int) -> None:
     """Tells what the attempt goes on from."""
@@ -166,12 +166,13 @@ class Attempt:
 
   def _keep(self) -> None:
     while not self._over.wait(_BEAT):
-      owner = files.read_json(self._folder / "lock.json")
-      if owner and (owner["host"], owner["pid"]) != _me():
-        self._lose(owner)
-      with self._ending, contextlib.suppress(OSError):
-        if not self._over.is_set():
-          self._beat()
+      with contextlib.suppress(OSError):
+        owner = files.read_json(self._folder / "lock.json")
+        if owner and (owner["host"], owner["pid"]) != _me():
+          self._lose(owner)
+        with self._ending:
+          if not self._over.is_set():
+            self._beat()
 
   def _lose(self, owner: dict[str, Any]) -> None:
     """Leaves a workdir that another process took for abandoned."""
@@ -190,13 +191,23 @@ class Attempt:
     if owner is None:
       return
     if not _is_dead(owner):
-      raise UserError(
-        f"workdir {self._folder} is in use by {_who(owner)}; wait for it, stop"
-        " it, or give another --workdir"
-      )
+      raise self._in_use(_who(owner))
     ended = owner | {"ended": True, "code": None, "reason": "killed"}
     files.append_line(self._folder / "attempts.jsonl", ended)
-    path.unlink()
+    files.delete(path)
+
+  def _claim(self) -> None:
+    """Writes the first beat; in a bucket, another one may come before it."""
+    try:
+      files.create_json(self._folder / "lock.json", self._record())
+    except FileExistsError:
+      raise self._in_use("a process that began at the same time") from None
+
+  def _in_use(self, by: str) -> UserError:
+    return UserError(
+      f"workdir {self._folder} is in use by {by}; wait for it, stop it, or give"
+      " another --workdir"
+    )
 
   def _check_crash_loop(self) -> None:
     died = []
@@ -275,7 +286,7 @@ def _alone(folder: epath.Path) -> Iterator[None]:
     StorageError: the folder can't be opened.
   """
   if not files.is_local(folder):
-    yield  # a bucket: no two at once, or the later one wins
+    yield  # a bucket: the lock is written where none is, or refused
     return
   try:
     descriptor = os.open(folder, os.O_RDONLY)

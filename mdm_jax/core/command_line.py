@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
       raise UserError(f"unexpected argument {rest[1]!r}")
     return rest
-  except UserError as error:
+  except Failure as error:
     sys.exit(fail(error))
   except Exception as error:  # whatever a config file's own code raises
     sys.exit(fail(_tell(error, path)))

@@ -4,6 +4,7 @@ Method names are those of clu's metric writers, so one of them drops in.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -11,15 +12,44 @@ from typing import Any
 
 from absl import logging
 from etils import epath
-from tensorboardX import summary
+from tensorboardX import record_writer, summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from mdm_jax.core import distributed, files
+from mdm_jax.core import buckets, distributed, files
 
 _FLUSH_SECONDS = 10.0
+_WHOLE_SECONDS = 30.0  # the same in a bucket, where a flush writes all of it
 
 Scalars = Mapping[str, float]
+
+
+class _Buckets:
+  """Lets tensorboardX write to buckets as all else here does."""
+
+  def open(self, path: str) -> buckets.Appender:
+    return buckets.Appender(path)
+
+  def directory_check(self, path: str) -> None:
+    """A bucket has no folders."""
+
+
+for _scheme in buckets.SCHEMES:
+  record_writer.register_writer_factory(_scheme, _Buckets())
+
+
+class _Due:
+  """Tells when a file that grows is to be flushed, for whoever is watching."""
+
+  def __init__(self, path: epath.Path, seconds: float):
+    self._seconds = seconds if files.is_local(path) else _WHOLE_SECONDS
+    self._last = -math.inf
+
+  def now(self) -> bool:
+    """Whether it is time, once a time."""
+    due = time.monotonic() - self._last >= self._seconds
+    self._last = time.monotonic() if due else self._last
+    return due
 
 
 class JsonlWriter:
@@ -40,22 +70,25 @@ class JsonlWriter:
       or (line["step"] == after and not any(n.startswith(redo) for n in line))
     ]
     lines = "".join(f"{json.dumps(line)}\n" for line in kept)
-    files.write(path, lines.encode())
-    self._file = path.open("a")
+    self._file = files.open_to_append(path, lines.encode())
+    self._due = _Due(path, seconds=0.0)
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
-    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-    self._file.flush()
+    self._write({"step": step, **scalars})
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    self._file.write(json.dumps({"step": step, **texts}) + "\n")
-    self._file.flush()
+    self._write({"step": step, **texts})
 
   def flush(self) -> None:
     self._file.flush()
 
   def close(self) -> None:
     self._file.close()
+
+  def _write(self, line: dict[str, Any]) -> None:
+    self._file.write(json.dumps(line) + "\n")
+    if self._due.now():
+      self._file.flush()
 
 
 class TensorBoardWriter:
@@ -66,17 +99,17 @@ class TensorBoardWriter:
   """
 
   def __init__(self, folder: epath.Path, after: int):
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
     started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._flushed = time.monotonic()
+    self._due = _Due(folder, _FLUSH_SECONDS)
     self._write(after + 1, session_log=started)
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
     for name, value in scalars.items():
       self._write(step, summary=summary.scalar(name, value))
-    if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-      self.flush()  # for whoever is watching
+    if self._due.now():
+      self.flush()
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     for name, text in texts.items():
@@ -86,7 +119,6 @@ class TensorBoardWriter:
 
   def flush(self) -> None:
     self._events.flush()
-    self._flushed = time.monotonic()
 
   def close(self) -> None:
     self._events.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from mdm_jax.core import files
 from mdm_jax.core.errors import UserError
 
 MAX_BYTES = 256 * 2**20  # of a JSON file or a tokenizer; both fit in memory
@@ -30,7 +31,7 @@ def read_bytes(path: epath.PathLike, most: int | None = None) -> bytes:
   """
   path, most = epath.Path(path), MAX_BYTES if most is None else most
   try:
-    with path.open("rb") as file:
+    with files.reaching(path), path.open("rb") as file:
       content = file.read(most + 1)  # its stated size may be another one
   except OSError as error:
     raise UnsafeFile(f"{path} can't be read: {error.strerror}") from error

@@ -49,29 +49,28 @@ class Workdir:
       UserError: what a bucket needs is not installed.
     """
     try:
-      self.path.mkdir(parents=True, exist_ok=True)
+      files.make_folder(self.path)
       probe = self.path / f".writable.{distributed.index()}"
       files.write(probe, b"")
-      probe.unlink()
+      files.delete(probe)
     except OSError as error:
+      missing = isinstance(error, FileNotFoundError)
+      if missing and not files.is_local(self.path):
+        why = f"there is no bucket {self.path.parts[2]}"
+      else:
+        why = f"{error.strerror} (errno {error.errno})"
       raise StorageError(
-        f"workdir {self.path} can't be written by {_user()}: {error.strerror}"
-        f" (errno {error.errno})"
-      ) from error
-    except ImportError as error:
-      raise UserError(
-        f"workdir {self.path}: {error}; run: pip install -e"
-        f" '.[{str(self.path).partition('://')[0]}]'"
+        f"workdir {self.path} can't be written by {_user()}: {why}"
       ) from error
 
   def has_config(self) -> bool:
     """Whether a run was started here."""
-    return (self.path / "config.json").exists()
+    return files.exists(self.path / "config.json")
 
   def read_config_dict(self) -> dict[str, Any]:
     """Returns the saved config as plain values; no code is run."""
     try:
-      return json.loads((self.path / "config.json").read_text())
+      return json.loads(files.read_text(self.path / "config.json"))
     except FileNotFoundError:
       raise UserError(
         f"workdir {self.path} has no config.json: no run was started there"
@@ -90,10 +89,8 @@ class Workdir:
 
   def tokenizer_sha256(self) -> str | None:
     """Returns the hash of the tokenizer the run was started with."""
-    path = self.path / "versions.json"
-    if not path.exists():
-      return None
-    return json.loads(path.read_text())["tokenizer_sha256"]
+    saved = self._read("versions.json")
+    return None if saved is None else saved["tokenizer_sha256"]
 
   def check_tokenizer(self, sha256: str) -> None:
     """Raises UserError if the run was started with another tokenizer."""
@@ -158,8 +155,10 @@ class Workdir:
     return self.path / "report.html"
 
   def _read(self, name: str) -> dict[str, Any] | None:
-    path = self.path / name
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+      return json.loads(files.read_text(self.path / name))
+    except FileNotFoundError:
+      return None
 
   def _write(self, name: str, values: dict[str, Any]) -> None:
     if distributed.is_first():

@@ -24,6 +24,7 @@ from mdm_jax.core.errors import (
   UserError,
 )
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.training.staging import Staging
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.step_folders import StepFolders
 
@@ -57,6 +58,7 @@ class Checkpoints:
     path = epath.Path(workdir)
     path = path.resolve() if files.is_local(path) else path
     self._folders = StepFolders(path, keep_latest, keep_every)
+    self._staging = Staging(path)
     self._on_sealed = on_sealed
     self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -83,6 +85,7 @@ class Checkpoints:
     finally:
       self._thread.shutdown()
       self._orbax.close()
+      self._staging.close()
 
   # MARK: what there is
 
@@ -145,7 +148,7 @@ class Checkpoints:
     began = time.monotonic()
     try:
       self._orbax.save(
-        self._folders.path(step) / _STATE,
+        self._staging.begin(self._folders.path(step)) / _STATE,
         args=ocp.args.PyTreeSave(state),
         force=True,
       )
@@ -182,7 +185,10 @@ class Checkpoints:
     try:
       self._orbax.wait_until_finished()
       if distributed.is_first():
-        self._folders.seal(step, progress, time.monotonic() - began)
+        written = self._staging.send(self._folders.path(step))
+        seconds = time.monotonic() - began
+        self._folders.seal(step, progress, seconds, written)
+        self._staging.clear()
         self._on_sealed(step)
         self._folders.prune()
       else:
@@ -192,7 +198,7 @@ class Checkpoints:
       raise self._failed(step, error) from error
 
   def _check_room(self, state: TrainState) -> None:
-    folder = self._folders.workdir
+    folder = self._staging.room or self._folders.workdir
     if not files.is_local(folder):
       return
     needed = _ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -244,7 +250,7 @@ class Checkpoints:
     self.check(step, like)
     like = jax.tree.map(_placed, like)
     return self._orbax.restore(
-      self._folders.path(step) / _STATE,
+      self._staging.fetch(self._folders.path(step)) / _STATE,
       args=ocp.args.PyTreeRestore(
         like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -258,7 +264,8 @@ class Checkpoints:
     Raises:
       UserError: the step is of another architecture or optimizer than `like`.
     """
-    tree = self._orbax.metadata(self._folders.path(step) / _STATE)
+    folder = self._staging.fetch(self._folders.path(step))
+    tree = self._orbax.metadata(folder / _STATE)
     saved = _by_path(tree.item_metadata.tree)
     for path, leaf in _by_path(like).items():
       found = saved.get(path)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from mdm_jax.core import files
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.step import RATE_BINS, count_nonfinite
 from mdm_jax.training.trainer import Trainer
@@ -50,10 +51,11 @@ def write_report(
   }
   path = epath.Path(folder) / "report.json"
   if jax.process_index() == 0:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_strict(report), indent=2, allow_nan=False))
+    files.make_folder(path.parent)
+    told = json.dumps(_strict(report), indent=2, allow_nan=False)
+    files.write(path, told.encode())
     lines = [_rows(trainer, update) for update in updates]
-    (path.parent / "rows.jsonl").write_text("".join(lines))
+    files.write(path.parent / "rows.jsonl", "".join(lines).encode())
   return path
 
 

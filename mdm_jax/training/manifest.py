@@ -8,7 +8,6 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -22,18 +21,21 @@ FORMAT = 1
 _SELF = "sha256"
 
 
-def write(folder: epath.Path, told: dict[str, Any]) -> dict[str, Any]:
+def write(
+  folder: epath.Path, told: dict[str, Any], written: epath.Path | None = None
+) -> dict[str, Any]:
   """Hashes every file under a folder; writes and returns the manifest.
 
   Args:
     folder: of a checkpoint that is complete.
     told: what else to keep beside it.
+    written: where its files were written, if they were copied from there.
   """
   content = {
     "format": FORMAT,
     "written_by": f"mdm_jax {mdm_jax.__version__}",
     **told,
-    "files": _hash_all(folder),
+    "files": _hash_all(written or folder),
   }
   content[_SELF] = _digest(content)
   files.write_json(folder / NAME, content)
@@ -67,13 +69,12 @@ def problem(folder: epath.Path) -> str | None:
   content = read(folder)
   if content is None:
     return f"{NAME} is missing or damaged"
-  listed = content["files"]
+  listed, sizes = content["files"], files.sizes(folder)
   for name, file in listed.items():
-    path = folder / name
-    if not path.exists():
+    if name not in sizes:
       return f"{name} is missing"
-    if path.stat().length != file["bytes"]:
-      return f"{name} has {path.stat().length} bytes instead of {file['bytes']}"
+    if sizes[name] != file["bytes"]:
+      return f"{name} has {sizes[name]} bytes instead of {file['bytes']}"
   for name, found in _hash_all(folder, list(listed)).items():
     if found["sha256"] != listed[name]["sha256"]:
       return f"{name} has changed (sha256)"
@@ -83,9 +84,11 @@ def problem(folder: epath.Path) -> str | None:
 def has_its_files(folder: epath.Path) -> bool:
   """Whether a checkpoint has all files in their sizes: cheap, no proof."""
   content = read(folder)
-  return content is not None and all(
-    (folder / name).exists() and (folder / name).stat().length == file["bytes"]
-    for name, file in content["files"].items()
+  if content is None:
+    return False
+  sizes = files.sizes(folder)
+  return all(
+    sizes.get(name) == file["bytes"] for name, file in content["files"].items()
   )
 
 
@@ -93,25 +96,16 @@ def _hash_all(
   folder: epath.Path, names: list[str] | None = None
 ) -> dict[str, dict[str, Any]]:
   if names is None:
-    names = sorted(name for name in _walk(folder) if name != NAME)
+    names = sorted(name for name in files.sizes(folder) if name != NAME)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
     found = threads.map(lambda name: _hash(folder / name), names)
     return dict(zip(names, found, strict=True))
 
 
-def _walk(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-  """Yields the names of all files below a folder; buckets have no `**`."""
-  for path in folder.iterdir():
-    if path.is_dir():
-      yield from _walk(path, f"{prefix}{path.name}/")
-    else:
-      yield f"{prefix}{path.name}"
-
-
 def _hash(path: epath.Path) -> dict[str, Any]:
-  with path.open("rb") as file:
+  with files.reaching(path), path.open("rb") as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
-  return {"sha256": digest, "bytes": path.stat().length}
+    return {"sha256": digest, "bytes": file.tell()}
 
 
 def _digest(content: dict[str, Any]) -> str:

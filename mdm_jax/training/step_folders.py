@@ -47,9 +47,7 @@ class StepFolders:
 
   def steps(self) -> list[int]:
     """Returns every step that has a folder, rising; most of them are whole."""
-    if not self._folder.exists():
-      return []
-    names = (path.name for path in self._folder.iterdir())
+    names = files.names(self._folder)
     return sorted(int(name) for name in names if name.isdecimal())
 
   # MARK: reading
@@ -122,16 +120,23 @@ class StepFolders:
 
   # MARK: writing
 
-  def seal(self, step: int, progress: dict[str, Any], seconds: float) -> None:
+  def seal(
+    self,
+    step: int,
+    progress: dict[str, Any],
+    seconds: float,
+    written: epath.Path | None = None,
+  ) -> None:
     """Makes a folder that is complete a checkpoint.
 
     Args:
       step: whose folder it is.
       progress: to keep beside it.
       seconds: the save took so far, for the log.
+      written: where its files were written, if they were copied from there.
     """
     told = {"step": step, "finite": True, "progress": progress}
-    content = manifest.write(self.path(step), told)
+    content = manifest.write(self.path(step), told, written)
     size = sum(file["bytes"] for file in content["files"].values())
     line = {"step": step, "bytes": size, "seconds": seconds}
     files.append_line(self._log, line | {"time": time.time()})
@@ -158,8 +163,8 @@ class StepFolders:
     keep |= {s for s in whole if every and s % every == 0}
     for step in set(whole) - keep:
       # Without its manifest first: half a deletion must not look like damage.
-      (self.path(step) / manifest.NAME).unlink()
-      self.path(step).rmtree()
+      files.delete(self.path(step) / manifest.NAME)
+      files.delete_folder(self.path(step))
       self._problems.pop(step, None)
 
   def set_aside_after(self, step: int | None) -> None:
@@ -173,11 +178,11 @@ class StepFolders:
         continue
       self._problems.pop(found, None)
       if found not in logged:
-        self.path(found).rmtree()
+        files.delete_folder(self.path(found))
         continue
       target = aside / str(found)
-      aside.mkdir(exist_ok=True)
-      if target.exists():
-        target.rmtree()
-      self.path(found).rename(target)
+      files.make_folder(aside)
+      if files.exists(target):
+        files.delete_folder(target)
+      files.move_folder(self.path(found), target)
       console.print(f"checkpoint {found} is kept in {target}", soft_wrap=True)
