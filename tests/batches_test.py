@@ -7,8 +7,9 @@ from conftest import make_mesh
 from grain.experimental import index_shuffle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 
-from mdm_jax.core.sharding import RULES, data_shards
+from mdm_jax.core.sharding import AXES, RULES, batch_sharding, data_shards
 from mdm_jax.data import batches
 from mdm_jax.data.batches import make_batch, row_numbers, stage_seed
 from mdm_jax.data.packing import Rows
@@ -146,29 +147,31 @@ def test_every_device_holds_its_share_of_each_microbatch(any_mesh):
     assert (np.asarray(shard.data) == whole[shard.index]).all()
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_take_disjoint_contiguous_shares(monkeypatch, hosts):
-  mesh = make_mesh("4x2")
-  taken = []
-
-  def place(sharding, local):
-    assert sharding.mesh == mesh
-    taken.append(local)
-    return jax.tree.map(jax.numpy.asarray, local)
-
-  monkeypatch.setattr(batches.jax, "process_count", lambda: hosts)
-  monkeypatch.setattr(batches.jax, "make_array_from_process_local_data", place)
+def test_the_rows_do_not_depend_on_the_order_of_the_devices():
+  """A TPU's mesh is in the order of its wires, not of its hosts."""
+  devices = np.array(jax.devices())[[5, 2, 7, 0, 3, 6, 1, 4]].reshape(1, 4, 2)
+  mesh = jax.sharding.Mesh(devices, AXES, (AxisType.Explicit,) * 3)
   numbers = row_numbers(40, 3, 0, 16)
-  for host in range(hosts):
-    monkeypatch.setattr(batches.jax, "process_index", lambda h=host: h)
-    make_batch(ROWS, numbers, 2, mesh)
-  whole = ROWS.tokens[numbers].reshape(2, 8, 6)
-  share = 8 // hosts
-  for host, (tokens, segments) in enumerate(taken):
-    part = slice(host * share, (host + 1) * share)
-    assert (tokens == whole[:, part]).all()
-    assert segments.shape == tokens.shape
-  assert (np.concatenate([t for t, _ in taken], axis=1) == whole).all()
+  tokens = make_batch(ROWS, numbers, 2, mesh).tokens
+  assert (np.asarray(tokens) == ROWS.tokens[numbers].reshape(2, 8, 6)).all()
+
+
+def test_rows_are_read_once_and_no_others():
+  """The two devices of a tensor axis share what is read."""
+  asked = []
+
+  class Recorded:
+    shape = ROWS.tokens.shape
+
+    def __getitem__(self, rows):
+      asked.extend(rows.ravel().tolist())
+      return ROWS.tokens[rows]
+
+  numbers = row_numbers(40, 3, 0, 16)
+  batches._place(
+    Recorded(), numbers.reshape(2, 8), batch_sharding(make_mesh("4x2"), 3, 1)
+  )
+  assert sorted(asked) == sorted(numbers)
 
 
 def test_a_batch_passes_through_jit(mesh):

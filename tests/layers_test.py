@@ -59,7 +59,7 @@ def test_a_products_gradients_are_jaxs_own(any_mesh, name):
   weight = draw("weight", weight_shape, *weight_axes)
 
   def ours(x, weight):
-    y = layers.project(equation, x, nnx.Param(weight), *axes)
+    y = layers.project("y", equation, x, nnx.Param(weight), *axes)
     return (y * jnp.sin(y)).sum()
 
   def plain(x, weight):
@@ -80,7 +80,7 @@ def test_a_weights_gradient_is_summed_in_the_weights_dtype(mesh):
 
   def total(weight):
     y = layers.project(
-      "bld,df->blf", ones, nnx.Param(weight), "batch", "length", "mlp"
+      "y", "bld,df->blf", ones, nnx.Param(weight), "batch", "length", "mlp"
     )
     return y.astype(jnp.float32).sum()
 

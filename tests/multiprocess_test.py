@@ -24,13 +24,17 @@ LAUNCHER = (
 PAIR = """
 import json, processes_harness as harness
 harness.join()
+import jax
 from mdm_jax.core.config import MeshConfig
 from mdm_jax.core.sharding import make_mesh
 
 rows, model = make_mesh(MeshConfig(fsdp=4)), make_mesh(MeshConfig(tensor=4))
+mixed = rows.devices[:, [0, 2, 1, 3]]  # as a TPU's wires may have them
+mixed = jax.sharding.Mesh(mixed, rows.axis_names, rows.axis_types)
 print(json.dumps({
   "fsdp": harness.measure(rows),
   "tensor": harness.measure_data(model),
+  "mixed": harness.measure_data(mixed),
   "processes": [d.process_index for d in rows.devices.flat],
 }))
 """
@@ -166,6 +170,12 @@ def test_each_process_has_a_run_of_the_rows(runs):
   assert pair[0]["processes"] == [0, 0, 1, 1]
   assert pair[0]["fsdp"]["own_rows"] == [[0, 2], [2, 4]]
   assert pair[1]["fsdp"]["own_rows"] == [[4, 6], [6, 8]]
+
+
+def test_the_devices_of_a_process_may_lie_apart(runs):
+  pair, _ = runs
+  assert pair[0]["mixed"]["own_rows"] == [[0, 2], [4, 6]]
+  assert pair[1]["mixed"]["own_rows"] == [[2, 4], [6, 8]]
 
 
 def test_calibration_gives_all_the_same_time(runs):

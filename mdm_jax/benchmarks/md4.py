@@ -34,14 +34,14 @@ from mdm_jax.core import rng
 from mdm_jax.core.config import ModelConfig
 from mdm_jax.core.sharding import BATCH_AXES, RULES
 from mdm_jax.diffusion.noise import RateDistribution
-from mdm_jax.model.denoiser import Params, mlp_size
+from mdm_jax.model.denoiser import Params
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.step import TrainStep
 
 
 def init(key: Key[Array, ""], model: ModelConfig, vocab_size: int) -> Params:
   """Returns fresh parameters; `vocab_size` ids can be predicted."""
-  width, hidden = model.embed_dim, mlp_size(model)
+  width, hidden = model.embed_dim, model.mlp_size
   keys, time = _keys(key), width // model.num_heads
 
   def dense(fan_in: int, fan_out: int, scale: float = 1.0):

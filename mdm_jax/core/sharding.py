@@ -1,6 +1,7 @@
 """The device mesh and the one table from logical axes to mesh axes."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ AXES = ("replica", "fsdp", "tensor")
 BATCH_AXES = ("replica", "fsdp")
 
 Axis = str | tuple[str, ...] | None
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+_EXPLICIT = (AxisType.Explicit,) * len(AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +42,13 @@ class ShardingRules:
       ValueError: one mesh axis would split two axes of the same array.
     """
     axes = [None if name is None else getattr(self, name) for name in names]
-    used = [a for axis in axes for a in _as_tuple(axis)]
-    if len(used) != len(set(used)):
-      raise ValueError(f"{names} use a mesh axis twice: {axes}")
+    for i, axis in enumerate(axes):
+      for earlier in range(i):
+        for twice in _as_set(axis) & _as_set(axes[earlier]):
+          raise ValueError(
+            f"{names[earlier]} and {names[i]} of one array are both split over"
+            f" the mesh axis {twice!r}, which can split only one of them"
+          )
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
     return P(*(None if _as_set(axis) <= manual else axis for axis in axes))
 
@@ -51,70 +59,127 @@ RULES = ShardingRules()
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
   """Returns the mesh; a size of -1 takes the devices that are left.
 
+  On a TPU the devices are in the order of the wires between them, elsewhere in
+  that of their processes. Which process reads which rows follows from it, but
+  not which rows there are.
+
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
-  sizes = [config.replica, config.fsdp, config.tensor]
-  total = jax.device_count()
+  sizes = mesh_sizes(config, jax.device_count())
+  if jax.process_count() == 1 or jax.default_backend() == "tpu":
+    return jax.make_mesh(sizes, AXES)
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  return jax.sharding.Mesh(np.array(devices).reshape(sizes), AXES, _EXPLICIT)
+
+
+def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
+  """Returns a mesh of devices that need not be there.
+
+  Raises:
+    UserError: a size is not given.
+  """
+  sizes = _given(config)
+  return jax.sharding.AbstractMesh(
+    mesh_sizes(config, math.prod(sizes)), AXES, _EXPLICIT
+  )
+
+
+def parse_mesh(text: str) -> MeshConfig:
+  """Returns the sizes written as FSDP, FSDPxTENSOR or REPLICAxFSDPxTENSOR.
+
+  Raises:
+    UserError: it is written otherwise.
+  """
+  parts = text.lower().split("x")
+  if len(parts) > 3 or not all(p.isdecimal() for p in parts):
+    raise UserError(
+      f"mesh {text!r}: write FSDP, FSDPxTENSOR or REPLICAxFSDPxTENSOR, as 8,"
+      " 64x4 or 2x64x4"
+    )
+  n = list(map(int, parts))
+  replica, fsdp, tensor = {1: [1, *n, 1], 2: [1, *n], 3: n}[len(n)]
+  return MeshConfig(replica=replica, fsdp=fsdp, tensor=tensor)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+  """Returns the size of every axis, whose product is the number of devices.
+
+  Raises:
+    UserError: it is not, with the arithmetic and the sizes that would do.
+  """
+  sizes = _given(config)
   if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
     raise UserError(
       f"mesh sizes {dict(zip(AXES, sizes, strict=True))}: use"
       " positive numbers and at most one -1"
     )
+  known = math.prod(s for s in sizes if s != -1)
+  left, rest = divmod(devices, known)
+  if rest or (left != 1 and -1 not in sizes):
+    raise UserError(_misfit(sizes, known, devices))
+  replica, fsdp, tensor = (left if s == -1 else s for s in sizes)
+  return replica, fsdp, tensor
+
+
+def _given(config: MeshConfig) -> list[int]:
+  return [config.replica, config.fsdp, config.tensor]
+
+
+def _misfit(sizes: list[int], known: int, devices: int) -> str:
+  """Says why sizes don't fit, and which one size to change to what."""
+  text = " x ".join(
+    f"{name}={size}" for name, size in zip(AXES, sizes, strict=True)
+  )
   if -1 in sizes:
-    known = -sizes[0] * sizes[1] * sizes[2]
-    sizes[sizes.index(-1)] = max(total // known, 1)
-  if sizes[0] * sizes[1] * sizes[2] != total:
-    text = " x ".join(f"{n}={s}" for n, s in zip(AXES, sizes, strict=True))
-    raise UserError(f"mesh {text} does not fit {total} device(s)")
-  if jax.process_count() == 1:
-    return jax.make_mesh(tuple(sizes), AXES)
-  return _mesh_by_process(tuple(sizes))
+    free = AXES[sizes.index(-1)]
+    why = f"{devices} / {known} is no whole number for mesh.{free}"
+  else:
+    why = f"that is {known}"
+  valid = []
+  for name, size in zip(AXES, sizes, strict=True):
+    others, rest = divmod(known, size) if size != -1 else (known, 0)
+    if size != -1 and not devices % others:
+      room = devices // others
+      fits = [room] if -1 not in sizes else _divisors(room)
+      valid += [f"mesh.{name}={n}" for n in _nearest(fits, size)]
+  return (
+    f"mesh {text} does not fit {devices} device(s): {why}; nearest valid:"
+    f" {' or '.join(valid) or 'mesh.fsdp=-1 and 1 for the others'}"
+  )
 
 
-def _mesh_by_process(sizes: tuple[int, int, int]) -> jax.sharding.Mesh:
-  """Returns a mesh in which each process's devices, so its rows, are a run.
+def _divisors(number: int) -> list[int]:
+  return [n for n in range(1, number + 1) if number % n == 0]
 
-  `jax.make_mesh` orders devices for the wires between them, and gives up where
-  these are of several kinds; who reads which rows would follow from the wires.
-  """
-  local, tensor = jax.local_device_count(), sizes[2]
-  if tensor % local and local % tensor:
-    raise UserError(
-      f"mesh.tensor={tensor} does not fit processes of {local} device(s): one"
-      " must divide the other"
-    )
-  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-  grid = np.array(devices).reshape(sizes)
-  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+def _nearest(values: list[int], to: int) -> list[int]:
+  """Returns the next values below and above a number, itself excluded."""
+  below = [max(v for v in values if v < to)] if min(values) < to else []
+  above = [min(v for v in values if v > to)] if max(values) > to else []
+  return below + above
 
 
 def training_mesh(config: Config) -> jax.sharding.Mesh:
   """Returns a config's mesh, checked to split its batches and its model."""
   mesh = make_mesh(config.mesh)
-  check_divides("data.batch_size", config.data.batch_size, mesh)
-  check_divides("eval.batch_size", config.eval.batch_size, mesh)
-  check_model(config.model, mesh)
+  check_config(config, mesh)
   return mesh
 
 
-def data_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+def check_config(config: Config, mesh: AnyMesh) -> None:
+  """Raises UserError if a config's batches or model don't split over a mesh."""
+  check_divides("data.batch_size", config.data.batch_size, mesh)
+  check_divides("eval.batch_size", config.eval.batch_size, mesh)
+  check_model(config.model, mesh)
+
+
+def data_shards(mesh: AnyMesh) -> int:
   """Returns the number of shards a batch is split into."""
   return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
-def process_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-  """Returns which share of a batch's rows this process has, and of how many.
-
-  Processes that one data shard is split over, by the tensor axis, have the same
-  share.
-  """
-  processes = jax.process_count()
-  together = max(mesh.shape["tensor"] * processes // mesh.size, 1)
-  return jax.process_index() // together, processes // together
-
-
-def check_divides(what: str, rows: int, mesh: jax.sharding.Mesh) -> None:
+def check_divides(what: str, rows: int, mesh: AnyMesh) -> None:
   """Raises UserError if rows can't be split evenly over the data shards."""
   shards = data_shards(mesh)
   if rows % shards:
@@ -127,23 +192,38 @@ def check_divides(what: str, rows: int, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def check_model(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+def check_model(model: ModelConfig, mesh: AnyMesh) -> None:
   """Raises UserError if the model can't be computed on the mesh's devices."""
-  backend = jax.default_backend()
-  if model.attention == "cudnn" and backend != "gpu":
+  here = isinstance(mesh, jax.sharding.Mesh)
+  if here and model.attention == "cudnn" and jax.default_backend() != "gpu":
     raise UserError(
-      f"model.attention=cudnn needs a GPU, this is a {backend}; nearest valid:"
-      " auto"
+      "model.attention=cudnn needs a GPU, this is a"
+      f" {jax.default_backend()}; nearest valid: auto"
     )
   heads = model.num_kv_heads or model.num_heads
   for what, size, axis in (
-    ("key/value heads", heads, "tensor"),
-    ("model.embed_dim", model.embed_dim, "fsdp"),
+    ("key/value heads", heads, RULES.heads),
+    ("model.embed_dim", model.embed_dim, RULES.embed),
+    ("model.mlp_dim", model.mlp_size, RULES.mlp),
   ):
-    if size % mesh.shape[axis]:
-      raise UserError(
-        f"{what}={size} does not split over mesh.{axis}={mesh.shape[axis]}"
-      )
+    _check_splits(what, size, axis, mesh)
+
+
+def check_vocabulary(size: int, mesh: AnyMesh) -> None:
+  """Raises UserError if the rows of the vocabulary's table can't be split."""
+  _check_splits("the vocabulary's ids", size, RULES.vocab, mesh)
+
+
+def _check_splits(what: str, size: int, axis: str, mesh: AnyMesh) -> None:
+  shards = mesh.shape[axis]
+  if size % shards:
+    near = _nearest(_divisors(size), shards)
+    raise UserError(
+      f"{what}={size} does not split over mesh.{axis}={shards}: {size} /"
+      f" {shards} = {size / shards:.4g}; nearest valid:"
+      f" {' or '.join(f'mesh.{axis}={n}' for n in near)}, or a multiple of"
+      f" {shards} for {what}"
+    )
 
 
 def gathered(spec: P) -> P:
@@ -179,7 +259,7 @@ def sum_over_shards(values: jax.Array, spec: P) -> jax.Array:
   return values
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, rank: int, axis: int = 0):
+def batch_sharding(mesh: AnyMesh, rank: int, axis: int = 0):
   """Returns the sharding of a rank-`rank` array split over rows at `axis`."""
   names = ["batch" if i == axis else None for i in range(rank)]
   return NamedSharding(mesh, RULES.spec(*names))
@@ -197,9 +277,5 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(place, tree)
 
 
-def _as_tuple(axis: Axis) -> tuple[str, ...]:
-  return (axis,) if isinstance(axis, str) else axis or ()
-
-
 def _as_set(axis: Axis) -> set[str]:
-  return set(_as_tuple(axis))
+  return {axis} if isinstance(axis, str) else set(axis or ())

@@ -122,7 +122,7 @@ def masked_cross_entropy(
     label_smoothing: see `cross_entropy`.
   """
   losses = _losses(head, num_real, label_smoothing)
-  chunks = _chunks(capacity, hidden.shape[-1], num_real)
+  chunks = num_chunks(capacity, hidden.shape[-1], num_real)
   states, targets, _, slot = _pack_shards(hidden, x0, masked, capacity, chunks)
 
   def by_chunk(params, *parts):
@@ -154,7 +154,7 @@ def masked_loss(
     weight: of every masked token of a row.
   """
   losses = _losses(head, num_real, label_smoothing)
-  chunks = _chunks(capacity, hidden.shape[-1], num_real)
+  chunks = num_chunks(capacity, hidden.shape[-1], num_real)
   states, targets, position, slot = _pack_shards(
     hidden, x0, masked, capacity, chunks
   )
@@ -178,7 +178,7 @@ def _losses(head: Head, num_real: int, label_smoothing: float) -> _Losses:
   return losses
 
 
-def _chunks(capacity: int, width: int, num_real: int) -> int:
+def num_chunks(capacity: int, width: int, num_real: int) -> int:
   """Returns how many chunks the buffer goes through the vocabulary in."""
   rows = max(_ROWS_OF_WIDTH * width, _SMALL // num_real)
   return -(-capacity // rows)

@@ -23,14 +23,10 @@ Params = dict[str, Any]
 
 # By what is kept for the backward pass; all else is computed again.
 _KEPT = {
-  "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
+  # Products and attention have names, nothing else has.
+  "dots": jax.checkpoint_policies.save_any_names_but_these(),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def mlp_size(config: ModelConfig) -> int:
-  """Returns the SwiGLU hidden width: 8/3 D rounded up to 64 by default."""
-  return config.mlp_dim or -(-8 * config.embed_dim // (3 * 64)) * 64
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -86,13 +82,13 @@ class Attention(nnx.Module):
     self, x: Float[Array, "B L D"], context: _Context
   ) -> Float[Array, "B L D"]:
     # Heads come before the length: matmuls over [L, K] then need no copies.
-    batch_heads = ("batch", "heads")
+    heads, tokens = ("batch", "heads"), ("length", None)
     query = layers.project(
-      "bld,dgrk->bgrlk", x, self.query, *batch_heads, None, "length", None
+      "query", "bld,dgrk->bgrlk", x, self.query, *heads, None, *tokens
     )
     key, value = (
-      layers.project("bld,dgk->bglk", x, w, *batch_heads, "length", None)
-      for w in (self.key, self.value)
+      layers.project(name, "bld,dgk->bglk", x, w, *heads, *tokens)
+      for name, w in (("key", self.key), ("value", self.value))
     )
     if self.config.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
@@ -102,7 +98,7 @@ class Attention(nnx.Module):
       self.config.attention, query, key, value, context.visible
     )
     return layers.project(
-      "bgrlk,grkd->bld", mixed, self.out, "batch", "length", None
+      "out", "bgrlk,grkd->bld", mixed, self.out, "batch", "length", None
     )
 
 
@@ -110,7 +106,7 @@ class SwiGLU(nnx.Module):
   """silu(x gate) * (x up), projected down (arXiv 2002.05202)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    width, hidden = config.embed_dim, mlp_size(config)
+    width, hidden = config.embed_dim, config.mlp_size
     # Not as one: on the way back, joining the two costs more than it saves.
     inward = functools.partial(layers.normal, fan_in=width)
     self.gate = inward(rngs(), (width, hidden), "embed", "mlp")
@@ -125,12 +121,12 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     gate, up = (
-      layers.project("bld,df->blf", x, weight, "batch", "length", "mlp")
-      for weight in (self.gate, self.up)
+      layers.project(name, "bld,df->blf", x, w, "batch", "length", "mlp")
+      for name, w in (("gate", self.gate), ("up", self.up))
     )
     hidden = layers.swiglu(gate, up)
     return layers.project(
-      "blf,fd->bld", hidden, self.down, "batch", "length", None
+      "down", "blf,fd->bld", hidden, self.down, "batch", "length", None
     )
 
 
@@ -164,6 +160,7 @@ class Block(nnx.Module):
     if context.condition is None:
       return (0, 0), (0, 0), (1, 1)
     parts = layers.project(
+      "modulation",
       "bd,dcf->bcf",
       context.condition.astype(x.dtype),
       self.modulation,
@@ -242,7 +239,7 @@ class Network(nnx.Module):
     angles = rate[:, None] * frequency[None]
     features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jax.nn.silu(
-      layers.project("bd,df->bf", features, self.time_in, "batch", None)
+      layers.project("time", "bd,df->bf", features, self.time_in, "batch", None)
     )
 
 

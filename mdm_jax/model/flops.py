@@ -6,8 +6,8 @@ are softmaxes, norms, time conditioning and the optimizer: this is the work the
 model asks for.
 """
 
+from mdm_jax.core import accelerators
 from mdm_jax.core.config import ModelConfig
-from mdm_jax.model.denoiser import mlp_size
 
 
 def trunk_flops(config: ModelConfig, rows: int, length: int) -> float:
@@ -18,7 +18,7 @@ def trunk_flops(config: ModelConfig, rows: int, length: int) -> float:
     rows: B.
     length: L; attention is over all of it, whatever is packed.
   """
-  width, hidden = config.embed_dim, mlp_size(config)
+  width, hidden = config.embed_dim, config.mlp_size
   heads = config.num_heads
   shared = width // heads * (config.num_kv_heads or heads)
   weights = 2 * width * width + 2 * width * shared + 3 * width * hidden
@@ -47,22 +47,7 @@ def update_flops(
   return 3 * (trunk + head_flops(config, positions, vocab_size))
 
 
-# Dense bfloat16 operations a second of one device, by what JAX calls it.
-_PEAKS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-}
-
-
 def peak_flops(device_kind: str) -> float | None:
   """Returns a device's peak by its data sheet, None for one not listed."""
-  for name in sorted(_PEAKS, key=len, reverse=True):
-    if device_kind.startswith(name):
-      return _PEAKS[name]
-  return None
+  device = accelerators.by_kind(device_kind)
+  return device.flops if device else None

@@ -40,11 +40,21 @@ def zeros(shape: tuple[int, ...], *axes: str | None) -> nnx.Param:
 
 
 def project(
-  equation: str, x: Array, weight: nnx.Param, *axes: str | None
+  name: str, equation: str, x: Array, weight: nnx.Param, *axes: str | None
 ) -> Array:
-  """Multiplies activations with a weight, in the activations' dtype."""
-  y = _product(equation, RULES.spec(*axes), x, weight[...])
-  return checkpoint_name(y, "product")
+  """Multiplies activations with a weight, in the activations' dtype.
+
+  Args:
+    name: of the product, by which it may be kept for the backward pass and is
+      found in a profile.
+    equation: of the einsum.
+    x: activations.
+    weight: a parameter.
+    *axes: logical ones of the result.
+  """
+  with jax.named_scope(name):
+    y = _product(equation, RULES.spec(*axes), x, weight[...])
+  return checkpoint_name(y, name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -14,7 +14,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -48,17 +47,17 @@ class Predictor(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-  """What is given of each text.
+  """What is given of each text; arrays, or shapes where nothing is computed.
 
   Attributes:
-    tokens: ids where given; whatever else where free.
-    free: what is to be drawn. The rest is never changed.
-    lengths: tokens of each row; what is behind them is padding.
+    tokens: ids [B, L] where given; whatever else where free.
+    free: what is to be drawn [B, L]. The rest is never changed.
+    lengths: tokens of each row [B]; what is behind them is padding.
   """
 
-  tokens: Int[Array | np.ndarray, "B L"]
-  free: Bool[Array | np.ndarray, "B L"]
-  lengths: Int[Array | np.ndarray, "B"]
+  tokens: Any
+  free: Any
+  lengths: Any
 
 
 def padded(canvas: Canvas, pad: int) -> Canvas:

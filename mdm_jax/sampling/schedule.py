@@ -21,6 +21,7 @@ schedule of any number of steps follows from it by dynamic programming.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,13 +110,15 @@ def losses_by_revealed(
 class Pace:
   """How many of n = 0 .. L free tokens a row has revealed, and puts back.
 
+  Arrays of int32, or shapes where nothing is computed.
+
   Attributes:
-    revealed: before each step, and after the last.
-    put_back: in each step.
+    revealed: before each of S steps, and after the last, [S + 1, L + 1].
+    put_back: in each step, [S, L + 1].
   """
 
-  revealed: Int32[Array | np.ndarray, "S N"]
-  put_back: Int32[Array | np.ndarray, "S-1 N"]
+  revealed: Any
+  put_back: Any
 
 
 def pace(

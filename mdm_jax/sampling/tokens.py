@@ -13,10 +13,12 @@ of 16, which is what a token of probability 1e-9 needs.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.config import SampleConfig
@@ -24,7 +26,7 @@ from mdm_jax.core.config import SampleConfig
 _BLOCK = 128  # tokens; `Vocabulary.size` is a multiple of it
 _FEW = 128  # candidates that `lax.top_k` finds as fast as a bisection does
 
-_Number = float | Float[Array, ""]
+_Number = Any  # a float or a scalar array, or what a lowering says of one
 
 # The logit and the id of a token in the order, or of one that might be there.
 _Place = tuple[Float[Array, ""], Int[Array, ""]]
@@ -96,8 +98,24 @@ def draw(
       values and ends at 4.8: the tail of the vocabulary would never be drawn.
   """
   assert logits.dtype == jnp.float32, logits.dtype
-  one = functools.partial(_draw_one, settings)
-  return _over(one, keys.ndim)(keys, logits)
+  if jax.sharding.get_abstract_mesh().empty:
+    return _draw_all(settings, keys, logits)
+  # By itself in every shard: XLA would bring all rows together for a top-k.
+  *split, _ = jax.typeof(logits).sharding.spec
+  draw_own = jax.shard_map(
+    _draw_all,
+    in_specs=(P(), P(*split), P(*split, None)),
+    out_specs=P(*split),
+    check_vma=False,
+  )
+  settings = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), settings)
+  return draw_own(settings, keys, logits)
+
+
+def _draw_all(
+  settings: Settings, keys: Key[Array, "*N"], logits: Float[Array, "*N V"]
+) -> Int[Array, "*N"]:
+  return _over(functools.partial(_draw_one, settings), keys.ndim)(keys, logits)
 
 
 def _over(one: Callable, axes: int) -> Callable:

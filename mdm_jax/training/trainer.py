@@ -13,9 +13,11 @@ from jaxtyping import Array, Bool, Int
 from mdm_jax.core import rng
 from mdm_jax.core.config import Config
 from mdm_jax.core.errors import NumericsError
+from mdm_jax.core.sharding import check_vocabulary
 from mdm_jax.data import batches
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
+from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.training.curriculum import StagePlan, make_curriculum
 from mdm_jax.training.guard import make_guard
@@ -35,8 +37,8 @@ from mdm_jax.training.step import (
 )
 
 
-class Trainer:
-  """The pure parts of a run, put together; call it on the run's mesh.
+class Blueprint:
+  """The parts of a run that need no rows and no devices.
 
   Attributes:
     denoiser: the model.
@@ -46,19 +48,56 @@ class Trainer:
     guard: what tells spikes of the gradient.
   """
 
-  def __init__(
-    self, config: Config, data: PreparedData, mesh: jax.sharding.Mesh
-  ):
-    vocab = data.tokenizer.vocab
-    self.config, self.data, self.mesh = config, data, mesh
+  def __init__(self, config: Config, vocab: Vocabulary, rows: list[int]):
+    """Puts the parts together.
+
+    Args:
+      config: of the run.
+      vocab: what the ids are.
+      rows: that every stage draws from.
+    """
+    self.config, self.vocab = config, vocab
     self.denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
-    self.curriculum = make_curriculum(config, [len(r) for r in data.stages])
+    self.curriculum = make_curriculum(config, rows)
     self.schedule = learning_rate_schedule(config.optimizer, self.curriculum)
     self.optimizer: optax.GradientTransformationExtraArgs = make_optimizer(
       config.optimizer, self.schedule
     )
     self.guard = make_guard(config.train)
-    self._steps = functools.cache(self._make_step)
+
+  def abstract(self) -> TrainState:
+    """Returns shapes, dtypes and shardings of the state."""
+    return abstract_state(self.denoiser, self.optimizer, self.guard)
+
+  def step(self, stage: StagePlan) -> TrainStep:
+    """Returns a stage's compiled update, for the current mesh."""
+    return make_train_step(
+      self.config,
+      stage,
+      self.denoiser,
+      self.optimizer,
+      self.schedule,
+      self.vocab.mask,
+    )
+
+
+class Trainer(Blueprint):
+  """All pure parts of a run; call it on the run's mesh.
+
+  Attributes:
+    data: its rows.
+    mesh: the devices.
+  """
+
+  def __init__(
+    self, config: Config, data: PreparedData, mesh: jax.sharding.Mesh
+  ):
+    vocab = data.tokenizer.vocab
+    check_vocabulary(vocab.size, mesh)
+    super().__init__(config, vocab, [len(rows) for rows in data.stages])
+    self.data, self.mesh = data, mesh
+    stages = self.curriculum.stages
+    self._steps = functools.cache(lambda index: self.step(stages[index]))
     self._diagnoses = functools.cache(self._make_diagnosis)
 
   def init(self) -> TrainState:
@@ -69,10 +108,6 @@ class Trainer:
   def init_from(self, params: Params) -> TrainState:
     """Returns the state before the first update, of given parameters."""
     return state_from(params, self.optimizer, self.guard)
-
-  def abstract(self) -> TrainState:
-    """Returns shapes, dtypes and shardings of the state."""
-    return abstract_state(self.denoiser, self.optimizer, self.guard)
 
   def update(
     self, state: TrainState, update: int, batch: Batch | None = None
@@ -143,22 +178,12 @@ class Trainer:
       self.config.rows_per_update,
     )
 
-  def _make_step(self, index: int) -> TrainStep:
-    return make_train_step(
-      self.config,
-      self.curriculum.stages[index],
-      self.denoiser,
-      self.optimizer,
-      self.schedule,
-      self.data.tokenizer.vocab.mask,
-    )
-
   def _make_diagnosis(self, index: int) -> Diagnosis:
     return make_diagnosis(
       self.config,
       self.curriculum.stages[index],
       self.denoiser,
-      self.data.tokenizer.vocab.mask,
+      self.vocab.mask,
     )
 
 

@@ -1,0 +1,61 @@
+"""A denoiser of 350M parameters, for text that is read once.
+
+  python -m mdm_jax.main --config=configs/medium.py
+
+The stages of `configs/recommended.py` with updates instead of epochs. What
+fights repetition there (dropout, label smoothing) is off here, and half of
+every batch is masked at any rate: with so much text the likelihood bound is
+what pays. `data.corpus` is yours to name. docs/scaling.md says what it takes;
+it was never trained to its end.
+"""
+
+from mdm_jax.core import config as config_lib
+
+
+def get_config(arg: str = ""):
+  """`:quick` scales down to a CPU and about a minute."""
+  config = config_lib.default_config()
+  config.name = "medium"
+  config.data.update(corpus="text:corpus/*.jsonl", batch_size=256)
+  config.data.eval_fraction = 0.001
+  config.tokenizer.vocab_size = 50_000
+  config.model.update(num_layers=24, embed_dim=1024, num_heads=16)
+  config.stages = (
+    config_lib.stage(
+      name="I foundational",
+      unit="sentences",
+      min_words=10,
+      max_words=50,
+      easiest=1 / 3,
+      length=128,
+      updates=4_000,
+      mask_rate=(0.75, 0.90),
+      rehearsal=0.5,
+    ),
+    config_lib.stage(
+      name="II structural",
+      unit="pairs",
+      min_words=15,
+      max_words=100,
+      easiest=2 / 3,
+      length=256,
+      updates=8_000,
+      mask_rate=(0.40, 0.60),
+      rehearsal=0.5,
+    ),
+    config_lib.stage(
+      name="III refinement",
+      unit="paragraphs",
+      length=1024,
+      updates=100_000,
+      mask_rate=(0.05, 0.20),
+      rehearsal=0.5,
+    ),
+  )
+  config.optimizer.update(
+    learning_rate=3e-4, warmup_steps=2_000, min_lr_ratio=0.1, weight_decay=0.1
+  )
+  config.train.checkpoint_every = 2_000
+  config.eval.update(every=2_000, rows=512, final_rows=4096)
+  config.sample.update(num_steps=25, temperature=0.6, top_k=20, top_p=0.85)
+  return config_lib.apply_arg(config, arg)

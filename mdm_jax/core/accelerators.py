@@ -1,0 +1,50 @@
+"""What accelerators can do, by their data sheets."""
+
+import dataclasses
+
+from mdm_jax.core.errors import UserError, nearest
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+  """One device, as JAX counts them.
+
+  Attributes:
+    name: what it is called on the command line.
+    kind: how JAX's `device_kind` begins.
+    flops: dense bfloat16 operations a second.
+    memory: bytes.
+  """
+
+  name: str
+  kind: str
+  flops: float
+  memory: int
+
+
+_ALL = (
+  Accelerator("v4", "TPU v4", 275e12, 32 * GIB),
+  Accelerator("v5e", "TPU v5 lite", 197e12, 16 * GIB),
+  Accelerator("v5p", "TPU v5", 459e12, 95 * GIB),
+  Accelerator("v6e", "TPU v6 lite", 918e12, 32 * GIB),
+  Accelerator("a100-40", "NVIDIA A100", 312e12, 40 * GIB),
+  Accelerator("a100-80", "NVIDIA A100-SXM4-80GB", 312e12, 80 * GIB),
+  Accelerator("h100", "NVIDIA H100", 989e12, 80 * GIB),
+  Accelerator("h200", "NVIDIA H200", 989e12, 141 * GIB),
+)
+
+
+def by_name(name: str) -> Accelerator:
+  """Returns the accelerator of a name; raises UserError for any other."""
+  found = {a.name: a for a in _ALL}
+  if name.lower() not in found:
+    raise UserError(f"device {name!r}: {nearest(name, found)}")
+  return found[name.lower()]
+
+
+def by_kind(device_kind: str) -> Accelerator | None:
+  """Returns what JAX calls so, None for one that is not listed."""
+  fitting = [a for a in _ALL if device_kind.startswith(a.kind)]
+  return max(fitting, key=lambda a: len(a.kind), default=None)

@@ -1,0 +1,137 @@
+"""Whether a run fits a mesh of devices that need not be there.
+
+  python -m mdm_jax.plan --config=configs/8b.py --mesh=64x4 --device=v5e
+
+prints how every parameter is split and what a device holds, without any text
+and without an accelerator; a run that can't fit is refused with the numbers.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from mdm_jax.core import accelerators, sharding
+from mdm_jax.core.accelerators import GIB, Accelerator
+from mdm_jax.core.config import Config
+from mdm_jax.core.errors import UserError
+from mdm_jax.core.progress import console
+from mdm_jax.data.tokenizer import planned_vocabulary
+from mdm_jax.training.footprint import Footprint, Layout, footprint
+from mdm_jax.training.trainer import Blueprint
+
+_MIB = 2**20
+
+
+def plan_mesh(config: Config, mesh: str, device: str | None) -> dict[str, Any]:
+  """Prints what every device of a mesh would hold; returns the bytes.
+
+  Args:
+    config: of the run.
+    mesh: sizes, as 64x4.
+    device: name of the accelerator that has to be large enough.
+
+  Raises:
+    UserError: the run does not split over the mesh, or not fit the device.
+  """
+  accelerator = device and accelerators.by_name(device)
+  devices = sharding.planned_mesh(sharding.parse_mesh(mesh))
+  run = blueprint(config, devices)
+  found = footprint(run, devices)
+  lines = describe(run, devices, found)
+  console.print("\n".join(lines), markup=False, soft_wrap=True)
+  if accelerator:
+    console.print(
+      _verdict(run, found, accelerator), markup=False, soft_wrap=True
+    )
+  return {"held": found.held, "passing": found.passing, "total": found.total}
+
+
+def blueprint(config: Config, mesh: AbstractMesh) -> Blueprint:
+  """Returns a run as it would be on accelerators, checked to split.
+
+  Raises:
+    UserError: it does not split.
+  """
+  auto = {"dtype": "bfloat16", "attention": "fused"}
+  chosen = {k: v for k, v in auto.items() if getattr(config.model, k) == "auto"}
+  model = dataclasses.replace(config.model, **chosen)
+  config = dataclasses.replace(config, model=model)
+  sharding.check_config(config, mesh)
+  vocab = planned_vocabulary(config.tokenizer)
+  sharding.check_vocabulary(vocab.size, mesh)
+  # How many rows a stage has says when it ends, not what it holds.
+  rows = [config.rows_per_update] * len(config.stages)
+  return Blueprint(config, vocab, rows)
+
+
+def describe(run: Blueprint, mesh: AbstractMesh, found: Footprint) -> list[str]:
+  """Returns lines: what is planned, how arrays lie, what a device holds."""
+  config = run.config
+  sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  rows = config.data.batch_size
+  count = sum(math.prod(p.shape) for p in found.params)
+  return [
+    f"{config.name}: vocabulary {run.vocab.size:,}, {config.model.dtype},"
+    f" attention {config.model.attention}, remat {config.model.remat}",
+    f"{sizes}, devices {mesh.size}: {rows} rows a microbatch,"
+    f" {rows // sharding.data_shards(mesh)} a data shard, microbatches an"
+    f" update {config.optimizer.accumulation}",
+    "",
+    f"{count:,} parameters; their average, both moments and the gradient lie"
+    " as they do:",
+    *map(_line, found.params),
+    "",
+    "kept from the blocks' forward pass for the backward pass, all layers:",
+    *map(_line, found.kept),
+    "",
+    "a device holds",
+    *(f"  {name:<55}{_mib(size)}" for name, size in _parts(found).items()),
+    f"  {'together, when it is most':<55}{_mib(found.total)}",
+  ]
+
+
+def _line(layout: Layout) -> str:
+  return (
+    f"  {layout.name:<33} {layout.dtype!s:<8} {_mib(layout.bytes)}  {layout}"
+  )
+
+
+def _mib(size: int) -> str:
+  return f"{size / _MIB:>12,.2f} MiB"
+
+
+def _parts(found: Footprint) -> dict[str, int]:
+  """Names what is in memory all the time, and what for a part of an update."""
+  passing = {
+    "head": "the head: a table, its gradient, a chunk of logits",
+    "block": "or a block: its parameters, their gradient, scores",
+  }
+  return found.held | {
+    passing.get(name, name): size for name, size in found.passing.items()
+  }
+
+
+def _verdict(run: Blueprint, found: Footprint, device: Accelerator) -> str:
+  """Says that a run fits a device; raises UserError where it can't."""
+  need, have = found.total / GIB, device.memory / GIB
+  if found.total <= device.memory:
+    return f"fits {device.name}: {need:.2f} of {have:.0f} GiB"
+  parts = _parts(found)
+  worst = max(parts, key=parts.__getitem__)
+  raise UserError(
+    f"{device.name} has {have:.0f} GiB, a device would hold {need:.2f} GiB,"
+    f" {parts[worst] / GIB:.2f} GiB of it for {worst.removeprefix('or ')};"
+    f" nearest valid: {_cure(run, found, device)}"
+  )
+
+
+def _cure(run: Blueprint, found: Footprint, device: Accelerator) -> str:
+  """Says what to change: the mesh, or what an update needs at once."""
+  cures = []
+  if sum(found.held.values()) <= device.memory:
+    cures.append("data.batch_size smaller, optimizer.accumulation larger")
+    if run.config.model.remat != "full":
+      cures.append("model.remat=full")
+  return ", or ".join([*cures, "a larger mesh.fsdp or mesh.tensor"])
