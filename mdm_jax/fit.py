@@ -122,7 +122,7 @@ def _verdict(run: Blueprint, found: Footprint, device: Accelerator) -> str:
   worst = max(parts, key=parts.__getitem__)
   raise UserError(
     f"{device.name} has {have:.0f} GiB, a device would hold {need:.2f} GiB,"
-    f" {parts[worst] / GIB:.2f} GiB of it for {worst.removeprefix('or ')};"
+    f" most of it: {worst.removeprefix('or ')} ({parts[worst] / GIB:.2f} GiB);"
     f" nearest valid: {_cure(run, found, device)}"
   )
 

@@ -45,11 +45,11 @@ def standard_promotion():
     yield
 
 
-def read(name):
-  """Returns what --config=configs/NAME.py is."""
+def read(name, argument=""):
+  """Returns what --config=configs/NAME.py:ARGUMENT is."""
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values)
-  values(["", f"--config={ROOT / 'configs' / name}.py"])
+  values(["", f"--config={ROOT / 'configs' / name}.py:{argument}"])
   return config_lib.from_config_dict(values.config)
 
 
@@ -109,6 +109,13 @@ def test_bytes_are_what_devices_hold(any_mesh, tiny_config):
   ]
   assert [layout.bytes for layout in found.params] == held
   assert found.held["parameters"] == sum(held)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_size_can_be_tried_out(name):
+  mesh = planned("1")
+  found = footprint(fit.blueprint(read(name, "quick"), mesh), mesh)
+  assert found.total < 2**28
 
 
 # MARK: the command
