@@ -49,8 +49,8 @@ def _losses(workdir):
   return found
 
 
-def test_fault_02_38_a_signal_to_one_stops_both_and_one_goes_on(place, pair):
-  """And the one that goes on alone sees what the two would have seen."""
+def test_fault_02_38_two_stop_one_goes_on_then_two(place, pair):
+  """A signal to one stops both; whoever goes on sees what all would have."""
   slow = harness.SLOW_UPDATES.format(seconds=0.2)
   first, second = pair("w", patch=slow)
   first.wait_for_update(12)
@@ -62,9 +62,16 @@ def test_fault_02_38_a_signal_to_one_stops_both_and_one_goes_on(place, pair):
   assert told["code"] == 42 and told["update"] == at
   assert harness.steps(place.workdir("w"))[-1] == at >= 12
   assert "resumes" in ended[0].out and "saved update" not in ended[1].out
-  alone = place.run("w", JAX_NUM_CPU_DEVICES="4")
-  assert alone.code == 0, alone.err
-  assert f"at update {at}" in alone.said
+  alone = place.start("w", patch=slow, JAX_NUM_CPU_DEVICES="4")
+  alone.wait_for_update(at + 8)
+  alone.signal(signal.SIGTERM)
+  ended = alone.end()
+  assert ended.code == 42 and f"at update {at}" in ended.said, ended.err
+  after = ended.exit["update"]
+  assert at < after < 40
+  first, second = (process.end(200) for process in pair("w"))
+  assert (first.code, second.code) == (0, 0), first.err + second.err
+  assert f"at update {after}" in first.said
   whole = place.run("whole")
   assert whole.code == 0, whole.err
   losses, expected = (_losses(place.workdir(w)) for w in ("w", "whole"))

@@ -170,7 +170,7 @@ def test_what_comes_along_has_no_gradient(case, small_chunks):
 
 
 def test_chunks_follow_the_width_but_are_never_tiny():
-  chunks = objective._chunks
+  chunks = objective.num_chunks
   rows = objective._ROWS_OF_WIDTH * 384
   assert chunks(rows, 384, 50_000) == 1
   assert chunks(rows + 1, 384, 50_000) == 2

@@ -1,12 +1,16 @@
 """Whole runs in a bucket of a real server on this machine."""
 
 import json
+import pathlib
+import re
 import signal
+import subprocess
 
 import command_harness
 import faults_harness as harness
 import pytest
 import remote_harness
+from apart_harness import python_with
 
 from mdm_jax.core import files
 
@@ -16,6 +20,24 @@ ALL = ("--config.train.keep_latest=9",)
 SLOW = harness.SLOW_UPDATES.format(seconds=0.1)
 # Each time another name: a process's number, or one that is random.
 RANDOM = "checkpoints/", "tensorboard/"
+
+
+def test_s3_in_an_environment_of_its_own(tmp_path):
+  """Its server wants an older package than the library does."""
+  if remote_harness.why_not("s3") is None:
+    pytest.skip("the server is installed here: the tests of s3 are run here")
+  python = python_with(tmp_path, "dev,quickstart,s3_test", "S3_PYTHON")
+  # One after the other: s3fs stays with the first server that it has met.
+  for name in ("remote_files_test.py", "remote_run_test.py"):
+    done = subprocess.run(
+      [python, "-m", "pytest", "-q", "-n0", "-m", "", "-k", "s3", name],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert re.search(r"[1-9]\d* passed", done.stdout), done.stdout[-500:]
 
 
 @pytest.fixture(scope="module")
