@@ -1,6 +1,7 @@
 """Meshes of any size, and which axes of an array they split."""
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -133,3 +134,22 @@ def test_an_axis_that_is_taken_is_left_out():
 def test_gathering_keeps_the_tensor_axis():
   assert sharding.gathered(P("tensor", "fsdp")) == P("tensor", None)
   assert sharding.gathered(P(("replica", "fsdp"), None)) == P(None, None)
+
+
+@pytest.mark.parametrize("spec", [P("tensor", "fsdp"), P("fsdp"), P(None)])
+def test_shards_are_added_up_over_replicas_and_fsdp(spec):
+  """Each of 2 x 2 data shards has its own array, and gets a part of the sum."""
+  mesh = jax.make_mesh((2, 2, 2), AXES)
+  values = np.random.default_rng(0).normal(size=(4, 8, 6)[: len(spec) + 1])
+  values = values.astype(np.float32)
+  whole = P(("replica", "fsdp"), *sharding.gathered(spec))
+
+  def add(values):
+    return sharding.sum_over_shards(values[0], spec)
+
+  with jax.set_mesh(mesh):
+    run = jax.shard_map(add, in_specs=whole, out_specs=spec)
+    placed = jax.device_put(values, jax.NamedSharding(mesh, whole))
+    np.testing.assert_allclose(
+      jax.jit(run)(placed), values.sum(axis=0), rtol=1e-6, atol=1e-6
+    )

@@ -74,10 +74,10 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
 
 
 def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
-  """Returns a mesh of devices that need not be there.
+  """Returns a mesh of devices that need not be there; no size may be -1.
 
   Raises:
-    UserError: a size is not given.
+    UserError: a size is not positive.
   """
   sizes = _given(config)
   return jax.sharding.AbstractMesh(
