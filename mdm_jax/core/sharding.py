@@ -249,13 +249,13 @@ def sum_over_shards(values: jax.Array, spec: P) -> jax.Array:
   For the inside of a `shard_map`.
   """
   for axis in BATCH_AXES:
-    if axis in spec:
+    if axis not in spec:
+      values = jax.lax.psum(values, axis)
+    elif jax.lax.axis_size(axis) > 1:  # of one, XLA turns the array around
       at = list(spec).index(axis)
       values = jax.lax.psum_scatter(
         values, axis, scatter_dimension=at, tiled=True
       )
-    else:
-      values = jax.lax.psum(values, axis)
   return values
 
 
