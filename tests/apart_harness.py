@@ -32,4 +32,5 @@ def python_with(folder: pathlib.Path, extras: str, variable: str) -> str:
     lines = done.stderr.strip().splitlines()
     errors = [line for line in lines if line.startswith("ERROR")]
     pytest.skip(f"pip can't install {extras} here: {(errors or lines)[-1]}")
+  assert "does not provide the extra" not in done.stderr, done.stderr
   return python

@@ -5,6 +5,7 @@ nobody hurts: what a test compares with, and what shows that it can fail.
 """
 
 import json
+import pydoc
 import shutil
 import signal
 import time
@@ -171,7 +172,7 @@ def test_fault_01_06_in_every_variant(name, place):
 # MARK: signals where nothing polls
 
 SLEEPS = {
-  "preparing": ("mdm_jax.train", "prepare"),
+  "preparing": ("mdm_jax.train", "prepare_on_all"),
   "restoring": ("mdm_jax.training.checkpoint.Checkpoints", "_restore"),
   "evaluating": ("mdm_jax.evaluate.Measures", "likelihood"),
   "sampling": ("mdm_jax.evaluate.Measures", "sample"),
@@ -185,6 +186,11 @@ def call(*args, **kwargs):
   time.sleep(600)
 setattr(home, {name!r}, call)
 """
+
+
+@pytest.mark.parametrize("home,name", SLEEPS.values())
+def test_sleeps_are_put_where_something_is(home, name):
+  assert callable(getattr(pydoc.locate(home), name))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ SERVERS = {
   "s3": ("-m", "moto.server", "-H", "127.0.0.1", "-p", "{port}"),
   "gs": (str(GCS_SERVER), "{port}", BUCKET),
 }
-EXTRAS = {"s3": "s3_test", "gs": "dev"}
+EXTRAS = {"s3": "moto", "gs": "dev"}
 PACKAGES = {
   "s3": ("s3fs", "moto", "flask_cors"),
   "gs": ("gcsfs", "gcp_storage_emulator"),
