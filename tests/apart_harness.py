@@ -28,6 +28,7 @@ def python_with(folder: pathlib.Path, extras: str, variable: str) -> str:
     capture_output=True,
     text=True,
   )
+  assert "ResolutionImpossible" not in done.stderr, done.stderr
   if done.returncode:
     lines = done.stderr.strip().splitlines()
     errors = [line for line in lines if line.startswith("ERROR")]

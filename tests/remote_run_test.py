@@ -26,7 +26,7 @@ def test_s3_in_an_environment_of_its_own(tmp_path):
   """Its server wants an older package than the library does."""
   if remote_harness.why_not("s3") is None:
     pytest.skip("the server is installed here: the tests of s3 are run here")
-  python = python_with(tmp_path, "dev,quickstart,moto", "S3_PYTHON")
+  python = python_with(tmp_path, "quickstart,moto", "S3_PYTHON")
   # One after the other: s3fs stays with the first server that it has met.
   for name in ("remote_files_test.py", "remote_run_test.py"):
     done = subprocess.run(
