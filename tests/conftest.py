@@ -1,6 +1,7 @@
 """Eight fake devices, strict promotion, and a compilation cache."""
 
 import os
+import signal
 
 # Before jax starts: with two cores, unsynchronised steps on several fake
 # devices deadlock unless the thread pool is larger than the core count.
@@ -15,6 +16,9 @@ import pytest
 
 from mdm_jax.core.config import Config, EvalConfig, ModelConfig
 from mdm_jax.core.sharding import AXES
+
+# A shell's background job ignores SIGINT, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CACHE = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
 

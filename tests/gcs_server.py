@@ -4,9 +4,11 @@
 
 The package's own neither tells an object's generation when it is read, nor
 looks at the one that a write asks for; without them, nobody can write an object
-only if it is not there, or has not changed.
+only if it is not there, or has not changed. And of what ends in a carriage
+return it would take that for a part of the line's end after it.
 """
 
+import email.parser
 import http
 import sys
 import threading
@@ -50,6 +52,16 @@ for _name in ("get", "download", "insert"):
   setattr(objects, _name, _with_generations(getattr(objects, _name)))
 
 from gcp_storage_emulator import server  # noqa: E402  binds the handlers
+
+
+class _Parser(email.parser.BytesParser):
+  """Parses parts that gcsfs separates by a line feed alone."""
+
+  def parsebytes(self, text):
+    return super().parsebytes(text.replace(b"\n--==0==", b"\r\n--==0=="))
+
+
+server.BytesParser = _Parser
 
 if __name__ == "__main__":
   _, _port, _bucket = sys.argv

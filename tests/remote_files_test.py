@@ -96,10 +96,11 @@ def test_a_folder_moves_with_all_that_is_in_it(folder):
   assert files.names(folder / "checkpoints") == ["100"]
 
 
-def test_a_folder_is_copied_here_and_back(folder, tmp_path):
+@pytest.mark.parametrize("end", [b"\0", b"\n", b"\r", b"\r\n"])
+def test_a_folder_is_copied_here_and_back(folder, tmp_path, end):
   here = epath.Path(tmp_path)
   (here / "a" / "d").mkdir(parents=True)
-  (here / "a" / "d" / "x").write_bytes(os.urandom(1000))
+  (here / "a" / "d" / "x").write_bytes(bytes(range(256)) + end)
   files.copy_files(here / "a", folder, files.sizes(here / "a"))
   files.copy_files(folder, here / "b", files.sizes(folder))
   same = (here / "a" / "d" / "x").read_bytes()

@@ -14,7 +14,7 @@ trap 'told=1; [[ -z $program ]] || kill -TERM "$program" 2> /dev/null' TERM INT
 
 "${PYTHON:-python}" -m mdm_jax.main "$@" <&0 & # or it would have no stdin
 program=$!
-if ((told)); then kill -TERM "$program"; fi # it came before the program
+if ((told)); then kill -TERM "$program" 2> /dev/null; fi # it came before the program
 
 wait "$program"
 code=$?
