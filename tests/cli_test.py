@@ -21,11 +21,12 @@ from mdm_jax.core import config as config_lib
 from mdm_jax.sampling import trace
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-# The quickstart is what most tests run; ablate_test runs the ablation. The
-# large ones have no text of their own: golden_test reads and lowers them.
+# The quickstart is what most tests run; the quick fix starts from its run, and
+# ablate_test runs the ablation. The large ones have no text of their own:
+# golden_test reads and lowers them.
 OTHERS = sorted(
   {p.stem for p in CONFIGS.glob("*.py")}
-  - {"quickstart", "ablation", "medium", "large", "8b"}
+  - {"quickstart", "quick_fix", "ablation", "medium", "large", "8b"}
 )
 PLANTED = """
 import pathlib
@@ -333,6 +334,7 @@ def _interrupt(folder, env, args, workdir, number, after):
     process.kill()
 
 
+@pytest.mark.slow  # faults_test has the like of it in every run
 def test_signals_save_and_the_run_continues_bit_for_bit(trained, tmp_path):
   workdir = tmp_path / "interrupted"
   parts = (trained.folder, trained.env, trained.args, workdir)
@@ -354,6 +356,7 @@ def test_signals_save_and_the_run_continues_bit_for_bit(trained, tmp_path):
   _check_same(trained, workdir)
 
 
+@pytest.mark.slow  # faults_test has the like of it in every run
 def test_a_crash_is_made_good_from_the_last_checkpoint(trained, copied):
   # As if it had been killed while it saved.
   (copied / "checkpoints" / "36" / "manifest.json").unlink()
@@ -548,17 +551,22 @@ def test_a_quick_fix_starts_from_a_finished_run(trained, env, tmp_path):
   assert len(losses) == 12  # the last stage alone
   first = _series(trained.workdir, float)["train/loss"][0][1]
   assert losses[0][1] < first - 0.5  # nothing was learned in one update
+  results = tmp_path / "runs" / "quick_fix_quick" / "results.json"
+  assert set(json.loads(results.read_text())) >= RESULTS
 
 
 # MARK: every config
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_config_runs_quickly(name, trained, env, tmp_path):
-  args = [f"--config={CONFIGS / name}.py:quick", "--json"]
-  if name == "quick_fix":
-    args.append(f"--config.init_from={trained.workdir}")
-  done = call(tmp_path, env, *args)
+@pytest.mark.parametrize(
+  "name",
+  [
+    n if n == "recommended" else pytest.param(n, marks=pytest.mark.slow)
+    for n in OTHERS
+  ],
+)
+def test_every_config_runs_quickly(name, env, tmp_path):
+  done = call(tmp_path, env, f"--config={CONFIGS / name}.py:quick", "--json")
   results = _last_json(done)
   workdir = tmp_path / "runs" / f"{name}_quick"
   assert results == json.loads((workdir / "results.json").read_text())
