@@ -12,16 +12,13 @@ QUICK = f"--config={ROOT / 'configs' / 'quickstart.py'}:quick"
 
 
 def environment(cache, **more):
-  """Returns the environment of a command that compiles in a hurry."""
+  """Returns the environment of a command: conftest.py's, and a cache."""
   return (
     os.environ
     | {
       "XDG_CACHE_HOME": str(cache),
       "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-      "NPROC": "16",
-      "XLA_FLAGS": "--xla_backend_optimization_level=0"
-      " --xla_llvm_disable_expensive_passes=true",
     }
     | more
   )

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,12 @@ hidden = jax.jit(Denoiser.hidden, static_argnums=0)
 
 
 def build(**fields):
-  denoiser = Denoiser(dataclasses.replace(BASE, **fields), 16, 12)
+  return _build(dataclasses.replace(BASE, **fields), jax.sharding.get_mesh())
+
+
+@functools.cache
+def _build(config, _mesh):
+  denoiser = Denoiser(config, 16, 12)
   return denoiser, jax.jit(denoiser.init)(rng.stream(0, "init"))
 
 

@@ -26,6 +26,11 @@ def case(any_mesh):
 
 
 def network(tie_embeddings=False):
+  return _network(tie_embeddings, jax.sharding.get_mesh())
+
+
+@functools.cache
+def _network(tie_embeddings, _mesh):
   config = ModelConfig(
     num_layers=1, embed_dim=8, num_heads=2, tie_embeddings=tie_embeddings
   )

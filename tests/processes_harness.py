@@ -75,16 +75,13 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-  """Returns the environment of a child with so many fake devices."""
+  """Returns conftest.py's environment, with so many fake devices."""
   cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
   return os.environ | {
-    "NPROC": "16",
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, "mdm_jax", "xla_tests"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true",
     "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
     "PYTHONUNBUFFERED": "1",
   }

@@ -1,6 +1,7 @@
 """The sampler's loop: calls, batches, meshes."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -42,10 +43,15 @@ def draw(
   keys = rng.per_row(keys, jnp.arange(first, first + len(x)))
   pace = schedule.pace(config, x.shape[1])
   pace = jax.device_put(pace, NamedSharding(mesh, PartitionSpec()))
-  run = make_sampler(config, denoiser, LETTERS)
+  run = _sampler(config, denoiser)
   canvas = jax.tree.map(place, canvas)
   settings = tokens.effective_settings(config)
   return run(params, canvas, pace, settings, place(keys))
+
+
+@functools.cache
+def _sampler(config, denoiser):
+  return make_sampler(config, denoiser, LETTERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +102,17 @@ def test_calls_and_reveals_follow_the_schedule(mesh, num_steps):
   np.testing.assert_array_equal(drawn.calls, [calls, min(num_steps, 7)])
 
 
-@pytest.fixture
-def network(mesh):
+@functools.cache
+def _network(_mesh):
   denoiser = Denoiser(
     ModelConfig(num_layers=1, embed_dim=8, num_heads=2), 128, 4
   )
-  params = jax.jit(denoiser.init)(rng.stream(0, "init"))
+  return denoiser, jax.jit(denoiser.init)(rng.stream(0, "init"))
+
+
+@pytest.fixture
+def network(mesh):
+  denoiser, params = _network(mesh)
   return denoiser, jax.tree.map(lambda p: p * 3, params)
 
 
@@ -139,13 +150,9 @@ def test_a_row_does_not_depend_on_the_mesh(fields):
   for name in ("1x1", "4x2"):
     mesh = make_mesh(name)
     with jax.set_mesh(mesh):
-      denoiser = Denoiser(
-        ModelConfig(num_layers=1, embed_dim=8, num_heads=2), 128, 4
-      )
-      params = jax.jit(denoiser.init)(rng.stream(0, "init"))
       x = np.full((8, 10), MASK)
       config = settings(num_steps=5, **fields)
-      drawn.append(sample(config, denoiser, params, x, mesh))
+      drawn.append(sample(config, *_network(mesh), x, mesh))
   np.testing.assert_array_equal(*drawn)
 
 

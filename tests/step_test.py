@@ -77,6 +77,11 @@ class Run:
     )
 
   def init(self):
+    """Returns new arrays every time: a step takes them."""
+    return _copy(self._start)
+
+  @functools.cached_property
+  def _start(self):
     key = rng.stream(self.config.seed, "init")
     return init_state(self.denoiser, self.optimizer, key, self.guard)
 
@@ -99,15 +104,23 @@ class Run:
     return state, metrics
 
   def tasks(self, update):
-    stage = self.config.stages[0]
-    rates = stage_rates(stage, self.config.noise)
+    return self._make_tasks(jnp.asarray(update), self.batch(update))
+
+  @functools.cached_property
+  def _make_tasks(self):
+    rates = stage_rates(self.config.stages[0], self.config.noise)
     make = functools.partial(step_lib._make_tasks, self.config, rates, MASK)
-    return jax.jit(make)(jnp.asarray(update), self.batch(update))
+    return jax.jit(make)
+
+
+_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+# What is traced and compiled once, most tests can share.
+shared = functools.cache(Run)
 
 
 def on(name, config=CONFIG):
   mesh = make_mesh(name)
-  return jax.set_mesh(mesh), lambda: Run(config, mesh)
+  return jax.set_mesh(mesh), lambda: shared(config, mesh)
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -125,7 +138,7 @@ def assert_trees_equal(a, b):
 
 
 def test_the_loss_falls_and_is_compiled_once(mesh):
-  run = Run(CONFIG, mesh)
+  run = shared(CONFIG, mesh)
   state, metrics = run.train(run.init(), 0, 6)
   assert run.step._cache_size() == 1
   assert metrics[-1]["loss"] < metrics[0]["loss"]
@@ -146,7 +159,7 @@ def test_microbatches_and_updates_never_share_masks(mesh):
 
 
 def test_padding_is_never_masked_and_every_row_has_a_mask(mesh):
-  tasks = Run(CONFIG, mesh).tasks(3)
+  tasks = shared(CONFIG, mesh).tasks(3)
   masked = tasks.corrupted.masked
   assert not (masked & (tasks.segments == 0)).any()
   assert (masked.sum(axis=-1) >= 1).all()
@@ -154,7 +167,7 @@ def test_padding_is_never_masked_and_every_row_has_a_mask(mesh):
 
 def test_rates_are_stratified_over_the_update_and_each_microbatch(mesh):
   config = dataclasses.replace(CONFIG, stages=(StageConfig(length=16),))
-  tasks = Run(config, mesh).tasks(0)
+  tasks = shared(config, mesh).tasks(0)
   rates = np.asarray(tasks.rate)
   assert sorted(np.ceil(rates.reshape(-1) * 16) - 1) == list(range(16))
   for microbatch in rates:
@@ -193,7 +206,7 @@ GUARDED = dataclasses.replace(
 
 @pytest.mark.parametrize("config", [CONFIG, GUARDED], ids=["plain", "guarded"])
 def test_six_updates_equal_three_a_resume_and_three(mesh, tmp_path, config):
-  run = Run(config, mesh)
+  run = shared(config, mesh)
   whole, losses = run.train(run.init(), 0, 6)
   half, first = run.train(run.init(), 0, 3)
   with Checkpoints(tmp_path) as checkpoints:
@@ -210,7 +223,7 @@ def test_six_updates_equal_three_a_resume_and_three(mesh, tmp_path, config):
 
 @pytest.mark.parametrize("lost", ["ema_params", "opt_state", "step"])
 def test_the_resume_test_would_see_what_is_lost(mesh, lost):
-  run = Run(CONFIG, mesh)
+  run = shared(CONFIG, mesh)
   whole, _ = run.train(run.init(), 0, 6)
   half, _ = run.train(run.init(), 0, 3)
   broken = dataclasses.replace(half, **{lost: getattr(run.init(), lost)})
@@ -276,7 +289,7 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(mesh, tmp_path):
-  run = Run(CONFIG, mesh)
+  run = shared(CONFIG, mesh)
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(run.init(), {})
   wider = dataclasses.replace(CONFIG.model, embed_dim=32)
@@ -354,7 +367,7 @@ BAD = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_an_update_that_is_not_finite_keeps_every_bit(mesh, monkeypatch, what):
-  run = Run(GUARDED, mesh)
+  run = shared(GUARDED, mesh)
   bad = broken(run, monkeypatch, *BAD[what]())
   state, _ = run.train(run.init(), 0, 2)
   state = with_awkward_numbers(state)
@@ -373,7 +386,7 @@ def test_an_update_that_is_not_finite_keeps_every_bit(mesh, monkeypatch, what):
 
 
 def test_the_test_of_bits_would_see_an_update(mesh):
-  run = Run(GUARDED, mesh)
+  run = shared(GUARDED, mesh)
   state = run.init()
   before = {name: bits(getattr(state, name)) for name in KEPT}
   after, _ = run.train(state, 0, 1)
@@ -386,7 +399,7 @@ def test_an_update_that_is_not_finite_is_as_one_passed_over(
   any_mesh, monkeypatch
 ):
   """Rows, masks and learning rate of the next one are those of its number."""
-  run = Run(GUARDED, any_mesh)
+  run = shared(GUARDED, any_mesh)
   bad = broken(run, monkeypatch, *weigh_by(np.float32(np.inf)))
   state, _ = run.train(run.init(), 0, 2)
   state, _ = bad.train(state, 2, 3)
@@ -411,7 +424,7 @@ def test_the_learning_rate_is_of_the_update_whatever_was_applied(mesh):
 
 
 def test_a_spike_is_not_applied_and_not_remembered(any_mesh, monkeypatch):
-  run = Run(GUARDED, any_mesh)
+  run = shared(GUARDED, any_mesh)
   bad = broken(run, monkeypatch, *weigh_by(np.float32(1e3)))
   state, metrics = run.train(run.init(), 0, 3)
   norms = [m["grad_norm"] for m in metrics]
@@ -428,7 +441,7 @@ def test_a_spike_is_not_applied_and_not_remembered(any_mesh, monkeypatch):
 
 
 def test_without_a_guard_the_same_update_is_applied(mesh, monkeypatch):
-  run = Run(CONFIG, mesh)
+  run = shared(CONFIG, mesh)
   bad = broken(run, monkeypatch, *weigh_by(np.float32(1e3)))
   _, metrics = bad.train(run.train(run.init(), 0, 3)[0], 3, 4)
   assert metrics[0]["skipped"] == metrics[0]["spike"] == 0
@@ -462,7 +475,7 @@ def test_not_applying_needs_no_copy_of_the_state(mesh, monkeypatch):
 def test_a_row_that_is_not_finite_shows_in_its_mask_rate_alone(
   mesh, monkeypatch
 ):
-  run = Run(CONFIG, mesh)
+  run = shared(CONFIG, mesh)
   tasks = run.tasks(0)
   row = np.asarray(run.batch(0).tokens)[0, 3]
   loss = objective.masked_loss
@@ -480,7 +493,7 @@ def test_a_row_that_is_not_finite_shows_in_its_mask_rate_alone(
 
 
 def test_averaged_parameters_follow_the_parameters(mesh):
-  run = Run(CONFIG, mesh)
+  run = shared(CONFIG, mesh)
   start = run.init()
   before = jax.device_get(start.params)
   after, _ = run.train(start, 0, 1)
@@ -501,7 +514,7 @@ def test_loss_is_the_weighted_mean_it_says(mesh, weighting):
     model=dataclasses.replace(CONFIG.model, dropout=0.0),
     objective=ObjectiveConfig(weighting=weighting),
   )
-  run = Run(config, mesh)
+  run = shared(config, mesh)
   state, tasks = run.init(), run.tasks(0)
   total, sums, counts = 0.0, np.zeros(10), np.zeros(10)
   for i in range(2):
@@ -535,7 +548,7 @@ def test_loss_is_the_weighted_mean_it_says(mesh, weighting):
 
 
 def test_state_holds_no_key_and_has_readable_paths(mesh):
-  state = Run(CONFIG, mesh).init()
+  state = shared(CONFIG, mesh).init()
   assert [f.name for f in dataclasses.fields(TrainState)] == [
     "step",
     "params",
