@@ -317,6 +317,7 @@ def test_parts_are_timed(mesh, unchecked):
   assert set(seconds) == names
 
 
+@pytest.mark.slow
 def test_input_measures(mesh, unchecked):
   results = input.measure(TINY, 50, 1)
   assert json.loads(json.dumps(results)) == results
@@ -358,6 +359,7 @@ def test_a_turn_of_the_loop_is_the_runs_own(mesh):
     assert logged == [20, 40]
 
 
+@pytest.mark.slow
 def test_compile_time_measures(mesh, unchecked):
   results = compile_time.measure(TINY, (1, 2), 1)
   json.dumps(results)

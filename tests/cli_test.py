@@ -540,6 +540,7 @@ def test_the_frontier_is_a_table_and_a_plot(trained, copied):
   assert (copied / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_quick_fix_starts_from_a_finished_run(trained, env, tmp_path):
   config = f"--config={CONFIGS / 'quick_fix.py'}:quick"
   check_mistake(call(tmp_path, env, config), "init_from", "runs/baseline")
@@ -558,13 +559,8 @@ def test_a_quick_fix_starts_from_a_finished_run(trained, env, tmp_path):
 # MARK: every config
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    n if n == "recommended" else pytest.param(n, marks=pytest.mark.slow)
-    for n in OTHERS
-  ],
-)
+@pytest.mark.slow  # recipe_test trains some updates of the recommended one
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_config_runs_quickly(name, env, tmp_path):
   done = call(tmp_path, env, f"--config={CONFIGS / name}.py:quick", "--json")
   results = _last_json(done)

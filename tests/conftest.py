@@ -1,5 +1,6 @@
 """Eight fake devices, strict promotion, and a compilation cache."""
 
+import gc
 import importlib.metadata
 import os
 import signal
@@ -24,6 +25,10 @@ from mdm_jax.core.sharding import AXES
 
 # A shell's background job ignores SIGINT, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tracing makes many objects that stay: to look through them all the time took
+# a fifth of the suite.
+gc.set_threshold(50_000, 20, 100)
 
 CACHE = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
 

@@ -70,6 +70,11 @@ def read(path):
   return report, [json.loads(line, parse_constant=refuse) for line in lines]
 
 
+@pytest.mark.parametrize(
+  "any_mesh",
+  ["1x1", pytest.param("4x2", marks=pytest.mark.slow)],
+  indirect=True,
+)
 def test_the_report_is_of_the_updates_that_failed(any_mesh, infinite, tmp_path):
   trainer = make_trainer(any_mesh)
   state, measured = trainer.init(), []

@@ -39,7 +39,7 @@ def log(probs):
     return jnp.asarray(np.log(np.asarray(probs, np.float64)), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@jax.jit
 def draw(row_keys, logits, settings):
   """Rows of positions, each with a key that follows from its row's."""
   positions = jnp.arange(logits.shape[1])
@@ -47,7 +47,7 @@ def draw(row_keys, logits, settings):
   return tokens.draw(keys, logits, settings)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=3)
 def _draws(keys, logits, settings, _patched):
   one = functools.partial(tokens._draw_one, settings)
   many = jax.vmap(one, in_axes=(0, None))
