@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mdm_jax.core.config import StageConfig, TokenizerConfig
 from mdm_jax.data import corpora, readability, segments
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data import words as words_lib
 from mdm_jax.data.segments import Unit
 
 SPLIT = ["One here.", " Two is here!\n\n", "Three, Dr. Lee?"]
@@ -129,7 +130,8 @@ def _rank(value, values):
 
 def _slow_difficulty(units):
   """The definition, one unit at a time."""
-  words = [readability.words("\n".join(u.parts)) for u in units]
+  texts = ["\n".join(u.parts).lower() for u in units]
+  words = [words_lib.words(text) for text in texts]
   idf = {
     word: math.log(len(units) / sum(word in other for other in words))
     for word in set().union(*words)

@@ -7,12 +7,14 @@ they download when first asked, so here a spelling rule estimates them.
 import re
 
 import numpy as np
+import regex
 from jaxtyping import Num
 
 # Of one text, or of many.
 Count = int | Num[np.ndarray, "N"]
 
-_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+_LETTERS = regex.compile(r"\p{L}")
+_LATIN = regex.compile(r"\p{Latin}")
 _POSSESSIVE = re.compile("['\u2019]s?")
 _VOWELS = re.compile("[aeiouy]+")
 # A last e, es or ed, also before -ly, -ment and the like: made, times, useful.
@@ -24,9 +26,17 @@ _SILENT = re.compile(
 _HIATUS = re.compile("(?<![cstgxln])i[aou]|[ey]ing")
 
 
-def words(text: str) -> list[str]:
-  """Returns the words of a text in lower case, without punctuation."""
-  return _WORD.findall(text.lower())
+def applies(text: str, language: str) -> bool:
+  """Whether the formulas say something: English, most letters being Latin.
+
+  A text without letters is no reason against it.
+  """
+  if language != "en":
+    return False
+  if text.isascii():
+    return True
+  letters = len(_LETTERS.findall(text))
+  return 2 * len(_LATIN.findall(text)) >= letters
 
 
 def syllables(word: str) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Float64, Int64, Num
 
 from mdm_jax.core.config import StageConfig
 from mdm_jax.data import readability
+from mdm_jax.data import words as words_lib
 
 # The splitter fails on some texts that hold these.
 _ODD_SPACE = re.compile(r"[^\S\x00-\x7f]")
@@ -108,7 +109,8 @@ class UnitWords:
 
 def unit_words(units: Sequence[Unit]) -> UnitWords:
   """Returns the words of some units, in lower case."""
-  words = [readability.words("\n".join(unit.parts)) for unit in units]
+  texts = ("\n".join(unit.parts) for unit in units)
+  words = [words_lib.words(text.lower()) for text in texts]
   counts = np.array([len(w) for w in words], np.int64)
   index: dict[str, int] = {}
   flat = [index.setdefault(w, len(index)) for ws in words for w in ws]

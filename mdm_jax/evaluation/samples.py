@@ -55,9 +55,10 @@ def reference_texts(
 
 
 def as_plain(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
-  """Returns JSON values; None for what could not be measured."""
+  """Returns JSON values; None for what could not be measured, and why."""
   number = lambda x: None if x != x else float(x)
   return {
     name: {"value": number(m.value), "stderr": number(m.stderr), "n": m.n}
+    | ({"reason": m.reason} if m.reason else {})
     for name, m in measured.items()
   }

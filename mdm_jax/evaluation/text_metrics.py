@@ -11,18 +11,16 @@ texts that are cut to the same one.
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, UInt64
 
 from mdm_jax.data import readability, segments
+from mdm_jax.data import words as words_lib
 
 Counts = collections.Counter
 
-# A word as in `readability.words`, or any other visible character.
-_TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|[^\w\s]|_")
 _BLEU_ORDERS = (1, 2, 3, 4)
 _NO_MATCH = 0.1  # what method 1 of Chen and Cherry counts for no match at all
 _FEWEST_SENTENCES = 3  # for a grade
@@ -38,26 +36,31 @@ class Measured:
     value: nan where it is not defined.
     stderr: its standard error over the texts, nan where there is none.
     n: texts.
+    reason: why these texts can't have it, if they can't.
   """
 
   value: float
   stderr: float
   n: int
+  reason: str | None = None
 
 
 def tokens(text: str) -> list[str]:
   """Returns the tokens of a text in lower case: words and punctuation marks.
 
-  A word is a run of letters and digits, inner apostrophes included; every other
-  character that is not white space is a token by itself.
+  They are those of `words.tokens`: without spaces, each letter is a word.
   """
-  return _TOKEN.findall(text.lower())
+  return words_lib.tokens(text.lower())
 
 
-def measure(texts: Sequence[str]) -> dict[str, Measured]:
+def measure(texts: Sequence[str], language: str = "en") -> dict[str, Measured]:
   """Measures the repetition, the diversity and the grade of texts.
 
   Without any text every value is nan.
+
+  Args:
+    texts: to be measured.
+    language: that they are in.
 
   Returns:
     In this order:
@@ -71,7 +74,8 @@ def measure(texts: Sequence[str]) -> dict[str, Measured]:
     unigram_entropy: of the tokens of a text, in nats, averaged.
     unique_starts@1, unique_starts@5: distinct first k words / texts; of a text
       with fewer, all of them.
-    grade: Flesch and Kincaid's, of the pool; nan below 3 sentences.
+    grade: Flesch and Kincaid's, of the pool; nan below 3 sentences, and with a
+      reason for other languages and scripts than English and Latin.
   """
   found = [tokens(text) for text in texts]
   grams = [[_ngrams(t, n) for t in found] for n in _BLEU_ORDERS]
@@ -82,9 +86,9 @@ def measure(texts: Sequence[str]) -> dict[str, Measured]:
   measured |= {f"distinct_{n}": _distinct(grams[n - 1]) for n in (1, 2)}
   measured["self_bleu_4"] = _mean(_self_bleu(grams))
   measured["unigram_entropy"] = _mean([_entropy(c) for c in grams[0]])
-  words = [readability.words(text) for text in texts]
+  words = [words_lib.words(text.lower()) for text in texts]
   measured |= {f"unique_starts@{k}": _starts(words, k) for k in (1, 5)}
-  return measured | {"grade": _grade(texts, words)}
+  return measured | {"grade": _grade(texts, words, language)}
 
 
 # MARK: standard errors
@@ -211,8 +215,13 @@ def _bleu(matches: tuple[int, ...], length: int, reference: int) -> float:
 # MARK: grade
 
 
-def _grade(texts: Sequence[str], words: list[list[str]]) -> Measured:
+def _grade(
+  texts: Sequence[str], words: list[list[str]], language: str
+) -> Measured:
   """Measures the pool's grade; blank sentences don't count."""
+  if not readability.applies("".join(texts), language):
+    reason = "the grade is of English text in Latin letters"
+    return Measured(math.nan, math.nan, len(texts), reason)
   counts = [
     (
       len(of_text),
