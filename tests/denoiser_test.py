@@ -108,6 +108,32 @@ def test_fused_attention_equals_the_reference(mesh, groups):
   )
 
 
+@pytest.mark.parametrize("attention", ["reference", "fused"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2)], ids=str)
+def test_found_C10_a_batch_of_one_row_works_however_it_is_split(
+  shape, attention
+):
+  """Newer versions of JAX forget how an axis of size one is split."""
+  devices = jax.devices()[: shape[0] * shape[1] * shape[2]]
+  with jax.set_mesh(jax.make_mesh(shape, sharding.AXES, devices=devices)):
+    denoiser, params = build(attention=attention)
+    split = sharding.batch_sharding(jax.sharding.get_mesh(), rank=2)
+    alone = jax.device_put(XT, split)
+    two = jax.device_put(jnp.concatenate([XT, XT]), split)
+    grads = jax.grad(lambda p, xt: (run(denoiser, p, xt) ** 2).sum())
+    np.testing.assert_allclose(
+      np.asarray(run(denoiser, params, alone))[0],
+      np.asarray(run(denoiser, params, two))[0],
+      rtol=1e-5,
+      atol=1e-6,
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-4, atol=1e-5),
+      grads(params, alone),
+      grads(params, two),
+    )
+
+
 def test_rotation_depends_on_relative_positions_only():
   q, k = jax.random.normal(rng.stream(0, "qk"), (2, 1, 1, 1, 8))
 

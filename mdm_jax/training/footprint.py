@@ -163,7 +163,7 @@ def kept_for_backward(
     if eqn.primitive.name == "scan"
     and any(e.primitive.name == "name" for e in eqn.params["jaxpr"].eqns)
   )
-  body, carried = loop.params["jaxpr"].jaxpr, loop.params["num_carry"]
+  body, length = loop.params["jaxpr"].jaxpr, loop.params["length"]
   names: dict[Any, str] = {}
   for eqn in body.eqns:
     if eqn.primitive.name == "name":
@@ -177,10 +177,10 @@ def kept_for_backward(
       outer.aval,
       mesh,
     )
-    for inner, outer in zip(
-      body.outvars[carried:], loop.outvars[carried:], strict=True
-    )
-    if not isinstance(inner, Literal)
+    for inner, outer in zip(body.outvars, loop.outvars, strict=True)
+    # What goes on to the next layer is not stacked.
+    if outer.aval.shape == (length, *inner.aval.shape)
+    and not isinstance(inner, Literal)
   )
 
 
