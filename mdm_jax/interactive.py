@@ -75,7 +75,7 @@ class _Talk:
     start = time.perf_counter()
     # The same prompt twice gives two texts; a new seed begins anew.
     fields = dataclasses.asdict(self._settings)
-    fields["seed"] += self._turn
+    fields["seed"] = (fields["seed"] + self._turn) % 2**32
     drawn = self._model.generate(prompt, **fields)
     self._turn += 1
     self.texts += drawn.texts

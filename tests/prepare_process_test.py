@@ -202,7 +202,7 @@ def _worker(number):
       "matches no file",
     ),
     (["--config.data.prepared=gs://a/b"], "is a bucket"),
-    (["--config.data.block_megabytes=0"], "must be positive"),
+    (["--config.data.block_megabytes=0"], "must be in (0, "),
   ],
 )
 def test_a_mistake_is_one_line(undisturbed, env, more, told):

@@ -178,6 +178,26 @@ def test_a_mistake_is_one_line(model, call, message):
   assert "\n" not in str(caught.value)
 
 
+WIDE = dict(temperature_range=None, num_steps=4096, length=2)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    WIDE | dict(temperature=1e-30, top_p=0, min_p=1, top_k=1, seed=2**32 - 1),
+    WIDE | dict(temperature=1e30, top_k=2**31 - 1, block_length=2**20),
+    WIDE | dict(entropy_bound=1e6, guidance=1000, temperature=1),
+    WIDE | dict(remasking="cap", remasking_rate=1, num_steps=64),
+  ],
+)
+def test_numbers_at_their_bounds_draw(model, settings):
+  drawn = model.generate("a", 2, **settings)
+  ids = drawn.path[-1]
+  assert known(drawn, 0, "a") and (ids != model.tokenizer.vocab.mask).all()
+  assert np.isfinite(drawn.confidence).all()
+  assert np.isfinite(drawn.entropy).all()
+
+
 def test_a_folder_without_a_run_says_so(tmp_path):
   with pytest.raises(UserError, match="no run was started there"):
     sample.load(str(tmp_path / "nothing"))

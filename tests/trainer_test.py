@@ -10,6 +10,7 @@ from conftest import make_mesh
 
 from mdm_jax import plan as plan_lib
 from mdm_jax import preview
+from mdm_jax.core import config as config_lib
 from mdm_jax.core.config import (
   Config,
   DataConfig,
@@ -23,6 +24,7 @@ from mdm_jax.core.errors import NumericsError, UserError
 from mdm_jax.data import batches
 from mdm_jax.data.prepared import prepare
 from mdm_jax.training import calibration
+from mdm_jax.training.curriculum import make_curriculum
 from mdm_jax.training.trainer import Trainer
 
 
@@ -303,3 +305,56 @@ def test_a_run_keeps_the_tokenizer_when_its_origin_is_gone(config, tmp_path):
   origin = prepare(config).tokenizer
   origin.save(tmp_path)
   assert prepare(gone, tmp_path).tokenizer.sha256 == origin.sha256
+
+
+# MARK: numbers at their bounds
+
+LEAST = {
+  "optimizer": {
+    **dict(learning_rate=1e-300, warmup_steps=0, min_lr_ratio=0),
+    **dict(weight_decay=0, clip_norm=1e-9, b1=0, b2=0, eps=1e-30, ema_decay=0),
+  },
+  "model": {"rope_theta": 1, "dropout": 0},
+  "noise": {"schedule": "polynomial", "exponent": 0.01},
+  "stages": [{"length": 32, "epochs": 1e-300}],
+}
+MOST = {
+  "seed": 2**32 - 1,
+  "optimizer": {
+    **dict(learning_rate=1, warmup_steps=2**31 - 1, min_lr_ratio=1, eps=1),
+    **dict(weight_decay=1, clip_norm=1e9, b1=0.999999, b2=0.999999),
+    **dict(ema_decay=1),
+  },
+  "model": {"rope_theta": 1e12, "dropout": 0.9},
+  "noise": {"schedule": "polynomial", "exponent": 100},
+  "objective": {"label_smoothing": 0.9},
+  "stages": [{"length": 32, "updates": 2**31 - 1, "min_words": 0}],
+  "train": {"spike_sigmas": 1e6, "spike_window": 65536},
+}
+
+
+@pytest.mark.parametrize("extreme", [LEAST, MOST], ids=["least", "most"])
+def test_numbers_at_their_bounds_train(config, extreme):
+  raw = config_lib.to_dict(config)
+  for section, values in extreme.items():
+    nested = isinstance(values, dict)
+    raw[section] = raw[section] | values if nested else values
+  config = config_lib.from_dict(raw)
+  mesh = make_mesh("1x1")
+  with jax.set_mesh(mesh):
+    trainer = Trainer(config, prepare(config), mesh)
+    state = trainer.init()
+    for update in range(3):
+      state, metrics = trainer.update(state, update)
+      assert math.isfinite(metrics["loss"])
+    for leaf in jax.tree.leaves(state.params):
+      assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("stages", [[1e9], [1e5, 1e5]])
+def test_more_updates_than_can_be_counted(config, stages):
+  config = dataclasses.replace(
+    config, stages=tuple(StageConfig(epochs=e) for e in stages)
+  )
+  with pytest.raises(UserError, match=r"stages\[.\] is .* 2,147,483,647"):
+    make_curriculum(config, [100_000] * len(stages))

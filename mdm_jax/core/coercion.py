@@ -35,7 +35,11 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
         for i, (v, h) in enumerate(zip(value, hints, strict=True))
       )
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    try:
+      return float(value)
+    except OverflowError:
+      digits = len(str(abs(value)))
+      raise UserError(f"{path}: {digits} digits are too many") from None
   if isinstance(hint, type) and type(value) is hint:
     return value
   name = hint.__name__ if isinstance(hint, type) and not args else str(hint)

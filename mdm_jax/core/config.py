@@ -1,9 +1,10 @@
 """The configuration: frozen dataclasses, and the way in from a config file.
 
-The dataclasses below are the only definition of what can be configured. A
-config file starts from `default_config()`, a locked `ConfigDict` with the same
-names, and changes what it wants; `from_config_dict` turns the result into
-validated dataclasses. Nothing below the programs ever sees a `ConfigDict`.
+The dataclasses here and in `core/learning_config.py` are the only definition of
+what can be configured. A config file starts from `default_config()`, a locked
+`ConfigDict` with the same names, and changes what it wants; `from_config_dict`
+turns the result into validated dataclasses. Nothing below the programs ever
+sees a `ConfigDict`.
 """
 
 import dataclasses
@@ -14,22 +15,22 @@ from ml_collections import config_dict
 
 from mdm_jax.core import coercion, config_checks
 from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.core.fields import COUNT, MANY, POSITIVE, SHARE, SIZE
+from mdm_jax.core.fields import field as _field
+from mdm_jax.core.fields import fixed as _fixed
+from mdm_jax.core.learning_config import (
+  MeshConfig,
+  ModelConfig,
+  NoiseConfig,
+  ObjectiveConfig,
+  OptimizerConfig,
+)
 
 Order = Literal[
   "random", "spread", "left_to_right", "confidence", "margin", "entropy"
 ]
 Schedule = Literal["linear", "cosine", "optimal"]
 Remasking = Literal["none", "cap", "rescale", "conf", "loop"]
-
-
-def _field(default: Any, doc: str) -> Any:
-  return dataclasses.field(default=default, metadata={"doc": doc})
-
-
-def _fixed(default: Any, doc: str) -> Any:
-  """A field whose value a run keeps: with another it is another run."""
-  metadata = {"doc": doc, "fixed": True}
-  return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,12 +40,14 @@ class DataConfig:
   corpus: str = _fixed(
     "sotu", "`sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`"
   )
-  batch_size: int = _fixed(8, "global rows a microbatch")
+  batch_size: int = _fixed(8, "global rows a microbatch", SIZE)
   eval_fraction: float = _fixed(
-    0.05, "share of the documents held out, chosen by a hash of their text"
+    0.05,
+    "share of the documents held out, chosen by a hash of their text",
+    "[0, 0.5]",
   )
   max_documents: int | None = _fixed(
-    None, "read only the first N documents (None: all)"
+    None, "read only the first N documents (None: all)", MANY
   )
   on_bad_record: Literal["fail", "skip"] = _field(
     "fail", "stop at a file or line that can't be read, or count and skip it"
@@ -53,7 +56,9 @@ class DataConfig:
     "", "where prepared rows are kept ('': $XDG_CACHE_HOME/mdm_jax)"
   )
   prepared: str = _field("", "folder of --mode=prepare; rows are read from it")
-  block_megabytes: float = _field(16.0, "text a shard of --mode=prepare holds")
+  block_megabytes: float = _field(
+    16.0, "text a shard of --mode=prepare holds", "(0, 1048576]"
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,67 +68,10 @@ class TokenizerConfig:
   kind: Literal["sentencepiece", "byte", "char"] = _fixed(
     "sentencepiece", "sentencepiece is trained on the train split"
   )
-  vocab_size: int = _fixed(8192, "pieces of a SentencePiece model to train")
+  vocab_size: int = _fixed(
+    8192, "pieces of a SentencePiece model to train", SIZE
+  )
   path: str = _fixed("", "a given SentencePiece .model instead of training one")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-  """The denoiser, a bidirectional transformer."""
-
-  num_layers: int = _fixed(12, "transformer blocks")
-  embed_dim: int = _fixed(768, "width D of the residual stream")
-  num_heads: int = _fixed(12, "attention heads H; must divide embed_dim")
-  num_kv_heads: int | None = _fixed(
-    None, "key/value heads for grouped-query attention (None: num_heads)"
-  )
-  mlp_dim: int | None = _fixed(
-    None, "SwiGLU hidden width (None: 8/3 D rounded up to 64)"
-  )
-  dropout: float = _fixed(0.0, "rate on the two residual branches of a block")
-  qk_norm: bool = _fixed(True, "RMSNorm on queries and keys")
-  tie_embeddings: bool = _fixed(True, "the head is the embedding transposed")
-  time_conditioning: bool = _fixed(False, "adaLN-zero on the mask rate")
-  rope_theta: float = _fixed(10_000.0, "base of the rotary frequencies")
-  remat: Literal["none", "dots", "full"] = _field(
-    "dots", "what the backward pass recomputes: nothing, all but matmuls, all"
-  )
-  dtype: Literal["auto", "float32", "bfloat16"] = _field(
-    "auto", "compute dtype (auto: bfloat16 on accelerators, float32 on CPU)"
-  )
-  attention: Literal["auto", "reference", "fused", "cudnn"] = _field(
-    "auto",
-    "reference: plain products; fused: jax.nn.dot_product_attention; cudnn:"
-    " the same by cuDNN's kernel, on a GPU in bfloat16",
-  )
-
-  @property
-  def mlp_size(self) -> int:
-    """SwiGLU's hidden width."""
-    return self.mlp_dim or -(-8 * self.embed_dim // (3 * 64)) * 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoiseConfig:
-  """The noise schedule alpha(t), used where rates come from t ~ U(0, 1)."""
-
-  schedule: Literal["linear", "cosine", "polynomial"] = _fixed(
-    "linear", "shape of alpha(t), from 1 at t=0 to 0 at t=1"
-  )
-  exponent: float = _fixed(2.0, "of the polynomial schedule 1 - t**exponent")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-  """What a training step minimises."""
-
-  weighting: Literal["masked_ce", "nelbo"] = _fixed(
-    "masked_ce",
-    "mean cross-entropy over masked tokens, or the unbiased likelihood bound",
-  )
-  label_smoothing: float = _field(
-    0.0, "training loss only; uniform over real tokens"
-  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,99 +83,84 @@ class StageConfig:
     "paragraphs",
     "text unit: one sentence, two consecutive ones, or running text",
   )
-  length: int = _fixed(512, "tokens a row")
+  length: int = _fixed(512, "tokens a row", SIZE)
   easiest: float = _fixed(
-    1.0, "share of the units kept, the least difficult first"
+    1.0, "share of the units kept, the least difficult first", SHARE
   )
-  min_words: int = _fixed(0, "shorter units are left out")
-  max_words: int | None = _fixed(None, "longer units are left out")
-  epochs: float = _fixed(1.0, "passes over the rows selected for the stage")
+  min_words: int = _fixed(0, "shorter units are left out", COUNT)
+  max_words: int | None = _fixed(None, "longer units are left out", POSITIVE)
+  epochs: float = _fixed(
+    1.0, "passes over the rows selected for the stage", "(0, 1e9]"
+  )
   updates: int | None = _fixed(
-    None, "optimizer updates instead of epochs (None: from epochs)"
+    None, "optimizer updates instead of epochs (None: from epochs)", POSITIVE
   )
   mask_rate: tuple[float, float] | None = _fixed(
-    None, "each row's rate r ~ U(range) (None: t ~ U(0,1) through `noise`)"
+    None,
+    "each row's rate r ~ U(range) (None: t ~ U(0,1) through `noise`)",
+    SHARE,
   )
   rehearsal: float = _fixed(
-    0.0, "share of the rows whose rate is r ~ U(0, 1) instead"
+    0.0, "share of the rows whose rate is r ~ U(0, 1) instead", SHARE
   )
   lr_factor: float = _field(
-    1.0, "multiplies the peak of the stage's cosine cycle"
+    1.0, "multiplies the peak of the stage's cosine cycle", "(0, 1000]"
   )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-  """AdamW, warm-up, then one cosine cycle a stage."""
-
-  name: Literal["adamw"] = _fixed("adamw", "the optimizer")
-  learning_rate: float = _field(2e-4, "peak of the first stage")
-  schedule: Literal["cosine_with_restarts"] = _field(
-    "cosine_with_restarts", "one cosine cycle a stage"
-  )
-  warmup_steps: int = _field(
-    1000, "optimizer updates of linear warm-up, once, at the start of the run"
-  )
-  min_lr_ratio: float = _field(0.1, "floor of every cycle / learning_rate")
-  weight_decay: float = _field(
-    0.1, "decoupled; not on norms, biases and embeddings"
-  )
-  clip_norm: float = _field(1.0, "global gradient norm, before Adam")
-  b1: float = _field(0.9, "decay of Adam's first moment")
-  b2: float = _field(0.95, "decay of Adam's second moment")
-  eps: float = _field(1e-8, "Adam's epsilon")
-  accumulation: int = _fixed(1, "microbatches an optimizer update")
-  ema_decay: float = _field(
-    0.9999, "of the averaged parameters that are evaluated and sampled"
-  )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-  """Devices along each mesh axis; one of them may be -1 (what is left)."""
-
-  replica: int = _field(1, "data parallel, parameters replicated")
-  fsdp: int = _field(-1, "data parallel, parameters sharded")
-  tensor: int = _field(1, "heads, mlp and vocabulary split")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
   """How often the loop reports and saves, and what it does about faults."""
 
-  log_every: int = _field(20, "updates between points in the logs")
-  checkpoint_every: int = _field(500, "updates between checkpoints")
+  log_every: int = _field(20, "updates between points in the logs", POSITIVE)
+  checkpoint_every: int = _field(500, "updates between checkpoints", POSITIVE)
   checkpoint_minutes: float = _field(
-    10.0, "save at the latest after so many minutes (0: by updates only)"
+    10.0,
+    "save at the latest after so many minutes (0: by updates only)",
+    "[0, 1e6]",
   )
-  keep_latest: int = _field(2, "newest checkpoints kept, beside the best one")
+  keep_latest: int = _field(
+    2, "newest checkpoints kept, beside the best one", POSITIVE
+  )
   keep_every: int | None = _field(
-    None, "keep for good the checkpoints of updates divisible by this"
+    None,
+    "keep for good the checkpoints of updates divisible by this",
+    POSITIVE,
   )
   restore_step: int | None = _field(
-    None, "go on from this checkpoint, once, and set newer ones aside"
+    None,
+    "go on from this checkpoint, once, and set newer ones aside",
+    POSITIVE,
   )
   skip_updates: str = _field(
     "", "updates passed over with their rows, as `1200:1500,1800:1810`"
   )
   max_skipped: int = _field(
-    3, "updates in a row, not finite or spikes, that end the run unapplied"
+    3,
+    "updates in a row, not finite or spikes, that end the run unapplied",
+    POSITIVE,
   )
   spike_sigmas: float | None = _field(
     None,
     "don't apply an update whose gradient norm is so far above the last"
     " ones' mean, in their deviations",
+    "(0, 1e6]",
   )
-  spike_window: int = _field(128, "applied updates that a spike is told by")
+  spike_window: int = _field(
+    128, "applied updates that a spike is told by", "[2, 65536]"
+  )
   recheck_every: int | None = _field(
-    None, "make every so many updates one twice, and compare every bit"
+    None,
+    "make every so many updates one twice, and compare every bit",
+    POSITIVE,
   )
   watchdog_seconds: float = _field(
     1200.0,
     "without progress, then all stacks are told and the run ends (0: never)",
+    "0 or [1, 1e8]",
   )
   max_attempts: int = _field(
-    3, "starts in a row that may die before they save anything new"
+    3, "starts in a row that may die before they save anything new", POSITIVE
   )
 
 
@@ -236,16 +169,22 @@ class EvalConfig:
   """The held-out likelihood bound, and measures of samples."""
 
   every: int = _field(
-    500, "updates between evaluations while training (0: only at the end)"
+    500,
+    "updates between evaluations while training (0: only at the end)",
+    COUNT,
   )
-  rows: int = _field(128, "held-out rows of an evaluation while training")
+  rows: int = _field(
+    128, "held-out rows of an evaluation while training", POSITIVE
+  )
   final_rows: int | None = _field(
-    None, "held-out rows of the final evaluation (None: all)"
+    None, "held-out rows of the final evaluation (None: all)", POSITIVE
   )
-  masks_per_row: int = _field(16, "stratified mask rates drawn for each row")
-  batch_size: int = _field(64, "masked rows a call of the denoiser")
+  masks_per_row: int = _field(
+    16, "stratified mask rates drawn for each row", "[1, 65536]"
+  )
+  batch_size: int = _field(64, "masked rows a call of the denoiser", SIZE)
   samples: int = _field(
-    64, "texts drawn to measure repetition, diversity, grade (0: none)"
+    64, "texts drawn to measure repetition, diversity, grade (0: none)", COUNT
   )
   judge: str = _field(
     "",
@@ -258,12 +197,18 @@ class EvalConfig:
 class SampleConfig:
   """How text is drawn; a filter or limit that is None is off."""
 
-  num_samples: int = _field(4, "texts")
-  length: int | None = _field(None, "tokens a text (None: the last stage's)")
-  num_steps: int = _field(20, "steps, one denoiser call each, at most")
+  num_samples: int = _field(4, "texts", POSITIVE)
+  length: int | None = _field(
+    None, "tokens a text (None: the last stage's)", SIZE
+  )
+  num_steps: int = _field(
+    20, "steps, one denoiser call each, at most", "[1, 65536]"
+  )
   order: Order = _field("spread", "which masked tokens are revealed first")
   block_length: int | None = _field(
-    None, "tokens of a block; each is finished before the next (None: one)"
+    None,
+    "tokens of a block; each is finished before the next (None: one)",
+    SIZE,
   )
   schedule: Schedule = _field(
     "linear",
@@ -271,28 +216,40 @@ class SampleConfig:
     " loss at every mask rate",
   )
   entropy_bound: float | None = _field(
-    None, "nats; reveal more a step while the sum but its largest is in it"
+    None,
+    "nats; reveal more a step while the sum but its largest is in it",
+    "[0, 1e6]",
   )
   threshold: float | None = _field(
-    None, "reveal every token whose likeliest candidate has a probability above"
+    None,
+    "reveal every token whose likeliest candidate has a probability above",
+    SHARE,
   )
   remasking: Remasking = _field("none", "which revealed tokens are put back")
   remasking_rate: float = _field(
-    0.05, "share of the revealed tokens that a step puts back, at most"
+    0.05,
+    "share of the revealed tokens that a step puts back, at most",
+    SHARE,
   )
   guidance: float = _field(
-    0.0, "weight of logits with the prompt over those without (0: one call)"
+    0.0,
+    "weight of logits with the prompt over those without (0: one call)",
+    "[0, 1000]",
   )
-  temperature: float = _field(0.8, "divides the logits")
+  temperature: float = _field(0.8, "divides the logits", "[1e-30, 1e30]")
   temperature_range: tuple[float, float] | None = _field(
-    (0.3, 0.8), "the temperature is clamped to this, with a warning"
+    (0.3, 0.8),
+    "the temperature is clamped to this, with a warning",
+    "[1e-30, 1e30]",
   )
-  top_k: int | None = _field(50, "keep the k likeliest tokens")
+  top_k: int | None = _field(50, "keep the k likeliest tokens", POSITIVE)
   min_p: float | None = _field(
-    None, "drop tokens below min_p times the likeliest's probability"
+    None, "drop tokens below min_p times the likeliest's probability", SHARE
   )
-  top_p: float | None = _field(0.9, "then the fewest that reach this mass")
-  seed: int = _field(0, "of the samples")
+  top_p: float | None = _field(
+    0.9, "then the fewest that reach this mass", SHARE
+  )
+  seed: int = _field(0, "of the samples", "[0, 4294967295]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -300,7 +257,9 @@ class Config:
   """Everything a run depends on."""
 
   name: str = _field("run", "the run's name; workdir defaults to runs/<name>")
-  seed: int = _fixed(0, "root of every random number of the training")
+  seed: int = _fixed(
+    0, "root of every random number of the training", "[0, 4294967295]"
+  )
   init_from: str = _field(
     "", "folder of a run whose best parameters and tokenizer to start from"
   )

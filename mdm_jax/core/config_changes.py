@@ -94,7 +94,7 @@ def _changes(
       yield from _changes(old, new, f"{path}.")
     elif path == "stages":
       yield from _stage_changes(old, new)
-    elif not _same(old, new):
+    elif old != new:
       yield Change(path, old, new), field.metadata.get("fixed", False)
 
 
@@ -105,10 +105,6 @@ def _stage_changes(
     yield Change(_COUNT, len(before), len(after)), True
   for i, (old, new) in enumerate(zip(before, after, strict=False)):
     yield from _changes(old, new, f"stages[{i}].")
-
-
-def _same(a: Any, b: Any) -> bool:
-  return a == b or (a != a and b != b)  # not a number is no change
 
 
 def _allowed(change: Change, saved: Config, now: Config) -> bool:

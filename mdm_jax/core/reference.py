@@ -13,9 +13,10 @@ from mdm_jax.core.config import Config
 _INTRO = """\
 # Configuration
 
-Every field of `--config`, with its type and default. A config file sets them on
-what `mdm_jax.core.config.default_config()` returns; on the command line each is
-a flag, as in `--config.data.batch_size=4` or
+Every field of `--config`, with its type and default; a number outside its
+bounds is refused (`[` and `]`: the end itself is allowed). A config file sets
+them on what `mdm_jax.core.config.default_config()` returns; on the command line
+each is a flag, as in `--config.data.batch_size=4` or
 `'--config.stages[0].epochs=2'`. A field whose type allows `None` takes it
 there too.
 
@@ -43,13 +44,15 @@ def sections(cls: type = Config, path: str = "") -> Iterator[tuple[str, type]]:
 def _section(path: str, cls: type) -> str:
   summary = cls.__doc__.strip().partition("\n")[0]
   lines = [f"## {f'`{path}`' if path else 'Top level'}", "", summary, ""]
-  lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
+  lines += ["| field | type | bounds | default | |"]
+  lines += ["| --- | --- | --- | --- | --- |"]
   prefix = f"{path}." if path else ""
   for field in dataclasses.fields(cls):
     if _inner(field.type)[0] is None:
       cells = (
         f"`{prefix}{field.name}`",
         f"`{_type_name(field.type)}`",
+        field.metadata["bounds"],
         f"`{field.default!r}`",
         field.metadata["doc"].replace("<", "\\<"),
       )

@@ -6,6 +6,9 @@ import math
 
 from mdm_jax.core.config import Config, StageConfig
 from mdm_jax.core.config_checks import update_ranges
+from mdm_jax.core.errors import UserError
+
+_MOST_UPDATES = 2**31 - 1  # an update's number has 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,11 @@ class Curriculum:
 
 
 def make_curriculum(config: Config, rows: list[int]) -> Curriculum:
-  """Lays the stages out in updates, given the rows prepared for each."""
+  """Lays the stages out in updates, given the rows prepared for each.
+
+  Raises:
+    UserError: they are more updates than can be counted.
+  """
   plans, start = [], 0
   for index, (stage, count) in enumerate(zip(config.stages, rows, strict=True)):
     updates = stage.updates or max(
@@ -69,4 +76,10 @@ def make_curriculum(config: Config, rows: list[int]) -> Curriculum:
     )
     plans.append(StagePlan(index, stage, count, start, start + updates))
     start += updates
+    if start > _MOST_UPDATES:
+      raise UserError(
+        f"stages[{index}] is {updates:,} updates (epochs={stage.epochs:g} of"
+        f" {count:,} rows, updates={stage.updates}); the stages together may"
+        f" have {_MOST_UPDATES:,}"
+      )
   return Curriculum(tuple(plans), update_ranges(config.train.skip_updates))

@@ -1,0 +1,70 @@
+"""What a field of the configuration says of itself: doc, bounds, if it stays.
+
+Bounds are written as in mathematics: "[0, 1]" has both ends, "(0, 1)" none of
+them, "-1 or [1, 64]" one number more. Of a field with several numbers they are
+those of each.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import Any, NamedTuple
+
+COUNT = "[0, 2147483647]"  # what is counted fits 32 bits
+POSITIVE = "[1, 2147483647]"
+MANY = "[1, 9007199254740991]"  # of what may be more
+SIZE = "[1, 1048576]"  # of an axis
+SHARE = "[0, 1]"
+
+_INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
+
+
+class _Interval(NamedTuple):
+  low: int | float
+  high: int | float
+  has_low: bool
+  has_high: bool
+
+  def has(self, value: int | float) -> bool:
+    above = value >= self.low if self.has_low else value > self.low
+    below = value <= self.high if self.has_high else value < self.high
+    return above and below
+
+
+def field(default: Any, doc: str, bounds: str = "") -> Any:
+  """A field; one that is a number, or numbers, has bounds."""
+  metadata = {"doc": doc, "bounds": bounds}
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def fixed(default: Any, doc: str, bounds: str = "") -> Any:
+  """A field whose value a run keeps: with another it is another run."""
+  metadata = {"doc": doc, "bounds": bounds, "fixed": True}
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def allows(bounds: str, value: int | float) -> bool:
+  """Returns whether a number is within bounds; one that is NaN never is."""
+  return any(interval.has(value) for interval in _parsed(bounds))
+
+
+def told(bounds: str) -> str:
+  """Returns bounds as they go on after "must be"."""
+  return re.sub(r"(?<!\S)(?=[\[(])", "in ", bounds)
+
+
+@functools.cache
+def _parsed(bounds: str) -> tuple[_Interval, ...]:
+  parts = []
+  for part in bounds.split(" or "):
+    found = _INTERVAL.fullmatch(part)
+    if found:
+      low, high = _number(found[2]), _number(found[3])
+      parts.append(_Interval(low, high, found[1] == "[", found[4] == "]"))
+    else:
+      parts.append(_Interval(_number(part), _number(part), True, True))
+  return tuple(parts)
+
+
+def _number(text: str) -> int | float:
+  return int(text) if re.fullmatch(r"-?[0-9]+", text) else float(text)
