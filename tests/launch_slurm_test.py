@@ -5,8 +5,9 @@ import signal
 import subprocess
 
 import pytest
-from jax._src import clusters
 from launch_harness import LAUNCH, TIMEOUT, Stage, restarts
+
+from mdm_jax.core import jax_internals
 
 SCRIPT = LAUNCH / "slurm" / "train.sbatch"
 ARGS = ["--config=a b.py", "--prompt=it's $HOME"]
@@ -116,8 +117,7 @@ def test_jax_reads_the_nodes(monkeypatch, nodes, first):
   }
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-  address, count, own, devices = detect(None, None, None, None, "slurm", 1)
+  address, count, own, devices = jax_internals.find_cluster(seconds=1)
   assert address == f"{first}:{65535 - 2**12 + 1 + 5000 % 2**12}"
   assert (count, own) == (16, 11)
   assert devices == [3]  # the reason for a task for every GPU

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -41,6 +42,13 @@ SIDEWAYS = {
   ("compare.py", "sample.py"): "it draws as a user of the library does",
 }
 TOO_LONG = {}
+PRIVATE = re.compile(
+  r"\b_src\b|(?<!\w)jax\.(_(?!_)|core\b|interpreters\b|lib\b)"
+)
+INTERNALS = {
+  "mdm_jax/core/jax_internals.py": "looks whether it is there",
+  "tests/launch_gke_test.py": "plays a machine with a TPU",
+}
 
 
 def _tree(module):
@@ -133,3 +141,14 @@ def test_modules_and_functions_are_short(module):
     if isinstance(node, ast.FunctionDef):
       length = node.end_lineno - node.lineno + 1
       assert length <= MAX_FUNCTION_LINES, f"{node.name}: {length} lines"
+
+
+def test_only_one_module_reaches_behind_jaxs_public_names():
+  files = [p.relative_to(ROOT) for p in ROOT.glob("*/**/*.py")]
+  assert len(files) > 200
+  found = {
+    path.as_posix()
+    for path in files
+    if PRIVATE.search((ROOT / path).read_text())
+  }
+  assert found == set(INTERNALS)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from processes_harness import TIMEOUT, environment, free_port, python, running
 
-from mdm_jax.core import distributed
+from mdm_jax.core import distributed, jax_internals
 from mdm_jax.core.errors import UserError
 
 LAUNCHER = (
@@ -333,6 +333,28 @@ def test_a_cluster_that_jax_finds_is_joined(monkeypatch):
   [((address, *rest), *timeouts)] = joined
   assert address.startswith("node3:")
   assert rest == [2, 1, [0]] and timeouts == [300, 100]
+
+
+def test_a_jax_without_its_search_is_one_process_and_says_so(
+  monkeypatch, caplog
+):
+  monkeypatch.setattr(jax_internals, "_search", lambda: None)
+  monkeypatch.setenv("SLURM_JOB_ID", "5000")
+  assert not distributed.initialize()
+  assert "lacks its search" in caplog.text
+  assert "--coordinator, --num_processes and --process_id" in caplog.text
+
+
+def test_a_jax_without_its_service_has_no_second_process(monkeypatch, caplog):
+  monkeypatch.setattr(jax_internals, "_state", lambda: None)
+  assert distributed.count() == 1 and distributed.is_first()
+  with pytest.raises(UserError, match="nearest valid: --num_processes=1"):
+    distributed.initialize("localhost:1", 2, 0)
+  assert "there can be only one process" in caplog.text
+
+
+def test_this_jax_lacks_nothing():
+  assert jax_internals.missing() == []
 
 
 def test_one_process_needs_no_other():

@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
-
-# The client of the coordination service has no public name. Orbax uses it too.
-from jax._src import distributed as _runtime
+from absl import logging
 from jax.experimental import multihost_utils
 
+from mdm_jax.core import jax_internals
 from mdm_jax.core.errors import Aborted, Exit, Failure, UserError
 
 # A process that is gone ends all others by its missing heartbeat, one that is
@@ -32,7 +31,6 @@ _ANSWER = 2.0  # seconds the coordinator has for an answer
 _HOSTS, _ROLL = "mdm_jax/host/", "mdm_jax/roll/"
 
 T = TypeVar("T")
-_Cluster = tuple[str, int, int, list[int] | None]
 _numbers = itertools.count()  # of exchanges: all processes do the same ones
 
 
@@ -65,19 +63,27 @@ def initialize(
   given = coordinator, num_processes, process_id
   if given == (None, 1, None):
     return False
+  lost = jax_internals.missing()
+  if lost:
+    logging.warning("JAX %s lacks %s.", jax.__version__, "; ".join(lost))
   if given == (None, None, None):
     cluster = _found(initialization_timeout)
   else:
     cluster = _checked(*given)
   if cluster is None or cluster[1] == 1:
     return False
+  if lost and not jax_internals.can_join():
+    raise UserError(
+      f"JAX {jax.__version__}: several processes need a version that"
+      " mdm_jax knows; nearest valid: --num_processes=1"
+    )
   _join(cluster, initialization_timeout, heartbeat_timeout)
   return True
 
 
 def _checked(
   coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> _Cluster:
+) -> jax_internals.Cluster:
   given = {
     "--coordinator": coordinator,
     "--num_processes": num_processes,
@@ -99,20 +105,18 @@ def _checked(
   return coordinator, num_processes, process_id, None
 
 
-def _found(seconds: int) -> _Cluster | None:
+def _found(seconds: int) -> jax_internals.Cluster | None:
   """Returns what JAX finds in the environment: what `initialize()` would."""
-  find = _runtime.clusters.ClusterEnv.auto_detect_unset_distributed_params
   try:
-    address, number, own, devices = find(None, None, None, None, None, seconds)
+    return jax_internals.find_cluster(seconds)
   except Exception as error:  # each kind of cluster has its own
     raise UserError(
       f"this seems to be a cluster, but JAX can't read it: {error}; give"
       " --coordinator, --num_processes and --process_id, or --num_processes=1"
     ) from error
-  return None if address is None else (address, number, own, devices)
 
 
-def _join(cluster: _Cluster, seconds: int, heartbeat: int) -> None:
+def _join(cluster: jax_internals.Cluster, seconds: int, heartbeat: int) -> None:
   address, number, own, devices = cluster
   # Before the call: if it fails, JAX aborts, and nothing can be told any more.
   print(
@@ -142,12 +146,14 @@ def _join(cluster: _Cluster, seconds: int, heartbeat: int) -> None:
 
 def count() -> int:
   """Returns the number of processes; asks for no device."""
-  return _runtime.global_state.num_processes if _client() else 1
+  runtime = jax_internals.joined()
+  return runtime.num_processes if runtime else 1
 
 
 def index() -> int:
   """Returns the number of this process, from 0; asks for no device."""
-  return _runtime.global_state.process_id if _client() else 0
+  runtime = jax_internals.joined()
+  return runtime.process_id if runtime else 0
 
 
 def is_first() -> bool:
@@ -165,7 +171,7 @@ def missing_peers(timeout_seconds: float) -> str | None:
   if count() == 1:
     return None
   missing: list[str | None] = [
-    f"process 0 ({_runtime.global_state.coordinator_address}) does not answer"
+    f"process 0 ({jax_internals.joined().coordinator_address}) does not answer"
   ]
 
   def ask() -> None:
@@ -200,7 +206,7 @@ def _wait_for(name: str, seconds: float) -> str | None:
 
 
 def _client() -> Any:
-  return _runtime.global_state.client
+  return jax_internals.joined().client
 
 
 # MARK: one value for all
