@@ -17,10 +17,11 @@ from rich.table import Table
 from mdm_jax import sample
 from mdm_jax.core.config import Config
 from mdm_jax.core.errors import UserError, nearest
-from mdm_jax.core.progress import console
+from mdm_jax.core.progress import console, with_error
 from mdm_jax.core.workdir import Workdir
-from mdm_jax.data.prepared import prepare, training_texts
+from mdm_jax.data.prepared import training_texts
 from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
+from mdm_jax.evaluation.measured_text import open_rows
 from mdm_jax.evaluation.samples import reference_texts
 from mdm_jax.evaluation.text_metrics import measure
 
@@ -104,7 +105,7 @@ def compare_workdir(
   chosen = {name: fields for name, fields in known.items() if only in name}
   if not chosen:
     raise UserError(f"--ways={only}: {nearest(only, known)}")
-  data = prepare(config, workdir.path, for_training=False)
+  data = open_rows(config, workdir)
   judge = make_judge(config.eval.judge, training_texts(config))
   model = sample.load_with(config, workdir)
   count = max(config.eval.samples, config.sample.num_samples)
@@ -116,8 +117,9 @@ def compare_workdir(
     data.held_out, data.tokenizer, count, config.sample_length
   )
   rows.append(_way("held-out text", 0, 0.0, judge, texts))
-  workdir.write_ways(_as_csv(rows), _as_markdown(rows))
+  # First: it may be that nothing can be stored.
   console.print(_table(rows, judge.name))
+  workdir.write_ways(_as_csv(rows), _as_markdown(rows))
   return [dataclasses.asdict(row) for row in rows]
 
 
@@ -168,8 +170,8 @@ def _cells(row: Way) -> tuple[str, ...]:
   return (
     row.way,
     f"{row.calls:.1f}",
-    f"{row.judge_nll:.3f} ± {row.judge_nll_stderr:.3f}",
-    f"{row.unigram_entropy:.3f} ± {row.unigram_entropy_stderr:.3f}",
+    with_error(row.judge_nll, row.judge_nll_stderr),
+    with_error(row.unigram_entropy, row.unigram_entropy_stderr),
   )
 
 

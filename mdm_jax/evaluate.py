@@ -1,28 +1,29 @@
 """From a checkpoint to numbers: likelihood, samples, the guide's targets."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from rich import box
-from rich.table import Table
 
-from mdm_jax.core.config import Config, SampleConfig
-from mdm_jax.core.progress import console
+from mdm_jax.core import strict_json
+from mdm_jax.core.config import Config, SampleConfig, to_dict
 from mdm_jax.core.sharding import check_divides, make_mesh
 from mdm_jax.core.workdir import Workdir
-from mdm_jax.data.prepared import PreparedData, prepare, training_texts
+from mdm_jax.data.prepared import PreparedData, training_texts
 from mdm_jax.evaluation import samples as samples_lib
-from mdm_jax.evaluation import targets
+from mdm_jax.evaluation import tables, targets
 from mdm_jax.evaluation.judge import check as check_judge
 from mdm_jax.evaluation.judge import make_judge
 from mdm_jax.evaluation.likelihood import Evaluator, subset
+from mdm_jax.evaluation.measured_text import describe, open_rows
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling.generate import Samples, TextSampler, effective
 from mdm_jax.training.checkpoint import Checkpoints
 
 _CURVE_ROWS = 64
+# Fields of `eval` that the final results depend on.
+_SHAPING = "final_rows", "masks_per_row", "samples", "judge"
 
 
 class Measures:
@@ -46,6 +47,31 @@ class Measures:
     )
     mask = data.tokenizer.vocab.mask
     self._evaluator = Evaluator(config.eval, denoiser, mask, mesh, poll)
+
+  def what(self, step: int | None, latest: int | None) -> dict[str, Any]:
+    """Returns what tells the results of an evaluation from those of another.
+
+    Args:
+      step: of the checkpoint that is measured.
+      latest: updates that the run has made.
+    """
+    config = self.config
+    settings = {name: getattr(config.eval, name) for name in _SHAPING}
+    return {
+      "checkpoint": step,
+      "updates": latest,
+      "text": describe(self.data, config),
+      "settings": {"eval": settings, "sample": to_dict(config.sample)},
+    }
+
+  def read_final(
+    self, workdir: Workdir, checkpoints: Checkpoints
+  ) -> dict[str, Any] | None:
+    """Returns the stored results if an evaluation now would be of the same."""
+    found = workdir.read_results() or {}
+    what = self.what(checkpoints.best(), checkpoints.latest())
+    same = all(found.get(name) == value for name, value in what.items())
+    return found if same else None
 
   def likelihood(self, params: Params, count: int | None) -> dict[str, Any]:
     """Returns the bound over `count` held-out rows (None: all)."""
@@ -139,8 +165,7 @@ class Measures:
 
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   """Measures a run's best checkpoint, writes and returns the results."""
-  data = prepare(config, workdir.path, for_training=False)
-  workdir.check_tokenizer(data.tokenizer.sha256)
+  data = open_rows(config, workdir)
   mesh = make_mesh(config.mesh)
   check_divides("eval.batch_size", config.eval.batch_size, mesh)
   vocab = data.tokenizer.vocab
@@ -156,14 +181,12 @@ def evaluate_checkpoint(
   """Measures the best checkpoint, writes results.json and prints tables."""
   config = measures.config
   step, params = checkpoints.restore_best_params(measures.denoiser)
-  latest = checkpoints.latest()
-  run = checkpoints.progress(latest)
+  run = checkpoints.progress(checkpoints.latest())
   wall, tokens = run["wall_seconds"], run["tokens_seen"]
   results = {
     **measures.likelihood(params, config.eval.final_rows),
     **measures.by_mask_rate(params),
-    "checkpoint": step,
-    "updates": latest,
+    **measures.what(step, checkpoints.latest()),
     "tokens_seen": tokens,
     "wall_seconds": wall,
     "tokens_per_second": tokens / wall,
@@ -172,76 +195,7 @@ def evaluate_checkpoint(
   unmasking = results.pop("unmasking")
   table = targets.check(results)
   results["targets"] = [dataclasses.asdict(t) for t in table]
+  results = strict_json.plain(results)
+  tables.show(results)  # first: it may be that nothing can be stored
   workdir.write_results(results, unmasking)
-  show(results)
   return results
-
-
-# MARK: printing
-
-
-def show(results: Mapping[str, Any]) -> None:
-  """Prints the results as tables."""
-  console.print(_likelihood_table(results))
-  if "text_metrics" in results:
-    console.print(_text_table(results["text_metrics"]))
-  console.print(_target_table(results["targets"]))
-  settings = ", ".join(f"{k} {v}" for k, v in results["sampling"].items())
-  for i, text in enumerate(results["samples"], start=1):
-    console.rule(f"sample {i} ({settings})")
-    console.print(text, markup=False, soft_wrap=True)
-
-
-def _table(title: str, *columns: str) -> Table:
-  """A table of one column of words and others of numbers."""
-  table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-  table.add_column(columns[0])
-  for name in columns[1:]:
-    table.add_column(name, justify="right")
-  return table
-
-
-def _likelihood_table(results: Mapping[str, Any]) -> Table:
-  title = f"held-out text, update {results['checkpoint']:,}"
-  table = _table(title, "measure", "value")
-  nelbo, stderr = results["nelbo_per_token"], results["nelbo_stderr"]
-  table.add_row("NELBO, nats per token", f"{nelbo:.4f} ± {stderr:.4f}")
-  table.add_row("perplexity bound", f"<= {results['ppl_bound']:.2f}")
-  table.add_row("bits per byte", f"<= {results['bits_per_byte']:.4f}")
-  for rate, loss in results["ce_by_mask_rate"].items():
-    if round(float(rate) * 100) % 20 == 0 or rate == "0.05":
-      table.add_row(f"CE at mask rate {rate}", f"{loss:.3f}")
-  table.add_row("tokens seen", f"{results['tokens_seen']:,.0f}")
-  table.add_row("wall seconds", f"{results['wall_seconds']:,.0f}")
-  return table
-
-
-def _text_table(metrics: Mapping[str, Any]) -> Table:
-  sources = "sampling", "untruncated", "held_out"
-  count = metrics["sampling"]["seq_rep_1"]["n"]
-  title = f"{count} samples, judged by {metrics['judge']}"
-  names = "samples", "samples, T = 1", "held-out text"
-  table = _table(title, "measure", *names)
-  for name in metrics["sampling"]:
-    table.add_row(name, *(_with_error(metrics[s][name]) for s in sources))
-  return table
-
-
-def _with_error(measured: Mapping[str, float | None]) -> str:
-  value, stderr = measured["value"], measured["stderr"]
-  if value is None:
-    return "-"
-  return f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else "")
-
-
-def _target_table(lines: list[Mapping[str, Any]]) -> Table:
-  table = _table("the guide's targets", "target", "measured", "text", "")
-  number = lambda x: "-" if x is None else f"{x:.3f}"
-  for t in lines:
-    table.add_row(
-      f"{t['target']}: {t['measure']}\n  [dim]{t['meaning']}[/dim]",
-      number(t["value"]),
-      number(t["reference"]),
-      "pass" if t["passed"] else "miss",
-    )
-  return table

@@ -13,12 +13,13 @@ import jax
 from rich.table import Table
 
 from mdm_jax.core.config import Config
-from mdm_jax.core.progress import console
+from mdm_jax.core.progress import console, with_error
 from mdm_jax.core.sharding import make_mesh
 from mdm_jax.core.workdir import Workdir
-from mdm_jax.data.prepared import PreparedData, prepare, training_texts
+from mdm_jax.data.prepared import PreparedData, training_texts
 from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
+from mdm_jax.evaluation.measured_text import open_rows
 from mdm_jax.evaluation.text_metrics import measure
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.sampling.generate import CeByMaskRate, TextSampler
@@ -48,15 +49,14 @@ class Point:
 
 def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
   """Sweeps the temperature of a run's best checkpoint; writes CSV and PNG."""
-  data = prepare(config, workdir.path, for_training=False)
-  workdir.check_tokenizer(data.tokenizer.sha256)
+  data = open_rows(config, workdir)
   judge = make_judge(config.eval.judge, training_texts(config))
   curve = (workdir.read_results() or {}).get("ce_by_mask_rate")
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
     points = _sweep(config, data, judge, mesh, checkpoints, curve)
+  _show(points, judge.name)  # first: it may be that nothing can be stored
   workdir.write_frontier(_as_csv(points), _as_png(points, judge.name))
-  _show(points, judge.name)
   return [dataclasses.asdict(point) for point in points]
 
 
@@ -149,7 +149,7 @@ def _show(points: list[Point], judge: str) -> None:
   for p in points:
     table.add_row(
       p.drawn,
-      f"{p.judge_nll:.3f} ± {p.judge_nll_stderr:.3f}",
-      f"{p.unigram_entropy:.3f} ± {p.unigram_entropy_stderr:.3f}",
+      with_error(p.judge_nll, p.judge_nll_stderr),
+      with_error(p.unigram_entropy, p.unigram_entropy_stderr),
     )
   console.print(table)

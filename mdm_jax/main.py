@@ -13,7 +13,6 @@ Any field of the config can be set: --config.data.batch_size=4. Without
 --config, the config saved in the workdir is used.
 """
 
-import json
 import os
 import sys
 import threading
@@ -22,7 +21,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from mdm_jax.core import command_line
+from mdm_jax.core import command_line, strict_json
 from mdm_jax.core.config import Config
 from mdm_jax.core.errors import Exit, Failure, Stopped
 from mdm_jax.core.progress import console
@@ -113,7 +112,7 @@ def _main() -> int:
     traceback.print_exc()
     return Exit.BUG
   if _JSON.value and not console.quiet:
-    print(json.dumps(results))
+    print(strict_json.dumps(results))
   return Exit.DONE
 
 

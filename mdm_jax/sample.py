@@ -195,14 +195,14 @@ def sample_workdir(
       drawn = model.generate(prompt, count)
   else:
     drawn = model.generate(prompt, count)
+  for i, text in enumerate(drawn.texts, start=1):
+    console.rule(f"sample {i}, {drawn.calls[i - 1]} denoiser calls")
+    console.print(text, markup=False, soft_wrap=True)
   settings = effective(config.sample)
   if trace and distributed.is_first():
     trace_lib.save(drawn, model.tokenizer, settings, workdir.path / "samples")
   if page and distributed.is_first():
     _write_page(page, render_page(drawn, model.tokenizer, settings))
-  for i, text in enumerate(drawn.texts, start=1):
-    console.rule(f"sample {i}, {drawn.calls[i - 1]} denoiser calls")
-    console.print(text, markup=False, soft_wrap=True)
   return drawn.texts
 
 

@@ -25,17 +25,17 @@ from mdm_jax import preview
 from mdm_jax.core import config as config_lib
 from mdm_jax.core import config_changes, distributed
 from mdm_jax.core.config import Config
-from mdm_jax.core.config_changes import Change
-from mdm_jax.core.errors import NumericsError, Stopped, UserError
+from mdm_jax.core.errors import NumericsError, Stopped
 from mdm_jax.core.goodput import Cause
 from mdm_jax.core.metrics import Writers
-from mdm_jax.core.progress import ProgressLine, console, duration
+from mdm_jax.core.progress import ProgressLine, console, duration, with_error
 from mdm_jax.core.session import ROLL_SECONDS, Session
 from mdm_jax.core.sharding import training_mesh
 from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.prepared import prepare_on_all
 from mdm_jax.training import incident
 from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.training.origin import Origin, find_origin
 from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.trainer import Trainer
@@ -71,7 +71,7 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
       latest = distributed.first_alone(checkpoints.latest)
       session.attempt.begin(latest or 0)
       origin = distributed.first_alone(
-        lambda: _find_origin(config, workdir, checkpoints, latest)
+        lambda: find_origin(config, workdir, checkpoints, latest)
       )
       distributed.agree("the checkpoint to go on from", origin.update)
       session.attempt.begin(origin.done)
@@ -86,57 +86,6 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
       trainer = Trainer(config, data, mesh)
       run = Run(trainer, workdir, checkpoints, session, origin)
       return run.train() or run.finish()
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-  """What a run goes on from.
-
-  Attributes:
-    update: of the checkpoint, None for a fresh start.
-    measured: whether that was evaluated.
-    changes: of the config since, told and kept.
-  """
-
-  update: int | None = None
-  measured: bool = False
-  changes: tuple[Change, ...] = ()
-
-  @property
-  def done(self) -> int:
-    """Updates that need not be made."""
-    return self.update or 0
-
-
-def _find_origin(
-  config: Config,
-  workdir: Workdir,
-  checkpoints: Checkpoints,
-  latest: int | None,
-) -> Origin:
-  """Chooses the checkpoint to go on from; looks, and changes nothing.
-
-  Raises:
-    UserError: the config is of another run, or the step it names isn't there.
-  """
-  wanted = config.train.restore_step
-  saved = None
-  if latest is not None:
-    saved = config_lib.from_dict(workdir.read_config_dict())
-  # Once restored to, the same command goes on from what came after.
-  if wanted is None or (saved and saved.train.restore_step == wanted):
-    update = latest
-  elif checkpoints.has(wanted):
-    update = wanted
-  else:
-    raise UserError(
-      f"train.restore_step={wanted}: workdir {workdir.path} has no such"
-      f" checkpoint; there are: {checkpoints.told()}"
-    )
-  if saved is None:
-    return Origin()
-  measured = checkpoints.evaluation(update) is not None
-  return Origin(update, measured, config_changes.check(saved, config))
 
 
 class Run:
@@ -162,11 +111,20 @@ class Run:
     self._saved_at = time.monotonic()
 
   def train(self) -> dict[str, Any] | None:
-    """Makes every update that is left; returns the results if none is."""
+    """Makes every update that is left.
+
+    Returns:
+      The results, where all is made and measured; None where that is to do.
+
+    Raises:
+      UserError: more updates are made than the stages have.
+    """
     done = self._origin.done
-    if done >= self.curriculum.updates and self._origin.measured:
-      console.print(f"{self.workdir.path} is finished: nothing to train")
-      return self.workdir.read_results()
+    self._origin.check_not_beyond(
+      self.curriculum.updates, self.workdir, self.checkpoints
+    )
+    if done == self.curriculum.updates and self._origin.measured:
+      return self._read_final()
     # First what is only looked at: a config that can't resume the run must
     # leave it as it is, and the calibration's state must be gone before ours.
     if self._origin.update is not None:
@@ -217,6 +175,16 @@ class Run:
       return evaluate_lib.evaluate_checkpoint(
         self.workdir, self.measures, self.checkpoints
       )
+
+  def _read_final(self) -> dict[str, Any] | None:
+    """Returns the results, if they are what the final evaluation would give."""
+    told = f"{self.workdir.path} is finished: nothing to train"
+    results = self.measures.read_final(self.workdir, self.checkpoints)
+    if results is None:
+      told += "; its results are of another update, text or setting, or missing"
+      self._write_what_it_is()
+    console.print(told, soft_wrap=True)
+    return results
 
   # MARK: an update and what follows
 
@@ -299,9 +267,9 @@ class Run:
     log.writers.write_texts(done, texts)
     log.writers.flush()
     self.checkpoints.record(done, measured)
-    bound, stderr = measured["nelbo_per_token"], measured["nelbo_stderr"]
+    bound = measured["nelbo_per_token"], measured["nelbo_stderr"]
     log.line.say(
-      f"update {done}: held-out NELBO {bound:.4f} ± {stderr:.4f} nats/token,"
+      f"update {done}: held-out NELBO {with_error(*bound, '.4f')} nats/token,"
       f" {measured['bits_per_byte']:.3f} bits/byte ({duration(log.seconds)})"
     )
     log.not_counted(began)

@@ -1,6 +1,7 @@
 """Files of curves: what a resume drops, and what a full disk costs."""
 
 import json
+import math
 import os
 
 import pytest
@@ -109,3 +110,19 @@ def test_a_folder_that_can_not_be_made_is_told(tmp_path, monkeypatch):
     writers.write_scalars(1, {"x": 1.0})
   assert len(told) == 1 and "tensorboard" in str(told[0][1])
   assert _steps(tmp_path / "metrics.jsonl") == [1]
+
+
+def _refuse(name):
+  raise AssertionError(f"a bare {name}")
+
+
+def test_what_is_no_number_is_null_and_read_back(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  _write(path, [{"step": 0, "loss": math.nan}])  # of an older version
+  with Writers(epath.Path(tmp_path), after=1) as writers:
+    writers.write_scalars(1, {"loss": math.inf, "rate": 0.5})
+  read = lambda line: json.loads(line, parse_constant=_refuse)
+  assert list(map(read, path.read_text().splitlines())) == [
+    {"step": 0, "loss": None},
+    {"step": 1, "loss": None, "rate": 0.5},
+  ]

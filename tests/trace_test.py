@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mdm_jax.core import files
 from mdm_jax.core.config import TokenizerConfig
-from mdm_jax.core.errors import UserError
+from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.sampling import trace
@@ -301,7 +301,7 @@ def test_a_crash_leaves_the_old_files(samples, tmp_path, monkeypatch):
 
   monkeypatch.setattr(files, "write", fail)
   changed = dataclasses.replace(samples, calls=samples.calls + 1)
-  with pytest.raises(UserError, match=str(tmp_path)):
+  with pytest.raises(StorageError, match=str(tmp_path)):
     save(changed, BYTES, SETTINGS, tmp_path)
   assert len(done) == 2  # the arrays are new, the rest is old
   with pytest.raises(UserError, match="do not match"):
@@ -320,7 +320,7 @@ def test_files_that_are_not_there_or_damaged_are_told(samples, tmp_path):
     with pytest.raises(UserError, match="samples.json is damaged"):
       load(tmp_path)
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match="file"):
+  with pytest.raises(StorageError, match="file"):
     save(samples, BYTES, SETTINGS, tmp_path / "file")
 
 

@@ -5,6 +5,7 @@ what else is different there is in `buckets.py`.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from mdm_jax.core import buckets
+from mdm_jax.core import buckets, strict_json
 from mdm_jax.core.buckets import StoreError, is_local, reaching
 
 _COPIES = 8  # at once
@@ -36,8 +37,13 @@ def write(path: epath.Path, content: bytes) -> None:
     buckets.write(path, content)
     return
   partial = path.parent / f".{path.name}.{os.getpid()}"
-  partial.write_bytes(content)
-  partial.replace(path)
+  try:
+    partial.write_bytes(content)
+    partial.replace(path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)  # half of it, on a full disk
+    raise
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -79,7 +85,7 @@ def read_json(path: epath.Path) -> Any:
 
 def append_line(path: epath.Path, value: dict[str, Any]) -> None:
   """Appends one JSON object to a file of lines, on a line of its own."""
-  line = json.dumps(value)
+  line = strict_json.dumps(value)
   if not is_local(path):
     write(path, f"{_text_if_any(path)}{line}\n".encode())
     return
@@ -166,7 +172,7 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
 
 
 def _as_json(value: Any) -> bytes:
-  return (json.dumps(value, indent=2) + "\n").encode()
+  return (strict_json.dumps(value, indent=2) + "\n").encode()
 
 
 def _text_if_any(path: epath.Path) -> str:

@@ -3,7 +3,6 @@
 Method names are those of clu's metric writers, so one of them drops in.
 """
 
-import json
 import math
 import os
 import time
@@ -16,7 +15,7 @@ from tensorboardX import record_writer, summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from mdm_jax.core import buckets, distributed, files
+from mdm_jax.core import buckets, distributed, files, strict_json
 
 _FLUSH_SECONDS = 10.0
 _WHOLE_SECONDS = 30.0  # the same in a bucket, where a flush writes all of it
@@ -69,7 +68,7 @@ class JsonlWriter:
       if line["step"] < after
       or (line["step"] == after and not any(n.startswith(redo) for n in line))
     ]
-    lines = "".join(f"{json.dumps(line)}\n" for line in kept)
+    lines = "".join(f"{strict_json.dumps(line)}\n" for line in kept)
     self._file = files.open_to_append(path, lines.encode())
     self._due = _Due(path, seconds=0.0)
 
@@ -86,7 +85,7 @@ class JsonlWriter:
     self._file.close()
 
   def _write(self, line: dict[str, Any]) -> None:
-    self._file.write(json.dumps(line) + "\n")
+    self._file.write(strict_json.dumps(line) + "\n")
     if self._due.now():
       self._file.flush()
 

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: one live line, or plain lines."""
 
+import math
 import time
 from typing import Any
 
@@ -18,6 +19,16 @@ def duration(seconds: float) -> str:
   if hours:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
   return f"{minutes}:{seconds:02d}"
+
+
+def with_error(
+  value: float | None, stderr: float | None, form: str = ".3f"
+) -> str:
+  """Returns a number and its standard error, as far as there are any."""
+  known = lambda x: x is not None and math.isfinite(x)
+  if not known(value):
+    return "-"
+  return f"{value:{form}}" + (f" ± {stderr:{form}}" if known(stderr) else "")
 
 
 class ProgressLine:

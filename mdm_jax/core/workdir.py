@@ -13,9 +13,11 @@ ways.csv        the same, and denoiser calls, by order and steps; also .md
 `training/checkpoint.py` checkpoints, checkpoints.jsonl and set_aside.
 """
 
+import contextlib
 import getpass
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -102,14 +104,14 @@ class Workdir:
         " has changed; use another workdir"
       )
 
-  def check_data(self, manifest: dict[str, Any]) -> None:
-    """Raises UserError if the run was started with other rows."""
+  def check_data(self, manifest: dict[str, Any], advice: str = "") -> None:
+    """Raises UserError, with some advice, if it was started with other rows."""
     saved = (self.read_data() or manifest)["files"]
     changed = [n for n in saved if saved[n] != manifest["files"].get(n)]
     if changed:
       raise UserError(
         f"workdir {self.path} was started with another text: {changed[0]} has"
-        " changed since; bring the text back, or use another workdir"
+        f" changed since; bring the text back, or use another workdir{advice}"
       )
 
   def write_data(self, manifest: dict[str, Any]) -> None:
@@ -162,11 +164,25 @@ class Workdir:
 
   def _write(self, name: str, values: dict[str, Any]) -> None:
     if distributed.is_first():
-      files.write_json(self.path / name, values)
+      with _storing(self.path / name):
+        files.write_json(self.path / name, values)
 
   def _write_bytes(self, name: str, content: bytes) -> None:
     if distributed.is_first():
-      files.write(self.path / name, content)
+      with _storing(self.path / name):
+        files.write(self.path / name, content)
+
+
+@contextlib.contextmanager
+def _storing(path: epath.Path) -> Iterator[None]:
+  """Tells in one line what can't be stored."""
+  try:
+    yield
+  except OSError as error:
+    raise StorageError(
+      f"{path} can't be written by {_user()}: {error.strerror} (errno"
+      f" {error.errno})"
+    ) from error
 
 
 def _user() -> str:

@@ -16,6 +16,7 @@ import string
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from mdm_jax.core import strict_json
 from mdm_jax.core.progress import duration
 
 _CE = "nats per masked token"
@@ -365,8 +366,9 @@ def _series(lines: list[Json], name: str) -> list[_Point]:
   size = math.ceil(len(found) / _MOST_POINTS) or 1
   points = []
   for part in (found[i : i + size] for i in range(0, len(found), size)):
-    step, mean = part[-1]["step"], statistics.fmean(p[name] for p in part)
-    error = part[-1][_ERRORS[name]] if name in _ERRORS else 0
+    values = [strict_json.number(line[name]) for line in part]
+    step, mean = part[-1]["step"], statistics.fmean(values)
+    error = (part[-1][_ERRORS[name]] or 0) if name in _ERRORS else 0
     label = f"update {step:,}: {_number(mean)}"
     points.append(_Point(step, mean, error, label))
   return points

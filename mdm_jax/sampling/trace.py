@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mdm_jax.core import files
-from mdm_jax.core.errors import UserError
+from mdm_jax.core import files, strict_json
+from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 from mdm_jax.sampling.generate import Samples
 from mdm_jax.sampling.order_statistics import (
@@ -55,7 +55,7 @@ def save(
   two do not belong together.
 
   Raises:
-    UserError: the folder can't be written.
+    StorageError: the folder can't be written, or is full.
   """
   arrays = io.BytesIO()
   values = {name: getattr(samples, name) for name in _ARRAYS}
@@ -71,7 +71,8 @@ def save(
     "tokenizer_sha256": tokenizer.sha256,
     "arrays_sha256": hashlib.sha256(arrays.getvalue()).hexdigest(),
   }
-  text = json.dumps(told, indent=1, ensure_ascii=False, default=_as_json) + "\n"
+  layout = {"indent": 1, "ensure_ascii": False, "default": _as_json}
+  text = strict_json.dumps(told, **layout) + "\n"
   page = render_page(samples, tokenizer, settings)
   folder = epath.Path(folder)
   try:
@@ -81,7 +82,7 @@ def save(
     files.write(folder / "samples.json", text.encode(errors="backslashreplace"))
     files.write(folder / "samples.html", page.encode())
   except OSError as error:
-    raise UserError(f"{folder}: {error.strerror}") from error
+    raise StorageError(f"{folder}: {error.strerror}") from error
 
 
 def load(folder: epath.PathLike) -> tuple[Samples, Json]:

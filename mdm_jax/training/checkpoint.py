@@ -118,7 +118,7 @@ class Checkpoints:
     """Returns what was saved beside a step."""
     return self._folders.progress(step)
 
-  def evaluation(self, step: int) -> dict[str, float] | None:
+  def evaluation(self, step: int) -> dict[str, Any] | None:
     """Returns what was measured of a step, or None."""
     return self._folders.evaluation(step)
 

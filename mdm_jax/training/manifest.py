@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 import mdm_jax
-from mdm_jax.core import files
+from mdm_jax.core import files, strict_json
 from mdm_jax.core.errors import UserError
 
 NAME = "manifest.json"
@@ -34,7 +34,7 @@ def write(
   content = {
     "format": FORMAT,
     "written_by": f"mdm_jax {mdm_jax.__version__}",
-    **told,
+    **strict_json.plain(told),  # as it is read back: the hash is of that
     "files": _hash_all(written or folder),
   }
   content[_SELF] = _digest(content)

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from mdm_jax.core import files
+from mdm_jax.core import files, strict_json
 from mdm_jax.core.errors import StorageError
 from mdm_jax.core.progress import console
 from mdm_jax.training import manifest
@@ -104,14 +104,16 @@ class StepFolders:
     """Returns what was saved beside a step."""
     return manifest.read(self.path(step))["progress"]
 
-  def evaluation(self, step: int) -> dict[str, float] | None:
+  def evaluation(self, step: int) -> dict[str, Any] | None:
     """Returns what was measured of a step, or None."""
     return files.read_json(self.path(step) / _EVALUATION)
 
   def _bounds(self, steps: list[int]) -> dict[int, float]:
     measured = {step: self.evaluation(step) for step in steps}
     bounds = {
-      step: m.get(_BOUND, math.nan) for step, m in measured.items() if m
+      step: strict_json.number(m.get(_BOUND))
+      for step, m in measured.items()
+      if m
     }
     return {step: b for step, b in bounds.items() if math.isfinite(b)}
 

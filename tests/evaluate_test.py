@@ -1,0 +1,259 @@
+"""A small run and what is measured of it, all in this process."""
+
+import dataclasses
+import errno
+import json
+import pathlib
+import random
+import shutil
+
+import jax
+import pytest
+
+from mdm_jax import compare, evaluate, frontier, report, train
+from mdm_jax.core import config as config_lib
+from mdm_jax.core import files
+from mdm_jax.core.config import (
+  Config,
+  DataConfig,
+  EvalConfig,
+  ModelConfig,
+  OptimizerConfig,
+  SampleConfig,
+  StageConfig,
+  TokenizerConfig,
+  TrainConfig,
+)
+from mdm_jax.core.errors import Exit, StorageError, UserError
+from mdm_jax.core.progress import console
+from mdm_jax.core.workdir import Workdir
+
+UPDATES = 4
+WORDS = (
+  "we the people of these united states do hope for peace and trade".split()
+)
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes():
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+def write_texts(folder, count=24, sentences=24, seed=0):
+  """Writes documents of sentences of common words; returns the corpus."""
+  draw = random.Random(seed)
+  folder.mkdir(parents=True, exist_ok=True)
+  sentence = lambda: " ".join(draw.choices(WORDS, k=8)).capitalize() + "."
+  for i in range(count):
+    text = " ".join(sentence() for _ in range(sentences))
+    (folder / f"{i:02}.txt").write_text(text)
+  return f"text:{folder}/*.txt"
+
+
+def make_config(folder, corpus, updates=UPDATES, **data):
+  return Config(
+    name="tiny",
+    data=DataConfig(
+      corpus=corpus, batch_size=8, cache_dir=str(folder / "cache"), **data
+    ),
+    tokenizer=TokenizerConfig(kind="byte"),
+    model=ModelConfig(num_layers=1, embed_dim=16, num_heads=2, remat="none"),
+    stages=(StageConfig(length=48, updates=updates),),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+    train=TrainConfig(log_every=2, checkpoint_every=2, watchdog_seconds=0.0),
+    eval=EvalConfig(
+      every=0, rows=8, final_rows=8, masks_per_row=4, batch_size=16, samples=2
+    ),
+    sample=SampleConfig(num_samples=2, num_steps=4),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished run, its config and the folder of its text."""
+
+  config: Config
+  workdir: Workdir
+
+  def results(self):
+    return json.loads((self.workdir.path / "results.json").read_text())
+
+  def save(self, results):
+    (self.workdir.path / "results.json").write_text(json.dumps(results))
+
+  def train(self, **changed):
+    config = dataclasses.replace(self.config, **changed)
+    with jax.numpy_dtype_promotion("standard"):
+      return train.train_and_evaluate(config, self.workdir)
+
+  def of(self, updates):
+    """Returns the stages with another number of updates."""
+    return {"stages": (StageConfig(length=48, updates=updates),)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run that most tests look at."""
+  folder = tmp_path_factory.mktemp("finished")
+  config = make_config(folder, write_texts(folder / "texts"))
+  run = Run(config, Workdir(folder / "run"))
+  run.train()
+  return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+  """A copy of it, to be changed."""
+  folder = shutil.copytree(finished.workdir.path, tmp_path / "run")
+  return Run(finished.config, Workdir(folder))
+
+
+@pytest.fixture
+def told(monkeypatch):
+  """What is printed."""
+  lines = []
+  monkeypatch.setattr(console, "print", lambda *a, **_: lines.extend(a))
+  return lines
+
+
+# MARK: what is finished
+
+
+def test_found_A1_old_results_are_not_taken_for_the_final_ones(run, told):
+  old = run.results()
+  run.train(**run.of(6))
+  new = run.results()
+  assert (old["updates"], new["updates"]) == (UPDATES, 6)
+  assert new["nelbo_per_token"] != old["nelbo_per_token"]
+  run.save(old)  # as an end within the final evaluation leaves them
+  assert run.train(**run.of(6)) == run.results() == new
+  assert any("of another update" in str(line) for line in told)
+
+
+def test_a_finished_run_is_not_measured_again(run, told, monkeypatch):
+  before = run.results()
+  monkeypatch.setattr(evaluate, "evaluate_checkpoint", None)
+  assert run.train() == before
+  assert str(told[-1]).endswith("is finished: nothing to train")
+
+
+@pytest.mark.parametrize("changed", ["settings", "checkpoint", "text"])
+def test_results_of_something_else_are_measured_again(run, changed):
+  before = run.results()
+  run.save(before | {changed: "another"})
+  run.train()
+  assert run.results() == before
+
+
+def test_another_setting_is_measured(run):
+  sample = dataclasses.replace(run.config.sample, seed=5)
+  before = run.results()
+  run.train(sample=sample)
+  after = run.results()
+  assert after["samples"] != before["samples"]
+  assert after["nelbo_per_token"] == before["nelbo_per_token"]
+  saved = config_lib.from_dict(run.workdir.read_config_dict())
+  assert saved.sample.seed == 5
+
+
+def test_found_A17_a_run_is_not_made_shorter_in_silence(run):
+  before = (run.workdir.path / "config.json").read_text()
+  with pytest.raises(UserError) as error:
+    run.train(**run.of(3))
+  assert error.value.code == Exit.USER
+  for word in ("made 4 updates", "the 3 of", "stages[0].updates  4      3"):
+    assert word in str(error.value)
+  assert "there are: 2, 4" in str(error.value)
+  assert (run.workdir.path / "config.json").read_text() == before
+
+
+# MARK: which text
+
+
+def _measure(program, config, workdir):
+  return {
+    "eval": lambda: evaluate.evaluate_workdir(config, workdir),
+    "frontier": lambda: frontier.frontier_workdir(config, workdir),
+    "compare": lambda: compare.compare_workdir(config, workdir, "threshold"),
+    "report": lambda: report.report_workdir(config, workdir),
+    "train": lambda: train.train_and_evaluate(config, workdir),
+  }[program]()
+
+
+@pytest.mark.parametrize("program", ["eval", "frontier", "compare"])
+@pytest.mark.parametrize("changed", ["file", "fraction", "corpus"])
+def test_found_A2_only_the_runs_own_text_is_measured(
+  finished, program, changed, tmp_path
+):
+  folder = tmp_path / "texts"
+  data = dataclasses.replace(
+    finished.config.data, corpus=write_texts(folder), cache_dir=str(tmp_path)
+  )
+  if changed == "file":
+    (folder / "03.txt").write_text("Something else. " * 99)
+  elif changed == "fraction":
+    data = dataclasses.replace(data, eval_fraction=0.5)
+  else:
+    data = dataclasses.replace(data, corpus=write_texts(folder / "b", seed=1))
+  config = dataclasses.replace(finished.config, data=data)
+  before = finished.results()
+  with pytest.raises(UserError, match="was started with another text") as error:
+    _measure(program, config, finished.workdir)
+  assert error.value.code == Exit.USER
+  assert finished.results() == before
+
+
+# MARK: what can't be stored, and what is no number
+
+
+@pytest.mark.parametrize(
+  "program", ["eval", "frontier", "compare", "report", "train"]
+)
+def test_found_C1_what_was_measured_is_printed_before_a_full_disk_ends_it(
+  run, program, told, monkeypatch
+):
+  def fail(path, *_):
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+  names = "unmasking.json", "frontier.csv", "ways.csv", "report.html"
+  write, run_files = files.write, {run.workdir.path / name for name in names}
+  monkeypatch.setattr(
+    files,
+    "write",
+    lambda path, *a: (fail if path in run_files else write)(path, *a),
+  )
+  run.save({})
+  with pytest.raises(StorageError) as error:
+    _measure(program, run.config, run.workdir)
+  assert error.value.code == Exit.STORAGE
+  assert "No space left on device" in str(error.value)
+  assert "\n" not in str(error.value)
+  printed = " ".join(str(getattr(line, "title", line)) for line in told)
+  measured = {"eval": "update 4", "train": "update 4", "report": ""}
+  assert measured.get(program, "judged by") in printed
+
+
+def _strict(text):
+  def refuse(name):
+    raise AssertionError(f"a bare {name}")
+
+  return json.loads(text, parse_constant=refuse)
+
+
+def test_found_C7_one_held_out_row_gives_null_and_no_bare_nan(run):
+  few = dataclasses.replace(run.config.eval, rows=1, final_rows=1, samples=1)
+  sample = dataclasses.replace(run.config.sample, num_samples=1)
+  results = run.train(eval=few, sample=sample, **run.of(6))
+  folder = run.workdir.path
+  paths = [p for p in pathlib.Path(folder).rglob("*.json*") if p.is_file()]
+  assert len(paths) > 8
+  for path in paths:
+    text = path.read_text()
+    for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
+      _strict(line)
+  assert results == _strict((folder / "results.json").read_text())
+  assert results["eval_rows"] == 1 and results["nelbo_stderr"] is None
+  last = (folder / "metrics.jsonl").read_text().splitlines()[-2]
+  assert _strict(last)["eval/nelbo_stderr"] is None
+  assert report.report_workdir(run.config, run.workdir)
