@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from mdm_jax.evaluation import plots
 from mdm_jax.evaluation import report as report_lib
 from mdm_jax.evaluation.report import RunReport, render
 
@@ -89,6 +90,14 @@ RESULTS = {
       "reference": math.nan,
       "passed": False,
       "meaning": "as a reader sees it",
+    },
+    {
+      "target": "fluent",
+      "measure": "bits",
+      "value": 3.5,
+      "reference": None,
+      "passed": None,
+      "meaning": "beside 2.83",
     },
   ],
 }
@@ -217,6 +226,7 @@ def test_targets_pass_or_miss_in_words(report):
   first = "few repeats what came before repeated_4_grams 0.0625 0.0312 pass"
   assert first in told
   assert "fluent as a reader sees it judge – – miss" in told
+  assert "fluent beside 2.83 bits 3.5 – not judged" in told
   shapes = re.findall(r"\.(pass|miss)::before { content: \"(.)", page)
   assert len({shape for _, shape in shapes}) == 2
 
@@ -434,7 +444,7 @@ def test_a_long_curve_is_means_of_neighbours():
 @pytest.mark.parametrize("low", [-3.0, 0.0, 1e-6, 4.97])
 @pytest.mark.parametrize("width", [2e-6, 0.034, 1.0, 7.3, 12345.0])
 def test_ticks_are_few_round_and_inside(low, width):
-  axis = report_lib._Axis(low, low + width)
+  axis = plots.Axis(low, low + width)
   ticks = axis.ticks()
   assert 1 <= len(ticks) <= 6
   for tick in ticks:

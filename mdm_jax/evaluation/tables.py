@@ -65,6 +65,6 @@ def _target_table(lines: list[Mapping[str, Any]]) -> Table:
       f"{t['target']}: {t['measure']}\n  [dim]{t['meaning']}[/dim]",
       number(t["value"]),
       number(t["reference"]),
-      "pass" if t["passed"] else "miss",
+      {True: "pass", False: "miss", None: "-"}[t["passed"]],
     )
   return table
