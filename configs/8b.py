@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
   config = config_lib.default_config()
   config.name = "8b"
   config.data.update(corpus="text:corpus/*.jsonl", batch_size=64)
-  config.data.eval_fraction = 0.001
+  config.data.update(eval_fraction=0.001, test_fraction=0.001)
   config.tokenizer.vocab_size = 128_000
   config.model.update(
     num_layers=32,

@@ -29,7 +29,7 @@ def get_config(arg: str = ""):
   config = config_lib.default_config()
   config.name = "ablation"
   config.data.update(corpus="sotu", batch_size=8)
-  config.data.update(max_documents=40, eval_fraction=0.15)
+  config.data.update(max_documents=40, eval_fraction=0.15, test_fraction=0.15)
   config.tokenizer.vocab_size = 512
   config.model.update(num_layers=2, embed_dim=128, num_heads=4)
   config.objective.update(weighting="masked_ce", label_smoothing=0.1)

@@ -14,7 +14,7 @@ def get_config(arg: str = ""):
   config = config_lib.default_config()
   config.name = "large"
   config.data.update(corpus="text:corpus/*.jsonl", batch_size=512)
-  config.data.eval_fraction = 0.001
+  config.data.update(eval_fraction=0.001, test_fraction=0.001)
   config.tokenizer.vocab_size = 50_000
   config.model.update(num_layers=24, embed_dim=2048, num_heads=16)
   config.stages = (

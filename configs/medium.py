@@ -17,7 +17,7 @@ def get_config(arg: str = ""):
   config = config_lib.default_config()
   config.name = "medium"
   config.data.update(corpus="text:corpus/*.jsonl", batch_size=256)
-  config.data.eval_fraction = 0.001
+  config.data.update(eval_fraction=0.001, test_fraction=0.001)
   config.tokenizer.vocab_size = 50_000
   config.model.update(num_layers=24, embed_dim=1024, num_heads=16)
   config.stages = (

@@ -114,7 +114,7 @@ def compare_workdir(
     rows.append(_draw(model, judge, name, settings, count))
     console.print(f"{len(rows)}: {name}", soft_wrap=True)
   texts = reference_texts(
-    data.held_out, data.tokenizer, count, config.sample_length
+    data.validation.rows, data.tokenizer, count, config.sample_length
   )
   rows.append(_way("held-out text", 0, 0.0, judge, texts))
   # First: it may be that nothing can be stored.

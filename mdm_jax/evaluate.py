@@ -15,7 +15,7 @@ from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation import tables, targets
 from mdm_jax.evaluation.judge import check as check_judge
 from mdm_jax.evaluation.judge import make_judge
-from mdm_jax.evaluation.likelihood import Evaluator, subset
+from mdm_jax.evaluation.likelihood import Evaluator
 from mdm_jax.evaluation.measured_text import describe, open_rows
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling.generate import Samples, TextSampler, effective
@@ -76,14 +76,13 @@ class Measures:
   def likelihood(self, params: Params, count: int | None) -> dict[str, Any]:
     """Returns the bound over `count` held-out rows (None: all)."""
     self._poll()
-    rows = subset(self.data.held_out, count)
-    measured = self._evaluator.likelihood(params, rows)
-    num_bytes = int(self.data.num_bytes(rows).sum())
+    held = self.data.validation.subset(count)
+    measured = self._evaluator.likelihood(params, held.rows)
     return {
       "nelbo_per_token": measured.nelbo_per_token,
       "nelbo_stderr": measured.stderr,
       "ppl_bound": measured.ppl_bound,
-      "bits_per_byte": measured.bits_per_byte(num_bytes),
+      "bits_per_byte": measured.bits_per_byte(held.num_bytes),
       "eval_rows": measured.rows,
       "eval_tokens": measured.tokens,
     }
@@ -95,7 +94,7 @@ class Measures:
     last stage: what the training itself looks at, and no likelihood.
     """
     count = min(_CURVE_ROWS, self.config.eval.final_rows or _CURVE_ROWS)
-    rows = subset(self.data.held_out, count)
+    rows = self.data.validation.subset(count).rows
     low, high = self.config.stages[-1].mask_rate or (0.0, 1.0)
     ce = self._evaluator.ce_in_range(params, rows, low, high)
     return {
@@ -145,7 +144,10 @@ class Measures:
       "sampling": drawn.texts,
       "untruncated": self._draw(params, plain, len(drawn.texts)).texts,
       "held_out": samples_lib.reference_texts(
-        data.held_out, data.tokenizer, len(drawn.texts), config.sample_length
+        data.validation.rows,
+        data.tokenizer,
+        len(drawn.texts),
+        config.sample_length,
       ),
     }
     return {

@@ -83,7 +83,7 @@ def _sweep(
     texts = draw(params, [""] * count, settings, curve).texts
     points.append(_point(name, judge, texts))
   texts = samples_lib.reference_texts(
-    data.held_out, data.tokenizer, points[0].n, config.sample_length
+    data.validation.rows, data.tokenizer, points[0].n, config.sample_length
   )
   return [*points, _point("held-out text", judge, texts)]
 

@@ -15,7 +15,7 @@ from mdm_jax.core.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.core.signals import stop_request
-from mdm_jax.data import inputs, preparation
+from mdm_jax.data import inputs, preparation, splits
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
 from mdm_jax.data.workers import Workers
@@ -54,11 +54,10 @@ def prepare_rows(
 
 def tell(config: Config, manifest: dict[str, Any]) -> None:
   """Prints what a prepared folder holds, a line each."""
-  documents = manifest["documents"]
+  size = manifest["documents"]["bytes"] / 1e6
   lines = [
-    f"{documents['train']:,} documents to train on, {documents['held_out']:,}"
-    f" held out, {documents['bytes'] / 1e6:,.1f} MB in"
-    f" {manifest['blocks']['count']:,} blocks"
+    f"{size:,.1f} MB in {manifest['blocks']['count']:,} blocks",
+    *splits.describe(manifest["split"]).splitlines(),
   ]
   lines += [
     f"{name}: {counts['tokens']:,} tokens in {counts['rows']:,} rows"

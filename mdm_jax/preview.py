@@ -7,6 +7,7 @@ from typing import Any
 
 from mdm_jax.core.config import Config, StageConfig
 from mdm_jax.core.progress import console
+from mdm_jax.data import splits
 from mdm_jax.data.prepared import PreparedData, prepare
 
 _BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -20,7 +21,9 @@ def show_data(config: Config) -> dict[str, Any]:
 
 
 def show(config: Config, data: PreparedData) -> None:
-  """Prints what each stage reads, an example a line."""
+  """Prints how the text is split and what each stage reads."""
+  console.print(splits.describe(data.manifest["split"]), markup=False)
+  console.print()
   for text in describe(config, data).values():
     for line in text.splitlines():
       console.print(line, markup=False, no_wrap=True, overflow="ellipsis")

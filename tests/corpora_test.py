@@ -7,8 +7,6 @@ import pydoc_data.topics
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tensorflow_datasets.core import registered
 
 from mdm_jax.core.config import DataConfig
@@ -250,58 +248,7 @@ def test_tfds_names_the_nearest_data_set(tmp_path, monkeypatch):
   assert "knows no such data set" in _error("tfds:qqqq")
 
 
-# MARK: split and fingerprint
-
-_texts = st.lists(st.text("ab c\n", min_size=1), min_size=2, max_size=20)
-
-
-@given(_texts, st.floats(0, 0.5))
-@settings(deadline=None)
-def test_split_divides_documents_and_keeps_duplicates_together(texts, fraction):
-  documents = _documents(texts + ["one", "two"])
-  train, held_out = corpora.split(documents, fraction)
-  assert train and held_out
-  assert not {d.text for d in train} & {d.text for d in held_out}
-  both = sorted(train + held_out, key=lambda d: int(d.name))
-  assert both == documents
-
-
-@given(_texts, _texts, st.sampled_from([0.1, 0.5]))
-@settings(deadline=None)
-def test_adding_documents_moves_none(texts, more, fraction):
-  # These keep both sides from being empty, where documents do move.
-  texts = [str(i) for i in range(40)] + texts
-  _, before = corpora.split(_documents(texts), fraction)
-  _, after = corpora.split(_documents(texts + more), fraction)
-  assert before == [d for d in after if int(d.name) < len(texts)]
-
-
-def test_the_held_out_share_is_about_what_was_asked():
-  documents = _documents([f"text {i}" for i in range(4000)])
-  _, held_out = corpora.split(documents, 0.05)
-  assert 150 < len(held_out) < 250
-
-
-@given(st.integers(100, 900), st.floats(0.01, 0.5))
-@settings(deadline=None)
-def test_a_single_text_is_cut_near_its_end_at_a_word(size, fraction):
-  text = " ".join(f"w{i}" for i in range(size))
-  (train,), (end,) = corpora.split([Document("x", text)] * 3, fraction)
-  assert train.text + end.text == text
-  assert train.text.endswith(" ")
-  assert fraction <= (len(end.text) + 1) / len(text)
-  assert len(end.text) / len(text) <= 1.5 * fraction + 41 / len(text)
-
-
-def test_a_single_text_is_cut_at_a_line_if_one_is_near():
-  text = "some words\n" * 100
-  (train,), (end,) = corpora.split([Document("x", text)], 0.1)
-  assert train.text.endswith("\n") and train.text + end.text == text
-
-
-def test_a_single_text_that_is_too_short_is_refused():
-  with pytest.raises(UserError, match="x is the only text, and too short"):
-    corpora.split([Document("x", "a\n")], 0.1)
+# MARK: fingerprint
 
 
 def test_fingerprint_sees_every_change():

@@ -25,7 +25,7 @@ from mdm_jax.core import sharding
 from mdm_jax.core.config import MeshConfig, TokenizerConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.workdir import Workdir
-from mdm_jax.data import corpora
+from mdm_jax.data import corpora, splits
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.packing import join_sentences, pack
 from mdm_jax.data.prepared import prepare
@@ -63,6 +63,7 @@ def config(tmp_path, texts):
         "batch_size": 2,
         "cache_dir": str(tmp_path / "cache"),
         "eval_fraction": 0.25,
+        "test_fraction": 0.25,
       },
       "tokenizer": {"kind": "byte"},
       "stages": [{"length": LENGTH}],
@@ -209,10 +210,12 @@ def test_fault_32_texts_of_all_lengths_are_packed_or_counted(
     (texts / f"{i}.txt").write_text(chr(ord("a") + i) * size)
   raw = config_lib.to_dict(config)
   raw["stages"][0]["unit"] = unit
-  raw["data"] |= {"eval_fraction": 0.0, "batch_size": 1}
+  raw["data"] |= {"eval_fraction": 0.0, "test_fraction": 0.0, "batch_size": 1}
   config = config_lib.from_dict(raw)
-  train, held_out = corpora.split(corpora.load(config.data.corpus), 0.0)
-  assert len(train) + len(held_out) == len(SIZES) - 1  # one was empty
+  found, _ = corpora.load_all(config.data)
+  sides, _ = splits.divide(found, splits.shares_of(config.data))
+  train = sides.train
+  assert len(train) + 2 == len(SIZES) - 1  # one was empty, and held out: 2
   data = prepare(config)
   rows, counts = data.stages[0], data.manifest["rows"]["stage_1"]
   pieces = sorted(bytes(t for t in p if t < 256) for p in _pieces(rows))
@@ -347,7 +350,8 @@ def test_fault_33_a_command_says_it_once(texts, env):
   )
   assert done.returncode == 0, done.stderr
   manifest = json.loads(done.stdout.splitlines()[-1])
-  assert manifest["documents"] == {"train": 3, "held_out": 1, "bad": 1}
+  counts = {"train": 4, "validation": 3, "test": 3, "bad": 1}
+  assert manifest["documents"] == counts
   assert done.stderr.count("x.txt, line 1: not valid UTF-8") == 1
 
 
@@ -402,7 +406,7 @@ WRONG_IDS = {
 }
 
 
-@pytest.mark.parametrize("rows", ["stage_1", "held_out"])
+@pytest.mark.parametrize("rows", ["stage_1", "validation"])
 @pytest.mark.parametrize("kind", WRONG_IDS)
 def test_fault_34_rows_that_were_written_wrong(config, kind, rows):
   prepare(config)
@@ -417,13 +421,13 @@ def test_fault_34_rows_that_were_written_right(config):
   first = np.array(prepare(config).stages[0].tokens)  # not the mapped file
   for name, change in (
     ("stage_1.tokens.npy", lambda a: a.astype(np.int32)),
-    ("held_out.tokens.npy", _put(0, 0, 255)),
+    ("validation.tokens.npy", _put(0, 0, 255)),
     ("stage_1.segments.npy", lambda a: a),
   ):
     _rewrite(config, name, change)
   again = prepare(config)
   assert np.array_equal(again.stages[0].tokens, first)
-  assert again.held_out.tokens[0, 0] == 255
+  assert again.validation.rows.tokens[0, 0] == 255
 
 
 def test_fault_34_a_wrong_id_is_found_in_any_chunk(config, monkeypatch):

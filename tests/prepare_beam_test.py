@@ -22,7 +22,8 @@ def get_config(arg=""):
     stage(unit="sentences", length=48, min_words=3, easiest=0.5),
     stage(length=64),
   )
-  config.data.update(block_megabytes=0.006, eval_fraction=0.25)
+  config.data.update(block_megabytes=0.006)
+  config.data.update(eval_fraction=0.25, test_fraction=0.25)
   config.data.corpus = "text:texts/*"
   config.tokenizer.vocab_size = 400
   return config.lock()

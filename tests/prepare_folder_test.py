@@ -11,7 +11,6 @@ from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import inputs, preparation, prepared
 from mdm_jax.data.prepared import prepare, training_texts
-from mdm_jax.evaluation.likelihood import subset
 
 # Where nothing is about difficulty: its passes take longest.
 ALL = {"stage__easiest": 1.0}
@@ -51,6 +50,16 @@ def _error(function, *args):
   return message
 
 
+def _same_held_out(blocks, memory):
+  """The same texts are held out, and of the same documents."""
+  for side in ("validation", "test"):
+    a, b = getattr(blocks, side), getattr(memory, side)
+    assert harness.sequences(a.rows) == harness.sequences(b.rows)
+    by_document = [np.bincount(h.texts[:, 2], h.texts[:, 3]) for h in (a, b)]
+    assert by_document[0].tolist() == by_document[1].tolist()
+  assert blocks.manifest["split"] == memory.manifest["split"]
+
+
 # MARK: the same as in memory
 
 
@@ -65,16 +74,14 @@ def test_rows_hold_what_those_made_in_memory_hold(place, tmp_path, kind):
   harness.fill(config)
   blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
   assert blocks.tokenizer.sha256 == memory.tokenizer.sha256
-  assert harness.sequences(blocks.held_out) == harness.sequences(
-    memory.held_out
-  )
+  _same_held_out(blocks, memory)
   for a, b in zip(blocks.stages[1:], memory.stages[1:], strict=True):
     assert harness.sequences(a) == harness.sequences(b)
-  for name in ("stage_2", "stage_3", "held_out"):
+  for name in ("stage_2", "stage_3", "validation", "test"):
     a, b = blocks.manifest["rows"][name], memory.manifest["rows"][name]
     for count in ("units_found", "texts_too_long", "tokens"):
       assert a[count] == b[count]
-  for side in ("train", "held_out", "bad"):
+  for side in ("train", "validation", "test", "bad"):
     assert (
       blocks.manifest["documents"][side] == memory.manifest["documents"][side]
     )
@@ -92,19 +99,20 @@ def test_the_easiest_are_those_of_the_whole_corpus(config, tmp_path):
 
 
 def test_a_tiny_share_holds_out_the_same_text(place, tmp_path):
-  config = _fresh(place, tmp_path, data__eval_fraction=1e-9, **ALL)
+  config = _fresh(
+    place, tmp_path, data__eval_fraction=1e-9, data__test_fraction=0, **ALL
+  )
   harness.fill(config)
   blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
-  assert blocks.manifest["documents"]["held_out"] == 1
-  assert harness.sequences(blocks.held_out) == harness.sequences(
-    memory.held_out
-  )
+  assert blocks.manifest["documents"]["validation"] == 1
+  assert blocks.manifest["documents"]["test"] == 1
+  _same_held_out(blocks, memory)
 
 
 def test_the_first_documents_are_those_of_memory(place, tmp_path):
   config = _fresh(place, tmp_path, data__max_documents=14, **ALL)
-  documents = harness.fill(config)["documents"]
-  assert documents["train"] + documents["held_out"] == 14
+  split = harness.fill(config)["split"]
+  assert split["way"] == "ends" and split["documents"]["train"] == 14
   blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
   for a, b in zip(blocks.stages[1:], memory.stages[1:], strict=True):
     assert harness.sequences(a) == harness.sequences(b)
@@ -249,13 +257,34 @@ def test_fields_that_shape_no_row_may_differ(place):
   assert len(prepare(config).stages[0])
 
 
-def test_a_single_text_is_refused(tmp_path):
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_single_text_gives_its_end_as_in_memory(tmp_path, copies):
   texts = tmp_path / "texts"
   texts.mkdir()
-  for name in ("a.txt", "b.txt"):
-    (texts / name).write_text("One text. Twice.")
+  for i in range(copies):
+    (texts / f"{i}.txt").write_text("\n".join(harness.TOPICS))
   config = harness.make_config(texts, tmp_path / "rows", **ALL)
-  assert "no two different texts" in _error(harness.fill, config)
+  harness.fill(config)
+  blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
+  assert blocks.manifest["split"]["way"] == "ends"
+  _same_held_out(blocks, memory)
+
+
+def test_text_that_is_given_for_a_side_is_as_in_memory(place, tmp_path):
+  given = tmp_path / "given"
+  given.mkdir()
+  for i, text in enumerate([harness.TOPICS[0], "of its own\n" * 40]):
+    (given / f"{i}.txt").write_text(text, newline="")
+  changes = {"data__test_corpus": f"text:{given}/*.txt", **ALL}
+  config = _fresh(place, tmp_path, **changes)
+  harness.fill(config)
+  blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
+  _same_held_out(blocks, memory)
+  split = blocks.manifest["split"]
+  assert split["given"] == ["test"] and split["documents"]["test"] == 2
+  assert split["repeated"] == 1
+  for a, b in zip(blocks.stages[1:], memory.stages[1:], strict=True):
+    assert harness.sequences(a) == harness.sequences(b)
 
 
 def test_a_corpus_without_files_is_refused(place, tmp_path):
@@ -303,7 +332,11 @@ def _damage(path, kind):
 @pytest.mark.parametrize(
   "name",
   [
-    *("stage_2.000003.tokens.npy", "held_out.000001.segments.npy"),
+    *(
+      "stage_2.000003.tokens.npy",
+      "test.000001.segments.npy",
+      "validation.000002.texts.npy",
+    ),
     *("tokenizer.model", "stage_1.shards.json", "training_sample.json"),
   ],
 )
@@ -391,7 +424,8 @@ def test_a_process_reads_no_more_than_its_share(place, monkeypatch, config):
 
 def test_rows_are_those_of_the_shards(config, place):
   data = prepare(config)
-  for name, rows in [("stage_3", data.stages[2]), ("held_out", data.held_out)]:
+  validation = data.validation.rows
+  for name, rows in [("stage_3", data.stages[2]), ("validation", validation)]:
     for part in ("tokens", "segments"):
       files = sorted((place / "rows").glob(f"{name}.0*.{part}.npy"))
       whole = np.concatenate(
@@ -417,8 +451,11 @@ def test_only_shards_that_are_asked_for_are_mapped(config):
 
 def test_bytes_are_those_of_the_text(config, tmp_path):
   data, memory = prepare(config), prepare(_in_memory(config, tmp_path))
-  for a, b in [(data.held_out, memory.held_out), (data.stages[2],) * 2]:
-    assert data.num_bytes(a).sum() == memory.num_bytes(b).sum()
-  some = subset(data.held_out, 3)
-  assert isinstance(some.tokens, np.ndarray) and len(some) == 3
-  assert (data.num_bytes(some) <= 64 * 20).all()
+  for side in ("validation", "test"):
+    held = getattr(data, side)
+    assert held.num_bytes == getattr(memory, side).num_bytes
+    some = held.subset(3)
+    assert isinstance(some.rows.tokens, np.ndarray) and len(some) == 3
+    for row, segment, _, size in some.texts.tolist():
+      ids = some.rows.tokens[row][some.rows.segments[row] == segment]
+      assert len(data.tokenizer.decode(ids).encode()) == size

@@ -39,6 +39,7 @@ def make_config(texts, folder, **changes):
       "prepared": str(folder),
       "block_megabytes": BLOCK,
       "eval_fraction": 0.25,
+      "test_fraction": 0.25,
       "batch_size": 2,
     },
     "tokenizer": {"vocab_size": 400},

@@ -91,7 +91,7 @@ def test_it_tells_what_it_does(undisturbed):
     "count: ",
     "rows: ",
     "stage_2: ",
-    "held_out: ",
+    "validation: ",
     "prepared: rows",
   ):
     assert word in told

@@ -1,14 +1,16 @@
 """Prepared rows: found again, never mixed up, whole or not there at all."""
 
 import dataclasses
+import io
 import pydoc_data.topics
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from mdm_jax.core import config as config_lib
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import corpora, prepared
+from mdm_jax.data import corpora, prepared, splits
 from mdm_jax.data.prepared import prepare
 
 TOPICS = [
@@ -48,6 +50,7 @@ def config(texts, cache):
         "corpus": f"text:{texts}/*.txt",
         "cache_dir": str(cache),
         "eval_fraction": 0.25,
+        "test_fraction": 0.25,
         "batch_size": 2,
       },
       "tokenizer": {"vocab_size": 400},
@@ -68,8 +71,13 @@ def _folders(cache):
 
 
 def _split(config):
-  documents = corpora.load(config.data.corpus, config.data.max_documents)
-  return corpora.split(documents, config.data.eval_fraction)
+  found, _ = corpora.load_all(config.data)
+  sides, _ = splits.divide(found, splits.shares_of(config.data))
+  return sides
+
+
+def _bytes(documents):
+  return sum(len(document.text.encode()) for document in documents)
 
 
 def _pieces(rows):
@@ -102,8 +110,8 @@ def test_the_second_time_nothing_is_made(config, cache, monkeypatch):
   assert second.tokenizer.sha256 == first.tokenizer.sha256
   assert second.manifest == first.manifest
   for a, b in zip(
-    (*first.stages, first.held_out),
-    (*second.stages, second.held_out),
+    (*first.stages, first.validation.rows, first.test.rows),
+    (*second.stages, second.validation.rows, second.test.rows),
     strict=True,
   ):
     assert (a.tokens == b.tokens).all() and (a.segments == b.segments).all()
@@ -122,6 +130,7 @@ def test_the_same_text_gives_the_same_bytes(config, cache, tmp_path):
   "section, fields",
   [
     ("data", {"eval_fraction": 0.3}),
+    ("data", {"test_fraction": 0.3}),
     ("data", {"max_documents": 20}),
     ("tokenizer", {"vocab_size": 420}),
     ("tokenizer", {"kind": "byte"}),
@@ -167,7 +176,7 @@ def test_a_given_tokenizer_is_known_by_its_bytes(config, cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["stage_2.tokens.npy", "held_out.segments.npy", "tokenizer.model"]
+  "name", ["stage_2.tokens.npy", "test.segments.npy", "validation.texts.npy"]
 )
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_file_is_refused(config, cache, name, damage):
@@ -228,7 +237,7 @@ def test_a_faster_process_wins(config, cache, monkeypatch):
 
   monkeypatch.setattr(prepared, "_fill", overtaken)
   data = prepare(config)
-  assert len(data.held_out)
+  assert len(data.validation)
   assert len(_folders(cache)) == 1
 
 
@@ -251,44 +260,81 @@ def test_the_cache_follows_the_environment(config, tmp_path, monkeypatch):
 def test_held_out_rows_are_the_held_out_text(config, kind):
   config = _change(config, "tokenizer", kind=kind)
   data = prepare(config)
-  _, held_out = _split(config)
   eos = data.tokenizer.vocab.eos
-  assert sum(piece[-1] == eos for piece in _pieces(data.held_out)) == len(
-    held_out
-  )
-  for document in held_out:
-    ids = np.append(data.tokenizer.encode(document.text), eos)
-    assert data.tokenizer.decode(ids) == document.text
-  decoded = sorted(data.tokenizer.decode(p) for p in _pieces(data.held_out))
-  for document in held_out:
-    rest = document.text
-    while rest:
-      piece = max((d for d in decoded if d and rest.startswith(d)), key=len)
-      rest = rest.removeprefix(piece)
-  assert sum(map(len, decoded)) == sum(len(d.text) for d in held_out)
+  for side in ("validation", "test"):
+    held_out, rows = _split(config)[side], getattr(data, side).rows
+    assert held_out
+    ends = sum(piece[-1] == eos for piece in _pieces(rows))
+    assert ends == len(held_out)
+    decoded = sorted(data.tokenizer.decode(p) for p in _pieces(rows))
+    for document in held_out:
+      rest = document.text
+      while rest:
+        piece = max((d for d in decoded if d and rest.startswith(d)), key=len)
+        rest = rest.removeprefix(piece)
+    assert sum(map(len, decoded)) == sum(len(d.text) for d in held_out)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte", "char"])
-def test_bytes_of_held_out_rows_are_those_of_the_text(config, kind):
+def test_the_table_says_which_text_each_piece_is(config, kind):
   config = _change(config, "tokenizer", kind=kind)
   data = prepare(config)
-  _, held_out = _split(config)
-  assert data.num_bytes(data.held_out).sum() == sum(
-    len(d.text.encode()) for d in held_out
+  sides = _split(config)
+  for side in ("validation", "test"):
+    held = getattr(data, side)
+    assert held.num_bytes == _bytes(sides[side])
+    assert held.documents == len(sides[side])
+    for row, segment, document, size in held.texts.tolist():
+      ids = held.rows.tokens[row][held.rows.segments[row] == segment]
+      text = data.tokenizer.decode(ids)
+      assert text in sides[side][document].text
+      assert len(text.encode()) == size
+    some = held.subset(3)
+    assert len(some) == 3 and set(some.texts[:, 0]) == {0, 1, 2}
+    widths = [len(data.tokenizer.decode(r).encode()) for r in some.rows.tokens]
+    sizes = np.bincount(some.texts[:, 0], some.texts[:, 3])
+    assert sizes.tolist() == widths and some.num_bytes == sum(widths)
+
+
+_NORMALISES = {
+  "spaces": ("  much   space  " * 40, {}),
+  "full_width": ("\uff21\uff22\uff23 \uff11\uff12 " * 40, {}),
+  "ligatures": ("\ufb01ne o\ufb03ce \u2460\u00bd " * 40, {}),
+}
+
+
+@pytest.mark.parametrize("name", _NORMALISES)
+def test_found_A5_bytes_are_those_of_the_original_text(
+  config, texts, tmp_path, name
+):
+  """A model that normalises gives ids of other bytes: 0.38 of full width."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter("\n".join(TOPICS).splitlines()),
+    model_writer=model,
+    vocab_size=400,
+    byte_fallback=True,
+    minloglevel=2,
   )
-
-
-def test_bytes_of_a_row_are_those_of_its_text(config):
-  data = prepare(config)
-  for rows in data.stages:
-    counted = data.num_bytes(rows)
-    for row, size in zip(rows.tokens, counted, strict=True):
-      assert len(data.tokenizer.decode(row).encode()) == size
+  (tmp_path / "given.model").write_bytes(model.getvalue())
+  for path in texts.iterdir():
+    path.write_text(_NORMALISES[name][0] + path.read_text())
+  config = _change(config, "tokenizer", path=str(tmp_path / "given.model"))
+  data, sides = prepare(config), _split(config)
+  for side in ("validation", "test"):
+    held = getattr(data, side)
+    decoded = sum(
+      len(data.tokenizer.decode(piece).encode()) for piece in _pieces(held.rows)
+    )
+    assert decoded != held.num_bytes == _bytes(sides[side])
+    by_document = np.bincount(held.texts[:, 2], held.texts[:, 3])
+    assert by_document.tolist() == [_bytes([d]) for d in sides[side]]
 
 
 def test_held_out_text_is_never_trained_on(config):
   data = prepare(config)
-  train, held_out = _split(config)
+  sides = _split(config)
+  train, held_out = sides.train, sides.validation + sides.test
   trained = "".join(d.text for d in train)
   for rows in data.stages:
     for piece in _pieces(rows):
@@ -310,34 +356,34 @@ def test_held_out_text_is_never_trained_on(config):
 
 def test_the_last_stage_holds_the_whole_training_text(config):
   data = prepare(config)
-  train, _ = _split(config)
-  assert data.num_bytes(data.stages[-1]).sum() == sum(
-    len(d.text.encode()) for d in train
-  )
+  written = [data.tokenizer.decode(p) for p in _pieces(data.stages[-1])]
+  assert sum(len(t.encode()) for t in written) == _bytes(_split(config).train)
 
 
 def test_stages_hold_what_their_config_asks(config):
   data = prepare(config)
   vocab = data.tokenizer.vocab
   assert [rows.length for rows in data.stages] == [48, 96, 64]
-  assert data.held_out.length == 64
+  held = data.validation.rows, data.test.rows
+  assert [rows.length for rows in held] == [64, 64]
   sentences, pairs, running = (list(_pieces(rows)) for rows in data.stages)
   assert not any(vocab.separator in p or vocab.eos in p for p in sentences)
   assert all((p == vocab.separator).sum() == 1 for p in pairs)
   assert all(len(data.tokenizer.decode(p).split()) >= 3 for p in sentences)
   assert not any(vocab.separator in p for p in running)
-  for rows in (*data.stages, data.held_out):
+  for rows in (*data.stages, *held):
     assert rows.tokens.max() <= vocab.pad
     assert ((rows.tokens == vocab.pad) == (rows.segments == 0)).all()
 
 
 def test_counts_are_those_of_the_rows(config):
   data = prepare(config)
-  train, held_out = _split(config)
+  sides = _split(config)
   counts = data.manifest["rows"]
   assert data.manifest["documents"] == {
-    "train": len(train),
-    "held_out": len(held_out),
+    "train": len(sides.train),
+    "validation": len(sides.validation),
+    "test": len(sides.test),
     "bad": 0,
   }
   for i, rows in enumerate(data.stages):

@@ -191,11 +191,11 @@ def measure_data(mesh: Any) -> dict[str, Any]:
 
 
 def _use(trainer: Any, params: Any) -> dict[str, Any]:
-  from mdm_jax.evaluation.likelihood import Evaluator, subset
+  from mdm_jax.evaluation.likelihood import Evaluator
   from mdm_jax.training import calibration
 
   mask = trainer.data.tokenizer.vocab.mask
-  rows = subset(trainer.data.held_out, 5)
+  rows = trainer.data.validation.subset(5).rows
   evaluator = Evaluator(
     trainer.config.eval, trainer.denoiser, mask, trainer.mesh
   )

@@ -286,7 +286,7 @@ def test_safety_S3_a_manifest_names_only_files_beside_it(
   "change",
   [
     lambda values: values["files"].pop("stage_1.tokens.npy"),
-    lambda values: values["rows"].pop("held_out"),
+    lambda values: values["rows"].pop("validation"),
     lambda values: values.update(files=["stage_1.tokens.npy"]),
     lambda values: values.update(files=3),
     lambda values: values.update(rows=None),

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from ml_collections import config_dict
 
 from mdm_jax.core import coercion, config_checks
-from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.core.config_arguments import apply_arg as apply_arg
+from mdm_jax.core.config_arguments import quick as quick
 from mdm_jax.core.fields import COUNT, MANY, POSITIVE, SHARE, SIZE
 from mdm_jax.core.fields import field as _field
 from mdm_jax.core.fields import fixed as _fixed
@@ -43,8 +44,19 @@ class DataConfig:
   batch_size: int = _fixed(8, "global rows a microbatch", SIZE)
   eval_fraction: float = _fixed(
     0.05,
-    "share of the documents held out, chosen by a hash of their text",
+    "share held out for validation, which chooses the best checkpoint",
     "[0, 0.5]",
+  )
+  test_fraction: float = _fixed(
+    0.05,
+    "share held out for the results, and used for nothing else",
+    "[0, 0.5]",
+  )
+  validation_corpus: str = _fixed(
+    "", "text for validation, as `corpus` ('': a share of the corpus)"
+  )
+  test_corpus: str = _fixed(
+    "", "text for the results, as `corpus` ('': a share of the corpus)"
   )
   max_documents: int | None = _fixed(
     None, "read only the first N documents (None: all)", MANY
@@ -315,44 +327,3 @@ def from_dict(raw: Any, cls: type = Config, path: str = "") -> Any:
 def to_dict(config: Any) -> dict[str, Any]:
   """Returns plain JSON values: lists, dicts, numbers and strings."""
   return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def apply_arg(
-  config: config_dict.ConfigDict, arg: str, *names: str
-) -> config_dict.ConfigDict:
-  """Handles what follows the colon of --config=FILE:ARG, `quick` or nothing.
-
-  Args:
-    config: the config file's result.
-    arg: comma-separated words.
-    *names: words that the config file has handled itself.
-  """
-  words = [word for word in arg.split(",") if word]
-  for word in words:
-    if word not in ("quick", *names):
-      valid = nearest(word, ("quick", *names))
-      raise UserError(f"config argument {word!r}: {valid}")
-  return quick(config) if "quick" in words else config.lock()
-
-
-def quick(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """Scales any config down to about a minute on a CPU, the stages kept."""
-  config.name += "_quick"
-  config.data.max_documents = 24
-  config.data.batch_size = min(config.data.batch_size, 16)
-  config.data.eval_fraction = 0.2
-  config.tokenizer.vocab_size = min(config.tokenizer.vocab_size, 512)
-  config.model.update(num_layers=2, embed_dim=64, num_heads=4, dtype="float32")
-  config.model.update(num_kv_heads=None, mlp_dim=None)
-  for i, part in enumerate(config.stages):
-    part.length = 64 * 2 ** min(i, 1)
-    part.updates = 12
-  config.optimizer.accumulation = min(config.optimizer.accumulation, 2)
-  config.optimizer.warmup_steps = 4
-  config.optimizer.learning_rate = max(config.optimizer.learning_rate, 1e-3)
-  config.optimizer.ema_decay = 0.9
-  config.train.update(log_every=4, checkpoint_every=12)
-  config.eval.update(every=12, rows=8, final_rows=16, masks_per_row=8)
-  config.eval.update(batch_size=32, samples=8)
-  config.sample.length = None
-  return config

@@ -14,6 +14,12 @@ _MOST_ROWS = 2**24  # of an update, which are numbered one by one
 def check(c: Any) -> None:
   """Raises UserError, naming the field, for a value that can't work."""
   _check_bounds(c, "")
+  if c.data.eval_fraction + c.data.test_fraction > 0.9:
+    raise UserError(
+      f"data.eval_fraction={c.data.eval_fraction} and data.test_fraction="
+      f"{c.data.test_fraction} leave too little to train on; hold out at most"
+      " 0.9 in all"
+    )
   update_ranges(c.train.skip_updates)
   _check_sample(c)
   if c.init_from and c.tokenizer.path:

@@ -96,6 +96,7 @@ class Workdir:
 
   def check_tokenizer(self, sha256: str) -> None:
     """Raises UserError if the run was started with another tokenizer."""
+    self._check_splits()
     saved = self.tokenizer_sha256()
     if saved not in (None, sha256):
       raise UserError(
@@ -106,12 +107,22 @@ class Workdir:
 
   def check_data(self, manifest: dict[str, Any], advice: str = "") -> None:
     """Raises UserError, with some advice, if it was started with other rows."""
+    self._check_splits()
     saved = (self.read_data() or manifest)["files"]
     changed = [n for n in saved if saved[n] != manifest["files"].get(n)]
     if changed:
       raise UserError(
         f"workdir {self.path} was started with another text: {changed[0]} has"
         f" changed since; bring the text back, or use another workdir{advice}"
+      )
+
+  def _check_splits(self) -> None:
+    if "held_out" in (self.read_data() or {}).get("rows", ()):
+      raise UserError(
+        f"workdir {self.path} was started by an older version, which held out"
+        " one part of the text; this one holds out a part for validation and"
+        " one for the results: finish the run with that version, or give"
+        " another workdir"
       )
 
   def write_data(self, manifest: dict[str, Any]) -> None:

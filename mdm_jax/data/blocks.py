@@ -14,6 +14,7 @@ from mdm_jax.core.config import DataConfig
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.data import corpora
 from mdm_jax.data.corpora import Document
+from mdm_jax.data.splits import TRAIN
 from mdm_jax.data.text_files import Span, Tally
 
 _COMPRESSED = 4  # text is about so many times larger than its .gz
@@ -24,11 +25,12 @@ class Block:
   """A part of a corpus.
 
   Attributes:
-    number: from 0, in the order of the corpus.
+    number: from 0, in the order of its corpus.
     root: the folder of the files, or the name of a TFDS data set.
     spans: parts of its files, or of its splits: examples instead of bytes.
     most: documents that are read of it (None: all).
     sha256: of its documents, once they were read.
+    side: which its corpus was given for; `train` is also split.
   """
 
   number: int
@@ -36,33 +38,42 @@ class Block:
   spans: tuple[Span, ...]
   most: int | None = None
   sha256: str = ""
+  side: str = TRAIN
 
 
 def cut(data: DataConfig) -> list[Block]:
-  """Returns the blocks of a corpus.
+  """Returns the blocks of a run's corpus, then of those given for a side.
 
   Raises:
-    UserError: it can't be cut, or holds nothing to cut.
+    UserError: one can't be cut, or holds nothing to cut.
   """
   size = max(int(data.block_megabytes * 1e6), 1)
-  kind, _, name = data.corpus.partition(":")
+  found = []
+  for side, (field, corpus) in corpora.sources(data).items():
+    root, weighted = _spans(corpus, field, size)
+    groups = enumerate(_group(weighted, size))
+    found += [Block(i, root, spans, side=side) for i, spans in groups]
+  return found
+
+
+def _spans(
+  corpus: str, field: str, size: int
+) -> tuple[str, Iterator[tuple[Span, int]]]:
+  """Returns the root of a corpus, and its parts with their sizes in bytes."""
+  kind, _, name = corpus.partition(":")
   if kind == "tfds" and name:
-    root, weighted = data.corpus, _split_spans(name, size)
-  elif found := corpora.files(data.corpus):
-    root, weighted = str(found[1]), _file_spans(found[0], size)
-  else:
-    valid = ("sotu", "shakespeare", "text:GLOB", "tfds:NAME")
-    raise UserError(
-      f"data.corpus={data.corpus!r} can't be prepared in blocks:"
-      f" {nearest(data.corpus, valid)}"
-    )
-  groups = enumerate(_group(weighted, size))
-  return [Block(i, root, spans) for i, spans in groups]
+    return corpus, _split_spans(name, size)
+  if found := corpora.files(corpus):
+    return str(found[1]), _file_spans(found[0], size)
+  valid = ("sotu", "shakespeare", "text:GLOB", "tfds:NAME")
+  raise UserError(
+    f"{field}={corpus!r} can't be prepared in blocks: {nearest(corpus, valid)}"
+  )
 
 
 def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
   """Returns the documents of a block that hold text."""
-  if data.corpus.startswith("tfds:"):
+  if block.root.startswith("tfds:"):
     name = block.root.removeprefix("tfds:")
     parts = [
       corpora.read_tfds(name, s.path, s.start, s.end) for s in block.spans
@@ -79,11 +90,18 @@ def state(blocks: list[Block]) -> str:
   digest = hashlib.sha256()
   for block in blocks:
     for span in block.spans:
-      path, known = pathlib.Path(span.path), dataclasses.astuple(span)
+      path = pathlib.Path(span.path)
+      known = _within(path, block.root), span.start, span.end
       if path.is_file():
         known += (path.stat().st_size, path.stat().st_mtime_ns)
       digest.update(repr(known).encode())
   return digest.hexdigest()
+
+
+def _within(path: pathlib.Path, root: str) -> str:
+  """Returns a path that stays the same where its root moves."""
+  inside = path.is_relative_to(root)
+  return str(path.relative_to(root)) if inside else str(path)
 
 
 def _file_spans(

@@ -20,8 +20,9 @@ from typing import Any
 
 from absl import logging
 
+from mdm_jax.core.config import DataConfig
 from mdm_jax.core.errors import UserError, nearest
-from mdm_jax.data import text_files
+from mdm_jax.data import splits, text_files
 from mdm_jax.data.text_files import (
   BadRecord,
   Document,
@@ -30,8 +31,6 @@ from mdm_jax.data.text_files import (
   Tally,
   decode,
 )
-
-_PLACES = 2**48  # of texts, by their hashes
 
 
 def load(
@@ -55,16 +54,19 @@ def load(
 
 
 def load_and_count(
-  corpus: str, max_documents: int | None = None, on_bad_record: str = "fail"
+  corpus: str,
+  max_documents: int | None = None,
+  on_bad_record: str = "fail",
+  field: str = "data.corpus",
 ) -> tuple[list[Document], Tally]:
   """Returns what `load` does, and counts what `tell` then says."""
   tally = Tally(skip=on_bad_record == "skip")
-  found = _source(corpus, tally)
+  found = _source(corpus, tally, field)
   found = (document for document in found if document.text.strip())
   documents = list(itertools.islice(found, max_documents))
   tally.check()
   if not documents:
-    raise UserError(f"data.corpus={corpus!r} holds no text{_seen(tally)}")
+    raise UserError(f"{field}={corpus!r} holds no text{_seen(tally)}")
   return documents, tally
 
 
@@ -74,7 +76,7 @@ def tell(tally: Tally) -> None:
     logging.warning("%s; left out.", tally.describe())
 
 
-def _source(corpus: str, tally: Tally) -> Iterator[Document]:
+def _source(corpus: str, tally: Tally, field: str) -> Iterator[Document]:
   kind, _, rest = corpus.partition(":")
   if found := files(corpus):
     return read_files(text_files.whole(found[0]), found[1], tally)
@@ -82,7 +84,7 @@ def _source(corpus: str, tally: Tally) -> Iterator[Document]:
     return _python_docs()
   if rest and kind == "tfds":
     return _tfds(rest)
-  raise UserError(f"data.corpus={corpus!r}: {nearest(corpus, _VALID)}")
+  raise UserError(f"{field}={corpus!r}: {nearest(corpus, _VALID)}")
 
 
 def _seen(tally: Tally) -> str:
@@ -93,108 +95,34 @@ def _seen(tally: Tally) -> str:
   return f": {tally.files:,} files with {tally.records:,} records read{bad}"
 
 
+def load_all(data: DataConfig) -> tuple[dict[str, list[Document]], Tally]:
+  """Returns a run's corpus, as `train`, and those given for another side."""
+  found, total = {}, Tally()
+  for side, (field, corpus) in sources(data).items():
+    most = data.max_documents if side == splits.TRAIN else None
+    found[side], tally = load_and_count(corpus, most, data.on_bad_record, field)
+    total.add(tally)
+  return found, total
+
+
+def sources(data: DataConfig) -> dict[str, tuple[str, str]]:
+  """Returns the fields that name a corpus, and those, by the side they give."""
+  fields = {
+    splits.TRAIN: "corpus",
+    splits.VALIDATION: "validation_corpus",
+    splits.TEST: "test_corpus",
+  }
+  named = {side: (f"data.{f}", getattr(data, f)) for side, f in fields.items()}
+  return {side: (f, corpus) for side, (f, corpus) in named.items() if corpus}
+
+
 def fingerprint(documents: list[Document]) -> str:
-  """Returns a hash of names and texts; any change to either changes it."""
+  """Returns a hash of texts in their order, wherever they were found."""
   digest = hashlib.sha256()
   for document in documents:
-    for part in (document.name.encode(), document.text.encode()):
-      digest.update(len(part).to_bytes(8, "little") + part)
+    part = document.text.encode()
+    digest.update(len(part).to_bytes(8, "little") + part)
   return digest.hexdigest()
-
-
-# MARK: held-out text
-
-
-def split(
-  documents: list[Document], eval_fraction: float
-) -> tuple[list[Document], list[Document]]:
-  """Returns the documents to train on and the held-out ones.
-
-  A document's side depends on its text alone, so duplicates are never divided
-  and no document moves when others are added. Neither side is ever empty: the
-  document with the extreme hash goes to the empty one, and if every text is the
-  same, its end is held out.
-
-  Raises:
-    UserError: a single text is too short to be divided.
-  """
-  places = [place(d.text) for d in documents]
-  if len(set(places)) == 1:
-    return _split_one(documents, eval_fraction)
-  below = threshold(min(places), max(places), eval_fraction)
-  train, evaluate = split_at(documents, below)
-  logging.info(
-    "Held out %d of %d documents, %d of %d characters, by a hash of each text.",
-    len(evaluate),
-    len(documents),
-    _size(evaluate),
-    _size(documents),
-  )
-  return train, evaluate
-
-
-def threshold(lowest: float, highest: float, eval_fraction: float) -> float:
-  """Returns the place below which a text is held out.
-
-  Args:
-    lowest: of the places of all texts.
-    highest: of them, and another one.
-    eval_fraction: the threshold, if it leaves neither side empty.
-  """
-  if eval_fraction <= lowest:
-    return lowest + 1 / _PLACES
-  return min(eval_fraction, highest)
-
-
-def split_at(
-  documents: list[Document], below: float
-) -> tuple[list[Document], list[Document]]:
-  """Returns the documents to train on and those with a place below."""
-  places = [place(d.text) for d in documents]
-  train = [d for d, p in zip(documents, places, strict=True) if p >= below]
-  evaluate = [d for d, p in zip(documents, places, strict=True) if p < below]
-  return train, evaluate
-
-
-def place(text: str, salt: str = "") -> float:
-  """Maps a text to [0, 1), evenly; another salt gives other places."""
-  digest = hashlib.sha256((salt + text).encode()).digest()
-  return int.from_bytes(digest[:6]) / _PLACES
-
-
-def _size(documents: list[Document]) -> int:
-  return sum(len(document.text) for document in documents)
-
-
-def _split_one(
-  documents: list[Document], eval_fraction: float
-) -> tuple[list[Document], list[Document]]:
-  name, text = documents[0].name, documents[0].text
-  cut = _cut(text, eval_fraction)
-  if not text[:cut].strip() or not text[cut:].strip():
-    raise UserError(
-      f"{name} is the only text, and too short to hold out a part"
-    )
-  logging.info(
-    "Held out the last %d of %d characters of %s, the only text (%d copies).",
-    len(text) - cut,
-    len(text),
-    name,
-    len(documents),
-  )
-  return [Document(name, text[:cut])], [Document(f"{name}:end", text[cut:])]
-
-
-def _cut(text: str, eval_fraction: float) -> int:
-  """Returns where the end begins, at a line or a word if one starts near."""
-  end = len(text.rstrip())
-  target = min(round(end * (1 - eval_fraction)), end - 1)
-  first = max(0, target - max(40, (end - target) // 2))
-  for mark in ("\n", " "):
-    found = text.rfind(mark, first, target)
-    if found >= 0:
-      return found + 1
-  return target
 
 
 # MARK: named corpora

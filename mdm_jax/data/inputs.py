@@ -40,6 +40,7 @@ def row_inputs(config: Config, given: Tokenizer | None) -> dict[str, Any]:
   sha256 = given.sha256 if given else path and file_sha256(epath.Path(path))
   return {
     "eval_fraction": config.data.eval_fraction,
+    "test_fraction": config.data.test_fraction,
     "tokenizer": None if given else to_dict(config.tokenizer),
     "given_tokenizer": sha256 or None,
     "stages": [

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int64, Integer
 
 from mdm_jax.data.shards import Shards
 
@@ -74,18 +74,27 @@ def pack(texts: Sequence[Tokens], length: int, pad: int) -> Rows:
     length: tokens a row.
     pad: the id that fills a row up.
   """
+  return pack_and_tell(texts, length, pad)[0]
+
+
+def pack_and_tell(
+  texts: Sequence[Tokens], length: int, pad: int
+) -> tuple[Rows, Int64[np.ndarray, "N 2"]]:
+  """Returns what `pack` does, and the row and segment of each text."""
   bins = _best_fit([len(text) for text in texts], length)
   small = pad < 2**16
   tokens = np.full((len(bins), length), pad, np.uint16 if small else np.int32)
   segments = np.zeros((len(bins), length), np.uint16)
+  places = np.zeros((len(texts), 2), np.int64)
   for row, members in enumerate(bins):
     start = 0
     for segment, index in enumerate(members, start=1):
       end = start + len(texts[index])
       tokens[row, start:end] = texts[index]
       segments[row, start:end] = segment
+      places[index] = row, segment
       start = end
-  return Rows(tokens, segments)
+  return Rows(tokens, segments), places
 
 
 def _best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:

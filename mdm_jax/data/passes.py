@@ -5,34 +5,41 @@ it writes one record into the folder's `work`, which is there when all of it is.
 So blocks can be done by anyone, anywhere, in any order, and more than once.
 
 count    documents, bytes, hashes; bad records
-sample   which side documents are on; text for the tokenizer and the judge
+sample   how much is on each side; text for the tokenizer and the judge
 words    in how many units a word is, for stages that select the easiest
 signals  what the difficulty of each unit is a mean of, in bins
-rows     the shards of every stage and of the held-out text
+rows     the shards of every stage and of the held-out texts
 """
 
 import dataclasses
+import functools
 import pathlib
+import types
 import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from mdm_jax.core.config import Config, StageConfig
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import blocks, corpora, journal, ranking, segments, shards
+from mdm_jax.data import (
+  blocks,
+  corpora,
+  journal,
+  ranking,
+  segments,
+  shards,
+  splits,
+)
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.blocks import Block
-from mdm_jax.data.corpora import Document
+from mdm_jax.data.packing import Rows
 from mdm_jax.data.ranking import Cut
 from mdm_jax.data.segments import Selection, Unit, UnitWords
-from mdm_jax.data.stage_rows import (
-  HELD_OUT,
-  held_out_stage,
-  make_rows,
-  stage_name,
-)
-from mdm_jax.data.text_files import Tally
+from mdm_jax.data.splits import HELD_OUT, TEST, TRAIN, Shares, Sides, Split
+from mdm_jax.data.stage_rows import make_held_out, make_rows, stage_name
+from mdm_jax.data.text_files import Document, Tally
 
 WORK = "work"
 WORD_BINS = 2**22  # words are counted by a hash of so many values
@@ -49,19 +56,24 @@ class Job:
   Attributes:
     folder: that is prepared; `work` in it has the records.
     config: of the run.
-    below: the place of a text below which it is held out.
+    split: which documents are held out, once they are counted.
     sampled: share of the train split that the sample is.
   """
 
   folder: pathlib.Path
   config: Config
-  below: float = 0.0
+  split: Split | None = None
   sampled: float = 1.0
 
   @property
   def work(self) -> pathlib.Path:
     """Where records are."""
     return self.folder / WORK
+
+  @property
+  def shares(self) -> Shares:
+    """What is held out of the corpus."""
+    return splits.shares_of(self.config.data)
 
   @property
   def ranked(self) -> dict[str, StageConfig]:
@@ -76,8 +88,13 @@ class Job:
   def record(self, name: Pass, block: Block) -> pathlib.Path:
     """Returns the file that says that a pass has done a block."""
     part = "" if block.most is None else f".first_{block.most}"
+    side = "" if block.side == TRAIN else f".{block.side}"
     suffix = _SUFFIXES.get(name, ".json")
-    return self.work / f"{name}.{block.number:06d}{part}{suffix}"
+    return self.work / f"{name}{side}.{block.number:06d}{part}{suffix}"
+
+  def places(self, side: str) -> pathlib.Path:
+    """Returns the file with the places of the texts given for a side."""
+    return self.work / f"places.{side}.npy"
 
 
 def run(name: Pass, job: Job, block: Block) -> None:
@@ -86,51 +103,68 @@ def run(name: Pass, job: Job, block: Block) -> None:
     _PASSES[name](job, block)
 
 
+def records(
+  name: Pass, job: Job, found: list[Block]
+) -> Iterator[dict[str, Any]]:
+  """Yields what a pass has recorded of each block."""
+  return (journal.get_json(job.record(name, block)) for block in found)
+
+
 # MARK: documents
 
 
 def _count(job: Job, block: Block) -> None:
-  data = job.config.data
-  tally = Tally(skip=data.on_bad_record == "skip")
-  documents = blocks.read(data, block, tally)
-  places = [corpora.place(document.text) for document in documents]
+  tally = Tally(skip=job.config.data.on_bad_record == "skip")
+  documents = blocks.read(job.config.data, block, tally)
   record = {
     "documents": len(documents),
     "bytes": sum(len(document.text.encode()) for document in documents),
-    "lowest": min(places, default=None),
-    "highest": max(places, default=None),
     "sha256": corpora.fingerprint(documents),
     "tally": dataclasses.asdict(tally),
   }
+  if block.side == TRAIN:
+    own = _own(job, block, documents)
+    record["counts"] = dataclasses.asdict(splits.count(own, job.shares))
+  else:
+    record["places"] = sorted({splits.place(d.text) for d in documents})
   journal.put_json(job.record("count", block), record)
 
 
-def _split(job: Job, block: Block) -> tuple[list[Document], list[Document]]:
-  """Returns the two sides of a block, once it is as it was counted."""
-  data = job.config.data
-  tally = Tally(skip=data.on_bad_record == "skip")
-  documents = blocks.read(data, block, tally)
+def _own(job: Job, block: Block, documents: list[Document]) -> list[Document]:
+  """Returns the documents that were not given for a side that comes first."""
+  first = {TRAIN: HELD_OUT, TEST: ()}.get(block.side, (TEST,))
+  given = (job.places(side) for side in first if side not in job.shares.wanted)
+  held = {at for path in given for at in journal.map_array(path).tolist()}
+  return splits.without(documents, held)
+
+
+def _split(job: Job, block: Block) -> Sides:
+  """Returns the sides of a block, once it is as it was counted."""
+  tally = Tally(skip=job.config.data.on_bad_record == "skip")
+  documents = blocks.read(job.config.data, block, tally)
   if corpora.fingerprint(documents) != block.sha256:
     where = block.spans[0].path
     raise UserError(
       f"{where}, or a file after it, has changed while it was prepared; delete"
       f" the folder {job.folder} and run again"
     )
-  return corpora.split_at(documents, job.below)
+  own = _own(job, block, documents)
+  if block.side == TRAIN:
+    return job.split(own)
+  return dataclasses.replace(Sides([], [], []), **{block.side: own})
 
 
 def _train_units(job: Job, block: Block, stage: StageConfig) -> list[Unit]:
-  train, _ = _split(job, block)
+  train = _split(job, block).train
   return segments.units([document.text for document in train], stage)
 
 
 def _sample(job: Job, block: Block) -> None:
-  train, held_out = _split(job, block)
-  texts = [document.text for document in train]
+  sides = _split(job, block)
+  texts = [document.text for document in sides.train]
   characters = set().union(*texts) if _spells(job.config) else ()
   record = {
-    "train": len(train),
-    "held_out": len(held_out),
+    "sizes": sides.count(),
     "texts": [p for text in texts for p in _pieces(text, job.sampled)],
     "characters": "".join(sorted(characters)),
   }
@@ -146,7 +180,7 @@ def _pieces(text: str, share: float) -> list[str]:
   if share >= 1:
     return [text]
   pieces = (text[i : i + _PIECE] for i in range(0, len(text), _PIECE))
-  return [p for p in pieces if corpora.place(p, "sample") < share]
+  return [p for p in pieces if splits.place(p, "sample") < share]
 
 
 # MARK: difficulty
@@ -213,28 +247,35 @@ def _cut(job: Job, name: str, block: Block) -> Cut:
 def _rows(job: Job, block: Block) -> None:
   tokenizer = tokenizers.load_tokenizer(job.folder)
   sides = _split(job, block)
-  train, held_out = ([d.text for d in side] for side in sides)
+  train = [document.text for document in sides.train]
+  put = functools.partial(_put_rows, job, block)
   record = {}
-  for i, stage in enumerate(job.config.stages):
+  for i, stage in enumerate(job.config.stages if block.side == TRAIN else ()):
     units = segments.units(train, stage)
     selection = _select(job, stage_name(i), block, units)
-    made = make_rows(units, selection, stage, tokenizer)
-    record[stage_name(i)] = _put_rows(job, stage_name(i), block, *made)
-  stage = held_out_stage(job.config)
-  units = segments.units(held_out, stage)
-  made = make_rows(units, None, stage, tokenizer)
-  record[HELD_OUT] = _put_rows(job, HELD_OUT, block, *made)
+    rows, counts = make_rows(units, selection, stage, tokenizer)
+    record[stage_name(i)] = put(stage_name(i), rows, counts)
+  for side in job.shares.wanted if block.side == TRAIN else (block.side,):
+    texts = [document.text for document in sides[side]]
+    held, counts = make_held_out(texts, job.config, tokenizer)
+    record[side] = put(side, held.rows, counts, {shards.TABLE: held.texts})
   journal.put_json(job.record("rows", block), record)
 
 
 def _put_rows(
-  job: Job, name: str, block: Block, rows: Any, counts: dict[str, Any]
+  job: Job,
+  block: Block,
+  name: str,
+  rows: Rows,
+  counts: dict[str, Any],
+  beside: Mapping[str, np.ndarray] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
   """Writes a shard; returns its counts and its line of the index."""
   shard: dict[str, Any] = {"rows": len(rows)}
-  for part in shards.PARTS:
+  parts = {part: getattr(rows, part) for part in shards.PARTS} | beside
+  for part, array in parts.items():
     path = job.folder / shards.shard_name(name, block.number, part)
-    shard[part] = journal.put_array(path, getattr(rows, part))
+    shard[part] = journal.put_array(path, array)
   dtype = {part: getattr(rows, part).dtype.name for part in shards.PARTS}
   return {"counts": counts, "shard": shard, "dtype": dtype}
 

@@ -10,10 +10,9 @@ one record after the other. Nothing here holds more than one block's.
 import dataclasses
 import fcntl
 import hashlib
-import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,18 +25,19 @@ from mdm_jax.data import (
   inputs,
   journal,
   passes,
-  ranking,
-  segments,
   shards,
+  splits,
+  stage_ranks,
 )
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
+from mdm_jax.data.splits import TRAIN
 from mdm_jax.data.stage_rows import row_lengths, spread
 from mdm_jax.data.text_files import Tally
 from mdm_jax.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SAMPLE = "training_sample.json"
 SAMPLE_BYTES = 2**25  # of text, for the tokenizer and the n-gram judge
@@ -168,31 +168,29 @@ def _fill(
 ) -> None:
   """Writes every file of a folder, the manifest last."""
   do = lambda name, some: run(name, job, _undone(name, job, some))
-  do("count", found)
-  found = _limited(job, found)
-  do("count", found)
-  job, found, counts = _counted(job, found)
-  do("sample", found)
-  counts |= _sampled(job, found, given)
+  apart = [block for block in found if block.side != TRAIN]
+  do("count", apart)
+  _write_places(job, apart)
+  own = [block for block in found if block.side == TRAIN]
+  do("count", own)
+  own = _limited(job, own)
+  do("count", own)
+  job, own, apart, counts = _counted(job, own, apart)
+  do("sample", own + apart)
+  counts, told = _sampled(job, own + apart, given, counts)
   if job.ranked:
-    do("words", found)
-    _write_rarity(job, found)
-    do("signals", found)
+    do("words", own)
+    stage_ranks.write_rarity(job, own)
+    do("signals", own)
     for name in job.ranked:
-      _write_ranks(job, found, name)
-      _write_cuts(job, found, name)
-  do("rows", found)
-  _finish(job, wanted, found, counts)
+      stage_ranks.write_ranks(job, own, name)
+      stage_ranks.write_cuts(job, own, name)
+  do("rows", own + apart)
+  _finish(job, wanted, own + apart, counts, told)
 
 
 def _undone(name: Pass, job: Job, found: list[Block]) -> list[Block]:
   return [block for block in found if not job.record(name, block).exists()]
-
-
-def _records(
-  name: Pass, job: Job, found: list[Block]
-) -> Iterator[dict[str, Any]]:
-  return (journal.get_json(job.record(name, block)) for block in found)
 
 
 # MARK: documents
@@ -204,7 +202,9 @@ def _limited(job: Job, found: list[Block]) -> list[Block]:
   if left is None:
     return found
   kept = []
-  for block, record in zip(found, _records("count", job, found), strict=True):
+  for block, record in zip(
+    found, passes.records("count", job, found), strict=True
+  ):
     if left <= 0:
       break
     part = left if left < record["documents"] else None
@@ -213,48 +213,69 @@ def _limited(job: Job, found: list[Block]) -> list[Block]:
   return kept
 
 
+def _write_places(job: Job, apart: list[Block]) -> None:
+  """Lists the texts that were given for a side: no other may have them."""
+  for side in splits.HELD_OUT:
+    path = job.places(side)
+    mine = [block for block in apart if block.side == side]
+    if mine and not path.exists():
+      records = passes.records("count", job, mine)
+      places = {at for record in records for at in record["places"]}
+      journal.put_array(path, np.array(sorted(places), np.float64))
+
+
 def _counted(
-  job: Job, found: list[Block]
-) -> tuple[Job, list[Block], dict[str, Any]]:
+  job: Job, own: list[Block], apart: list[Block]
+) -> tuple[Job, list[Block], list[Block], dict[str, Any]]:
   """Returns what follows from the counts: the split, and the sample's share."""
-  data = job.config.data
-  total, tally = 0, Tally()
-  lowest, highest = math.inf, -math.inf
+  total, read, tally = 0, 0, Tally()
+  sums = splits.count([], job.shares)
   known = []
-  for block, record in zip(found, _records("count", job, found), strict=True):
+  found = own + apart
+  for block, record in zip(
+    found, passes.records("count", job, found), strict=True
+  ):
     tally.add(Tally(**record["tally"]))
     known.append(dataclasses.replace(block, sha256=record["sha256"]))
-    total += record["bytes"]
-    if record["documents"]:
-      lowest = min(lowest, record["lowest"])
-      highest = max(highest, record["highest"])
+    read += record["documents"]
+    if block.side == TRAIN:
+      total += record["bytes"]
+      sums.add(splits.Counts(**record["counts"]))
   tally.check()
   corpora.tell(tally)
-  if lowest >= highest:
-    raise UserError(
-      f"data.corpus={data.corpus!r} holds no two different texts, one to train"
-      " on and one to hold out; without data.prepared a single text is divided"
-    )
+  if not sums.documents:
+    raise UserError(f"data.corpus={job.config.data.corpus!r} holds no text")
   job = dataclasses.replace(
     job,
-    below=corpora.threshold(lowest, highest, data.eval_fraction),
+    split=splits.decide(sums, job.shares),
     sampled=min(SAMPLE_BYTES / total, 1.0),
   )
   digest = hashlib.sha256("".join(b.sha256 for b in known).encode())
-  counts = {"bytes": total, "text": digest.hexdigest(), "bad": tally.bad}
-  return job, known, counts
+  counts = {
+    "bytes": total,
+    "text": digest.hexdigest(),
+    "bad": tally.bad,
+    "repeated": read - sums.documents,
+  }
+  return job, known[: len(own)], known[len(own) :], counts
 
 
 def _sampled(
-  job: Job, found: list[Block], given: Tokenizer | None
-) -> dict[str, int]:
-  """Writes the sample of the training text and the tokenizer."""
-  train = held_out = 0
+  job: Job, found: list[Block], given: Tokenizer | None, counts: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Writes the sample of the training text and the tokenizer.
+
+  Returns:
+    The counts of documents, and what is to be known of the split.
+  """
+  sizes = splits.Sides([], [], []).count()
   texts: list[str] = []
   characters: set[str] = set()
   room = SAMPLE_BYTES
-  for record in _records("sample", job, found):
-    train, held_out = train + record["train"], held_out + record["held_out"]
+  for record in passes.records("sample", job, found):
+    for what, by_side in record["sizes"].items():
+      for side, size in by_side.items():
+        sizes[what][side] += size
     characters.update(record["characters"])
     for text in record["texts"] if room > 0 else ():
       texts.append(text)
@@ -265,60 +286,21 @@ def _sampled(
     learnt = [*texts, "".join(sorted(characters))] if characters else texts
     tokenizer = given or tokenizers.build(job.config.tokenizer, learnt)
     journal.put(job.folder / tokenizer.filename, tokenizer.content)
-  return {"train": train, "held_out": held_out}
-
-
-# MARK: difficulty
-
-
-def _write_rarity(job: Job, found: list[Block]) -> None:
-  """Adds up in how many units each word is, over the whole corpus."""
-  for name in job.ranked:
-    path = job.work / f"rarity.{name}.npy"
-    if path.exists():
-      continue
-    frequency, units = np.zeros(passes.WORD_BINS, np.int64), 0
-    for block in found:
-      record = journal.get_arrays(job.record("words", block))
-      frequency[record[f"{name}.bins"]] += record[f"{name}.counts"]
-      units += int(record[f"{name}.units"])
-    journal.put_array(path, segments.rarity(frequency, max(units, 1)))
-
-
-def _write_ranks(job: Job, found: list[Block], name: str) -> None:
-  path = job.work / f"ranks.{name}.npy"
-  if path.exists():
-    return
-  counts = np.zeros((4, ranking.BINS), np.int64)
-  for block in found:
-    record = journal.get_arrays(job.record("signals", block))
-    counts += ranking.count(record[name])
-  journal.put_array(path, ranking.ranks(counts))
-
-
-def _write_cuts(job: Job, found: list[Block], name: str) -> None:
-  """Finds the level of the last unit that is kept, and each block's share."""
-  path = job.work / f"cuts.{name}.npy"
-  if path.exists():
-    return
-  levels = lambda: (
-    ranking.levels(passes.difficulty(job, name, block)) for block in found
-  )
-  counts = np.zeros(ranking.BINS, np.int64)
-  for level in levels():
-    counts += np.bincount(level, minlength=ranking.BINS)
-  wanted = segments.share(job.ranked[name].easiest, int(counts.sum()))
-  last, most = ranking.find_level(counts, wanted)
-  tied = [int((level == last).sum()) for level in levels()]
-  quotas = ranking.quotas(most, tied)
-  journal.put_array(path, np.stack([np.full_like(quotas, last), quotas], 1))
+  given = [s for s in splits.HELD_OUT if s not in job.shares.wanted]
+  kept = sum(sizes["documents"][side] for side in given)
+  told = splits.told(job.split, sizes, counts.pop("repeated") - kept)
+  return counts | sizes["documents"], told
 
 
 # MARK: the end
 
 
 def _finish(
-  job: Job, wanted: dict[str, Any], found: list[Block], counts: dict[str, Any]
+  job: Job,
+  wanted: dict[str, Any],
+  found: list[Block],
+  counts: dict[str, Any],
+  told: dict[str, Any],
 ) -> None:
   """Writes the indices of all shards, and the manifest over all of it."""
   lengths = row_lengths(job.config)
@@ -332,6 +314,7 @@ def _finish(
       "megabytes": job.config.data.block_megabytes,
     },
     "documents": counts,
+    "split": told,
     "tokenizer": {
       "kind": tokenizer.kind,
       "sha256": tokenizer.sha256,
@@ -349,7 +332,11 @@ def _write_index(
   """Writes the index of some rows; returns their counts."""
   shown = {block.number for block in spread(found)}
   listed, merged, examples = [], None, []
-  for block, record in zip(found, _records("rows", job, found), strict=True):
+  for block, record in zip(
+    found, passes.records("rows", job, found), strict=True
+  ):
+    if name not in record:  # of text that was given for another side
+      continue
     part = record[name]
     listed.append(part["shard"])
     merged = _merge(merged, part["counts"])

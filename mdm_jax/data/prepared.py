@@ -3,8 +3,9 @@
 Of a corpus that fits in memory they are made here, when first asked for; of a
 larger one they were made before, by --mode=prepare (`preparation.py`).
 
-A folder of the cache holds the tokenizer, one pair of arrays a stage and one
-for the held-out text, and a manifest with their sizes and hashes. The folder's
+A folder of the cache holds the tokenizer, one pair of arrays a stage, one each
+for validation and test text with a table of where that is, and a manifest with
+their sizes and hashes. The folder's
 name is a hash of all it depends on (the text and the fields that shape rows),
 so equal work is found again and different work never collides. It appears
 whole, by a rename, or not at all.
@@ -27,25 +28,31 @@ from rich.progress import Progress
 from mdm_jax.core import distributed, safe_files
 from mdm_jax.core.config import Config, StageConfig
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import corpora, preparation, row_checks, segments, shards
+from mdm_jax.data import (
+  corpora,
+  preparation,
+  row_checks,
+  segments,
+  shards,
+  splits,
+)
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.corpora import Document
+from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.inputs import file_sha256, given_tokenizer, row_inputs
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.shards import Index
+from mdm_jax.data.splits import HELD_OUT
 from mdm_jax.data.stage_rows import (
-  HELD_OUT,
-  held_out_stage,
+  make_held_out,
   make_rows,
   row_lengths,
   stage_name,
 )
-from mdm_jax.data.text_files import Tally
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 
-_FORMAT = 2
+_FORMAT = 3  # of the cache; rows of another one are made anew
 _MANIFEST = "manifest.json"
-_CHUNK = 2**22  # tokens looked at at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,25 +62,16 @@ class PreparedData:
   Attributes:
     tokenizer: of this text.
     stages: training rows, memory-mapped, in the order of `config.stages`.
-    held_out: rows of the last stage's length that hold the whole held-out text.
+    validation: all text that chooses, in rows of the last stage's length.
+    test: all text that the results are of, in such rows.
     manifest: counts and hashes, as in the cache.
   """
 
   tokenizer: Tokenizer
   stages: tuple[Rows, ...]
-  held_out: Rows
+  validation: HeldOut
+  test: HeldOut
   manifest: dict[str, Any]
-
-  def num_bytes(self, rows: Rows) -> np.ndarray:
-    """Returns the UTF-8 bytes of text each row holds."""
-    sizes = np.zeros(self.tokenizer.vocab.size, np.int64)
-    sizes[: len(self.tokenizer.pieces)] = [
-      len(piece) for piece in self.tokenizer.pieces
-    ]
-    step = max(_CHUNK // rows.length, 1)
-    parts = (rows.tokens[i : i + step] for i in range(0, len(rows), step))
-    counts = [sizes[tokens].sum(axis=1) for tokens in parts]
-    return np.concatenate(counts) if counts else np.zeros(0, np.int64)
 
 
 def prepare(
@@ -122,33 +120,26 @@ def training_texts(config: Config) -> list[str]:
   if config.data.prepared:
     path = preparation.folder_of(config) / preparation.SAMPLE
     return safe_files.read_json(path)["texts"]
-  documents, _ = _load(config)
-  train, _ = corpora.split(documents, config.data.eval_fraction)
-  return [document.text for document in train]
+  found, _ = corpora.load_all(config.data)
+  sides, _ = splits.divide(found, splits.shares_of(config.data))
+  return [document.text for document in sides.train]
 
 
 def _from_cache(config: Config, given: Tokenizer | None) -> PreparedData:
-  documents, tally = _load(config)
+  found, tally = corpora.load_all(config.data)
   corpora.tell(tally)
   inputs = {
     "format": _FORMAT,
-    "text": corpora.fingerprint(documents),
+    "text": {side: corpora.fingerprint(found[side]) for side in found},
     "bad_records": tally.bad,
   } | row_inputs(config, given)
   key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
   folder = _cache_dir(config) / key.hexdigest()[:16]
   if not (folder / _MANIFEST).exists():
-    _write(folder, config, documents, inputs, given)
+    _write(folder, config, found, inputs, given)
   data = _read(folder, config)
   logging.info("prepared data: %s", folder)
   return data
-
-
-def _load(config: Config) -> tuple[list[Document], Tally]:
-  data = config.data
-  return corpora.load_and_count(
-    data.corpus, data.max_documents, data.on_bad_record
-  )
 
 
 def _cache_dir(config: Config) -> epath.Path:
@@ -164,7 +155,7 @@ def _cache_dir(config: Config) -> epath.Path:
 def _write(
   folder: epath.Path,
   config: Config,
-  documents: list[Document],
+  found: dict[str, list[Document]],
   inputs: dict[str, Any],
   given: Tokenizer | None,
 ) -> None:
@@ -177,7 +168,7 @@ def _write(
     ) from error
   try:
     with Progress(transient=True) as progress:
-      _fill(partial, config, documents, inputs, given, progress)
+      _fill(partial, config, found, inputs, given, progress)
     try:
       partial.rename(folder)
     except OSError:  # another process was faster, with the same bytes
@@ -190,37 +181,35 @@ def _write(
 def _fill(
   folder: epath.Path,
   config: Config,
-  documents: list[Document],
+  found: dict[str, list[Document]],
   inputs: dict[str, Any],
   given: Tokenizer | None,
   progress: Progress,
 ) -> None:
   """Writes every file of a prepared folder, the manifest last."""
-  *names, _ = row_lengths(config)
-  task = progress.add_task("tokenizer", total=len(names) + 2)
-  train, held_out = corpora.split(documents, config.data.eval_fraction)
-  texts = [document.text for document in train]
+  task = progress.add_task("tokenizer", total=len(row_lengths(config)) + 1)
+  step = lambda name: progress.update(
+    task, description=f"rows: {name}", advance=1
+  )
+  sides, told = splits.divide(found, splits.shares_of(config.data))
+  texts = [document.text for document in sides.train]
   tokenizer = given or tokenizers.build(config.tokenizer, texts)
   tokenizer.save(folder)
   counts = {}
-  held_texts = [document.text for document in held_out]
-  for name, stage, source in [
-    *zip(names, config.stages, [texts] * len(names), strict=True),
-    (HELD_OUT, held_out_stage(config), held_texts),
-  ]:
-    progress.update(task, description=f"rows: {name}", advance=1)
-    rows, counts[name] = _stage_rows(stage, source, tokenizer)
-    for file, array in zip(
-      _array_names(name), (rows.tokens, rows.segments), strict=True
-    ):
-      np.save(folder / file, array, allow_pickle=False)
+  for i, stage in enumerate(config.stages):
+    step(name := stage_name(i))
+    rows, counts[name] = _stage_rows(stage, texts, tokenizer)
+    _save(folder, name, rows)
+  for name in HELD_OUT:
+    step(name)
+    held = [document.text for document in sides[name]]
+    made, counts[name] = make_held_out(held, config, tokenizer)
+    _save(folder, name, made.rows)
+    np.save(folder / _table_name(name), made.texts, allow_pickle=False)
   manifest = {
     "inputs": inputs,
-    "documents": {
-      "train": len(train),
-      "held_out": len(held_out),
-      "bad": inputs["bad_records"],
-    },
+    "documents": told["documents"] | {"bad": inputs["bad_records"]},
+    "split": told,
     "tokenizer": {
       "kind": tokenizer.kind,
       "sha256": tokenizer.sha256,
@@ -230,6 +219,12 @@ def _fill(
     "files": {p.name: file_sha256(p) for p in sorted(folder.iterdir())},
   }
   (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def _save(folder: epath.Path, name: str, rows: Rows) -> None:
+  both = zip(_array_names(name), (rows.tokens, rows.segments), strict=True)
+  for file, array in both:
+    np.save(folder / file, array, allow_pickle=False)
 
 
 def _stage_rows(
@@ -248,13 +243,13 @@ def _read(folder: epath.Path, config: Config) -> PreparedData:
   """Returns what a folder holds, once all of it is what it should be."""
   lengths = row_lengths(config)
   arrays = {file for name in lengths for file in _array_names(name)}
+  arrays |= {_table_name(name) for name in HELD_OUT}
   manifest = _read_manifest(folder, [*lengths], arrays)
   tokenizer = tokenizers.load_tokenizer(folder)
-  *stages, held_out = [
-    _read_rows(folder, name, length, tokenizer.vocab)
-    for name, length in lengths.items()
-  ]
-  return PreparedData(tokenizer, tuple(stages), held_out, manifest)
+  read = lambda n: _read_rows(folder, n, lengths[n], tokenizer.vocab)
+  stages = tuple(read(stage_name(i)) for i in range(len(config.stages)))
+  held = [_read_held_out(folder, name, read(name)) for name in HELD_OUT]
+  return PreparedData(tokenizer, stages, *held, manifest)
 
 
 def _read_manifest(
@@ -284,20 +279,34 @@ def _read_rows(
   folder: epath.Path, name: str, length: int, vocab: Vocabulary
 ) -> Rows:
   """Maps the two arrays of some rows into memory, once they are looked at."""
-  arrays = []
-  for path in (folder / file for file in _array_names(name)):
-    try:
-      arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, EOFError):
-      raise _damaged(folder, path) from None
+  arrays = [_load(folder, file) for file in _array_names(name)]
   wrong = row_checks.find_wrong(*arrays, length, vocab)
   if wrong:
     raise _damaged(folder, f"{folder / name}, {wrong}")
   return Rows(*arrays)
 
 
+def _read_held_out(folder: epath.Path, name: str, rows: Rows) -> HeldOut:
+  texts = _load(folder, _table_name(name))
+  wrong = row_checks.find_wrong_texts(rows.segments, texts)
+  if wrong:
+    raise _damaged(folder, f"{folder / _table_name(name)}, {wrong}")
+  return HeldOut(rows, np.array(texts))
+
+
+def _load(folder: epath.Path, file: str) -> np.ndarray:
+  try:
+    return np.load(folder / file, mmap_mode="r", allow_pickle=False)
+  except (ValueError, EOFError):
+    raise _damaged(folder, folder / file) from None
+
+
 def _array_names(name: str) -> tuple[str, str]:
   return f"{name}.tokens.npy", f"{name}.segments.npy"
+
+
+def _table_name(name: str) -> str:
+  return f"{name}.texts.npy"
 
 
 def _damaged(folder: os.PathLike, what: Any) -> UserError:
@@ -325,10 +334,13 @@ def _read_folder(config: Config, given: Tokenizer | None) -> PreparedData:
   tokenizer = tokenizers.load_tokenizer(folder)
   indices = [shards.read_index(folder, name) for name in names]
   _check_shards(folder, indices, tokenizer.vocab)
-  *stages, held_out = [
-    Rows(*(index.open(part) for part in shards.PARTS)) for index in indices
+  rows = [
+    Rows(index.open("tokens"), index.open("segments")) for index in indices
   ]
-  return PreparedData(tokenizer, tuple(stages), held_out, manifest)
+  *stages, validation, test = rows
+  tables = [index.texts() for index in indices[-len(HELD_OUT) :]]
+  held = [HeldOut(validation, tables[0]), HeldOut(test, tables[1])]
+  return PreparedData(tokenizer, tuple(stages), *held, manifest)
 
 
 def _check_shards(

@@ -43,6 +43,32 @@ def find_wrong(
   return None
 
 
+def find_wrong_texts(segments: np.ndarray, texts: np.ndarray) -> str | None:
+  """Returns what is wrong with a table of held-out texts, if anything.
+
+  Args:
+    segments: of the rows it is about, as in `Rows`.
+    texts: as in `HeldOut`.
+  """
+  if texts.dtype != np.int64 or texts.ndim != 2 or texts.shape[1] != 4:
+    return f"a table of {texts.dtype} with shape {texts.shape}"
+  step = max(_CHUNK // max(segments.shape[1], 1), 1)
+  parts = range(0, len(segments), step)
+  counts = np.concatenate(
+    [np.zeros(0, np.int64)]
+    + [segments[i : i + step].max(axis=1).astype(np.int64) for i in parts]
+  )
+  row = np.repeat(np.arange(len(counts)), counts)
+  segment = (
+    1 + np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
+  )
+  if len(texts) != len(row):
+    return f"{len(texts)} texts, but the rows have {len(row)}"
+  if (texts[:, 0] != row).any() or (texts[:, 1] != segment).any():
+    return "rows or segments that are not those of the rows"
+  return "a number below 0" if (texts < 0).any() else None
+
+
 def _wrong(
   tokens: np.ndarray, segments: np.ndarray, vocab: Vocabulary
 ) -> np.ndarray:

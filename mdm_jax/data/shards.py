@@ -8,21 +8,24 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from mdm_jax.core import safe_files
 from mdm_jax.data import inputs, row_checks
+from mdm_jax.data.splits import HELD_OUT
 from mdm_jax.data.tokenizer import Vocabulary
 
 PARTS = "tokens", "segments"
+TABLE = "texts"  # beside them, of held-out rows
 _MAPPED = 512  # files mapped at a time; the system allows about 65,000
 
 
 def shard_name(name: str, number: int, part: str) -> str:
-  """Returns the file of a shard's tokens or segments."""
+  """Returns the file of a part of a shard."""
   return f"{name}.{number:06d}.{part}.npy"
 
 
@@ -107,8 +110,13 @@ class Index:
   dtype: dict[str, str]
   shards: list[dict[str, Any]]
 
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """Of each shard."""
+    return (*PARTS, TABLE) if self.name in HELD_OUT else PARTS
+
   def path(self, number: int, part: str) -> pathlib.Path:
-    """Returns where a shard's tokens or segments are."""
+    """Returns where a part of a shard is."""
     return self.folder / shard_name(self.name, number, part)
 
   def open(self, part: str) -> Shards:
@@ -117,10 +125,16 @@ class Index:
     rows = [shard["rows"] for shard in self.shards]
     return Shards(paths, rows, self.length, self.dtype[part])
 
+  def texts(self) -> Int64[np.ndarray, "M 4"]:
+    """Returns the table of held-out texts, of all shards."""
+    numbers = range(len(self.shards))
+    tables = [np.load(self.path(i, TABLE), allow_pickle=False) for i in numbers]
+    return _joined(tables, [shard["rows"] for shard in self.shards])
+
   def missing(self) -> str | None:
     """Names the first file that is not there or has another size."""
     for i, shard in enumerate(self.shards):
-      for part in PARTS:
+      for part in self.parts:
         path, size = self.path(i, part), shard[part]["bytes"]
         if not path.is_file():
           return f"{path} is missing"
@@ -131,12 +145,12 @@ class Index:
   def damaged(self, number: int, vocab: Vocabulary) -> str | None:
     """Reads a whole shard, and tells what is wrong with it first."""
     shard = self.shards[number]
-    for part in PARTS:
+    for part in self.parts:
       path = self.path(number, part)
       if inputs.file_sha256(path) != shard[part]["sha256"]:
         return str(path)
     arrays = []
-    for part in PARTS:
+    for part in self.parts:
       path = self.path(number, part)
       try:
         arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
@@ -144,8 +158,29 @@ class Index:
         return str(path)
     if len(arrays[0]) != shard["rows"]:
       return f"{path}: {len(arrays[0])} rows, not {shard['rows']}"
-    wrong = row_checks.find_wrong(*arrays, self.length, vocab)
-    return f"{self.path(number, PARTS[0])}, {wrong}" if wrong else None
+    wrong = row_checks.find_wrong(*arrays[:2], self.length, vocab)
+    if wrong:
+      return f"{self.path(number, PARTS[0])}, {wrong}"
+    for table in arrays[2:]:
+      wrong = row_checks.find_wrong_texts(arrays[1], table)
+      if wrong:
+        return f"{self.path(number, TABLE)}, {wrong}"
+    return None
+
+
+def _joined(parts: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
+  """Joins tables of texts whose rows and documents each count from 0.
+
+  Args:
+    parts: tables, of consecutive documents.
+    rows: that each is about.
+  """
+  joined, row, document = [np.zeros((0, 4), np.int64)], 0, 0
+  for part, count in zip(parts, rows, strict=True):
+    joined.append(part + np.array([row, 0, document, 0]))
+    row += count
+    document += int(part[:, 2].max(initial=-1)) + 1
+  return np.concatenate(joined)
 
 
 def read_index(folder: pathlib.Path, name: str) -> Index:
@@ -161,7 +196,7 @@ def read_index(folder: pathlib.Path, name: str) -> Index:
       folder, name, found["length"], dict(found["dtype"]), found["shards"]
     )
     for shard in index.shards:
-      for number in (shard["rows"], *(shard[p]["bytes"] for p in PARTS)):
+      for number in (shard["rows"], *(shard[p]["bytes"] for p in index.parts)):
         int(number)
     for part in PARTS:
       np.dtype(index.dtype[part])

@@ -1,16 +1,24 @@
 """From the units of a stage to its rows, and what is to be known of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from mdm_jax.core.config import Config, StageConfig
-from mdm_jax.data.packing import Rows, Tokens, join_sentences, pack
+from mdm_jax.data import held_out, segments
+from mdm_jax.data.held_out import HeldOut
+from mdm_jax.data.packing import (
+  Rows,
+  Tokens,
+  join_sentences,
+  pack,
+  pack_and_tell,
+)
 from mdm_jax.data.segments import Selection, Unit
+from mdm_jax.data.splits import HELD_OUT
 from mdm_jax.data.tokenizer import Tokenizer
 
-HELD_OUT = "held_out"
 _BINS = 20  # of the histogram of difficulty
 _EXAMPLES = 5
 _GROUP = 2**21  # characters tokenised at once: ids are Python's for a moment
@@ -30,7 +38,7 @@ def row_lengths(config: Config) -> dict[str, int]:
   """Returns tokens a row, by the name of the rows on disk."""
   stages = enumerate(config.stages)
   lengths = {stage_name(i): stage.length for i, stage in stages}
-  return lengths | {HELD_OUT: config.stages[-1].length}
+  return lengths | dict.fromkeys(HELD_OUT, config.stages[-1].length)
 
 
 def make_rows(
@@ -55,11 +63,49 @@ def make_rows(
     "units_found": len(units),
     "units_selected": len(selected),
     "texts_too_long": len(pieces) - len(fitting),
+    **_sizes(rows),
+    "difficulty": _difficulty(selection),
+    "examples": _examples(selection, fitting, tokenizer),
+  }
+
+
+def make_held_out(
+  texts: Sequence[str], config: Config, tokenizer: Tokenizer
+) -> tuple[HeldOut, dict[str, Any]]:
+  """Returns all of some texts as rows, with the table of where each is.
+
+  Args:
+    texts: of the documents.
+    config: of the run.
+    tokenizer: of the ids.
+  """
+  stage = held_out_stage(config)
+  units = segments.units(texts, stage)
+  widths = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
+  pieces, told = [], []
+  for unit, encoded in _encoded(units, tokenizer):
+    found = join_sentences(encoded, stage.length, tokenizer.vocab.eos)
+    sizes = held_out.original_bytes(unit.parts, encoded, found, widths)
+    pieces += found
+    told += [(unit.document, size) for size in sizes]
+  rows, places = pack_and_tell(pieces, stage.length, tokenizer.vocab.pad)
+  table = np.hstack([places, np.array(told, np.int64).reshape(-1, 2)])
+  table = table[np.lexsort((table[:, 1], table[:, 0]))]
+  return HeldOut(rows, table), {
+    "units_found": len(units),
+    "units_selected": len(units),
+    "texts_too_long": 0,
+    **_sizes(rows),
+    "difficulty": None,
+    "examples": _examples(None, pieces, tokenizer),
+  }
+
+
+def _sizes(rows: Rows) -> dict[str, int]:
+  return {
     "rows": len(rows),
     "tokens": int((rows.segments > 0).sum()),
     "capacity": int(rows.tokens.size),
-    "difficulty": _difficulty(selection),
-    "examples": _examples(selection, fitting, tokenizer),
   }
 
 
@@ -89,25 +135,8 @@ def _encode(
   units: list[Unit], stage: StageConfig, tokenizer: Tokenizer
 ) -> list[Tokens]:
   """Returns the token sequences of a stage, before packing."""
-  pieces, group, size = [], [], 0
-  for unit in units:
-    group.append(unit)
-    size += sum(map(len, unit.parts))
-    if size >= _GROUP:
-      pieces += _encode_group(group, stage, tokenizer)
-      group, size = [], 0
-  return pieces + _encode_group(group, stage, tokenizer)
-
-
-def _encode_group(
-  units: list[Unit], stage: StageConfig, tokenizer: Tokenizer
-) -> list[Tokens]:
   vocab = tokenizer.vocab
-  encoded = tokenizer.encode_batch([p for unit in units for p in unit.parts])
-  parts, at = [], 0
-  for unit in units:
-    parts.append(encoded[at : at + len(unit.parts)])
-    at += len(unit.parts)
+  parts = (encoded for _, encoded in _encoded(units, tokenizer))
   match stage.unit:
     case "sentences":
       return [sentence for (sentence,) in parts]
@@ -120,3 +149,27 @@ def _encode_group(
         for sentences in parts
         for piece in join_sentences(sentences, stage.length, vocab.eos)
       ]
+
+
+def _encoded(
+  units: list[Unit], tokenizer: Tokenizer
+) -> Iterator[tuple[Unit, list[Tokens]]]:
+  """Yields each unit with the ids of its parts."""
+  group, size = [], 0
+  for unit in units:
+    group.append(unit)
+    size += sum(map(len, unit.parts))
+    if size >= _GROUP:
+      yield from _encoded_group(group, tokenizer)
+      group, size = [], 0
+  yield from _encoded_group(group, tokenizer)
+
+
+def _encoded_group(
+  units: list[Unit], tokenizer: Tokenizer
+) -> Iterator[tuple[Unit, list[Tokens]]]:
+  encoded = tokenizer.encode_batch([p for unit in units for p in unit.parts])
+  at = 0
+  for unit in units:
+    yield unit, encoded[at : at + len(unit.parts)]
+    at += len(unit.parts)
