@@ -8,7 +8,7 @@ import jax
 
 from mdm_jax.core import strict_json
 from mdm_jax.core.config import Config, SampleConfig, to_dict
-from mdm_jax.core.sharding import check_divides, make_mesh
+from mdm_jax.core.sharding import mesh_for_use
 from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.prepared import PreparedData, training_texts
 from mdm_jax.evaluation import samples as samples_lib
@@ -168,8 +168,7 @@ class Measures:
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   """Measures a run's best checkpoint, writes and returns the results."""
   data = open_rows(config, workdir)
-  mesh = make_mesh(config.mesh)
-  check_divides("eval.batch_size", config.eval.batch_size, mesh)
+  mesh = mesh_for_use(config)
   vocab = data.tokenizer.vocab
   denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:

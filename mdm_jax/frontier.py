@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mdm_jax.core.config import Config
 from mdm_jax.core.progress import console, with_error
-from mdm_jax.core.sharding import make_mesh
+from mdm_jax.core.sharding import mesh_for_use
 from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.prepared import PreparedData, training_texts
 from mdm_jax.evaluation import samples as samples_lib
@@ -52,7 +52,7 @@ def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
   data = open_rows(config, workdir)
   judge = make_judge(config.eval.judge, training_texts(config))
   curve = (workdir.read_results() or {}).get("ce_by_mask_rate")
-  mesh = make_mesh(config.mesh)
+  mesh = mesh_for_use(config)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
     points = _sweep(config, data, judge, mesh, checkpoints, curve)
   _show(points, judge.name)  # first: it may be that nothing can be stored

@@ -108,12 +108,22 @@ def _main() -> int:
   except KeyboardInterrupt:
     print("interrupted: the same command goes on from what was saved")
     return Exit.STOPPED
-  except Exception:
-    traceback.print_exc()
-    return Exit.BUG
+  except Exception as error:
+    return _fail_unforeseen(error)
   if _JSON.value and not console.quiet:
     print(strict_json.dumps(results))
   return Exit.DONE
+
+
+def _fail_unforeseen(error: Exception) -> int:
+  """Tells too little memory in one line, and all else as it is."""
+  from mdm_jax.core import memory  # not before: a wrong flag answers at once
+
+  told = memory.told(error)
+  if told:
+    return command_line.fail(told)
+  traceback.print_exception(error)
+  return Exit.BUG
 
 
 def _end_soon(code: int) -> None:
@@ -173,7 +183,8 @@ def _run(config: Config, workdir: Workdir) -> Any:
       return interactive.converse(config, workdir)
     case "sample":
       return sample.sample_workdir(
-        config, workdir, _PROMPT.value, _TRACE.value, _HTML.value
+        *(config, workdir, _PROMPT.value, _TRACE.value, _HTML.value),
+        keep=_JSON.value,
       )
     case "frontier":
       return frontier.frontier_workdir(config, workdir)

@@ -5,7 +5,7 @@ print(model.generate("We the [MASK:3] of", num_samples=2).texts)
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from mdm_jax.core import distributed
 from mdm_jax.core.config import Config, SampleConfig
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.progress import console
-from mdm_jax.core.sharding import make_mesh
+from mdm_jax.core.sharding import mesh_for_use
 from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mdm_jax.model.denoiser import Denoiser
@@ -65,7 +65,7 @@ class Model:
     self.watch: Watch | None = None
     vocab = tokenizer.vocab
     self._denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
-    self._mesh = make_mesh(config.mesh)
+    self._mesh = mesh_for_use(config)
     with jax.set_mesh(self._mesh), Checkpoints(workdir.path) as checkpoints:
       _, self._params = checkpoints.restore_best_params(self._denoiser)
     results = workdir.read_results() or {}
@@ -97,15 +97,44 @@ class Model:
     Raises:
       UserError: a prompt or a setting can't work.
     """
+    canvas, config = self._asked(prompts, num_samples, settings)
+    with jax.set_mesh(self._mesh):
+      return self._sampler(canvas.tokens.shape[1]).draw(
+        self._params, canvas, config, self._ce_by_mask_rate, num_samples
+      )
+
+  def stream(
+    self,
+    prompts: str | Sequence[str] = "",
+    num_samples: int = 1,
+    **settings: Any,
+  ) -> Iterator[Samples]:
+    """Yields what `generate` returns, some texts at a time, for any number."""
+    canvas, config = self._asked(prompts, num_samples, settings)
+    with jax.set_mesh(self._mesh):
+      parts = self._sampler(canvas.tokens.shape[1]).stream(
+        self._params, canvas, config, self._ce_by_mask_rate, num_samples
+      )
+    while True:  # the caller's mesh is its own meanwhile
+      with jax.set_mesh(self._mesh):
+        part = next(parts, None)
+      if part is None:
+        return
+      yield part
+
+  def _asked(
+    self,
+    prompts: str | Sequence[str],
+    num_samples: int,
+    settings: dict[str, Any],
+  ) -> tuple[Canvas, SampleConfig]:
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or num_samples < 1:
       raise UserError("no text is asked for: give prompts and num_samples")
     config = self.settings(**settings)
     length = config.length or self.config.stages[-1].length
-    canvas = template.canvas(prompts, self.tokenizer, length)
-    repeat = lambda rows: np.repeat(rows, num_samples, axis=0)
-    rows = Canvas(*map(repeat, (canvas.tokens, canvas.free, canvas.lengths)))
-    return self._draw(rows, config)
+    self._sampler(length)  # says if it is too long, before there are rows
+    return template.canvas(prompts, self.tokenizer, length), config
 
   def fill(
     self,
@@ -136,7 +165,11 @@ class Model:
     if lengths is None:
       lengths = np.full(len(tokens), tokens.shape[1])
     canvas = Canvas(tokens.astype(np.int32), free, lengths.astype(np.int32))
-    return self._draw(canvas, self.settings(**settings))
+    config = self.settings(**settings)
+    with jax.set_mesh(self._mesh):
+      return self._sampler(canvas.tokens.shape[1]).draw(
+        self._params, canvas, config, self._ce_by_mask_rate
+      )
 
   @property
   def _real(self) -> int:
@@ -156,15 +189,12 @@ class Model:
     raw["sample"] |= settings
     return config_lib.from_dict(raw).sample
 
-  def _draw(self, canvas: Canvas, config: SampleConfig) -> Samples:
-    length = canvas.tokens.shape[1]
+  def _sampler(self, length: int) -> TextSampler:
     if length not in self._samplers:
       self._samplers[length] = TextSampler(
         self._denoiser, self.tokenizer, self._mesh, length, self.watch
       )
-    draw = self._samplers[length].draw
-    with jax.set_mesh(self._mesh):
-      return draw(self._params, canvas, config, self._ce_by_mask_rate)
+    return self._samplers[length]
 
 
 def sample_workdir(
@@ -173,8 +203,9 @@ def sample_workdir(
   prompt: str = "",
   trace: bool = False,
   page: str | None = None,
+  keep: bool = True,
 ) -> list[str]:
-  """Draws texts from a run's best checkpoint, prints and returns them.
+  """Draws texts from a run's best checkpoint and prints them.
 
   Args:
     config: the run's, or with other settings.
@@ -183,27 +214,40 @@ def sample_workdir(
     trace: whether to show the first text while it is drawn, and to store in
       the folder `samples` of the workdir how all came about.
     page: an HTML file to write that shows the same.
+    keep: whether to return the texts, too, or nothing: for any number of them.
 
   Raises:
     UserError: the prompt or a setting can't work, or a file can't be written.
   """
   model = load_with(config, workdir)
   count = config.sample.num_samples
+  if not trace and not page:
+    return _print_all(model.stream(prompt, count), keep)
   if trace:
     with LiveView(model.tokenizer, config.sample.num_steps) as view:
       model.watch = view.show
       drawn = model.generate(prompt, count)
   else:
     drawn = model.generate(prompt, count)
-  for i, text in enumerate(drawn.texts, start=1):
-    console.rule(f"sample {i}, {drawn.calls[i - 1]} denoiser calls")
-    console.print(text, markup=False, soft_wrap=True)
+  texts = _print_all([drawn], keep)
   settings = effective(config.sample)
   if trace and distributed.is_first():
     trace_lib.save(drawn, model.tokenizer, settings, workdir.path / "samples")
   if page and distributed.is_first():
     _write_page(page, render_page(drawn, model.tokenizer, settings))
-  return drawn.texts
+  return texts
+
+
+def _print_all(parts: Iterable[Samples], keep: bool) -> list[str]:
+  """Prints texts as they come; returns them if they are to be kept."""
+  kept, number = [], 0
+  for part in parts:
+    for text, calls in zip(part.texts, part.calls, strict=True):
+      number += 1
+      console.rule(f"sample {number}, {calls} denoiser calls")
+      console.print(text, markup=False, soft_wrap=True)
+    kept += part.texts if keep else []
+  return kept
 
 
 def _write_page(path: str, page: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from mdm_jax.core import rng
 from mdm_jax.core.config import EvalConfig, ModelConfig
+from mdm_jax.core.sharding import AXES
 from mdm_jax.data.packing import Rows
 from mdm_jax.evaluation import likelihood
 from mdm_jax.evaluation.likelihood import Evaluator
@@ -174,3 +175,21 @@ def test_subset_is_spread_over_the_rows():
   part = likelihood.subset(rows, 3)
   np.testing.assert_array_equal(part.tokens, rows.tokens[[0, 13, 26]])
   assert likelihood.subset(rows, None) is rows
+
+
+def test_three_devices_measure_one_row_as_one_does(model, mesh):
+  """64 masked rows a call are 66, and what is added is not counted."""
+  denoiser, params = model
+  rows = make_rows(TEXTS[5:6])
+  config = EvalConfig(masks_per_row=20, batch_size=64)
+  one = Evaluator(config, denoiser, MASK, mesh).likelihood(params, rows)
+  devices = jax.devices()[:3]
+  three = jax.make_mesh((3, 1, 1), AXES, devices=devices)
+  params = jax.device_get(params)
+  with jax.set_mesh(three):
+    params = jax.device_put(params, jax.NamedSharding(three, jax.P()))
+    got = Evaluator(config, denoiser, MASK, three).likelihood(params, rows)
+  assert got.rows == 1 and got.tokens == L
+  np.testing.assert_allclose(
+    got.nelbo_per_token, one.nelbo_per_token, rtol=1e-5
+  )

@@ -1,5 +1,6 @@
 """A trained model as a library: load, generate, fill."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from mdm_jax import sample
-from mdm_jax.core import rng
+from mdm_jax.core import memory, rng, sharding
 from mdm_jax.core.config import (
   Config,
   ModelConfig,
@@ -17,7 +18,7 @@ from mdm_jax.core.config import (
   TokenizerConfig,
 )
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.sharding import make_mesh
+from mdm_jax.core.sharding import AXES, make_mesh, mesh_sizes
 from mdm_jax.core.workdir import Workdir
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.model.denoiser import Denoiser
@@ -85,6 +86,53 @@ def test_a_row_depends_on_its_number_seed_and_prompt_only(model):
   assert len({tuple(row) for row in alone.path[-1]}) == 3
   other = model.generate("ab", num_samples=3, seed=1)
   assert (alone.path != other.path).any()
+
+
+@contextlib.contextmanager
+def only(devices):
+  """Takes away all fake devices but the first ones."""
+  with pytest.MonkeyPatch.context() as patch:
+    first = jax.devices()[:devices]
+    make = lambda c: jax.make_mesh(mesh_sizes(c, devices), AXES, devices=first)
+    patch.setattr(sharding, "make_mesh", make)
+    yield
+
+
+def with_model(workdir, devices=8, **fields):
+  """Loads the checkpoint, with other settings of the model, on some devices."""
+  model = dataclasses.replace(CONFIG.model, **fields)
+  with only(devices):
+    config = dataclasses.replace(CONFIG, model=model)
+    return sample.load_with(config, Workdir(workdir))
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_found_A7_a_text_does_not_depend_on_how_many_are_drawn(
+  workdir, dtype, devices
+):
+  model = with_model(workdir, devices, dtype=dtype)
+  many = model.generate("ab", 23, num_steps=3)
+  for count in (1, 2, 5, 7):
+    few = model.generate("ab", count, num_steps=3)
+    assert len(few.texts) == count and few.texts == many.texts[:count]
+    for name in ("path", "step", "confidence", "entropy", "calls"):
+      rows = getattr(many, name)
+      rows = rows[:, :count] if name == "path" else rows[:count]
+      np.testing.assert_array_equal(getattr(few, name), rows)
+  parts = list(model.stream("ab", 5, num_steps=3))
+  assert sum((part.texts for part in parts), []) == many.texts[:5]
+  assert len({tuple(row) for row in many.path[-1]}) == 23
+
+
+@pytest.mark.parametrize("prompts", [["ab"], ["a", "bc", "[MASK:3]d", "", "e"]])
+def test_found_C2_three_devices_draw_what_one_does(workdir, prompts, capsys):
+  one, three = (with_model(workdir, n).generate(prompts) for n in (1, 3))
+  assert len(three.texts) == len(prompts)
+  np.testing.assert_array_equal(one.path, three.path)
+  np.testing.assert_allclose(one.confidence, three.confidence, rtol=1e-4)
+  told = capsys.readouterr().out
+  assert "every one of 3 devices holds the whole model" in told
 
 
 def test_settings_of_a_call_are_the_runs_but_for_those_given(model, workdir):
@@ -213,3 +261,38 @@ def test_what_is_drawn_can_be_watched(workdir, model):
   for step, x in seen.items():
     np.testing.assert_array_equal(x[:2], drawn.path[step])
   np.testing.assert_array_equal(drawn.path, model.generate("a", 2).path)
+
+
+def test_found_C9_any_number_of_texts_is_drawn_in_parts(workdir, monkeypatch):
+  """Until someone has seen enough: none of them are kept."""
+  config = dataclasses.replace(CONFIG.sample, num_samples=10**9)
+  config = dataclasses.replace(CONFIG, sample=config)
+  seen = []
+
+  def see(text, **_):
+    seen.append(text)
+    if len(seen) == 40:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(sample.console, "print", see)
+  with pytest.raises(KeyboardInterrupt):
+    sample.sample_workdir(config, Workdir(workdir), keep=False)
+  assert len(seen) == 40
+
+
+@pytest.mark.parametrize("length, have", [(10**9, 2**34), (100, 2**16)])
+def test_a_length_that_does_not_fit_is_told(model, monkeypatch, length, have):
+  monkeypatch.setattr(memory, "of_device", lambda: have)
+  with pytest.raises(UserError, match=f"sample.length={length}") as caught:
+    model.generate("", length=length)
+  told, _, valid = str(caught.value).partition("nearest valid: at most ")
+  assert "GiB" in told and "\n" not in told
+  if have < 2**20:
+    drawn = model.generate("", length=int(valid), num_steps=1)
+    assert drawn.path.shape[2] == int(valid)
+
+
+def test_more_texts_than_can_be_kept_are_told(model):
+  with pytest.raises(UserError, match="1,000,000,000 texts") as caught:
+    model.generate("", 10**9)
+  assert "nearest valid: " in str(caught.value)

@@ -10,6 +10,9 @@ trunk      as many denoiser calls as the sampler makes, and nothing else
 head       the logits of the positions that are drawn, in every step
 draw       tokens from such logits
 sampler    the whole loop, for several orders and budgets
+texts      the same texts in random order, in calls of as many rows as the
+           program draws at once (`sampling/generate.py`), and one such call:
+           what one text costs
 plain      the loop of the reference implementation: logits of every position
            in every step, and a draw from [u p, 1 - u] at each (MD4, Shi et al.
            2024, arXiv 2406.04329)
@@ -33,11 +36,17 @@ from mdm_jax.benchmarks.timing import Timed
 from mdm_jax.core import rng
 from mdm_jax.core.config import MeshConfig, ModelConfig, SampleConfig
 from mdm_jax.core.progress import console
-from mdm_jax.core.sharding import RULES, batch_sharding, make_mesh
+from mdm_jax.core.sharding import (
+  RULES,
+  batch_sharding,
+  make_mesh,
+  padded_rows,
+)
 from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas
+from mdm_jax.sampling.generate import rows_a_call
 from mdm_jax.sampling.sampler import make_sampler
 
 
@@ -91,7 +100,8 @@ def measure(preset: Preset, repeats: int, only: str = "") -> dict[str, Any]:
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
   parts = _parts(preset, denoiser, params, vocab)
   ways, memory = _ways(preset, denoiser, params, vocab, only)
-  seconds = _time({**parts, **ways}, repeats)
+  texts = _texts(preset, denoiser, params, vocab)
+  seconds = _time({**parts, **ways, **texts}, repeats)
   trunk, whole = seconds["trunk"], seconds["random"]
   drawn = preset.batch * preset.length
   return {
@@ -104,6 +114,8 @@ def measure(preset: Preset, repeats: int, only: str = "") -> dict[str, Any]:
     "tokens_per_second": {name: drawn / seconds[name] for name in ways},
     "share_of_random": {name: seconds[name] / whole for name in parts},
     "plain_over_random": seconds["plain"] / whole,
+    "rows_a_call": _rows_a_call(preset),
+    "in_calls_over_random": seconds[_IN_CALLS] / whole,
     "temporary_bytes": memory,
     "headline": {
       "sampler: tokens/s": drawn / whole,
@@ -167,32 +179,65 @@ def _ways(
   only: str,
 ) -> tuple[dict[str, Timed], dict[str, int]]:
   """Returns whole loops, and how much memory each takes for itself."""
-  shape = preset.batch, preset.length
-  masks = jnp.full(shape, vocab.mask, jnp.int32)
-  canvas = Canvas(
-    _split(masks),
-    _split(jnp.ones(shape, bool)),
-    _split(jnp.full(preset.batch, preset.length, jnp.int32)),
-  )
-  row_keys = rng.per_row(rng.stream(0, "sample"), jnp.arange(preset.batch))
-  keys = _split(row_keys)
-  compiled = {}
-  for name, fields in WAYS.items():
-    if only not in name and name != "random":
-      continue
-    config = dataclasses.replace(_UNTRUNCATED, **fields)
-    config = dataclasses.replace(config, num_steps=preset.num_steps)
-    pace = schedule.pace(config, preset.length)
-    pace = jax.device_put(pace, NamedSharding(jax.sharding.get_mesh(), P()))
-    # A text that ends early would be less work; this id is never predicted.
-    sample = make_sampler(config, denoiser, _Endless(preset.vocab))
-    compiled[name] = _compiled(
-      sample, params, canvas, pace, tokens.effective_settings(config), keys
-    )
+  compiled = {
+    name: _loop(preset, denoiser, params, vocab, preset.batch, fields)
+    for name, fields in WAYS.items()
+    if only in name or name == "random"
+  }
   plain = _plain(denoiser, vocab, preset.num_steps)
-  compiled["plain"] = _compiled(plain, params, canvas.tokens, row_keys[0])
+  masks = _canvas(preset, vocab, preset.batch).tokens
+  key = rng.stream(0, "sample")
+  compiled["plain"] = _compiled(plain, params, masks, key)
   ways = {name: run for name, (run, _) in compiled.items()}
   return ways, {name: size for name, (_, size) in compiled.items()}
+
+
+def _texts(
+  preset: Preset, denoiser: Denoiser, params: Params, vocab: Vocabulary
+) -> dict[str, Timed]:
+  """Returns one call of the program's rows, and as many as all texts need."""
+  rows = _rows_a_call(preset)
+  call, _ = _loop(preset, denoiser, params, vocab, rows, WAYS["random"])
+
+  def every():
+    return [call() for _ in range(-(-preset.batch // rows))]
+
+  return {_ONE: call, _IN_CALLS: every}
+
+
+def _rows_a_call(preset: Preset) -> int:
+  rows = rows_a_call(preset.length, jax.default_backend())
+  return padded_rows(rows, jax.sharding.get_mesh())
+
+
+def _loop(
+  preset: Preset,
+  denoiser: Denoiser,
+  params: Params,
+  vocab: Vocabulary,
+  rows: int,
+  fields: dict[str, Any],
+) -> tuple[Timed, int]:
+  """Returns a whole loop over so many rows, and the memory it takes."""
+  row_keys = rng.per_row(rng.stream(0, "sample"), jnp.arange(rows))
+  config = dataclasses.replace(_UNTRUNCATED, **fields)
+  config = dataclasses.replace(config, num_steps=preset.num_steps)
+  pace = schedule.pace(config, preset.length)
+  pace = jax.device_put(pace, NamedSharding(jax.sharding.get_mesh(), P()))
+  # A text that ends early would be less work; this id is never predicted.
+  sample = make_sampler(config, denoiser, _Endless(preset.vocab))
+  canvas = _canvas(preset, vocab, rows)
+  settings = tokens.effective_settings(config)
+  return _compiled(sample, params, canvas, pace, settings, _split(row_keys))
+
+
+def _canvas(preset: Preset, vocab: Vocabulary, rows: int) -> Canvas:
+  shape = rows, preset.length
+  return Canvas(
+    _split(jnp.full(shape, vocab.mask, jnp.int32)),
+    _split(jnp.ones(shape, bool)),
+    _split(jnp.full(rows, preset.length, jnp.int32)),
+  )
 
 
 _UNTRUNCATED = SampleConfig(
@@ -202,6 +247,9 @@ _UNTRUNCATED = SampleConfig(
   top_k=None,
   top_p=None,
 )
+
+
+_ONE, _IN_CALLS = "one text", "all texts, in calls"
 
 
 class _Endless(Vocabulary):
@@ -262,7 +310,7 @@ def _show(name: str, results: dict[str, Any]) -> None:
   for column in ("seconds", "x trunk", "ms a call", "tokens/s", "MiB"):
     table.add_column(column, justify="right")
   for way, seconds in results["seconds"].items():
-    if way in results["share_of_random"]:
+    if way not in results["times_trunk"]:
       table.add_row(way, f"{seconds:.3f}")
       continue
     table.add_row(

@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from mdm_jax.core import files, goodput
+from mdm_jax.core import files, goodput, memory
 from mdm_jax.core.errors import (
   CrashLoop,
   Exit,
@@ -99,7 +99,7 @@ class Attempt:
 
   def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
     told = "".join(traceback.format_exception(error)) if error else None
-    code = exit_code(error)
+    code = exit_code(error and (memory.told(error) or error))
     reason = _reason(error) if error else "done"
     self.finish(code, reason, told if code == Exit.BUG else None)
 

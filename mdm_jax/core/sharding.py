@@ -12,9 +12,15 @@ from jax.sharding import PartitionSpec as P
 
 from mdm_jax.core.config import Config, MeshConfig, ModelConfig
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.progress import console
 
 AXES = ("replica", "fsdp", "tensor")
 BATCH_AXES = ("replica", "fsdp")
+
+
+class Unsplittable(UserError):
+  """A model whose sizes the mesh's do not divide."""
+
 
 Axis = str | tuple[str, ...] | None
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -160,6 +166,28 @@ def _nearest(values: list[int], to: int) -> list[int]:
   return below + above
 
 
+def mesh_for_use(config: Config) -> jax.sharding.Mesh:
+  """Returns a mesh to sample or evaluate on, whatever number of devices it is.
+
+  The config's, if the model splits over it; else every device has the whole
+  model and a part of the rows, which is said.
+
+  Raises:
+    UserError: the config's sizes do not multiply to the number of devices.
+  """
+  mesh = make_mesh(config.mesh)
+  try:
+    check_model(config.model, mesh)
+  except Unsplittable as error:
+    console.print(
+      f"every one of {mesh.size} devices holds the whole model: {error}",
+      markup=False,
+      soft_wrap=True,
+    )
+    return make_mesh(MeshConfig(replica=-1, fsdp=1, tensor=1))
+  return mesh
+
+
 def training_mesh(config: Config) -> jax.sharding.Mesh:
   """Returns a config's mesh, checked to split its batches and its model."""
   mesh = make_mesh(config.mesh)
@@ -170,7 +198,6 @@ def training_mesh(config: Config) -> jax.sharding.Mesh:
 def check_config(config: Config, mesh: AnyMesh) -> None:
   """Raises UserError if a config's batches or model don't split over a mesh."""
   check_divides("data.batch_size", config.data.batch_size, mesh)
-  check_divides("eval.batch_size", config.eval.batch_size, mesh)
   check_model(config.model, mesh)
 
 
@@ -218,7 +245,7 @@ def _check_splits(what: str, size: int, axis: str, mesh: AnyMesh) -> None:
   shards = mesh.shape[axis]
   if size % shards:
     near = _nearest(_divisors(size), shards)
-    raise UserError(
+    raise Unsplittable(
       f"{what}={size} does not split over mesh.{axis}={shards}: {size} /"
       f" {shards} = {size / shards:.4g}; nearest valid:"
       f" {' or '.join(f'mesh.{axis}={n}' for n in near)}, or a multiple of"
@@ -257,6 +284,12 @@ def sum_over_shards(values: jax.Array, spec: P) -> jax.Array:
         values, axis, scatter_dimension=at, tiled=True
       )
   return values
+
+
+def padded_rows(rows: int, mesh: AnyMesh) -> int:
+  """Returns the fewest rows, at least so many, that all shards have alike."""
+  shards = data_shards(mesh)
+  return -(-rows // shards) * shards
 
 
 def batch_sharding(mesh: AnyMesh, rank: int, axis: int = 0):

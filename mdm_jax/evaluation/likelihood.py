@@ -19,7 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from mdm_jax.core import distributed, rng
 from mdm_jax.core.config import EvalConfig
-from mdm_jax.core.sharding import batch_sharding, data_shards, put
+from mdm_jax.core.sharding import (
+  batch_sharding,
+  data_shards,
+  padded_rows,
+  put,
+)
 from mdm_jax.data.packing import Rows
 from mdm_jax.diffusion import corruption, objective
 from mdm_jax.model.denoiser import Denoiser, Params
@@ -70,6 +75,7 @@ class Evaluator:
     """Makes what measures; `poll` is called as long as batches are done."""
     self.config, self.denoiser, self.mesh = config, denoiser, mesh
     self._poll = poll
+    self._rows_a_call = padded_rows(config.batch_size, mesh)
     self._masked_ce = jax.jit(
       functools.partial(_masked_ce, denoiser, mask_id),
       static_argnames="capacity",
@@ -134,7 +140,7 @@ class Evaluator:
     stream: str,
   ) -> Float[np.ndarray, "N"]:
     """Mean CE per masked token of each (row, rate), in batches."""
-    size, total = self.config.batch_size, len(which)
+    size, total = self._rows_a_call, len(which)
     pad = -total % size
     which, rates = (
       np.pad(which, (0, pad), "wrap"),
@@ -169,9 +175,10 @@ class Evaluator:
     counts = np.asarray(
       corruption.num_masked(jnp.asarray(rates), jnp.asarray(lengths))
     )
-    shards = len(which) // self.config.batch_size * data_shards(self.mesh)
-    most = counts.reshape(shards, -1).sum(axis=1).max()
-    whole = rows.length * self.config.batch_size // data_shards(self.mesh)
+    shards = data_shards(self.mesh)
+    by_shard = counts.reshape(-1, self._rows_a_call // shards)
+    most = by_shard.sum(axis=1).max()
+    whole = rows.length * self._rows_a_call // shards
     # In eighths of the whole, so that a few rows more don't compile anew.
     step = max(whole // 8, 1)
     return min(int(-(-most // step) * step), whole)

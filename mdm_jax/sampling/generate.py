@@ -1,7 +1,7 @@
 """From parameters and a prompt to text."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,17 +10,26 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from mdm_jax.core import distributed, rng
+from mdm_jax.core import distributed, memory, rng
 from mdm_jax.core.config import SampleConfig
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.sharding import batch_sharding, data_shards, put
+from mdm_jax.core.sharding import (
+  batch_sharding,
+  data_shards,
+  padded_rows,
+  put,
+)
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.sampling import schedule, template, tokens
+from mdm_jax.sampling import room, schedule, template, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.sampler import Drawn, Sampler, Watch, make_sampler
 
-_ROWS_A_CALL = 64
+# Tokens and rows of a call that keep a device busy: more would make one text
+# wait for others that nobody asked for. docs/sampling.md has what it costs.
+_TOKENS_A_CALL = {"cpu": 512}
+_TOKENS_A_CALL_ELSEWHERE = 8192
+_MOST_ROWS = 64
 
 CeByMaskRate = Mapping[str, float]
 
@@ -51,6 +60,18 @@ class Samples:
   put_back: Int[np.ndarray, "B"]
 
 
+def join(parts: Sequence[Samples]) -> Samples:
+  """Returns the texts of all parts, in their order, as one."""
+  if len(parts) == 1:
+    return parts[0]
+  names = "step", "confidence", "entropy", "calls", "put_back"
+  return Samples(
+    [text for part in parts for text in part.texts],
+    np.concatenate([part.path for part in parts], axis=1),
+    *(np.concatenate([getattr(p, name) for p in parts]) for name in names),
+  )
+
+
 class TextSampler:
   """Draws texts of one length; compiles once for every way to draw.
 
@@ -59,6 +80,7 @@ class TextSampler:
 
   Attributes:
     length: tokens of a text, the prompt included.
+    rows_a_call: texts that are drawn at once, however many are asked for.
   """
 
   def __init__(
@@ -80,6 +102,31 @@ class TextSampler:
         "texts can't be watched while several processes draw them: leave out"
         " --trace, or draw in one process"
       )
+    self._compiled: dict[SampleConfig, Sampler] = {}
+    split = batch_sharding(mesh, rank=1)
+    self._row_keys = jax.jit(rng.per_row, out_shardings=split)
+    if watch is not None and distributed.count() > 1:
+      raise UserError(
+        "texts can't be watched while several processes draw them: leave out"
+        " --trace, or draw in one process"
+      )
+    rows = rows_a_call(length, jax.default_backend())
+    self.rows_a_call = padded_rows(rows, mesh)
+    room.check_length(
+      length,
+      self.rows_a_call // data_shards(mesh),
+      -(-denoiser.config.num_heads // mesh.shape["tensor"]),
+      denoiser.config.attention,
+      memory.of_device(),
+    )
+    self._compiled: dict[SampleConfig, Sampler] = {}
+    split = batch_sharding(mesh, rank=1)
+    self._row_keys = jax.jit(rng.per_row, out_shardings=split)
+    if watch is not None and distributed.count() > 1:
+      raise UserError(
+        "texts can't be watched while several processes draw them: leave out"
+        " --trace, or draw in one process"
+      )
 
   def __call__(
     self,
@@ -90,8 +137,8 @@ class TextSampler:
   ) -> Samples:
     """Returns one text for each prompt or infilling template.
 
-    The text of row b depends on `config.seed`, b and its prompt, not on the
-    prompts around it.
+    The text of row b depends on `config.seed`, b and its prompt: on the same
+    devices to the bit, however many are drawn with it.
 
     Args:
       params: of the denoiser.
@@ -100,8 +147,8 @@ class TextSampler:
       ce_by_mask_rate: of an evaluation, for the optimal schedule.
 
     Raises:
-      UserError: a prompt is no template or too long, or there is no loss curve
-        for the optimal schedule.
+      UserError: a prompt is no template or too long, there is no loss curve for
+        the optimal schedule, or the memory is too small.
     """
     canvas = template.canvas(prompts, self._tokenizer, self.length)
     return self.draw(params, canvas, config, ce_by_mask_rate)
@@ -112,24 +159,46 @@ class TextSampler:
     canvas: Canvas,
     config: SampleConfig,
     ce_by_mask_rate: CeByMaskRate | None = None,
+    repeat: int = 1,
   ) -> Samples:
-    """Returns one text for each row of a canvas of `length` tokens a row."""
-    count, size = len(canvas.tokens), self._rows_a_call(len(canvas.tokens))
+    """Returns what `stream` yields as one; it has to fit the memory."""
+    room.check_texts(len(canvas.tokens) * repeat, self.length, config.num_steps)
+    parts = self.stream(params, canvas, config, ce_by_mask_rate, repeat)
+    return join(list(parts))
+
+  def stream(
+    self,
+    params: Params,
+    canvas: Canvas,
+    config: SampleConfig,
+    ce_by_mask_rate: CeByMaskRate | None = None,
+    repeat: int = 1,
+  ) -> Iterator[Samples]:
+    """Yields texts of a canvas of `length` tokens a row, a call at a time.
+
+    Args:
+      params: as in a call of the sampler, and so are all others.
+      canvas: what is given of each text.
+      config: how to draw.
+      ce_by_mask_rate: of an evaluation.
+      repeat: texts of each row of the canvas, one row after the other.
+    """
+    count, size = len(canvas.tokens) * repeat, self.rows_a_call
     pace = schedule.pace(config, self.length, ce_by_mask_rate)
     pace = put(pace, NamedSharding(self._mesh, P()))
     settings = tokens.effective_settings(config)
     stream = rng.stream(config.seed, "sample")
-    sample, parts = self._program(config), []
+    sample, ahead = self._program(config), []
     for start in range(0, count, size):
-      # A last call that is not full repeats rows; what is drawn beside a row
-      # does not change it.
+      # A last call that is not full goes on with texts nobody asked for.
       rows = np.arange(start, start + size)
-      row = lambda values: self._place(values[rows % count])  # noqa: B023
+      row = lambda x: self._place(x[rows % count // repeat])  # noqa: B023
       part = Canvas(row(canvas.tokens), row(canvas.free), row(canvas.lengths))
       keys = self._row_keys(stream, rows.astype(np.int32))
-      drawn = sample(params, part, pace, settings, keys)
-      parts.append(distributed.fetch(drawn))
-    return self._samples(parts, count)
+      ahead.append(sample(params, part, pace, settings, keys))
+      if len(ahead) == 2:  # the devices go on while a text is read
+        yield self._samples(ahead.pop(0), size)
+    yield self._samples(ahead.pop(), count - start)
 
   def _program(self, config: SampleConfig) -> Sampler:
     """Returns the compiled sampler of a way to draw."""
@@ -151,23 +220,33 @@ class TextSampler:
       )
     return self._compiled[way]
 
-  def _samples(self, parts: list[Drawn], count: int) -> Samples:
-    vocab = self._tokenizer.vocab
-    path = np.concatenate([part.path for part in parts], axis=1)[:, :count]
+  def _samples(self, drawn: Drawn, count: int) -> Samples:
+    """Returns the first texts of a call."""
+    drawn = distributed.fetch(drawn)
+    path, vocab = drawn.path[:, :count], self._tokenizer.vocab
     texts = [self._tokenizer.decode(_until_end(r, vocab)) for r in path[-1]]
     names = "step", "confidence", "entropy", "calls", "put_back"
-    rest = (
-      np.concatenate([getattr(part, name) for part in parts])[:count]
-      for name in names
+    return Samples(
+      texts, path, *(getattr(drawn, name)[:count] for name in names)
     )
-    return Samples(texts, path, *rest)
-
-  def _rows_a_call(self, count: int) -> int:
-    shards = data_shards(self._mesh)
-    return -(-min(count, _ROWS_A_CALL) // shards) * shards
 
   def _place(self, values):
     return put(values, batch_sharding(self._mesh, values.ndim))
+
+
+def rows_a_call(length: int, backend: str) -> int:
+  """Returns how many texts of a length are drawn at once, if shards allow it.
+
+  Always so many, however many are asked for: with another number of rows it is
+  another program, which in bfloat16 rounds otherwise and draws another text.
+
+  Args:
+    length: tokens of a text.
+    backend: as JAX names it.
+  """
+  tokens = _TOKENS_A_CALL.get(backend, _TOKENS_A_CALL_ELSEWHERE)
+  rows = min(tokens // length, _MOST_ROWS)
+  return max(2 ** rows.bit_length() // 2, 1)
 
 
 def effective(config: SampleConfig) -> dict[str, Any]:
