@@ -186,7 +186,7 @@ class Evaluator:
 
 def _row_rates(rows: int, draws: int) -> Float[Array, "N K"]:
   """Rates stratified over (0, 1] for each row, by the row's own offset."""
-  keys = rng.per_row(rng.stream(_SEED, "rate"), jnp.arange(rows))
+  keys = rng.per_row(rng.stream(_SEED, "row_rates"), jnp.arange(rows))
   offset = 1 - jax.vmap(jax.random.uniform)(keys)
   return (jnp.arange(draws, dtype=offset.dtype)[None] + offset[:, None]) / draws
 
