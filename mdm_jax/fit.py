@@ -40,11 +40,9 @@ def plan_mesh(config: Config, mesh: str, device: str | None) -> dict[str, Any]:
   run = blueprint(config, devices)
   found = footprint(run, devices)
   lines = describe(run, devices, found)
-  console.print("\n".join(lines), markup=False, soft_wrap=True)
+  console.print("\n".join(lines), soft_wrap=True)
   if accelerator:
-    console.print(
-      _verdict(run, found, accelerator), markup=False, soft_wrap=True
-    )
+    console.print(_verdict(run, found, accelerator), soft_wrap=True)
   return {"held": found.held, "passing": found.passing, "total": found.total}
 
 

@@ -36,7 +36,7 @@ def converse(config: Config, workdir: Workdir) -> list[str]:
     )
   model = sample.load_with(config, workdir)
   _edit_lines()
-  console.print(f"{workdir.path}: type a prompt, or /help", markup=False)
+  console.print(f"{workdir.path}: type a prompt, or /help")
   talk = _Talk(model, dataclasses.replace(config.sample, num_samples=1))
   for line in _lines():
     try:
@@ -63,10 +63,10 @@ class _Talk:
     elif name in ("quit", "exit"):
       return False
     elif name == "help":
-      console.print(_HELP, markup=False)
+      console.print(_HELP)
     elif name == "settings":
       for name, value in effective(self._settings).items():
-        console.print(f"  {name} {value}", markup=False)
+        console.print(f"  {name} {value}")
     else:
       self._set(name, value.strip())
     return True
@@ -81,9 +81,9 @@ class _Talk:
     self.texts += drawn.texts
     seconds = time.perf_counter() - start
     for text in drawn.texts:
-      console.print(text, markup=False, soft_wrap=True)
+      console.print(text, soft_wrap=True)
     told = f"{drawn.calls.max()} denoiser calls, {seconds:.1f} s"
-    console.print(f"[dim]{told}[/dim]")
+    console.print(told, style="dim")
 
   def _set(self, name: str, value: str) -> None:
     names = [field.name for field in dataclasses.fields(SampleConfig)]
@@ -93,7 +93,7 @@ class _Talk:
       fields = dataclasses.asdict(self._settings) | {name: _parsed(value)}
       self._settings = self._model.settings(**fields)
       self._turn = 0 if name == "seed" else self._turn
-    console.print(f"  {name} {getattr(self._settings, name)}", markup=False)
+    console.print(f"  {name} {getattr(self._settings, name)}")
 
 
 def _parsed(value: str) -> Any:

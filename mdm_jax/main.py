@@ -101,7 +101,7 @@ def _main() -> int:
     path = _WORKDIR.value or os.path.join("runs", config.name)
     results = _run(config, Workdir(path))
   except Stopped as stopped:
-    console.print(stopped, markup=False, soft_wrap=True)
+    console.print(stopped, soft_wrap=True)
     return Exit.STOPPED
   except Failure as error:
     return command_line.fail(error)

@@ -201,7 +201,7 @@ def show(plan: Plan) -> None:
   """Prints the stages, the model, the data budget and the warnings."""
   console.print(_stage_table(plan))
   for line in (*_facts(plan), *(f"warning: {w}" for w in plan.warnings)):
-    console.print(line, markup=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 def _stage_table(plan: Plan) -> Table:

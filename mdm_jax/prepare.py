@@ -65,7 +65,7 @@ def tell(config: Config, manifest: dict[str, Any]) -> None:
   ]
   lines.append(f"prepared: {config.data.prepared}")
   for line in lines:
-    console.print(line, markup=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 def _shown(pool: Workers) -> preparation.Run:
@@ -75,7 +75,7 @@ def _shown(pool: Workers) -> preparation.Run:
     if not blocks:
       return
     progress = Progress(
-      TextColumn("{task.description}"),
+      TextColumn("{task.description}", markup=False),
       BarColumn(bar_width=20),
       MofNCompleteColumn(),
       TextColumn("blocks"),

@@ -26,7 +26,7 @@ def show(config: Config, data: PreparedData) -> None:
   console.print()
   for text in describe(config, data).values():
     for line in text.splitlines():
-      console.print(line, markup=False, no_wrap=True, overflow="ellipsis")
+      console.print(line, no_wrap=True, overflow="ellipsis")
     console.print()
 
 

@@ -245,7 +245,7 @@ def _print_all(parts: Iterable[Samples], keep: bool) -> list[str]:
     for text, calls in zip(part.texts, part.calls, strict=True):
       number += 1
       console.rule(f"sample {number}, {calls} denoiser calls")
-      console.print(text, markup=False, soft_wrap=True)
+      console.print(text, soft_wrap=True)
     kept += part.texts if keep else []
   return kept
 

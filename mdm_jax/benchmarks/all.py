@@ -86,10 +86,10 @@ def _run(command: Command) -> dict[str, Any]:
     [*program, *arguments, "--json"], capture_output=True, text=True
   )
   *shown, last = done.stdout.splitlines() or [""]
-  console.print("\n".join(shown), markup=False, soft_wrap=True)
+  console.print("\n".join(shown), soft_wrap=True)
   if done.returncode:
     lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
-    console.print(done.stderr, markup=False)
+    console.print(done.stderr)
     return {"error": lines[-1]}
   return json.loads(last)
 

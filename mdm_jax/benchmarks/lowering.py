@@ -274,7 +274,6 @@ def _show_memory(config: Config, program: str, result: dict[str, Any]) -> None:
     f" {gib('temporary_bytes')} GiB of temporaries a device, {gib('bytes')} GiB"
     f" in all (planned for an update: {result['planned_bytes'] / 2**30:.2f});"
     f" compiled in {memory['compile_seconds']:.0f} s",
-    markup=False,
     soft_wrap=True,
   )
 

@@ -9,7 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 _PLAIN_SECONDS = 15.0  # between lines where there is no terminal
 
-console = Console(highlight=False)
+# Names, paths and texts are printed as they are: [x] and :x: mean nothing.
+console = Console(highlight=False, markup=False, emoji=False)
 
 
 def duration(seconds: float) -> str:
@@ -38,9 +39,11 @@ class ProgressLine:
     self._updates = updates
     self._last_line = time.monotonic()
     self._live = Progress(
-      TextColumn("{task.description}"),
+      TextColumn("{task.description}", markup=False),
       BarColumn(bar_width=20),
-      TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
+      TextColumn(
+        "{task.completed}/{task.total} {task.fields[text]}", markup=False
+      ),
       console=console,
       transient=True,
       disable=not console.is_terminal,

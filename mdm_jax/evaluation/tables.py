@@ -5,6 +5,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from mdm_jax.core.progress import console, with_error
 
@@ -18,7 +19,7 @@ def show(results: Mapping[str, Any]) -> None:
   settings = ", ".join(f"{k} {v}" for k, v in results["sampling"].items())
   for i, text in enumerate(results["samples"], start=1):
     console.rule(f"sample {i} ({settings})")
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -62,7 +63,9 @@ def _target_table(lines: list[Mapping[str, Any]]) -> Table:
   number = lambda x: "-" if x is None else f"{x:.3f}"
   for t in lines:
     table.add_row(
-      f"{t['target']}: {t['measure']}\n  [dim]{t['meaning']}[/dim]",
+      Text.assemble(
+        f"{t['target']}: {t['measure']}\n  ", (t["meaning"], "dim")
+      ),
       number(t["value"]),
       number(t["reference"]),
       {True: "pass", False: "miss", None: "-"}[t["passed"]],

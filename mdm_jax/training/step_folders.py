@@ -87,7 +87,6 @@ class StepFolders:
         what = f"is damaged ({problem})" if damaged else "was never finished"
         console.print(
           f"checkpoint {step} {what}: passing over it",
-          markup=False,
           soft_wrap=True,
         )
     return self._problems[step] is None
