@@ -100,7 +100,7 @@ def _parsed(value: str) -> Any:
   """Returns a number, a list or None as JSON has them, else the words."""
   try:
     return json.loads({"None": "null"}.get(value, value))
-  except ValueError:
+  except (ValueError, RecursionError):
     return value
 
 

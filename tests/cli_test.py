@@ -598,7 +598,7 @@ MISTAKES = {
   "flag": ([QUICK, "--modee=eval"], "modee|mode"),
   "mode": ([QUICK, "--mode=evl"], "evl|eval"),
   "number": ([QUICK, "--num_samples=x"], "num_samples"),
-  "zero": ([QUICK, "--num_samples=0"], "num_samples|positive"),
+  "zero": ([QUICK, "--num_samples=0"], "num_samples=0|[1, "),
   "extra": ([QUICK, "extra"], "'extra'"),
   "corpus": ([QUICK, "--config.data.corpus=sotv"], "data.corpus|'sotu'"),
   "text": ([QUICK, "--config.data.corpus=text:none/*.txt"], "none|not exist"),
@@ -606,7 +606,14 @@ MISTAKES = {
   "mesh": ([QUICK, "--config.mesh.fsdp=3"], "fsdp=3|1 device"),
   "no_run": (["--mode=eval", "--workdir=none"], "none|config.json"),
   "empty_run": (["--mode=sample", "--workdir=."], "config.json"),
-  "stages": ([QUICK, "--config.stages[1].min_words=900"], "stages[1] has no"),
+  "stages": (
+    [
+      *(QUICK, "--config.stages[1].min_words=900"),
+      "--config.stages[1].max_words=None",
+    ],
+    "stages[1] has no",
+  ),
+  "words": ([QUICK, "--config.stages[1].min_words=900"], "max_words=100"),
 }
 BROKEN = {
   "syntax": ("def get_config(:\n", "line 1"),

@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import io
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax import sample
-from mdm_jax.core import memory, rng, sharding
+from mdm_jax import interactive, sample
+from mdm_jax.core import command_line, memory, rng, sharding
 from mdm_jax.core.config import (
   Config,
   ModelConfig,
@@ -224,6 +226,38 @@ def test_a_mistake_is_one_line(model, call, message):
   with pytest.raises(UserError, match=message) as caught:
     call(model)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "prompt, named",
+  [
+    ("caf\udce9", "byte 0xe9 at character 4"),
+    ("[MASK] \ud83d", r"U\+D83D at character 8"),
+  ],
+)
+def test_a_prompt_that_is_no_text_is_one_line(model, prompt, named):
+  with pytest.raises(UserError, match=named) as caught:
+    model.generate(["a", prompt])
+  assert "prompt 2 of 2" in str(caught.value)
+
+
+def test_found_C4_a_session_goes_on_after_whatever_is_typed(
+  workdir, monkeypatch, capsys
+):
+  typed = b"caf\xe9\n/seed 99999999999999999999\n/seed -1\n/seed 1e400\n"
+  typed += b"/seed NaN\n/temperature 1e400\n/length 99999999999999999999\n"
+  typed += b"/caf\xe9 1\n/order caf\xe9\n/temperature [[[[\n/seed 4294967295\n"
+  typed += b"one\ntwo"
+  stdin = io.TextIOWrapper(io.BytesIO(typed), "utf-8")
+  monkeypatch.setattr(sys, "stdin", stdin)
+  command_line.take_any_text()
+  texts = interactive.converse(CONFIG, Workdir(workdir))
+  told = capsys.readouterr()
+  assert [text[:3] for text in texts] == ["one", "two"]
+  errors = told.err.splitlines()
+  assert len(errors) == 10 and all(e.startswith("error: ") for e in errors)
+  assert "byte 0xe9 at character 4" in errors[0]
+  assert "sample.seed=99999999999999999999 must be in [0, " in errors[1]
 
 
 WIDE = dict(temperature_range=None, num_steps=4096, length=2)

@@ -1,6 +1,7 @@
 """From the command line to a config; a mistake is one line and exit code 2."""
 
 import glob
+import io
 import itertools
 import os
 import re
@@ -47,6 +48,7 @@ def fail(message: Any) -> int:
 
 def parse(argv: list[str]) -> list[str]:
   """Parses all flags; a mistake is one line on stderr and exit code 2."""
+  take_any_text()
   path = _config_path(argv)
   try:
     flags.FLAGS(argv, known_only=True)  # --workdir decides how config is read
@@ -65,6 +67,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def parse_plain(argv: list[str]) -> list[str]:
   """Parses the flags of a program whose --config is only handed on."""
+  take_any_text()
   try:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
@@ -72,6 +75,21 @@ def parse_plain(argv: list[str]) -> list[str]:
     return rest
   except (UserError, flags.Error) as error:
     sys.exit(fail(_one_line(error)))
+
+
+def take_any_text() -> None:
+  """Shows ? for what stdout can't, and reads what is not UTF-8 as surrogates.
+
+  A pipe on Windows or a locale of old takes few characters, and a text may hold
+  any; what was typed is checked where it is used, so that a session goes on.
+  """
+  for stream, errors in (
+    (sys.stdout, "replace"),
+    (sys.stderr, "backslashreplace"),
+    (sys.stdin, "surrogateescape"),
+  ):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors=errors)
 
 
 def _config_path(argv: list[str]) -> str | None:

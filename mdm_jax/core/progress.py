@@ -9,8 +9,17 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 _PLAIN_SECONDS = 15.0  # between lines where there is no terminal
 
+
+class _Console(Console):
+  """Draws lines and bars with what stdout can show, as it is just now."""
+
+  @property
+  def encoding(self) -> str:
+    return (getattr(self.file, "encoding", None) or "utf-8").lower()
+
+
 # Names, paths and texts are printed as they are: [x] and :x: mean nothing.
-console = Console(highlight=False, markup=False, emoji=False)
+console = _Console(highlight=False, markup=False, emoji=False)
 
 
 def duration(seconds: float) -> str:

@@ -61,9 +61,10 @@ def parse(text: str, tokenizer: Tokenizer) -> Template:
   """Returns a text's tokens and holes; a text without a hole grows.
 
   Raises:
-    UserError: a hole is written in no valid form, or [MASK:*] is not at the
-      end.
+    UserError: a hole is written in no valid form, [MASK:*] is not at the end,
+      or the text has what is no character.
   """
+  _check_characters(text)
   parts = _split(text)
   plain = len(parts) == 1 and not parts[0].holes and not parts[0].grows
   given = [part.given for part in parts]
@@ -133,6 +134,18 @@ def canvas(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Canvas:
 def escape(text: str) -> str:
   """Returns a template that gives the text, whatever it holds."""
   return _START.sub(lambda found: rf"{found[1]}\{found[0]}", text)
+
+
+def _check_characters(text: str) -> None:
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    found = ord(text[error.start])
+    byte = 0xDC80 <= found <= 0xDCFF  # how Python keeps what it can't decode
+    what = f"byte 0x{found - 0xDC00:02x}" if byte else f"U+{found:04X}"
+    raise UserError(
+      f"the prompt is no UTF-8: {what} at character {error.start + 1} is none"
+    ) from None
 
 
 def _split(text: str) -> list[_Part]:
