@@ -46,13 +46,13 @@ def _streams(tree):
     else:
       continue
     args = {arg.arg for arg in function.args.args}
-    for call in _calls(function, "stream"):
+    for call in _calls(function, "rng.stream"):
       if getattr(call.args[1], "id", None) in args:
         handed_down.add(name)
   for name in handed_down:
     for call in _calls(tree, name):
       yield from (a.value for a in call.args if _is_text(a))
-  for call in _calls(tree, "stream"):
+  for call in _calls(tree, "rng.stream"):
     assert _is_text(call.args[1]) or handed_down, ast.unparse(call)
     if _is_text(call.args[1]):
       yield call.args[1].value
@@ -61,7 +61,7 @@ def _streams(tree):
 def _calls(tree, name):
   for node in ast.walk(tree):
     if isinstance(node, ast.Call):
-      if getattr(node.func, "attr", getattr(node.func, "id", None)) == name:
+      if f".{ast.unparse(node.func)}".endswith(f".{name}"):
         yield node
 
 
