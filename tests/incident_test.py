@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdm_jax.benchmarks.workload import one_byte_a_token
 from mdm_jax.core.config import (
   Config,
   DataConfig,
@@ -47,7 +48,9 @@ def make_rows(seed):
 def make_trainer(mesh):
   tokenizer = tokenizers.build(CONFIG.tokenizer, [])
   rows = make_rows(1), make_rows(2)
-  return Trainer(CONFIG, PreparedData(tokenizer, rows, rows[0], {}), mesh)
+  held = one_byte_a_token(rows[0])
+  data = PreparedData(tokenizer, rows, held, held, {})
+  return Trainer(CONFIG, data, mesh)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from ml_collections.config_flags import config_path
 
 import mdm_jax.main  # noqa: F401 (defines the flags)
 from mdm_jax import plan as plan_lib
+from mdm_jax.benchmarks.workload import one_byte_a_token
 from mdm_jax.core import command_line, rng
 from mdm_jax.core import config as config_lib
 from mdm_jax.core.config import (
@@ -180,7 +181,8 @@ class Built:
       make_rows(updates * config.rows_per_update)
       for updates in UPDATES[-len(stages) :]
     )
-    data = PreparedData(TOKENIZER, rows, rows[0], {})
+    held = one_byte_a_token(rows[0])
+    data = PreparedData(TOKENIZER, rows, held, held, {})
     self.trainer = Trainer(self.config, data, make_mesh("1x1"))
     self.stages = self.trainer.curriculum.stages
     self._update = jax.jit(self.trainer.optimizer.update)

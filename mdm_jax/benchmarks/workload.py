@@ -20,6 +20,7 @@ from mdm_jax.core.config import (
 )
 from mdm_jax.core.sharding import data_shards
 from mdm_jax.data.batches import Batch
+from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.tokenizer import Tokenizer
@@ -156,7 +157,18 @@ class Work:
 def make_data(preset: Preset, rows: Rows) -> PreparedData:
   """Returns rows as a run's data; the held-out ones are the same."""
   manifest = {"rows": {"stage_1": {"tokens": int(rows.tokens.size)}}}
-  return PreparedData(Numbers(preset.vocab), (rows,), rows, manifest)
+  held = one_byte_a_token(rows)
+  return PreparedData(Numbers(preset.vocab), (rows,), held, held, manifest)
+
+
+def one_byte_a_token(rows: Rows) -> HeldOut:
+  """Returns rows as held-out text, each segment a document of its own."""
+  numbers = [np.unique(row[row > 0]) for row in rows.segments]
+  row = np.repeat(np.arange(len(rows)), [len(found) for found in numbers])
+  segment = np.concatenate(numbers).astype(np.int64)
+  sizes = (rows.segments[row] == segment[:, None]).sum(axis=1)
+  table = np.stack([row, segment, np.arange(len(row)), sizes], axis=1)
+  return HeldOut(rows, table.astype(np.int64))
 
 
 def make_work(
