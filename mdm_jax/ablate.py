@@ -26,6 +26,7 @@ from rich.table import Table
 
 from mdm_jax.core import command_line
 from mdm_jax.core.errors import Exit, Failure, UserError, nearest
+from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console
 from mdm_jax.core.workdir import Workdir
 
@@ -78,8 +79,8 @@ def main(_: list[str]) -> int:
   """Runs what is not finished yet and prints the comparison."""
   try:
     variants = _chosen(flags.FLAGS.config, flags.FLAGS.variants)
-    folder = flags.FLAGS.workdir or os.path.join(
-      "runs", _name(flags.FLAGS.config)
+    folder = at_home(
+      flags.FLAGS.workdir or os.path.join("runs", _name(flags.FLAGS.config))
     )
     # All variants with one seed first: a sweep cut short compares them all.
     for seed in range(flags.FLAGS.seeds):

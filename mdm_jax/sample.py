@@ -17,6 +17,7 @@ from mdm_jax.core import config as config_lib
 from mdm_jax.core import distributed
 from mdm_jax.core.config import Config, SampleConfig
 from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import mesh_for_use
 from mdm_jax.core.workdir import Workdir
@@ -252,6 +253,6 @@ def _print_all(parts: Iterable[Samples], keep: bool) -> list[str]:
 
 def _write_page(path: str, page: str) -> None:
   try:
-    epath.Path(path).write_text(page)
+    epath.Path(at_home(path)).write_text(page, encoding="utf-8")
   except OSError as error:
     raise UserError(f"--html={path}: {error.strerror}") from error

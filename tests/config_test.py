@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdm_jax.core import coercion, errors, fields, reference
+from mdm_jax import sample
+from mdm_jax.core import coercion, command_line, errors, fields, reference
 from mdm_jax.core import config as config_lib
 from mdm_jax.core.config import Config, ModelConfig, StageConfig
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.workdir import Workdir
 
 OPTIONAL = {
   "data.max_documents": 7,
@@ -224,6 +226,33 @@ def test_int_becomes_float_and_list_becomes_tuple():
 def test_a_config_can_not_be_changed():
   with pytest.raises(dataclasses.FrozenInstanceError):
     Config().seed = 1
+
+
+PATHS = {
+  *("init_from", "data.cache_dir", "data.prepared", "tokenizer.path"),
+  "eval.judge",
+}
+
+
+def test_found_C5_a_path_may_begin_with_the_home_folder(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for path, cls in reference.sections():
+    for field in dataclasses.fields(cls):
+      name = f"{path}.{field.name}".lstrip(".")
+      assert field.metadata.get("path", False) == (name in PATHS), name
+      assert name in PATHS or "folder" not in field.metadata.get("doc", ""), (
+        name
+      )
+  for path in PATHS:
+    section, name = _section(config_lib.from_dict(_nested(path, "~/a")), path)
+    assert getattr(section, name) == str(tmp_path / "a")
+  assert Workdir("~/a").path == tmp_path / "a"
+  sample._write_page("~/page.html", "a")
+  assert (tmp_path / "page.html").read_text() == "a"
+  file = tmp_path / "wrong.py"
+  file.write_text("def get_config(:")
+  with pytest.raises(SystemExit, match="2"):
+    command_line.parse(["main", "--config=~/wrong.py:quick"])
 
 
 # MARK: values that can't work

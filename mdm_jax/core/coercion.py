@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ml_collections import config_dict
 
 from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.core.fields import at_home
 
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
@@ -50,13 +51,13 @@ def _dataclass(value: Any, cls: type, path: str) -> Any:
   if not isinstance(value, dict):
     raise UserError(f"{path or 'config'}={value!r} is not a section")
   hints = {f.name: f.type for f in dataclasses.fields(cls)}
+  paths = {f.name for f in dataclasses.fields(cls) if f.metadata.get("path")}
   prefix = f"{path}." if path else ""
   for key in value:
     if key not in hints:
       raise UserError(f"unknown field {prefix}{key}; {nearest(key, hints)}")
-  return cls(
-    **{k: coerce(v, hints[k], f"{prefix}{k}") for k, v in value.items()}
-  )
+  found = {k: coerce(v, hints[k], f"{prefix}{k}") for k, v in value.items()}
+  return cls(**{k: at_home(v) if k in paths else v for k, v in found.items()})
 
 
 def to_config_dict(value: Any) -> config_dict.ConfigDict:

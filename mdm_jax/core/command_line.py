@@ -17,6 +17,7 @@ from mdm_jax.core import coercion
 from mdm_jax.core import config as config_lib
 from mdm_jax.core.config import Config
 from mdm_jax.core.errors import Exit, Failure, UserError, nearest
+from mdm_jax.core.fields import at_home
 from mdm_jax.core.workdir import Workdir
 
 
@@ -49,6 +50,7 @@ def fail(message: Any) -> int:
 def parse(argv: list[str]) -> list[str]:
   """Parses all flags; a mistake is one line on stderr and exit code 2."""
   take_any_text()
+  argv = [re.sub(r"(?<=-config=)~.*", lambda p: at_home(p[0]), a) for a in argv]
   path = _config_path(argv)
   try:
     flags.FLAGS(argv, known_only=True)  # --workdir decides how config is read

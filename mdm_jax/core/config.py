@@ -65,9 +65,11 @@ class DataConfig:
     "fail", "stop at a file or line that can't be read, or count and skip it"
   )
   cache_dir: str = _field(
-    "", "where prepared rows are kept ('': $XDG_CACHE_HOME/mdm_jax)"
+    "", "where prepared rows are kept ('': $XDG_CACHE_HOME/mdm_jax)", path=True
   )
-  prepared: str = _field("", "folder of --mode=prepare; rows are read from it")
+  prepared: str = _field(
+    "", "folder of --mode=prepare; rows are read from it", path=True
+  )
   block_megabytes: float = _field(
     16.0, "text a shard of --mode=prepare holds", "(0, 1048576]"
   )
@@ -83,7 +85,9 @@ class TokenizerConfig:
   vocab_size: int = _fixed(
     8192, "pieces of a SentencePiece model to train", SIZE
   )
-  path: str = _fixed("", "a given SentencePiece .model instead of training one")
+  path: str = _fixed(
+    "", "a given SentencePiece .model instead of training one", path=True
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,6 +206,7 @@ class EvalConfig:
     "",
     "folder of a Hugging Face causal LM that judges samples ('': an n-gram"
     " model of the training text)",
+    path=True,
   )
 
 
@@ -273,7 +278,9 @@ class Config:
     0, "root of every random number of the training", "[0, 4294967295]"
   )
   init_from: str = _field(
-    "", "folder of a run whose best parameters and tokenizer to start from"
+    "",
+    "folder of a run whose best parameters and tokenizer to start from",
+    path=True,
   )
   data: DataConfig = DataConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()

@@ -7,6 +7,7 @@ those of each.
 
 import dataclasses
 import functools
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -31,16 +32,27 @@ class _Interval(NamedTuple):
     return above and below
 
 
-def field(default: Any, doc: str, bounds: str = "") -> Any:
-  """A field; one that is a number, or numbers, has bounds."""
-  metadata = {"doc": doc, "bounds": bounds}
+def field(default: Any, doc: str, bounds: str = "", **more: bool) -> Any:
+  """A field.
+
+  Args:
+    default: its value if none is given.
+    doc: one line.
+    bounds: of a number, or of each of several.
+    **more: `path`, a file or folder, which may begin with ~.
+  """
+  metadata = {"doc": doc, "bounds": bounds, **more}
   return dataclasses.field(default=default, metadata=metadata)
 
 
-def fixed(default: Any, doc: str, bounds: str = "") -> Any:
+def fixed(default: Any, doc: str, bounds: str = "", **more: bool) -> Any:
   """A field whose value a run keeps: with another it is another run."""
-  metadata = {"doc": doc, "bounds": bounds, "fixed": True}
-  return dataclasses.field(default=default, metadata=metadata)
+  return field(default, doc, bounds, fixed=True, **more)
+
+
+def at_home(path: str) -> str:
+  """Returns a path as the file system takes it: ~ is the home folder."""
+  return os.path.expanduser(path)
 
 
 def allows(bounds: str, value: int | float) -> bool:

@@ -17,6 +17,7 @@ import contextlib
 import getpass
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from mdm_jax.core import config as config_lib
 from mdm_jax.core import distributed, files
 from mdm_jax.core.config import Config
 from mdm_jax.core.errors import StorageError, UserError
+from mdm_jax.core.fields import at_home
 
 _PACKAGES = (
   "mdm_jax",
@@ -41,7 +43,7 @@ class Workdir:
   """A run's folder; of several processes, the first one writes."""
 
   def __init__(self, path: epath.PathLike):
-    self.path = epath.Path(path)
+    self.path = epath.Path(at_home(os.fspath(path)))
 
   def create(self) -> None:
     """Makes the folder, and sees that it can be written.
