@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import operator
 import re
 
 import pytest
@@ -244,8 +245,8 @@ def test_found_C5_a_path_may_begin_with_the_home_folder(monkeypatch, tmp_path):
         name
       )
   for path in PATHS:
-    section, name = _section(config_lib.from_dict(_nested(path, "~/a")), path)
-    assert getattr(section, name) == str(tmp_path / "a")
+    config = config_lib.from_dict(_nested(path, "~/a"))
+    assert operator.attrgetter(path)(config) == str(tmp_path / "a")
   assert Workdir("~/a").path == tmp_path / "a"
   sample._write_page("~/page.html", "a")
   assert (tmp_path / "page.html").read_text() == "a"
