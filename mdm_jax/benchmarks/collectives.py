@@ -85,18 +85,27 @@ def read(text: str, mesh: Any) -> Iterator[Collective]:
     for line in bodies[name]:
       match = _INSTRUCTION.search(line)
       if match:
-        yield _collective(*match.groups(), times, mesh)
+        source = _source(line, bodies[name])
+        yield _collective(*match.groups(), source, times, mesh)
 
 
-def _collective(shape, kind, rest, times, mesh) -> Collective:
+def _source(line: str, body: list[str]) -> str:
+  """Returns where an instruction comes from, or else what reads it first."""
+  name = line.split("=")[0].replace("ROOT", "").strip()
+  reads = re.compile(re.escape(name) + r"[,)#]")
+  for other in [line, *filter(reads.search, body)]:
+    source = re.search(r'op_name="([^"]*)"', other)
+    if source:
+      return source.group(1)
+  return ""
+
+
+def _collective(shape, kind, rest, source, times, mesh) -> Collective:
   group = _first_group(rest)
   size = _size(shape) * (len(group) if kind == "reduce-scatter" else 1)
-  source = re.search(r'op_name="([^"]*)"', rest)
   shape = re.sub(r"\{[^}]*\}", "", shape)
   axes = _axes(group, mesh)
-  return Collective(
-    kind, axes, shape, size, times, source.group(1) if source else ""
-  )
+  return Collective(kind, axes, shape, size, times, source)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

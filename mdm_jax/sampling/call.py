@@ -147,6 +147,8 @@ class Call:
 
     def chunk(n, carry):
       slots = jax.lax.dynamic_slice_in_dim(where, n * size, size, axis=1)
+      # JAX's newer versions forget there how one row is split.
+      slots = jax.reshard(slots, jax.typeof(where).sharding)
       kept = n * size + jnp.arange(size)[None] < count[:, None]
       return body(slots, kept, carry)
 
