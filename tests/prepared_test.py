@@ -268,10 +268,12 @@ def test_held_out_rows_are_the_held_out_text(config, kind):
     assert ends == len(held_out)
     decoded = sorted(data.tokenizer.decode(p) for p in _pieces(rows))
     for document in held_out:
-      rest = document.text
-      while rest:
-        piece = max((d for d in decoded if d and rest.startswith(d)), key=len)
-        rest = rest.removeprefix(piece)
+      ends = {0}  # where a piece can end
+      for at in range(len(document.text)):
+        if at in ends:
+          fits = [d for d in decoded if document.text.startswith(d, at)]
+          ends |= {at + len(d) for d in fits}
+      assert len(document.text) in ends
     assert sum(map(len, decoded)) == sum(len(d.text) for d in held_out)
 
 
