@@ -14,6 +14,7 @@ import pytest
 from etils import epath
 
 from mdm_jax.core.errors import NumericsError, StorageError, UserError
+from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.training import checkpoint as checkpoint_lib
 from mdm_jax.training import manifest
 from mdm_jax.training.checkpoint import Checkpoints
@@ -353,3 +354,68 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
     restored = checkpoints.restore(3, like)
   found = np.asarray(restored.params["w"])
   np.testing.assert_array_equal(found.view(np.int32), values.view(np.int32))
+
+
+# MARK: beside a training that deletes what is being read
+
+
+def _before(monkeypatch, owner, name, step, folder):
+  """Has a step deleted as training does it, once, before a call."""
+  original, deleted = getattr(owner, name), []
+
+  def wrapped(*args, **kwargs):
+    if not deleted and _step(folder, step).exists():
+      deleted.append((_step(folder, step) / "manifest.json").unlink())
+      shutil.rmtree(_step(folder, step))
+    return original(*args, **kwargs)
+
+  monkeypatch.setattr(owner, name, wrapped)
+
+
+@pytest.mark.parametrize(
+  "owner, name",
+  [
+    (manifest, "read"),
+    (manifest, "_hash"),
+    (Checkpoints, "check"),
+    (checkpoint_lib, "_placed"),  # checked already
+  ],
+)
+def test_found_C8_a_step_that_is_deleted_meanwhile_is_passed_over(
+  owner, name, tmp_path, tiny_model, monkeypatch, capsys
+):
+  denoiser = Denoiser(tiny_model, 300, 257)
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in (1, 2):
+      params = jax.tree.map(
+        lambda p: jnp.full_like(p, step),  # noqa: B023
+        denoiser.init(jax.random.key(0)),
+      )
+      checkpoints.save(TrainState(jnp.int32(step), params, params, ()), {})
+      checkpoints.record(step, {"nelbo_per_token": 3.0 - step})
+  with Checkpoints(tmp_path) as checkpoints:
+    _before(monkeypatch, owner, name, 2, tmp_path)
+    step, params = checkpoints.restore_best_params(denoiser)
+    assert step == 1 == checkpoints.latest()
+    assert all((leaf == 1).all() for leaf in jax.tree.leaves(params))
+    assert checkpoints.progress(step) == {}
+  told = capsys.readouterr().out
+  assert told == "checkpoint 2 was deleted meanwhile: passing over it\n"
+
+
+def test_a_step_that_comes_while_the_last_one_goes_is_found(
+  tmp_path, monkeypatch
+):
+  _save(tmp_path, 1, 2)
+  kept = tmp_path / "kept"
+  _step(tmp_path, 2).rename(kept)
+  original = manifest.problem
+
+  def problem(folder):
+    if kept.exists():
+      kept.rename(_step(tmp_path, 2))
+      shutil.rmtree(_step(tmp_path, 1))
+    return original(folder)
+
+  monkeypatch.setattr(manifest, "problem", problem)
+  assert _restored(tmp_path) == (2, 2.0)

@@ -232,15 +232,21 @@ class Checkpoints:
   def restore_best_params(self, denoiser: Denoiser) -> tuple[int, Params]:
     """Returns the best step and its averaged parameters, on the current mesh.
 
+    A run that trains meanwhile may delete a step before it is read: then it is
+    the next one's turn.
+
     Raises:
       UserError: nothing was saved yet, or it is of another architecture.
       StorageError: all that was saved is damaged.
     """
-    step = self.best()
-    if step is None:
-      raise UserError(f"workdir {self._folders.workdir} has no checkpoint yet")
     like = jax.eval_shape(denoiser.init, jax.random.key(0))
-    return step, self.restore_ema_params(step, like)
+    while (step := self.best()) is not None:
+      try:
+        return step, self.restore_ema_params(step, like)
+      except Exception:
+        if not self._folders.is_gone(step):
+          raise
+    raise UserError(f"workdir {self._folders.workdir} has no checkpoint yet")
 
   def restore_ema_params(self, step: int, like: Params) -> Params:
     """Restores only the averaged parameters of a step."""

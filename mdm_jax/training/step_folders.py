@@ -59,9 +59,11 @@ class StepFolders:
       StorageError: there were steps, and not one of them is whole.
       UserError: one is of a newer version of this library.
     """
-    for step in reversed(self.steps()):
-      if self.is_whole(step):
-        return step
+    steps: list[int] = []
+    while steps != (steps := self.steps()):  # another process may make new ones
+      for step in reversed(steps):
+        if self.is_whole(step):
+          return step
     logged = self._logged()
     if logged:
       raise StorageError(
@@ -80,16 +82,29 @@ class StepFolders:
   def is_whole(self, step: int) -> bool:
     """Whether a step's files fit its manifest; reads all of them, once."""
     if step not in self._problems:
-      problem = manifest.problem(self.path(step))
+      try:
+        problem = manifest.problem(self.path(step))
+      except FileNotFoundError as error:
+        problem = f"{epath.Path(error.filename).name} is missing"
       self._problems[step] = problem
-      if problem:
+      if problem and not self.is_gone(step):
         damaged = step in self._logged()
         what = f"is damaged ({problem})" if damaged else "was never finished"
-        console.print(
-          f"checkpoint {step} {what}: passing over it",
-          soft_wrap=True,
-        )
+        self._pass_over(step, what)
     return self._problems[step] is None
+
+  def is_gone(self, step: int) -> bool:
+    """Whether another process has deleted a step that was there."""
+    if files.exists(self.path(step) / manifest.NAME):
+      return False
+    if files.exists(self.path(step)) and not self.known_whole(step):
+      return False  # half of it may have been lost at any time
+    self._problems[step] = "deleted"
+    self._pass_over(step, "was deleted meanwhile")
+    return True
+
+  def _pass_over(self, step: int, what: str) -> None:
+    console.print(f"checkpoint {step} {what}: passing over it", soft_wrap=True)
 
   def known_whole(self, step: int) -> bool:
     """Whether a step was read or written by this process, and is whole."""
@@ -100,8 +115,18 @@ class StepFolders:
     return max(filter(self.known_whole, self._problems), default=None)
 
   def progress(self, step: int) -> dict[str, Any]:
-    """Returns what was saved beside a step."""
-    return manifest.read(self.path(step))["progress"]
+    """Returns what was saved beside a step.
+
+    Raises:
+      StorageError: it is no more.
+    """
+    content = manifest.read(self.path(step))
+    if content is None:
+      raise StorageError(
+        f"checkpoint {step} was deleted meanwhile: the same command takes the"
+        " next one"
+      )
+    return content["progress"]
 
   def evaluation(self, step: int) -> dict[str, Any] | None:
     """Returns what was measured of a step, or None."""
