@@ -15,9 +15,10 @@ from mdm_jax.core.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.core.signals import stop_request
-from mdm_jax.data import inputs, preparation, splits
+from mdm_jax.data import coverage, inputs, preparation, splits
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
+from mdm_jax.data.stage_rows import stage_name
 from mdm_jax.data.workers import Workers
 
 
@@ -59,10 +60,14 @@ def tell(config: Config, manifest: dict[str, Any]) -> None:
     f"{size:,.1f} MB in {manifest['blocks']['count']:,} blocks",
     *splits.describe(manifest["split"]).splitlines(),
   ]
-  lines += [
-    f"{name}: {counts['tokens']:,} tokens in {counts['rows']:,} rows"
-    for name, counts in manifest["rows"].items()
-  ]
+  for name, counts in manifest["rows"].items():
+    lines.append(
+      f"{name}: {counts['tokens']:,} tokens in {counts['rows']:,} rows"
+    )
+  for i, stage in enumerate(config.stages):
+    told = coverage.left_out(stage, manifest["rows"][stage_name(i)])
+    lines += [f"stages[{i}]: {line}" for line in told]
+  lines += filter(None, [coverage.told(manifest["text"])])
   lines.append(f"prepared: {config.data.prepared}")
   for line in lines:
     console.print(line, soft_wrap=True)

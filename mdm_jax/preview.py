@@ -7,7 +7,7 @@ from typing import Any
 
 from mdm_jax.core.config import Config, StageConfig
 from mdm_jax.core.progress import console
-from mdm_jax.data import splits
+from mdm_jax.data import coverage, splits
 from mdm_jax.data.prepared import PreparedData, prepare
 
 _BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -28,6 +28,9 @@ def show(config: Config, data: PreparedData) -> None:
     for line in text.splitlines():
       console.print(line, no_wrap=True, overflow="ellipsis")
     console.print()
+  if unread := coverage.told(data.manifest["text"]):
+    console.print(unread, markup=False)
+    console.print()
 
 
 def describe(config: Config, data: PreparedData) -> dict[str, str]:
@@ -46,11 +49,7 @@ def _describe(stage: StageConfig, counts: dict[str, Any]) -> str:
     f"  {counts['tokens']:,} tokens in {counts['rows']:,} rows of"
     f" {stage.length}, {full:.0%} full",
   ]
-  if counts["texts_too_long"]:
-    lines.append(
-      f"  left out: {counts['texts_too_long']:,} {stage.unit} longer than"
-      f" {stage.length} tokens"
-    )
+  lines += [f"  {line}" for line in coverage.left_out(stage, counts)]
   if counts["difficulty"]:
     lines += _histogram(**counts["difficulty"])
   lines += ["  " + " \u23ce ".join(e.split("\n")) for e in counts["examples"]]

@@ -409,9 +409,9 @@ def test_rows_are_read_from_disk_and_can_not_be_changed(config):
 @pytest.mark.parametrize(
   "fields, told",
   [
-    ({"min_words": 5000}, "of 0 sentences within [5000, None] words"),
+    ({"min_words": 5000}, "have fewer than 5000 words (stages[0].min_words=0"),
     ({"length": 1}, "longer than 1 tokens"),
-    ({"easiest": 0.0}, "0 are among the easiest 0%"),
+    ({"easiest": 0.0}, "are not among the easiest 0% (stages[0].easiest=1.0"),
   ],
 )
 def test_a_stage_without_rows_says_why(config, fields, told):

@@ -1,7 +1,6 @@
 """Text units: lossless sentences, what each kind holds, and difficulty."""
 
 import math
-import zlib
 
 import numpy as np
 import pytest
@@ -104,7 +103,9 @@ def test_word_limits_are_inclusive_and_of_the_whole_unit(unit):
   assert limited == [
     u for u in everything if 10 <= len(" ".join(u.parts).split()) <= 20
   ]
-  assert {u.num_words for u in limited} == set(range(10, 21))
+  assert {words_lib.count(" ".join(u.parts)) for u in limited} == {
+    *range(10, 21)
+  }
 
 
 def test_nothing_within_the_limits_gives_no_unit():
@@ -136,7 +137,6 @@ def _slow_difficulty(units):
     word: math.log(len(units) / sum(word in other for other in words))
     for word in set().union(*words)
   }
-  raw = ["\n".join(u.parts).encode() for u in units]
   signals = [
     [_mean([idf[w] for w in ws]) for ws in words],
     [
@@ -145,7 +145,6 @@ def _slow_difficulty(units):
       )
       for u, ws in zip(units, words, strict=True)
     ],
-    [len(zlib.compress(r)) / len(r) for r in raw],
     [len(ws) for ws in words],
   ]
   return np.mean([[_rank(v, s) for v in s] for s in signals], axis=0)
@@ -156,6 +155,27 @@ def test_difficulty_is_as_defined():
   np.testing.assert_allclose(
     segments.difficulty(units), _slow_difficulty(units), atol=1e-9
   )
+
+
+@pytest.mark.parametrize(
+  "unit, limits", [("sentences", (10, 50)), ("pairs", (15, 100))]
+)
+@pytest.mark.parametrize("corpus", ["python_docs", "shakespeare"])
+def test_found_A8_no_two_signals_of_difficulty_cancel(corpus, unit, limits):
+  texts = [d.text for d in corpora.load(corpus)]
+  stage = _stage(unit, min_words=limits[0], max_words=limits[1])
+  units = segments.units(texts, stage)
+  words = segments.unit_words(units)
+  found = segments.signals(
+    units, words, segments.rarity(words.frequency(), len(units))
+  )
+  ranks = np.array([segments._percentile_ranks(signal) for signal in found])
+  for i in range(len(ranks)):
+    for j in range(i):
+      # Of two that cancel, the mean's deviation is far below 0.289 of each.
+      assert -0.3 < np.corrcoef(ranks[i], ranks[j])[0, 1] < 0.7
+      assert ranks[[i, j]].mean(axis=0).std() > 0.17
+  assert segments.difficulty(units).std() > 0.15
 
 
 def test_short_common_words_are_easier():

@@ -91,3 +91,26 @@ def test_tokens_hold_every_visible_character_and_all_words(text):
 )
 def test_words_that_stages_limit(text, count):
   assert words.count(text) == count
+
+
+def test_what_is_no_word_counts_by_its_length():
+  assert words.count("=" * 99) == words.count("_" * 99) == 1
+  assert words.count("a" * 49) == 1 and words.count("a" * 50) == 8
+  assert words.count("one " + "ACGT" * 100) == 1 + 400 // 6
+
+
+@given(
+  st.one_of(
+    st.text(),
+    st.lists(
+      st.sampled_from(["a", "x\u0301", "\u7684", "\u0e2a\u0e31", " ", "\u3002"])
+      | st.sampled_from(["\n", "--", "\x1f", "\u2003", "gattaca" * 9]),
+    ).map("".join),
+  )
+)
+@settings(deadline=None, max_examples=300)
+def test_words_start_where_they_are_counted(text):
+  starts = words.starts(text)
+  assert len(starts) == words.count(text)
+  assert starts == sorted(set(starts))
+  assert not any(text[at].isspace() for at in starts)

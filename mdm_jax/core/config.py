@@ -58,6 +58,9 @@ class DataConfig:
   test_corpus: str = _fixed(
     "", "text for the results, as `corpus` ('': a share of the corpus)"
   )
+  language: str = _fixed(
+    "en", "of the text, by ISO 639-1: how sentences end, and readability"
+  )
   max_documents: int | None = _fixed(
     None, "read only the first N documents (None: all)", MANY
   )
@@ -95,9 +98,9 @@ class StageConfig:
   """One stage of the curriculum."""
 
   name: str = _field("train", "shown in progress lines and logs")
-  unit: Literal["sentences", "pairs", "paragraphs"] = _fixed(
+  unit: Literal["sentences", "pairs", "lines", "paragraphs"] = _fixed(
     "paragraphs",
-    "text unit: one sentence, two consecutive ones, or running text",
+    "text unit: one sentence, two consecutive ones, one line, or running text",
   )
   length: int = _fixed(512, "tokens a row", SIZE)
   easiest: float = _fixed(

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
-from mdm_jax.core import fields
+from mdm_jax.core import fields, languages
 from mdm_jax.core.errors import UserError
 
 _NARROWEST = 1e-6  # range of mask rates that float32 can draw from
@@ -14,6 +14,7 @@ _MOST_ROWS = 2**24  # of an update, which are numbered one by one
 def check(c: Any) -> None:
   """Raises UserError, naming the field, for a value that can't work."""
   _check_bounds(c, "")
+  languages.check("data.language", c.data.language)
   if c.data.eval_fraction + c.data.test_fraction > 0.9:
     raise UserError(
       f"data.eval_fraction={c.data.eval_fraction} and data.test_fraction="

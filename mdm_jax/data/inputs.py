@@ -41,6 +41,7 @@ def row_inputs(config: Config, given: Tokenizer | None) -> dict[str, Any]:
   return {
     "eval_fraction": config.data.eval_fraction,
     "test_fraction": config.data.test_fraction,
+    "language": config.data.language,
     "tokenizer": None if given else to_dict(config.tokenizer),
     "given_tokenizer": sha256 or None,
     "stages": [

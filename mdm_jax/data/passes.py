@@ -34,6 +34,7 @@ from mdm_jax.data import (
 )
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.blocks import Block
+from mdm_jax.data.coverage import Coverage
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.ranking import Cut
 from mdm_jax.data.segments import Selection, Unit, UnitWords
@@ -155,8 +156,8 @@ def _split(job: Job, block: Block) -> Sides:
 
 
 def _train_units(job: Job, block: Block, stage: StageConfig) -> list[Unit]:
-  train = _split(job, block).train
-  return segments.units([document.text for document in train], stage)
+  texts = [document.text for document in _split(job, block).train]
+  return segments.units(texts, stage, job.config.data.language)
 
 
 def _sample(job: Job, block: Block) -> None:
@@ -214,7 +215,9 @@ def _signals(job: Job, block: Block) -> None:
     units = _train_units(job, block, stage)
     words = segments.unit_words(units)
     rarity = journal.map_array(job.work / f"rarity.{name}.npy")
-    found = segments.signals(units, words, rarity[_bins_of(words)])
+    found = segments.signals(
+      units, words, rarity[_bins_of(words)], job.config.data.language
+    )
     arrays[name] = ranking.to_bins(found)
   journal.put_arrays(job.record("signals", block), arrays)
 
@@ -249,12 +252,15 @@ def _rows(job: Job, block: Block) -> None:
   sides = _split(job, block)
   train = [document.text for document in sides.train]
   put = functools.partial(_put_rows, job, block)
+  coverage, language = Coverage(train), job.config.data.language
   record = {}
   for i, stage in enumerate(job.config.stages if block.side == TRAIN else ()):
-    units = segments.units(train, stage)
-    selection = _select(job, stage_name(i), block, units)
-    rows, counts = make_rows(units, selection, stage, tokenizer)
+    found = segments.find(train, stage, language)
+    selection = _select(job, stage_name(i), block, found.units)
+    rows, counts, read = make_rows(found, selection, stage, tokenizer)
+    coverage.add(read)
     record[stage_name(i)] = put(stage_name(i), rows, counts)
+  record["text"] = coverage.counts()
   for side in job.shares.wanted if block.side == TRAIN else (block.side,):
     texts = [document.text for document in sides[side]]
     held, counts = make_held_out(texts, job.config, tokenizer)

@@ -7,6 +7,7 @@ Between two passes, the records of all blocks become something of a fixed size,
 one record after the other. Nothing here holds more than one block's.
 """
 
+import collections
 import dataclasses
 import fcntl
 import hashlib
@@ -25,6 +26,7 @@ from mdm_jax.data import (
   inputs,
   journal,
   passes,
+  row_checks,
   shards,
   splits,
   stage_ranks,
@@ -37,7 +39,7 @@ from mdm_jax.data.stage_rows import row_lengths, spread
 from mdm_jax.data.text_files import Tally
 from mdm_jax.data.tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 SAMPLE = "training_sample.json"
 SAMPLE_BYTES = 2**25  # of text, for the tokenizer and the n-gram judge
@@ -78,7 +80,8 @@ def prepare_folder(
     run: does a pass over blocks.
 
   Raises:
-    UserError: the corpus can't be prepared, or the folder is of another config.
+    UserError: the corpus can't be prepared, a stage finds nothing in it, or the
+      folder is of another config.
   """
   folder = folder_of(config)
   wanted = folder_inputs(config, given)
@@ -90,7 +93,9 @@ def prepare_folder(
       _fill(job, wanted, given, found, run)
   check_made(folder, wanted)
   shutil.rmtree(folder / passes.WORK, ignore_errors=True)
-  return journal.get_json(folder / MANIFEST)
+  manifest = journal.get_json(folder / MANIFEST)
+  row_checks.check_stages(config, manifest["rows"])
+  return manifest
 
 
 def check_made(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
@@ -321,9 +326,18 @@ def _finish(
       "vocab_size": tokenizer.vocab.size,
     },
     "rows": rows,
+    "text": _unread(job, found),
     "files": {n: inputs.file_sha256(job.folder / n) for n in sorted(small)},
   }
   journal.put_json(job.folder / MANIFEST, manifest)
+
+
+def _unread(job: Job, found: list[Block]) -> dict[str, int]:
+  """Adds up the text, and what of it no stage reads."""
+  total: collections.Counter[str] = collections.Counter()
+  for record in passes.records("rows", job, found):
+    total.update(record.get("text", {}))
+  return dict(total)
 
 
 def _write_index(

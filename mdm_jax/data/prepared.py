@@ -38,9 +38,11 @@ from mdm_jax.data import (
 )
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.corpora import Document
+from mdm_jax.data.coverage import Coverage
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.inputs import file_sha256, given_tokenizer, row_inputs
 from mdm_jax.data.packing import Rows
+from mdm_jax.data.segments import Unit
 from mdm_jax.data.shards import Index
 from mdm_jax.data.splits import HELD_OUT
 from mdm_jax.data.stage_rows import (
@@ -51,7 +53,7 @@ from mdm_jax.data.stage_rows import (
 )
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 
-_FORMAT = 3  # of the cache; rows of another one are made anew
+_FORMAT = 4  # of the cache; rows of another one are made anew
 _MANIFEST = "manifest.json"
 
 
@@ -195,10 +197,14 @@ def _fill(
   texts = [document.text for document in sides.train]
   tokenizer = given or tokenizers.build(config.tokenizer, texts)
   tokenizer.save(folder)
+  coverage = Coverage(texts)
   counts = {}
   for i, stage in enumerate(config.stages):
     step(name := stage_name(i))
-    rows, counts[name] = _stage_rows(stage, texts, tokenizer)
+    rows, counts[name], read = _stage_rows(
+      stage, texts, tokenizer, config.data.language
+    )
+    coverage.add(read)
     _save(folder, name, rows)
   for name in HELD_OUT:
     step(name)
@@ -216,6 +222,7 @@ def _fill(
       "vocab_size": tokenizer.vocab.size,
     },
     "rows": counts,
+    "text": coverage.counts(),
     "files": {p.name: file_sha256(p) for p in sorted(folder.iterdir())},
   }
   (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
@@ -228,12 +235,12 @@ def _save(folder: epath.Path, name: str, rows: Rows) -> None:
 
 
 def _stage_rows(
-  stage: StageConfig, texts: list[str], tokenizer: Tokenizer
-) -> tuple[Rows, dict[str, Any]]:
-  units, selection = segments.units(texts, stage), None
+  stage: StageConfig, texts: list[str], tokenizer: Tokenizer, language: str
+) -> tuple[Rows, dict[str, Any], list[Unit]]:
+  found, selection = segments.find(texts, stage, language), None
   if stage.unit != "paragraphs":
-    selection = segments.easiest(units, stage.easiest)
-  return make_rows(units, selection, stage, tokenizer)
+    selection = segments.easiest(found.units, stage.easiest, language)
+  return make_rows(found, selection, stage, tokenizer)
 
 
 # MARK: reading
@@ -370,10 +377,7 @@ def _damaged_shard(indices: list[Index], vocab: Vocabulary) -> str | None:
 
 
 def _check_rows(config: Config, data: PreparedData, for_training: bool) -> None:
-  for i, (stage, rows) in enumerate(
-    zip(config.stages, data.stages, strict=True)
-  ):
-    if not len(rows):
-      raise row_checks.no_rows(i, stage, data.manifest["rows"][stage_name(i)])
-    if for_training:
+  row_checks.check_stages(config, data.manifest["rows"])
+  if for_training:
+    for i, rows in enumerate(data.stages):
       row_checks.check_enough(config, i, len(rows))

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64, Num
 
 BINS = 2**20
+NONE = BINS - 1  # of nan: no number has this bin, and it has no rank
 _DROPPED = 12  # bits of the 32
 
 
@@ -21,7 +22,8 @@ def to_bins(values: Num[np.ndarray, "S N"]) -> Int32[np.ndarray, "S N"]:
   # Adding zero makes -0 the same as 0.
   bits = (values + 0.0).astype(np.float32).view(np.uint32)
   rising = np.where(bits >> 31, ~bits, bits | np.uint32(2**31))
-  return (rising >> _DROPPED).astype(np.int32)
+  bins = (rising >> _DROPPED).astype(np.int32)
+  return np.where(np.isnan(values), np.int32(NONE), bins)
 
 
 def count(bins: Int32[np.ndarray, "S N"]) -> Int64[np.ndarray, "S K"]:
@@ -33,16 +35,19 @@ def ranks(
   counts: Int64[np.ndarray, "S K"],
 ) -> Float64[np.ndarray, "S K"]:
   """Returns the percentile rank that the numbers of each bin share."""
-  last = max(int(counts[0].sum()) - 1, 1)
-  return (np.cumsum(counts, axis=1) - (counts + 1) / 2) / last
+  numbers = counts.sum(axis=1, keepdims=True) - counts[:, NONE, None]
+  found = np.cumsum(counts, axis=1) - (counts + 1) / 2
+  found /= np.maximum(numbers - 1, 1)
+  found[:, NONE] = np.nan
+  return found
 
 
 def difficulty(
   bins: Int32[np.ndarray, "S N"], of_bins: Float64[np.ndarray, "S K"]
 ) -> Float64[np.ndarray, "N"]:
-  """Returns the mean rank of each unit: its difficulty among all units."""
+  """Returns the mean of the ranks that each unit has: its difficulty."""
   rows = zip(of_bins, bins, strict=True)
-  return np.mean([ranks[row] for ranks, row in rows], axis=0)
+  return np.nanmean([ranks[row] for ranks, row in rows], axis=0)
 
 
 def levels(difficulty: Float64[np.ndarray, "N"]) -> Int64[np.ndarray, "N"]:

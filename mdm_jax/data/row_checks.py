@@ -112,14 +112,34 @@ def check_enough(config: Config, index: int, rows: int) -> None:
   )
 
 
-def no_rows(
-  index: int, stage: StageConfig, counts: dict[str, Any]
-) -> UserError:
-  """Returns the error of a stage without any row: why nothing was left."""
-  return UserError(
-    f"stages[{index}] has no rows: of {counts['units_found']} {stage.unit}"
-    f" within [{stage.min_words}, {stage.max_words}] words,"
-    f" {counts['units_selected']} are among the easiest"
-    f" {stage.easiest:.0%}, {counts['texts_too_long']} of them longer than"
-    f" {stage.length} tokens"
+def check_stages(config: Config, counts: dict[str, Any]) -> None:
+  """Raises UserError if a stage has no row: what was left out, what keeps it.
+
+  Args:
+    config: of the run.
+    counts: of all rows, by their names on disk.
+  """
+  for i, stage in enumerate(config.stages):
+    if not counts[f"stage_{i + 1}"]["rows"]:
+      raise UserError(_no_rows(f"stages[{i}]", stage, counts[f"stage_{i + 1}"]))
+
+
+def _no_rows(name: str, stage: StageConfig, counts: dict[str, Any]) -> str:
+  found, unfit = counts["units_found"], counts["texts_too_long"]
+  short, long = counts["units_too_short"], counts["units_too_long"]
+  hard = found - counts["units_selected"]
+  reasons = [
+    (short, f"have fewer than {stage.min_words} words", "min_words=0"),
+    (long, f"have more than {stage.max_words} words", "max_words=None"),
+    (hard, f"are not among the easiest {stage.easiest:.0%}", "easiest=1.0"),
+    (unfit, f"are longer than {stage.length} tokens", "length, if larger,"),
+  ]
+  told = [
+    f"{count:,} {reason} ({name}.{field} keeps them)"
+    for count, reason, field in reasons
+    if count
+  ]
+  return (
+    f"{name} has no rows: of {short + long + found:,} {stage.unit}"
+    f" {', '.join(told) or 'none holds any text'}"
   )

@@ -29,7 +29,7 @@ def write_ranks(job: Job, found: list[Block], name: str) -> None:
   path = job.work / f"ranks.{name}.npy"
   if path.exists():
     return
-  counts = np.zeros((4, ranking.BINS), np.int64)
+  counts = np.zeros((segments.SIGNALS, ranking.BINS), np.int64)
   for block in found:
     record = journal.get_arrays(job.record("signals", block))
     counts += ranking.count(record[name])

@@ -15,7 +15,7 @@ from mdm_jax.data.packing import (
   pack,
   pack_and_tell,
 )
-from mdm_jax.data.segments import Selection, Unit
+from mdm_jax.data.segments import Found, Selection, Unit
 from mdm_jax.data.splits import HELD_OUT
 from mdm_jax.data.tokenizer import Tokenizer
 
@@ -42,31 +42,42 @@ def row_lengths(config: Config) -> dict[str, int]:
 
 
 def make_rows(
-  units: list[Unit],
+  found: Found,
   selection: Selection | None,
   stage: StageConfig,
   tokenizer: Tokenizer,
-) -> tuple[Rows, dict[str, Any]]:
-  """Returns packed rows, and counts and examples of them.
+) -> tuple[Rows, dict[str, Any], list[Unit]]:
+  """Returns packed rows, counts and examples of them, and the units in them.
 
   Args:
-    units: all that were found.
+    found: all units, and what was left out.
     selection: those of them to train on (None: all).
     stage: how they are written.
     tokenizer: of the ids.
   """
-  selected = selection.units if selection else units
+  selected = selection.units if selection else found.units
   pieces = _encode(selected, stage, tokenizer)
   fitting = [p for p in pieces if len(p) <= stage.length]
+  read = selected
+  if stage.unit != "paragraphs":
+    both = zip(selected, pieces, strict=True)
+    read = [unit for unit, piece in both if len(piece) <= stage.length]
   rows = pack(fitting, stage.length, tokenizer.vocab.pad)
-  return rows, {
-    "units_found": len(units),
+  counts = {
+    "units_found": len(found.units),
     "units_selected": len(selected),
+    "units_too_short": found.too_short,
+    "units_too_long": found.too_long,
     "texts_too_long": len(pieces) - len(fitting),
+    "documents": found.documents,
+    "without_sentences": found.without_sentences,
+    "characters": found.characters,
+    "characters_read": sum(len(part) for unit in read for part in unit.parts),
     **_sizes(rows),
     "difficulty": _difficulty(selection),
     "examples": _examples(selection, fitting, tokenizer),
   }
+  return rows, counts, read
 
 
 def make_held_out(
@@ -80,7 +91,7 @@ def make_held_out(
     tokenizer: of the ids.
   """
   stage = held_out_stage(config)
-  units = segments.units(texts, stage)
+  units = segments.units(texts, stage, config.data.language)
   widths = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
   pieces, told = [], []
   for unit, encoded in _encoded(units, tokenizer):
@@ -138,7 +149,7 @@ def _encode(
   vocab = tokenizer.vocab
   parts = (encoded for _, encoded in _encoded(units, tokenizer))
   match stage.unit:
-    case "sentences":
+    case "sentences" | "lines":
       return [sentence for (sentence,) in parts]
     case "pairs":
       between = np.array([vocab.separator], np.int32)

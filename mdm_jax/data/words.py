@@ -31,6 +31,12 @@ _OTHER = (
 _WORDS = regex.compile(rf"(?V1){_WORD}")
 _TOKENS = regex.compile(rf"(?V1){_WORD}|{_OTHER}")
 _UNSPACED = regex.compile(rf"(?V1){_ALONE}{_ON}")
+_COUNTED = regex.compile(rf"(?V1){_ALONE}{_ON}|(?:(?!{_ALONE})[^\s\x1c-\x1f])+")
+# What is no word: genes, encoded data. Each 6 characters count as one.
+_LONGEST = 50
+_LONG = re.compile(rf"[^\W_]{{{_LONGEST}}}")
+_IN_RUN = 6
+_BETWEEN_SPACES = re.compile(r"\S+")
 
 
 def words(text: str) -> list[str]:
@@ -54,11 +60,31 @@ def count(text: str) -> int:
   """Returns how many words a text has where stages limit them.
 
   Words are what stands between white space, as `re-do` and `--`; in scripts
-  without spaces, letters, and what else stands there if it has a letter.
+  without spaces, letters, and what else stands there if it has a letter. If 50
+  letters and digits stand together, every 6 characters are a word.
   """
-  if text.isascii():
-    return len(text.split())
-  rest, letters = _UNSPACED.subn(" ", text)
-  if not letters:
-    return len(text.split())
-  return letters + sum(bool(_WORDS.search(word)) for word in rest.split())
+  rest, letters = text, 0
+  if not text.isascii():
+    rest, letters = _UNSPACED.subn(" ", text)
+  found = rest.split()
+  if letters:
+    found = [word for word in found if _WORDS.search(word)]
+  if max(map(len, found), default=0) < _LONGEST:
+    return letters + len(found)
+  return letters + sum(len(_in_run(word)) for word in found)
+
+
+def _in_run(run: str) -> range:
+  """Where the words in a run of characters begin."""
+  if len(run) < _LONGEST or not _LONG.search(run):
+    return range(1)
+  return range(0, len(run) - len(run) % _IN_RUN, _IN_RUN)
+
+
+def starts(text: str) -> list[int]:
+  """Returns where each word begins that `count` counts."""
+  found = _BETWEEN_SPACES.finditer(text)
+  if not text.isascii() and _UNSPACED.search(text):
+    runs = _COUNTED.finditer(text)
+    found = (run for run in runs if _WORDS.search(run[0]))
+  return [run.start() + at for run in found for at in _in_run(run[0])]

@@ -1,0 +1,82 @@
+"""How much of the training text a stage leaves out, and how much all do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mdm_jax.core.config import StageConfig
+from mdm_jax.data.segments import Unit
+
+
+class Coverage:
+  """Counts the characters that stages read, white space left out."""
+
+  def __init__(self, texts: Sequence[str]):
+    """Names the text; nothing of it is read yet."""
+    self._texts = texts
+    self._read: dict[int, np.ndarray] = {}
+    self._whole: set[int] = set()
+
+  def add(self, units: Sequence[Unit]) -> None:
+    """Adds what a stage reads."""
+    for unit in units:
+      if not unit.starts:
+        self._whole.add(unit.document)
+        self._read.pop(unit.document, None)
+      elif unit.document not in self._whole:
+        mask = self._mask(unit.document)
+        for start, part in zip(unit.starts, unit.parts, strict=True):
+          mask[start : start + len(part)] = True
+
+  def _mask(self, document: int) -> np.ndarray:
+    if document not in self._read:
+      self._read[document] = np.zeros(len(self._texts[document]), bool)
+    return self._read[document]
+
+  def counts(self) -> dict[str, int]:
+    """Returns the characters of the text, and those that no stage reads."""
+    characters = unread = 0
+    for i, text in enumerate(self._texts):
+      own = len("".join(text.split()))
+      characters += own
+      if i in self._read:
+        left = np.flatnonzero(~self._read[i])
+        unread += sum(not text[at].isspace() for at in left.tolist())
+      elif i not in self._whole:
+        unread += own
+    return {"characters": characters, "unread": unread}
+
+
+def told(counts: dict[str, int]) -> str:
+  """Says what no stage reads; nothing, if all of it is read."""
+  if not counts["unread"]:
+    return ""
+  share = counts["unread"] / counts["characters"]
+  return (
+    f"no stage reads {counts['unread']:,} of the text's"
+    f" {counts['characters']:,} characters ({share:.1%})"
+  )
+
+
+def left_out(stage: StageConfig, counts: dict[str, Any]) -> list[str]:
+  """Says what a stage does not read, and where it found no sentences."""
+  if stage.unit == "paragraphs":
+    return []
+  lines = []
+  if counts["without_sentences"]:
+    lines.append(
+      f"{counts['without_sentences']:,} of {counts['documents']:,} documents"
+      " have no sentences: lines, or parts of lines, instead"
+    )
+  total = counts["characters"]
+  share = 1 - counts["characters_read"] / max(total, 1)
+  reasons = [
+    (counts["units_too_short"], f"shorter than {stage.min_words} words"),
+    (counts["units_too_long"], f"longer than {stage.max_words}"),
+    (counts["texts_too_long"], f"longer than {stage.length} tokens"),
+    (counts["units_found"] - counts["units_selected"], "too difficult"),
+  ]
+  told = [f"{count:,} {reason}" for count, reason in reasons if count]
+  why = f": {', '.join(told)}" if told else ""
+  return [*lines, f"left out: {share:.1%} of {total:,} characters{why}"]
