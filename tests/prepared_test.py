@@ -286,7 +286,7 @@ def test_the_table_says_which_text_each_piece_is(config, kind):
     held = getattr(data, side)
     assert held.num_bytes == _bytes(sides[side])
     assert held.documents == len(sides[side])
-    for row, segment, document, size in held.texts.tolist():
+    for row, segment, document, size, _ in held.texts.tolist():
       ids = held.rows.tokens[row][held.rows.segments[row] == segment]
       text = data.tokenizer.decode(ids)
       assert text in sides[side][document].text

@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from mdm_jax.data.packing import Rows, Tokens
 
 # Columns of the table of texts.
-ROW, SEGMENT, DOCUMENT, BYTES = range(4)
+ROW, SEGMENT, DOCUMENT, BYTES, PIECE = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +19,13 @@ class HeldOut:
   Attributes:
     rows: all of the text, packed.
     texts: a line a packed text, by row, then segment: its row, its segment
-      (1, 2, ...), the number of its document, and the UTF-8 bytes of the
-      original text that it stands for, which add up to the documents' bytes
-      whatever the tokenizer makes of them.
+      (1, 2, ...), the number of its document, the UTF-8 bytes of the original
+      text that it stands for, which add up to the documents' bytes whatever the
+      tokenizer makes of them, and its number in the document, from 0.
   """
 
   rows: Rows
-  texts: Int64[np.ndarray, "M 4"]
+  texts: Int64[np.ndarray, "M 5"]
 
   def __len__(self) -> int:
     return len(self.rows)

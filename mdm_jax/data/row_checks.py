@@ -50,7 +50,7 @@ def find_wrong_texts(segments: np.ndarray, texts: np.ndarray) -> str | None:
     segments: of the rows it is about, as in `Rows`.
     texts: as in `HeldOut`.
   """
-  if texts.dtype != np.int64 or texts.ndim != 2 or texts.shape[1] != 4:
+  if texts.dtype != np.int64 or texts.ndim != 2 or texts.shape[1] != 5:
     return f"a table of {texts.dtype} with shape {texts.shape}"
   step = max(_CHUNK // max(segments.shape[1], 1), 1)
   parts = range(0, len(segments), step)

@@ -125,7 +125,7 @@ class Index:
     rows = [shard["rows"] for shard in self.shards]
     return Shards(paths, rows, self.length, self.dtype[part])
 
-  def texts(self) -> Int64[np.ndarray, "M 4"]:
+  def texts(self) -> Int64[np.ndarray, "M 5"]:
     """Returns the table of held-out texts, of all shards."""
     numbers = range(len(self.shards))
     tables = [np.load(self.path(i, TABLE), allow_pickle=False) for i in numbers]
@@ -175,9 +175,9 @@ def _joined(parts: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
     parts: tables, of consecutive documents.
     rows: that each is about.
   """
-  joined, row, document = [np.zeros((0, 4), np.int64)], 0, 0
+  joined, row, document = [np.zeros((0, 5), np.int64)], 0, 0
   for part, count in zip(parts, rows, strict=True):
-    joined.append(part + np.array([row, 0, document, 0]))
+    joined.append(part + np.array([row, 0, document, 0, 0]))
     row += count
     document += int(part[:, 2].max(initial=-1)) + 1
   return np.concatenate(joined)

@@ -17,7 +17,7 @@ from absl import logging
 from jaxtyping import Float64, Int64, UInt8, UInt64
 
 from mdm_jax.core.errors import UserError
-from mdm_jax.evaluation.text_metrics import Measured
+from mdm_jax.evaluation.standard_errors import Clusters, Measured, ratio
 
 _MAX_BYTES = 64 * 2**20  # of training text for the n-gram judge
 _BYTE = np.uint64(8)  # in bits
@@ -69,21 +69,21 @@ def check(path: str) -> None:
       )
 
 
-def nll_per_byte(judge: Judge, texts: Sequence[str]) -> Measured:
+def nll_per_byte(
+  judge: Judge, texts: Sequence[str], documents: Clusters = None
+) -> Measured:
   """Measures the nats of texts per UTF-8 byte, all texts together.
 
-  The standard error is that of a ratio of sums over texts, to first order; nan
-  without any byte.
+  Args:
+    judge: that reads them.
+    texts: each without those before it.
+    documents: that each is from (None: each is a draw of its own).
+
+  Returns:
+    The ratio; nan without any byte.
   """
-  nats = np.array([judge.nats(text) for text in texts], np.float64)
-  sizes = np.array([len(text.encode()) for text in texts], np.int64)
-  n = len(texts)
-  if not sizes.sum():
-    return Measured(math.nan, math.nan, n)
-  mean = nats.sum() / sizes.sum()
-  deviation = np.std(nats - mean * sizes, ddof=1) if n > 1 else math.nan
-  stderr = deviation / np.sqrt(n) / sizes.mean()
-  return Measured(float(mean), float(stderr), n)
+  nats = [judge.nats(text) for text in texts]
+  return ratio(nats, [len(text.encode()) for text in texts], documents)
 
 
 # MARK: n-grams

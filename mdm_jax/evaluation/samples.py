@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mdm_jax.core.config import SampleConfig
-from mdm_jax.data.packing import Rows
-from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.judge import Judge, nll_per_byte
-from mdm_jax.evaluation.likelihood import subset
-from mdm_jax.evaluation.text_metrics import CopyIndex, Measured, measure
+from mdm_jax.evaluation.standard_errors import Clusters, Measured
+from mdm_jax.evaluation.text_metrics import CopyIndex, measure
 
 
 class TextMeasures:
@@ -23,11 +21,18 @@ class TextMeasures:
     self._judge = judge
     self._copies = CopyIndex(training_texts)
 
-  def __call__(self, texts: Sequence[str]) -> dict[str, Measured]:
-    """Returns every measure of these texts, by name."""
-    return measure(texts) | {
-      "copied_8gram": self._copies.share(texts),
-      "judge_nll": nll_per_byte(self._judge, texts),
+  def __call__(
+    self, texts: Sequence[str], documents: Clusters = None
+  ) -> dict[str, Measured]:
+    """Returns every measure of these texts, by name.
+
+    Args:
+      texts: to be measured.
+      documents: that each is from (None: each is a draw of its own).
+    """
+    return measure(texts, documents=documents) | {
+      "copied_8gram": self._copies.share(texts, documents),
+      "judge_nll": nll_per_byte(self._judge, texts, documents),
     }
 
 
@@ -41,17 +46,6 @@ def untruncated(config: SampleConfig) -> SampleConfig:
     min_p=None,
     top_p=None,
   )
-
-
-def reference_texts(
-  held_out: Rows, tokenizer: Tokenizer, count: int, length: int
-) -> list[str]:
-  """Returns the first text of each of `count` rows, cut to `length` tokens."""
-  rows = subset(held_out, count)
-  return [
-    tokenizer.decode(tokens[segments == 1][:length])
-    for tokens, segments in zip(rows.tokens, rows.segments, strict=True)
-  ]
 
 
 def as_plain(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:

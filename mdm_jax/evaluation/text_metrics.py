@@ -1,23 +1,32 @@
 """What texts show by themselves: repetition, diversity, grade, copying.
 
 Texts are measured as they are: none is dropped or repaired, and an empty one
-counts. Standard errors are over texts. Those of averages take the texts as
-independent draws; for self-BLEU that is a simplification, its terms share their
-references. Those of ratios over the whole pool are by the jackknife (Efron and
-Stein 1981), from counts. Most of these numbers change with length: compare only
+counts. Standard errors are over texts, or over the documents that the texts are
+from (`standard_errors.py`). Those of averages take these as independent draws;
+for self-BLEU that is a simplification, its terms share their references. Those
+of ratios over the whole pool are by the jackknife, from counts. Most of these numbers change with length: compare only
 texts that are cut to the same one.
 """
 
 import collections
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, UInt64
+from jaxtyping import Bool, UInt64
 
 from mdm_jax.data import readability, segments
 from mdm_jax.data import words as words_lib
+from mdm_jax.evaluation.standard_errors import (
+  Clusters,
+  Measured,
+  grouped,
+  jackknife,
+  mean,
+  pooled_ratio,
+  summed,
+  without_each,
+)
 
 Counts = collections.Counter
 
@@ -28,23 +37,6 @@ _COPY_ORDER = 8
 _NO_IDS = np.zeros(0, np.uint64)
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-  """A number from some texts.
-
-  Attributes:
-    value: nan where it is not defined.
-    stderr: its standard error over the texts, nan where there is none.
-    n: texts.
-    reason: why these texts can't have it, if they can't.
-  """
-
-  value: float
-  stderr: float
-  n: int
-  reason: str | None = None
-
-
 def tokens(text: str) -> list[str]:
   """Returns the tokens of a text in lower case: words and punctuation marks.
 
@@ -53,7 +45,9 @@ def tokens(text: str) -> list[str]:
   return words_lib.tokens(text.lower())
 
 
-def measure(texts: Sequence[str], language: str = "en") -> dict[str, Measured]:
+def measure(
+  texts: Sequence[str], language: str = "en", documents: Clusters = None
+) -> dict[str, Measured]:
   """Measures the repetition, the diversity and the grade of texts.
 
   Without any text every value is nan.
@@ -61,6 +55,7 @@ def measure(texts: Sequence[str], language: str = "en") -> dict[str, Measured]:
   Args:
     texts: to be measured.
     language: that they are in.
+    documents: that each is from (None: each is a draw of its own).
 
   Returns:
     In this order:
@@ -80,55 +75,19 @@ def measure(texts: Sequence[str], language: str = "en") -> dict[str, Measured]:
   found = [tokens(text) for text in texts]
   grams = [[_ngrams(t, n) for t in found] for n in _BLEU_ORDERS]
   measured = {
-    f"seq_rep_{n}": _mean([_repetition(c) for c in counts])
+    f"seq_rep_{n}": mean([_repetition(c) for c in counts], documents)
     for n, counts in zip(_BLEU_ORDERS, grams, strict=True)
   }
-  measured |= {f"distinct_{n}": _distinct(grams[n - 1]) for n in (1, 2)}
-  measured["self_bleu_4"] = _mean(_self_bleu(grams))
-  measured["unigram_entropy"] = _mean([_entropy(c) for c in grams[0]])
+  measured |= {
+    f"distinct_{n}": _distinct(grams[n - 1], documents) for n in (1, 2)
+  }
+  measured["self_bleu_4"] = mean(_self_bleu(grams), documents)
+  entropies = [_entropy(c) for c in grams[0]]
+  measured["unigram_entropy"] = mean(entropies, documents)
   words = [words_lib.words(text.lower()) for text in texts]
-  measured |= {f"unique_starts@{k}": _starts(words, k) for k in (1, 5)}
-  return measured | {"grade": _grade(texts, words, language)}
-
-
-# MARK: standard errors
-
-
-def _mean(values: Sequence[float]) -> Measured:
-  n = len(values)
-  return Measured(
-    value=float(np.mean(values)) if n else math.nan,
-    stderr=float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else math.nan,
-    n=n,
-  )
-
-
-def _jackknife(values: Float64[np.ndarray, "M"]) -> Measured:
-  """Measures a pool from its value and those without each text in turn.
-
-  Where one of those is not defined, nor is the standard error.
-  """
-  n = len(values) - 1
-  stderr = np.sqrt((n - 1) * np.var(values[1:])) if n > 1 else math.nan
-  return Measured(float(values[0]), float(stderr), n)
-
-
-def _without_each(
-  totals: Int64[np.ndarray, "K"], own: Int64[np.ndarray, "N K"]
-) -> Int64[np.ndarray, "M K"]:
-  """Returns the totals, then what they are without each text in turn."""
-  return totals - np.vstack([np.zeros_like(totals), own])
-
-
-def _pooled_ratio(
-  part: int, own: Sequence[int], sizes: Sequence[int]
-) -> Measured:
-  """Measures part / sum(sizes); each text has a part of its own and a size."""
-  totals = np.array([part, sum(sizes)], np.int64)
-  columns = np.array([own, sizes], np.int64).T
-  parts, wholes = _without_each(totals, columns).T
-  nothing = np.full(len(parts), np.nan)
-  return _jackknife(np.divide(parts, wholes, out=nothing, where=wholes > 0))
+  for k in (1, 5):
+    measured[f"unique_starts@{k}"] = _starts(words, k, documents)
+  return measured | {"grade": _grade(texts, words, language, documents)}
 
 
 # MARK: n-grams
@@ -147,20 +106,23 @@ def _entropy(counts: Counts) -> float:
   return float((found * np.log(total / found)).sum() / max(total, 1))
 
 
-def _distinct(grams: list[Counts]) -> Measured:
+def _distinct(grams: list[Counts], documents: Clusters) -> Measured:
+  counts = [_joined(part) for part in grouped(grams, documents)]
+  pool = _joined(counts)
+  own = [sum(pool[g] == k for g, k in c.items()) for c in counts]
+  sizes = [c.total() for c in counts]
+  return pooled_ratio(len(pool), own, sizes, len(grams))
+
+
+def _joined(parts: list[Counts]) -> Counts:
   pool = Counts()
-  for counts in grams:
+  for counts in parts:
     pool.update(counts)
-  own = [sum(pool[g] == k for g, k in c.items()) for c in grams]
-  return _pooled_ratio(len(pool), own, [c.total() for c in grams])
+  return pool
 
 
-def _starts(words: list[list[str]], k: int) -> Measured:
-  starts = [tuple(w[:k]) for w in words]
-  pool = Counts(starts)
-  return _pooled_ratio(
-    len(pool), [pool[s] == 1 for s in starts], [1] * len(starts)
-  )
+def _starts(words: list[list[str]], k: int, documents: Clusters) -> Measured:
+  return _distinct([Counts([tuple(w[:k])]) for w in words], documents)
 
 
 # MARK: self-BLEU
@@ -216,7 +178,10 @@ def _bleu(matches: tuple[int, ...], length: int, reference: int) -> float:
 
 
 def _grade(
-  texts: Sequence[str], words: list[list[str]], language: str
+  texts: Sequence[str],
+  words: list[list[str]],
+  language: str,
+  documents: Clusters,
 ) -> Measured:
   """Measures the pool's grade; blank sentences don't count."""
   if not readability.applies("".join(texts), language):
@@ -230,12 +195,12 @@ def _grade(
     )
     for text, of_text in zip(texts, words, strict=True)
   ]
-  own = np.array(counts, np.int64).reshape(-1, 3)
-  pools = _without_each(own.sum(axis=0), own)
+  own = summed(np.array(counts, np.int64).reshape(-1, 3), documents)
+  pools = without_each(own.sum(axis=0), own)
   defined = (pools[:, 0] > 0) & (pools[:, 1] >= _FEWEST_SENTENCES)
   # Ones where it isn't defined: no division by zero.
   grades = readability.grade(*np.where(defined[:, None], pools, 1).T)
-  return _jackknife(np.where(defined, grades, np.nan))
+  return jackknife(np.where(defined, grades, np.nan), len(texts))
 
 
 # MARK: copying
@@ -253,7 +218,7 @@ class CopyIndex:
     add = lambda token: self._ids.setdefault(token, len(self._ids))
     self._hashes = np.unique(_hashes([_ids(text, add) for text in texts]))
 
-  def share(self, texts: Sequence[str]) -> Measured:
+  def share(self, texts: Sequence[str], documents: Clusters = None) -> Measured:
     """Measures the share of the texts' 8-grams that the training text has.
 
     Pooled over the texts; those shorter than 8 tokens have none, and without
@@ -262,8 +227,10 @@ class CopyIndex:
     # No 8-gram of the index holds this id.
     find = lambda token: self._ids.get(token, len(self._ids))
     hashes = [_hashes([_ids(text, find)]) for text in texts]
-    copied = [int(self._holds(h).sum()) for h in hashes]
-    return _pooled_ratio(sum(copied), copied, [len(h) for h in hashes])
+    counts = [(int(self._holds(h).sum()), len(h)) for h in hashes]
+    own = summed(np.array(counts, np.int64).reshape(-1, 2), documents)
+    copied, sizes = own.T.tolist()
+    return pooled_ratio(sum(copied), copied, sizes, len(texts))
 
   def _holds(self, hashes: UInt64[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
     first, after = (
