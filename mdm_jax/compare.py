@@ -22,7 +22,8 @@ from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.prepared import training_texts
 from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
 from mdm_jax.evaluation.measured_text import open_rows
-from mdm_jax.evaluation.samples import reference_texts
+from mdm_jax.evaluation.running_text import running_texts
+from mdm_jax.evaluation.standard_errors import Clusters
 from mdm_jax.evaluation.text_metrics import measure
 
 _ORDERS = (
@@ -113,10 +114,11 @@ def compare_workdir(
   for name, settings in chosen.items():
     rows.append(_draw(model, judge, name, settings, count))
     console.print(f"{len(rows)}: {name}", soft_wrap=True)
-  texts = reference_texts(
-    data.validation.rows, data.tokenizer, count, config.sample_length
+  own = running_texts(
+    data.validation, data.tokenizer, count, config.sample_length
   )
-  rows.append(_way("held-out text", 0, 0.0, judge, texts))
+  name = "validation text"
+  rows.append(_way(name, 0, 0.0, judge, own.texts, own.documents))
   # First: it may be that nothing can be stored.
   console.print(_table(rows, judge.name))
   workdir.write_ways(_as_csv(rows), _as_markdown(rows))
@@ -143,8 +145,10 @@ def _way(
   calls: float,
   judge: Judge,
   texts: list[str],
+  documents: Clusters = None,
 ) -> Way:
-  nll, entropy = nll_per_byte(judge, texts), measure(texts)["unigram_entropy"]
+  nll = nll_per_byte(judge, texts, documents)
+  entropy = measure(texts, documents=documents)["unigram_entropy"]
   return Way(
     name,
     num_steps,

@@ -8,8 +8,11 @@ import jax
 
 from mdm_jax.core import strict_json
 from mdm_jax.core.config import Config, SampleConfig, to_dict
+from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import mesh_for_use
 from mdm_jax.core.workdir import Workdir
+from mdm_jax.data.held_out import HeldOut
+from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData, training_texts
 from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation import tables, targets
@@ -17,6 +20,7 @@ from mdm_jax.evaluation.judge import check as check_judge
 from mdm_jax.evaluation.judge import make_judge
 from mdm_jax.evaluation.likelihood import Evaluator
 from mdm_jax.evaluation.measured_text import describe, open_rows
+from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling.generate import Samples, TextSampler, effective
 from mdm_jax.training.checkpoint import Checkpoints
@@ -73,34 +77,51 @@ class Measures:
     same = all(found.get(name) == value for name, value in what.items())
     return found if same else None
 
-  def likelihood(self, params: Params, count: int | None) -> dict[str, Any]:
-    """Returns the bound over `count` held-out rows (None: all)."""
+  def validation(self, params: Params) -> dict[str, Any]:
+    """Returns the bound over a few rows of what chooses a checkpoint."""
+    held = self.data.validation.subset(self.config.eval.rows)
+    return self._likelihood(params, held)
+
+  def test(self, params: Params) -> dict[str, Any]:
+    """Returns the bound, and cross-entropies, of what is reported.
+
+    `ce_by_mask_rate` is the curve, `stage_ce` the mean over the range of the
+    last stage: what the training itself looks at, and no likelihood. Both are
+    over a few rows. `validation_ce_by_mask_rate` is what the optimal schedule
+    follows: test text chooses nothing.
+    """
+    count = self.config.eval.final_rows
+    measured = self._likelihood(params, self.data.test.subset(count))
+    rows = self._few(self.data.test)
+    low, high = self.config.stages[-1].mask_rate or (0.0, 1.0)
+    ce = self._evaluator.ce_in_range(params, rows, low, high)
+    return measured | {
+      "ce_by_mask_rate": self._evaluator.ce_by_mask_rate(params, rows),
+      "stage_ce": {f"{low:g},{high:g}": ce},
+      "validation_ce_by_mask_rate": self._by_mask_rate(params),
+    }
+
+  def _likelihood(self, params: Params, held: HeldOut) -> dict[str, Any]:
     self._poll()
-    held = self.data.validation.subset(count)
-    measured = self._evaluator.likelihood(params, held.rows)
+    measured = self._evaluator.likelihood(params, held)
     return {
       "nelbo_per_token": measured.nelbo_per_token,
       "nelbo_stderr": measured.stderr,
       "ppl_bound": measured.ppl_bound,
       "bits_per_byte": measured.bits_per_byte(held.num_bytes),
-      "eval_rows": measured.rows,
-      "eval_tokens": measured.tokens,
+      "documents": measured.documents,
+      "rows": measured.rows,
+      "tokens": measured.tokens,
+      "bytes": held.num_bytes,
     }
 
-  def by_mask_rate(self, params: Params) -> dict[str, dict[str, float]]:
-    """Returns cross-entropies at mask rates, over a few of the rows.
-
-    `ce_by_mask_rate` is the curve, `stage_ce` the mean over the range of the
-    last stage: what the training itself looks at, and no likelihood.
-    """
+  def _few(self, held: HeldOut) -> Rows:
     count = min(_CURVE_ROWS, self.config.eval.final_rows or _CURVE_ROWS)
-    rows = self.data.validation.subset(count).rows
-    low, high = self.config.stages[-1].mask_rate or (0.0, 1.0)
-    ce = self._evaluator.ce_in_range(params, rows, low, high)
-    return {
-      "ce_by_mask_rate": self._evaluator.ce_by_mask_rate(params, rows),
-      "stage_ce": {f"{low:g},{high:g}": ce},
-    }
+    return held.subset(count).rows
+
+  def _by_mask_rate(self, params: Params) -> dict[str, float]:
+    rows = self._few(self.data.validation)
+    return self._evaluator.ce_by_mask_rate(params, rows)
 
   def sample(self, params: Params) -> Samples:
     """Returns a few samples, to look at while a training goes on."""
@@ -111,7 +132,7 @@ class Measures:
     """Returns what the optimal schedule follows from; it takes a while."""
     if self.config.sample.schedule != "optimal":
       return None
-    return self.by_mask_rate(params)["ce_by_mask_rate"]
+    return self._by_mask_rate(params)
 
   def samples(self, params: Params) -> dict[str, Any]:
     """Returns samples, one of them step by step, and all measures of them."""
@@ -140,20 +161,18 @@ class Measures:
     judge = make_judge(config.eval.judge, texts)
     measure = samples_lib.TextMeasures(judge, texts)
     plain = samples_lib.untruncated(config.sample)
-    sources = {
-      "sampling": drawn.texts,
-      "untruncated": self._draw(params, plain, len(drawn.texts)).texts,
-      "held_out": samples_lib.reference_texts(
-        data.validation.rows,
-        data.tokenizer,
-        len(drawn.texts),
-        config.sample_length,
-      ),
+    count = len(drawn.texts)
+    own = running_texts(data.test, data.tokenizer, count, config.sample_length)
+    if len(own.texts) < count:
+      console.print(f"warning: test text for comparison: {own.told}")
+    measured = {
+      "sampling": measure(drawn.texts),
+      "untruncated": measure(self._draw(params, plain, count).texts),
+      "held_out": measure(own.texts, own.documents),
     }
     return {
-      name: samples_lib.as_plain(measure(texts))
-      for name, texts in sources.items()
-    } | {"judge": judge.name}
+      name: samples_lib.as_plain(values) for name, values in measured.items()
+    } | {"judge": judge.name, "test text": own.told}
 
   def _unmasking(self, drawn: Samples) -> dict[str, Any]:
     """The first sample as pieces of text, None where it is masked."""
@@ -180,13 +199,11 @@ def evaluate_checkpoint(
   workdir: Workdir, measures: Measures, checkpoints: Checkpoints
 ) -> dict[str, Any]:
   """Measures the best checkpoint, writes results.json and prints tables."""
-  config = measures.config
   step, params = checkpoints.restore_best_params(measures.denoiser)
   run = checkpoints.progress(checkpoints.latest())
   wall, tokens = run["wall_seconds"], run["tokens_seen"]
   results = {
-    **measures.likelihood(params, config.eval.final_rows),
-    **measures.by_mask_rate(params),
+    **measures.test(params),
     **measures.what(step, checkpoints.latest()),
     "tokens_seen": tokens,
     "wall_seconds": wall,

@@ -20,6 +20,8 @@ from mdm_jax.data.prepared import PreparedData, training_texts
 from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
 from mdm_jax.evaluation.measured_text import open_rows
+from mdm_jax.evaluation.running_text import running_texts
+from mdm_jax.evaluation.standard_errors import Clusters
 from mdm_jax.evaluation.text_metrics import measure
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.sampling.generate import CeByMaskRate, TextSampler
@@ -51,7 +53,7 @@ def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
   """Sweeps the temperature of a run's best checkpoint; writes CSV and PNG."""
   data = open_rows(config, workdir)
   judge = make_judge(config.eval.judge, training_texts(config))
-  curve = (workdir.read_results() or {}).get("ce_by_mask_rate")
+  curve = (workdir.read_results() or {}).get("validation_ce_by_mask_rate")
   mesh = mesh_for_use(config)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
     points = _sweep(config, data, judge, mesh, checkpoints, curve)
@@ -82,14 +84,18 @@ def _sweep(
   for name, settings in ways.items():
     texts = draw(params, [""] * count, settings, curve).texts
     points.append(_point(name, judge, texts))
-  texts = samples_lib.reference_texts(
-    data.validation.rows, data.tokenizer, points[0].n, config.sample_length
+  own = running_texts(
+    data.validation, data.tokenizer, points[0].n, config.sample_length
   )
-  return [*points, _point("held-out text", judge, texts)]
+  text = _point("validation text", judge, own.texts, own.documents)
+  return [*points, text]
 
 
-def _point(drawn: str, judge: Judge, texts: list[str]) -> Point:
-  nll, entropy = nll_per_byte(judge, texts), measure(texts)["unigram_entropy"]
+def _point(
+  drawn: str, judge: Judge, texts: list[str], documents: Clusters = None
+) -> Point:
+  nll = nll_per_byte(judge, texts, documents)
+  entropy = measure(texts, documents=documents)["unigram_entropy"]
   return Point(
     drawn, nll.value, nll.stderr, entropy.value, entropy.stderr, len(texts)
   )

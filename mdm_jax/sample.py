@@ -70,7 +70,7 @@ class Model:
     with jax.set_mesh(self._mesh), Checkpoints(workdir.path) as checkpoints:
       _, self._params = checkpoints.restore_best_params(self._denoiser)
     results = workdir.read_results() or {}
-    self._ce_by_mask_rate = results.get("ce_by_mask_rate")
+    self._ce_by_mask_rate = results.get("validation_ce_by_mask_rate")
     self._samplers: dict[int, TextSampler] = {}
 
   def generate(

@@ -40,7 +40,7 @@ from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.trainer import Trainer
 
-_EVALUATION = "eval/", "samples/"  # names of what an evaluation writes
+_EVALUATION = "validation/", "samples/"  # names of what an evaluation writes
 
 
 def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
@@ -255,13 +255,12 @@ class Run:
     self._saved_at = time.monotonic()
 
   def _evaluate(self, done: int, state: TrainState, log: RunLog) -> None:
-    """Measures the averaged parameters on a few held-out rows."""
+    """Measures the averaged parameters on a few validation rows."""
     began = time.monotonic()
     with self._spend(Cause.EVAL):
-      rows = self.config.eval.rows
-      measured = self.measures.likelihood(state.ema_params, rows)
+      measured = self.measures.validation(state.ema_params)
       samples = self.measures.sample(state.ema_params)
-    scalars = {f"eval/{name}": value for name, value in measured.items()}
+    scalars = {f"validation/{name}": value for name, value in measured.items()}
     texts = {f"samples/{i}": text for i, text in enumerate(samples.texts)}
     log.writers.write_scalars(done, scalars)
     log.writers.write_texts(done, texts)
@@ -269,7 +268,7 @@ class Run:
     self.checkpoints.record(done, measured)
     bound = measured["nelbo_per_token"], measured["nelbo_stderr"]
     log.line.say(
-      f"update {done}: held-out NELBO {with_error(*bound, '.4f')} nats/token,"
+      f"update {done}: validation NELBO {with_error(*bound, '.4f')} nats/token,"
       f" {measured['bits_per_byte']:.3f} bits/byte ({duration(log.seconds)})"
     )
     log.not_counted(began)

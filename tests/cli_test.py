@@ -41,7 +41,8 @@ WORDS = {"ce_by_mask_rate", "samples", "stage_ce", "text_metrics", "targets"}
 CURVES = {
   *("train/loss", "train/learning_rate", "train/grad_norm"),
   *("train/mask_rate", "train/tokens_per_second"),
-  *("eval/nelbo_per_token", "eval/ppl_bound", "eval/bits_per_byte"),
+  *(f"validation/{n}" for n in ("nelbo_per_token", "ppl_bound")),
+  "validation/bits_per_byte",
 }
 TIMINGS = {"train/tokens_per_second", "train/update_seconds"}
 TIMED = ("perf/", "goodput/", "memory/", "health/")
@@ -205,7 +206,7 @@ def test_config_versions_and_tokenizer_are_saved(trained):
 def test_training_learns(trained):
   series = _series(trained.workdir, float)
   losses = [loss for _, loss in series["train/loss"]]
-  bounds = [bound for _, bound in series["eval/nelbo_per_token"]]
+  bounds = [bound for _, bound in series["validation/nelbo_per_token"]]
   assert np.mean(losses[-8:]) < np.mean(losses[:4]) - 0.5
   assert bounds == sorted(bounds, reverse=True)
 
@@ -213,7 +214,8 @@ def test_training_learns(trained):
 def test_every_update_is_logged_once(trained):
   series = _series(trained.workdir, float)
   assert [step for step, _ in series["train/loss"]] == list(range(1, 37))
-  assert [step for step, _ in series["eval/nelbo_per_token"]] == [12, 24, 36]
+  evaluated = [step for step, _ in series["validation/nelbo_per_token"]]
+  assert evaluated == [12, 24, 36]
 
 
 # MARK: TensorBoard

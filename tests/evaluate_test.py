@@ -253,7 +253,7 @@ def test_found_C7_one_held_out_row_gives_null_and_no_bare_nan(run):
     for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
       _strict(line)
   assert results == _strict((folder / "results.json").read_text())
-  assert results["eval_rows"] == 1 and results["nelbo_stderr"] is None
+  assert results["rows"] == 1 and results["nelbo_stderr"] is None
   last = (folder / "metrics.jsonl").read_text().splitlines()[-2]
-  assert _strict(last)["eval/nelbo_stderr"] is None
+  assert _strict(last)["validation/nelbo_stderr"] is None
   assert report.report_workdir(run.config, run.workdir)

@@ -9,7 +9,7 @@ import pytest
 
 from mdm_jax.core import rng
 from mdm_jax.core.config import EvalConfig, ModelConfig
-from mdm_jax.core.sharding import AXES
+from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import Rows
 from mdm_jax.evaluation import likelihood
 from mdm_jax.evaluation.likelihood import Evaluator
@@ -23,6 +23,15 @@ ORDERS = list(itertools.permutations(range(L)))
 def make_rows(texts):
   tokens = np.array(texts, np.uint16)
   return Rows(tokens, np.ones_like(tokens))
+
+
+def hold(rows, documents=None):
+  """Rows as held-out text, each row a text of its own document."""
+  count = len(rows)
+  numbers = np.arange(count)
+  documents = numbers if documents is None else np.array(documents)
+  columns = numbers, np.ones(count), documents, np.ones(count), np.zeros(count)
+  return HeldOut(rows, np.stack(columns, axis=1).astype(np.int64))
 
 
 @pytest.fixture
@@ -99,7 +108,7 @@ def test_evaluator_gives_the_bound_of_enumeration(model, table, mesh):
   denoiser, params = model
   config = EvalConfig(masks_per_row=900, batch_size=2700)
   got = Evaluator(config, denoiser, MASK, mesh).likelihood(
-    params, make_rows(TEXTS)
+    params, hold(make_rows(TEXTS))
   )
   expected = np.mean([brute_nelbo(table, text) for text in TEXTS]) / L
   np.testing.assert_allclose(got.nelbo_per_token, expected, rtol=3e-3)
@@ -147,7 +156,7 @@ def test_padding_and_batch_size_change_nothing(model, mesh):
   )
   measure = lambda rows, size: Evaluator(
     EvalConfig(masks_per_row=256, batch_size=size), denoiser, MASK, mesh
-  ).likelihood(params, rows)
+  ).likelihood(params, hold(rows))
   whole, parts = measure(rows, 7 * 256), measure(rows, 100)
   np.testing.assert_allclose(
     whole.nelbo_per_token, parts.nelbo_per_token, rtol=1e-5
@@ -160,36 +169,59 @@ def test_padding_and_batch_size_change_nothing(model, mesh):
 def test_every_checkpoint_meets_the_same_masks(model, mesh):
   denoiser, params = model
   evaluator = Evaluator(EvalConfig(), denoiser, MASK, mesh)
-  rows = make_rows(TEXTS)
+  rows = hold(make_rows(TEXTS))
   first = evaluator.likelihood(params, rows)
   assert first == evaluator.likelihood(params, rows)
 
 
 def test_bits_per_byte():
-  measured = likelihood.Likelihood(1.0, 0.1, 8 * np.log(2), 2, 10)
+  measured = likelihood.Likelihood(1.0, 0.1, 8 * np.log(2), 2, 10, 2)
   assert measured.bits_per_byte(4) == pytest.approx(2)
 
 
-def test_subset_is_spread_over_the_rows():
-  rows = make_rows(TEXTS)
-  part = likelihood.subset(rows, 3)
-  np.testing.assert_array_equal(part.tokens, rows.tokens[[0, 13, 26]])
-  assert likelihood.subset(rows, None) is rows
-
-
-def test_three_devices_measure_one_row_as_one_does(model, mesh):
-  """64 masked rows a call are 66, and what is added is not counted."""
+def test_found_A15_the_error_is_over_documents(model, mesh):
+  """Rows of one document resemble each other: an error over rows is small."""
   denoiser, params = model
-  rows = make_rows(TEXTS[5:6])
-  config = EvalConfig(masks_per_row=20, batch_size=64)
-  one = Evaluator(config, denoiser, MASK, mesh).likelihood(params, rows)
-  devices = jax.devices()[:3]
-  three = jax.make_mesh((3, 1, 1), AXES, devices=devices)
-  params = jax.device_get(params)
-  with jax.set_mesh(three):
-    params = jax.device_put(params, jax.NamedSharding(three, jax.P()))
-    got = Evaluator(config, denoiser, MASK, three).likelihood(params, rows)
-  assert got.rows == 1 and got.tokens == L
+  config = EvalConfig(masks_per_row=64, batch_size=2048)
+  evaluator = Evaluator(config, denoiser, MASK, mesh)
+  rows = make_rows([text for text in TEXTS[:8] for _ in range(16)])
+  documents = np.repeat(np.arange(8), 16)
+  by_row = evaluator.likelihood(params, hold(rows))
+  measured = evaluator.likelihood(params, hold(rows, documents))
+  assert measured.nelbo_per_token == by_row.nelbo_per_token
+  assert (by_row.documents, measured.documents) == (128, 8)
+  assert measured.stderr > 3 * by_row.stderr
+  each = [
+    evaluator.likelihood(params, hold(make_rows([t] * 16))).nelbo_per_token
+    for t in TEXTS[:8]
+  ]
   np.testing.assert_allclose(
-    got.nelbo_per_token, one.nelbo_per_token, rtol=1e-5
+    measured.stderr, np.std(each, ddof=1) / np.sqrt(8), rtol=0.1
   )
+  alone = evaluator.likelihood(params, hold(rows, documents * 0))
+  assert np.isnan(alone.stderr) and alone.documents == 1
+
+
+def test_texts_of_a_row_add_up_to_it_and_are_told_apart(model, mesh):
+  """Two documents share every row: one of its first token, one of the rest."""
+  denoiser, params = model
+  config = EvalConfig(masks_per_row=200, batch_size=1800)
+  evaluator = Evaluator(config, denoiser, MASK, mesh)
+  tokens = np.array(TEXTS[:9], np.uint16)
+  rows = Rows(tokens, np.tile(np.array([1, 2, 2], np.uint16), (9, 1)))
+  numbers = np.arange(9).repeat(2)
+  segment = np.tile([1, 2], 9)
+  texts = np.stack([numbers, segment, segment, segment, 0 * segment], axis=1)
+  which = np.arange(9).repeat(200)
+  rates = np.linspace(0.01, 1, 200, dtype=np.float32)
+  by_row, by_text = evaluator._losses(
+    params, rows, which, np.tile(rates, 9), "nelbo"
+  )
+  np.testing.assert_allclose(by_text.sum(axis=1), by_row, rtol=1e-5)
+  assert (by_text > 0).any(axis=0).tolist() == [True, True]
+  measured = evaluator.likelihood(params, HeldOut(rows, texts.astype(np.int64)))
+  first, rest = (by_text.reshape(9, 200, 2) * L).mean(axis=1).sum(axis=0)
+  mean = measured.nelbo_per_token
+  residual = np.array([first - mean * 9, rest - mean * 18])
+  expected = np.sqrt(2 * np.square(residual).sum()) / 27
+  np.testing.assert_allclose(measured.stderr, expected, rtol=0.2)

@@ -23,7 +23,7 @@ LINES = [
   {"step": 0, "config": "x"},
   {"step": 1, "train/loss": 1.0},
   {"step": 2, "train/loss": 2.0},
-  {"step": 2, "eval/nelbo": 3.0},
+  {"step": 2, "validation/nelbo": 3.0},
   {"step": 2, "samples/0": "text"},
   {"step": 3, "train/loss": 4.0},
 ]
@@ -35,8 +35,8 @@ LINES = [
     (-1, (), []),
     (0, (), LINES[:1]),
     (2, (), LINES[:5]),
-    (2, ("eval/", "samples/"), LINES[:3]),
-    (3, ("eval/", "samples/"), LINES),  # update 2 was measured long ago
+    (2, ("validation/", "samples/"), LINES[:3]),
+    (3, ("validation/", "samples/"), LINES),  # update 2 was measured long ago
   ],
 )
 def test_what_will_be_written_again_is_dropped(after, redo, kept, tmp_path):

@@ -58,8 +58,10 @@ RESULTS = {
   "nelbo_stderr": 0.01094,
   "ppl_bound": 1142.19319,
   "bits_per_byte": 2.29513,
-  "eval_rows": 319,
-  "eval_tokens": 35266,
+  "rows": 319,
+  "tokens": 35266,
+  "documents": 14,
+  "bytes": 152001,
   "ce_by_mask_rate": CE,
   "checkpoint": 1060,
   "updates": 1080,
@@ -138,8 +140,8 @@ def _metrics():
       }
     )
   for step in (200, 400, 400):
-    bound = {"eval/nelbo_per_token": 6.0 - step / 400}
-    lines.append({"step": step, **bound, "eval/nelbo_stderr": 0.05})
+    bound = {"validation/nelbo_per_token": 6.0 - step / 400}
+    lines.append({"step": step, **bound, "validation/nelbo_stderr": 0.05})
   return lines + [{"step": 400, "samples/0": "Of the"}]
 
 
@@ -283,7 +285,7 @@ def test_numbers_that_are_not_are_dashes(report):
   curve = CE | {"0.35": None, "0.55": math.nan}
   lines = _metrics()
   lines[5]["train/loss"] = math.nan
-  lines[-2]["eval/nelbo_stderr"] = math.nan
+  lines[-2]["validation/nelbo_stderr"] = math.nan
   results = RESULTS | empty | {"ce_by_mask_rate": curve}
   page = render(dataclasses.replace(report, results=results, metrics=lines))
   told = _told(page)
@@ -372,7 +374,7 @@ def test_a_curve_goes_through_its_points(report):
 
 def test_error_bars_stay_in_the_frame(report):
   lines = _metrics()
-  lines[-2]["eval/nelbo_stderr"] = 3.0
+  lines[-2]["validation/nelbo_stderr"] = 3.0
   page = _Page(render(dataclasses.replace(report, metrics=lines)))
   (bars,) = [path for path in page.paths("errors") if path]
   assert min(bars) >= 0 and max(bars) <= 100 and bars[5] - bars[4] > 80

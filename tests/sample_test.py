@@ -46,7 +46,7 @@ def workdir(tmp_path_factory):
   tokenizer.save(folder)
   workdir = Workdir(folder)
   workdir.write_config(CONFIG, tokenizer.sha256)
-  workdir.write_results({"ce_by_mask_rate": CURVE}, {})
+  workdir.write_results({"validation_ce_by_mask_rate": CURVE}, {})
   vocab = tokenizer.vocab
   with jax.set_mesh(make_mesh(CONFIG.mesh)), Checkpoints(folder) as checkpoints:
     denoiser = Denoiser(CONFIG.model, vocab.size, vocab.num_real)

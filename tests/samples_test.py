@@ -1,17 +1,25 @@
 """What samples are measured beside, and with what settings they are drawn."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from mdm_jax.core.config import SampleConfig, TokenizerConfig
+from mdm_jax.core.config import (
+  Config,
+  SampleConfig,
+  StageConfig,
+  TokenizerConfig,
+)
 from mdm_jax.data import tokenizer as tokenizers
-from mdm_jax.data.packing import Rows
-from mdm_jax.evaluation import samples
+from mdm_jax.data.stage_rows import make_held_out
+from mdm_jax.evaluation import running_text, samples
 from mdm_jax.evaluation.judge import NgramJudge
 from mdm_jax.evaluation.text_metrics import Measured
 from mdm_jax.sampling.tokens import effective_temperature
 
-BYTES = tokenizers.build(TokenizerConfig(kind="byte"), [])
+BYTE = TokenizerConfig(kind="byte")
+BYTES = tokenizers.build(BYTE, [])
 
 
 def test_untruncated_is_the_models_own_distribution():
@@ -21,13 +29,55 @@ def test_untruncated_is_the_models_own_distribution():
   assert plain.seed == 3 and plain.num_steps == SampleConfig().num_steps
 
 
-def test_reference_texts_are_first_texts_of_rows_cut_to_length():
-  vocab = BYTES.vocab
-  tokens = np.array([list(b"abcdXY"), [*b"ab", vocab.eos, *b"XYZ"]])
-  rows = Rows(tokens, np.array([[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 2]]))
-  assert samples.reference_texts(rows, BYTES, 2, 6) == ["abcd", "ab"]
-  assert samples.reference_texts(rows, BYTES, 2, 3) == ["abc", "ab"]
-  assert samples.reference_texts(rows, BYTES, 1, 6) == ["abcd"]
+def _hold(documents, length):
+  """Documents of letters, in pieces that end with their sentences."""
+  stage = StageConfig(length=length)
+  config = Config(tokenizer=BYTE, stages=(stage,))
+  return make_held_out(documents, config, BYTES)[0]
+
+
+def _book(letter, sentences=40):
+  return " ".join(
+    f"{letter} {'abcdefgh'[: i % 7]} so." for i in range(sentences)
+  )
+
+
+@pytest.mark.parametrize("length", [17, 32, 48])
+def test_found_A6_reference_texts_run_on_for_exactly_so_many_tokens(length):
+  books = [_book("A"), _book("B"), _book("C", 90)]
+  held = _hold(books, 32)
+  found = running_text.running_texts(held, BYTES, 8, length)
+  assert [len(text.encode()) for text in found.texts] == [length] * 8
+  starts = []
+  for text, document in zip(found.texts, found.documents, strict=True):
+    assert text in books[document]  # as it stands there, in one piece
+    assert text.lstrip()[:2] in ("A ", "B ", "C ")
+    starts.append((document, books[document].index(text)))
+  assert starts == sorted(starts) and set(found.documents) == {0, 1, 2}
+  for (a, at), (b, then) in itertools.pairwise(starts):
+    assert a < b or then >= at + length, "they overlap"
+  assert found.told == f"8 texts of {length} tokens from 3 documents"
+  pieces = [held.rows.segments == s for s in range(1, 3)]
+  sizes = np.concatenate([p.sum(axis=1) for p in pieces])
+  assert 0 < np.median(sizes[sizes > 0]) < 32  # a piece alone is shorter
+
+
+def test_too_little_held_out_text_is_told():
+  found = running_text.running_texts(_hold([_book("A", 8)], 32), BYTES, 8, 32)
+  assert 0 < len(found.texts) < 8
+  assert found.told.endswith("from 1 documents; there is no text for 8")
+  none = running_text.running_texts(_hold(["Ab."], 32), BYTES, 8, 32)
+  assert none.texts == [] and none.told.startswith("0 texts")
+  text = "We are one."
+  measured = samples.TextMeasures(NgramJudge([text]), [text])([], [])
+  assert all(m.value != m.value for m in measured.values())
+
+
+def test_short_documents_are_joined():
+  names = [f"Name {i:02}" for i in range(40)]
+  found = running_text.running_texts(_hold(names, 16), BYTES, 4, 24)
+  assert len(found.texts) == 4 and "joined as they are short" in found.told
+  assert found.texts[0] == "Name 00\nName 01\nName 02"
 
 
 def test_all_measures_of_a_text_are_there():

@@ -40,6 +40,14 @@ class HeldOut:
     """Documents that some of the text is from."""
     return len(np.unique(self.texts[:, DOCUMENT]))
 
+  def segment_sizes(self) -> Int64[np.ndarray, "N S"]:
+    """Returns the tokens of each segment of each row; segment 0 is padding."""
+    segments = np.asarray(self.rows.segments[:], np.int64)
+    most = int(segments.max(initial=0)) + 1
+    cells = segments + most * np.arange(len(segments))[:, None]
+    sizes = np.bincount(cells.reshape(-1), minlength=most * len(segments))
+    return sizes.reshape(len(segments), most)
+
   def subset(self, count: int | None) -> "HeldOut":
     """Returns `count` rows spread evenly over all of them (None: all)."""
     if count is None or count >= len(self):

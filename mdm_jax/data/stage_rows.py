@@ -101,9 +101,7 @@ def make_held_out(
     told += [(unit.document, size) for size in sizes]
   rows, places = pack_and_tell(pieces, stage.length, tokenizer.vocab.pad)
   table = np.array(told, np.int64).reshape(-1, 2)
-  _, first, of = np.unique(
-    table[:, 0], return_index=True, return_inverse=True
-  )
+  _, first, of = np.unique(table[:, 0], return_index=True, return_inverse=True)
   number = np.arange(len(table)) - first[of]
   table = np.hstack([places, table, number[:, None]])
   table = table[np.lexsort((table[:, 1], table[:, 0]))]

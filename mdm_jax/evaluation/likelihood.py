@@ -25,8 +25,10 @@ from mdm_jax.core.sharding import (
   padded_rows,
   put,
 )
+from mdm_jax.data.held_out import DOCUMENT, ROW, SEGMENT, HeldOut
 from mdm_jax.data.packing import Rows
 from mdm_jax.diffusion import corruption, objective
+from mdm_jax.evaluation.standard_errors import ratio
 from mdm_jax.model.denoiser import Denoiser, Params
 
 _SEED = 0  # of the evaluation masks, the same for every run
@@ -39,10 +41,11 @@ class Likelihood:
 
   Attributes:
     nelbo_per_token: nats per token.
-    stderr: standard error of it, over rows.
+    stderr: standard error of it, over documents; nan of a single one.
     total_nats: of all rows together.
     rows: rows measured.
     tokens: real tokens in them.
+    documents: that they are from.
   """
 
   nelbo_per_token: float
@@ -50,6 +53,7 @@ class Likelihood:
   total_nats: float
   rows: int
   tokens: int
+  documents: int
 
   @property
   def ppl_bound(self) -> float:
@@ -78,27 +82,36 @@ class Evaluator:
     self._rows_a_call = padded_rows(config.batch_size, mesh)
     self._masked_ce = jax.jit(
       functools.partial(_masked_ce, denoiser, mask_id),
-      static_argnames="capacity",
+      static_argnames=("capacity", "num_texts"),
     )
 
-  def likelihood(self, params: Params, rows: Rows) -> Likelihood:
-    """Returns the bound over all rows."""
-    draws = self.config.masks_per_row
+  def likelihood(self, params: Params, held: HeldOut) -> Likelihood:
+    """Returns the bound over all rows, its error over their documents.
+
+    A row's texts share its masks. What a text has of the row's bound are the
+    losses of its own masked tokens, in the row's measure: (row length / masked
+    tokens of the row) times their sum. So texts add up to their row, and the
+    error is that of `standard_errors.ratio`, nats by tokens.
+    """
+    draws, rows = self.config.masks_per_row, held.rows
     which = np.repeat(np.arange(len(rows)), draws)
     rates = np.asarray(_row_rates(len(rows), draws)).reshape(-1)
-    losses = self._losses(params, rows, which, rates, "nelbo")
+    losses, shares = self._losses(params, rows, which, rates, "nelbo")
     lengths = (rows.segments > 0).sum(axis=1)
     nats = losses.reshape(-1, draws).mean(axis=1) * lengths
     mean = nats.sum() / lengths.sum()
-    # Of a ratio of sums over rows, to first order.
-    residual = nats - mean * lengths
-    variance = residual.var(ddof=1) / len(rows) if len(rows) > 1 else np.nan
+    row, segment = held.texts[:, ROW], held.texts[:, SEGMENT]
+    by_text = shares.reshape(len(rows), draws, -1).mean(axis=1)
+    by_text = by_text[row, segment - 1] * lengths[row]
+    sizes = held.segment_sizes()[row, segment]
+    error = ratio(by_text, sizes, held.texts[:, DOCUMENT]).stderr
     return Likelihood(
       nelbo_per_token=float(mean),
-      stderr=float(np.sqrt(variance) / lengths.mean()),
+      stderr=error,
       total_nats=float(nats.sum()),
       rows=len(rows),
       tokens=int(lengths.sum()),
+      documents=held.documents,
     )
 
   def ce_by_mask_rate(self, params: Params, rows: Rows) -> dict[str, float]:
@@ -108,7 +121,7 @@ class Evaluator:
     # Batches mix the rates, or the last ones would set the gather's size.
     order = np.arange(len(which)).reshape(len(CURVE_RATES), -1).T.reshape(-1)
     losses = np.empty(len(which))
-    losses[order] = self._losses(
+    losses[order], _ = self._losses(
       params, rows, which[order], rates[order], "curve"
     )
     lengths = (rows.segments > 0).sum(axis=1)
@@ -123,7 +136,7 @@ class Evaluator:
     draws = self.config.masks_per_row
     which = np.repeat(np.arange(len(rows)), draws)
     rates = low + (high - low) * _row_rates(len(rows), draws)
-    losses = self._losses(
+    losses, _ = self._losses(
       params, rows, which, np.asarray(rates).reshape(-1), "range"
     )
     lengths = (rows.segments > 0).sum(axis=1)
@@ -138,8 +151,12 @@ class Evaluator:
     which: Int[np.ndarray, "N"],
     rates: Float[np.ndarray, "N"],
     stream: str,
-  ) -> Float[np.ndarray, "N"]:
-    """Mean CE per masked token of each (row, rate), in batches."""
+  ) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N S"]]:
+    """Mean CE per masked token of each (row, rate), in batches.
+
+    Returns:
+      It, and what each text of the row has of it.
+    """
     size, total = self._rows_a_call, len(which)
     pad = -total % size
     which, rates = (
@@ -147,6 +164,8 @@ class Evaluator:
       np.pad(rates, (0, pad), "wrap"),
     )
     capacity = self._capacity(rows, which, rates)
+    # Rounded up: with another text of a row nothing is compiled anew.
+    texts = 1 << int(rows.segments[:].max() - 1).bit_length()
     results = []
     for start in range(0, total + pad, size):
       # One batch ahead of the devices, so that a poll means progress.
@@ -165,9 +184,11 @@ class Evaluator:
           place(np.arange(start, start + size, dtype=np.int32)),
           rng.stream(_SEED, stream),
           capacity=capacity,
+          num_texts=texts,
         )
       )
-    return np.concatenate(distributed.fetch(results))[:total]
+    by_row, by_text = zip(*distributed.fetch(results), strict=True)
+    return np.concatenate(by_row)[:total], np.concatenate(by_text)[:total]
 
   def _capacity(self, rows, which, rates) -> int:
     """The most masked tokens any shard of any batch will have."""
@@ -202,8 +223,14 @@ def _masked_ce(
   draw: Int[Array, "B"],
   key: Array,
   capacity: int,
-) -> Float[Array, "B"]:
-  """Corrupts and scores one batch; keys follow from the row and the draw."""
+  num_texts: int,
+) -> tuple[Float[Array, "B"], Float[Array, "B S"]]:
+  """Corrupts and scores one batch; keys follow from the row and the draw.
+
+  Returns:
+    Mean cross-entropy per masked token of each row, and the part of it that is
+    of each of the row's first `num_texts` texts.
+  """
   keys = jax.vmap(
     lambda r, d: jax.random.fold_in(jax.random.fold_in(key, r), d)
   )
@@ -218,13 +245,7 @@ def _masked_ce(
     capacity,
     denoiser.num_real,
   )
-  count = corrupted.masked.sum(axis=1).astype(losses.dtype)
-  return losses.sum(axis=1) / jnp.maximum(count, 1)
-
-
-def subset(rows: Rows, count: int | None) -> Rows:
-  """Returns `count` rows spread evenly over all of them (None: all)."""
-  if count is None or count >= len(rows):
-    return rows
-  picked = np.linspace(0, len(rows) - 1, count).round().astype(int)
-  return Rows(rows.tokens[picked], rows.segments[picked])
+  count = jnp.maximum(corrupted.masked.sum(axis=1).astype(losses.dtype), 1)
+  of = segments[:, :, None] == jnp.arange(1, num_texts + 1)[None, None]
+  by_text = jnp.where(of, losses[:, :, None], 0).sum(axis=1)
+  return losses.sum(axis=1) / count, by_text / count[:, None]

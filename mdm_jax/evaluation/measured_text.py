@@ -1,5 +1,6 @@
 """Which text is measured: the run's own, unless another one is asked for."""
 
+import hashlib
 from typing import Any
 
 from mdm_jax.core.config import Config
@@ -21,4 +22,10 @@ def open_rows(config: Config, workdir: Workdir) -> PreparedData:
 
 def describe(data: PreparedData, config: Config) -> dict[str, Any]:
   """Returns what text the final numbers are of, as plain values."""
-  return {"split": "test"}
+  files = data.manifest["files"]
+  own = {
+    name: sha256 for name, sha256 in files.items() if name.startswith("test.")
+  }
+  digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
+  corpus = config.data.test_corpus or config.data.corpus
+  return {"split": "test", "corpus": corpus, "sha256": digest}

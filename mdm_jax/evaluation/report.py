@@ -19,7 +19,7 @@ from mdm_jax.core.progress import duration
 from mdm_jax.evaluation import markup, plots
 
 _CE = "nats per masked token"
-_ERRORS = {"eval/nelbo_per_token": "eval/nelbo_stderr"}
+_ERRORS = {"validation/nelbo_per_token": "validation/nelbo_stderr"}
 _MOST_POINTS = 160  # of a curve; of more, each is the mean of a few
 _TEXTS = {
   "sampling": "the run's sampling",
@@ -93,7 +93,7 @@ def _headline(results: Json) -> markup.Html:
   # To first order, bits have the relative error of the nats.
   share = known["nelbo_stderr"] / (known["nelbo_per_token"] or math.nan)
   bits_error = markup.number(known["bits_per_byte"] * share, ".4f")
-  rows = f"{number('eval_rows')} rows, {number('eval_tokens')} tokens"
+  rows = f"{number('rows')} rows, {number('tokens')} tokens"
   seconds = known["wall_seconds"]
   time = duration(seconds) if math.isfinite(seconds) else markup.number(None)
   speed = number("tokens_per_second") + " a second"
@@ -245,7 +245,7 @@ def _curves(lines: list[Json], stages: list[Json]) -> markup.Html:
   told = f"; {lost} points hold updates that were not finite" if lost else ""
   curves = {
     "train/loss": ("Training loss", _CE + told, None),
-    "eval/nelbo_per_token": ("Held-out NELBO", "nats per token", None),
+    "validation/nelbo_per_token": ("Validation NELBO", "nats per token", None),
     "train/learning_rate": ("Learning rate", "of an update", 0),
     "train/mask_rate": ("Mask rate", "mean over rows", 0),
   }

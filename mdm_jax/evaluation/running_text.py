@@ -7,7 +7,7 @@ before the row does, and shorter texts have lower entropy and repeat less.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64
 
 from mdm_jax.data.held_out import (
   DOCUMENT,
@@ -48,8 +48,10 @@ def running_texts(
     count: texts; there may be less.
     length: tokens of each.
   """
-  table = held.texts[np.lexsort((held.texts[:, PIECE], held.texts[:, DOCUMENT]))]
-  sizes = _sizes(held)[table[:, ROW], table[:, SEGMENT]]
+  table = held.texts[
+    np.lexsort((held.texts[:, PIECE], held.texts[:, DOCUMENT]))
+  ]
+  sizes = held.segment_sizes()[table[:, ROW], table[:, SEGMENT]]
   starts, joined = _windows(sizes, table[:, DOCUMENT], length), False
   if len(starts) < count:
     across = _windows(sizes, np.zeros_like(sizes), length)
@@ -65,15 +67,6 @@ def running_texts(
   if len(texts) < count:
     told += f"; there is no text for {count}"
   return RunningTexts(texts, documents, told)
-
-
-def _sizes(held: HeldOut) -> Int64[np.ndarray, "N S"]:
-  """Returns the tokens of each segment of each row."""
-  segments = np.asarray(held.rows.segments[:], np.int64)
-  most = int(segments.max(initial=0)) + 1
-  cells = segments + most * np.arange(len(segments))[:, None]
-  sizes = np.bincount(cells.reshape(-1), minlength=most * len(segments))
-  return sizes.reshape(len(segments), most)
 
 
 def _windows(
@@ -105,9 +98,8 @@ def _text(
   table: Int64[np.ndarray, "M 5"],
   length: int,
 ) -> str:
-  """Decodes the first tokens of some pieces; documents are lines of their own."""
-  parts: list[list[Integer[np.ndarray, "_"]]] = []
-  document = None
+  """Decodes the first tokens of some pieces, a line between documents."""
+  parts, document = [], None
   for row, segment, of, *_ in table.tolist():
     if of != document:
       parts.append([])

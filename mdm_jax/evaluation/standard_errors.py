@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float64, Int64, Num
 
 Clusters = Sequence[int] | Int64[np.ndarray, "N"] | None
+Values = Sequence[int | float] | Num[np.ndarray, "N"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Measured:
 
 
 def ratio(
-  parts: Sequence[float] | Num[np.ndarray, "N"],
-  sizes: Sequence[float] | Num[np.ndarray, "N"],
+  parts: Values,
+  sizes: Values,
   clusters: Clusters = None,
 ) -> Measured:
   """Measures sum(parts) / sum(sizes).
@@ -109,9 +110,8 @@ def summed(
   if clusters is None:
     return columns
   _, of = np.unique(np.asarray(clusters, np.int64), return_inverse=True)
-  sums = np.zeros(
-    (int(of.max(initial=-1)) + 1, columns.shape[1]), columns.dtype
-  )
+  count = int(of.max(initial=-1)) + 1
+  sums = np.zeros((count, columns.shape[1]), columns.dtype)
   np.add.at(sums, of, columns)
   return sums
 

@@ -4,8 +4,8 @@ Texts are measured as they are: none is dropped or repaired, and an empty one
 counts. Standard errors are over texts, or over the documents that the texts are
 from (`standard_errors.py`). Those of averages take these as independent draws;
 for self-BLEU that is a simplification, its terms share their references. Those
-of ratios over the whole pool are by the jackknife, from counts. Most of these numbers change with length: compare only
-texts that are cut to the same one.
+of ratios over the whole pool are by the jackknife, from counts. Most of these
+numbers change with length: compare only texts that are cut to the same one.
 """
 
 import collections
