@@ -456,6 +456,6 @@ def test_bytes_are_those_of_the_text(config, tmp_path):
     assert held.num_bytes == getattr(memory, side).num_bytes
     some = held.subset(3)
     assert isinstance(some.rows.tokens, np.ndarray) and len(some) == 3
-    for row, segment, _, size in some.texts.tolist():
+    for row, segment, _, size, _ in some.texts.tolist():
       ids = some.rows.tokens[row][some.rows.segments[row] == segment]
       assert len(data.tokenizer.decode(ids).encode()) == size

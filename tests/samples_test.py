@@ -37,9 +37,8 @@ def _hold(documents, length):
 
 
 def _book(letter, sentences=40):
-  return " ".join(
-    f"{letter} {'abcdefgh'[: i % 7]} so." for i in range(sentences)
-  )
+  words = (f"{i:02} {'abcdef'[: i % 6]}" for i in range(sentences))
+  return " ".join(f"{letter} {word} so." for word in words)
 
 
 @pytest.mark.parametrize("length", [17, 32, 48])
