@@ -268,7 +268,7 @@ def test_the_preview_says_what_each_stage_reads(config):
   selected, found = counts["units_selected"], counts["units_found"]
   assert selected == math.ceil(found / 2)
   assert f"the easiest {selected:,} of {found:,} sentences" in first
-  assert f"{counts['texts_too_long']:,} sentences longer than 64" in first
+  assert f"{counts['texts_too_long']:,} longer than 64 tokens" in first
   assert f"cut at {counts['difficulty']['cut']:.3f}" in first
   assert "paragraphs of all" in second and "cut" not in second
   for text, name in ((first, "stage_1"), (second, "stage_2")):
