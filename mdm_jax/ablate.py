@@ -20,11 +20,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from absl import app, flags
+from absl import flags
 from rich import box
 from rich.table import Table
 
-from mdm_jax.core import command_line
+from mdm_jax.core import command_line, log_lines
 from mdm_jax.core.errors import Exit, Failure, UserError, nearest
 from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console
@@ -226,4 +226,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main, flags_parser=command_line.parse_plain)
+  log_lines.run(main, flags_parser=command_line.parse_plain)

@@ -19,9 +19,9 @@ import threading
 import traceback
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
-from mdm_jax.core import command_line, strict_json
+from mdm_jax.core import command_line, log_lines, strict_json
 from mdm_jax.core.config import Config
 from mdm_jax.core.errors import Exit, Failure, Stopped
 from mdm_jax.core.progress import console
@@ -162,10 +162,6 @@ def _run(config: Config, workdir: Workdir) -> Any:
     train,
   )
 
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
-  # And every thread's traceback, of an error that is told in one line.
-  logging.get_absl_handler().addFilter(lambda r: "/orbax/" not in r.pathname)
   match _MODE.value:
     case "data":
       return preview.show_data(config)
@@ -220,4 +216,4 @@ def _keep_compiled_programs() -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse)
+  log_lines.run(main, flags_parser=command_line.parse)

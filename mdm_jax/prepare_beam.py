@@ -11,10 +11,10 @@ file system that all machines see under the same path.
 
 import contextlib
 
-from absl import app, flags
+from absl import flags
 
 from mdm_jax import prepare
-from mdm_jax.core import command_line
+from mdm_jax.core import command_line, log_lines
 from mdm_jax.core.errors import Failure, UserError
 from mdm_jax.core.progress import console
 from mdm_jax.data import inputs, passes, preparation
@@ -78,4 +78,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main, flags_parser=command_line.parse)
+  log_lines.run(main, flags_parser=command_line.parse)

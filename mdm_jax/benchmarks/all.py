@@ -15,10 +15,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from rich import box
 from rich.table import Table
 
+from mdm_jax.core import log_lines
 from mdm_jax.core.progress import console
 
 Command = tuple[str, ...]
@@ -172,4 +173,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  log_lines.run(main)

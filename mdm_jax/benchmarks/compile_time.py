@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mdm_jax.benchmarks import timing, train_step, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset
+from mdm_jax.core import log_lines
 from mdm_jax.core.config import MeshConfig
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import make_mesh
@@ -94,4 +95,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  log_lines.run(main)

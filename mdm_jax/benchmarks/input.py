@@ -21,10 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from mdm_jax.benchmarks import timing, train_step, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset, Work
+from mdm_jax.core import log_lines
 from mdm_jax.core.config import MeshConfig
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import make_mesh
@@ -170,4 +171,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  log_lines.run(main)

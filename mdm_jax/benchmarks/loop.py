@@ -33,11 +33,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 from mdm_jax import train
 from mdm_jax.benchmarks import timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset
+from mdm_jax.core import log_lines
 from mdm_jax.core.config import Config, MeshConfig
 from mdm_jax.core.metrics import Writers
 from mdm_jax.core.progress import ProgressLine, console
@@ -231,7 +232,6 @@ def _saves(preset: Preset, data: PreparedData, repeats: int) -> dict[str, Any]:
 
 def main(_: list[str]) -> None:
   values = flags.FLAGS
-  logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
   with jax.set_mesh(make_mesh(MeshConfig())):
     results = measure(
       PRESETS[values.preset],
@@ -255,4 +255,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  log_lines.run(main)

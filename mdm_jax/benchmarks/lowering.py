@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -34,7 +34,7 @@ from rich.table import Table
 from mdm_jax import fit
 from mdm_jax.benchmarks import collectives
 from mdm_jax.benchmarks.collectives import Collective
-from mdm_jax.core import command_line, sharding
+from mdm_jax.core import command_line, log_lines, sharding
 from mdm_jax.core.config import Config
 from mdm_jax.core.errors import Failure, UserError
 from mdm_jax.core.progress import console
@@ -290,4 +290,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main, flags_parser=command_line.parse)
+  log_lines.run(main, flags_parser=command_line.parse)

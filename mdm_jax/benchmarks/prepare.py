@@ -18,9 +18,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from mdm_jax.benchmarks import timing
+from mdm_jax.core import log_lines
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.data import corpora
@@ -174,4 +175,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  log_lines.run(main)

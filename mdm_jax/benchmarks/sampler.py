@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich import box
@@ -33,7 +33,7 @@ from rich.table import Table
 
 from mdm_jax.benchmarks import timing
 from mdm_jax.benchmarks.timing import Timed
-from mdm_jax.core import rng
+from mdm_jax.core import log_lines, rng
 from mdm_jax.core.config import MeshConfig, ModelConfig, SampleConfig
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import (
@@ -345,4 +345,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  log_lines.run(main)

@@ -24,10 +24,11 @@ import time
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 
 from mdm_jax.benchmarks import timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset
+from mdm_jax.core import log_lines
 from mdm_jax.core.config import MeshConfig, TokenizerConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
@@ -136,7 +137,6 @@ def _make_in_its_own_process(preset: str, folder: str) -> None:
 
 def main(_: list[str]) -> None:
   values = flags.FLAGS
-  logging.set_verbosity(logging.WARNING)
   if values.make_only:
     with jax.set_mesh(make_mesh(MeshConfig())):
       return make_workdir(PRESETS[values.preset], values.make_only)
@@ -160,4 +160,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  log_lines.run(main)

@@ -33,12 +33,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from rich import box
 from rich.table import Table
 
 from mdm_jax.benchmarks import md4, parts, plain, timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, RATES, Preset, Work
+from mdm_jax.core import log_lines
 from mdm_jax.core.config import Config, MeshConfig, ModelConfig
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import make_mesh
@@ -374,4 +375,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  log_lines.run(main)

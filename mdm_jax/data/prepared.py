@@ -140,7 +140,7 @@ def _from_cache(config: Config, given: Tokenizer | None) -> PreparedData:
   if not (folder / _MANIFEST).exists():
     _write(folder, config, found, inputs, given)
   data = _read(folder, config)
-  logging.info("prepared data: %s", folder)
+  logging.debug("prepared data: %s", folder)
   return data
 
 
