@@ -44,10 +44,9 @@ def get_config(arg=""):
 """
 MAIN = """
 {patch}
-from absl import app
 from mdm_jax import main
-from mdm_jax.core import command_line
-app.run(main.main, flags_parser=command_line.parse)
+from mdm_jax.core import command_line, log_lines
+log_lines.run(main.main, flags_parser=command_line.parse)
 """
 # Not of the numbers: when things happened, and how long they took.
 TIMINGS = ("perf/", "goodput/", "memory/", "health/")
