@@ -31,3 +31,14 @@ def test_the_quickstart_learns_what_the_readme_says(tmp_path):
   curve = list(results["ce_by_mask_rate"].values())
   assert curve[0] < curve[-1] - 0.8  # it reads what is visible
   assert len(results["samples"]) == 4 and all(results["samples"])
+
+
+@pytest.mark.slow
+def test_what_a_gpu_has_to_show_can_be_tried_on_any_device():
+  command = [sys.executable, ROOT / "tests" / "on_gpu.py", "--updates=3"]
+  done = subprocess.run(
+    command, capture_output=True, text=True, timeout=1200, check=False
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert done.stdout.splitlines()[-1] == "all of it holds"
+  assert len(done.stdout.splitlines()) == 9
