@@ -216,8 +216,8 @@ def test_fatal_changes_are_told_as_a_table():
     SAVED,
     {
       "model.embed_dim": 192,
-      "tokenizer.path": "x.model",
-      "data.corpus": "text:a\nb",
+      "tokenizer.path": "x\n.model",
+      "data.corpus": "text:elsewhere",
       "train.log_every": 1,
       "stages[0].mask_rate": [0.1, 0.4],
     },
@@ -227,8 +227,7 @@ def test_fatal_changes_are_told_as_a_table():
   assert "another --workdir" in first and "saved values back" in first
   assert lines == [
     "  field                saved       now",
-    '  data.corpus          sotu        "text:a\\nb"',
-    '  tokenizer.path       ""          x.model',
+    '  tokenizer.path       ""          "x\\n.model"',
     "  model.embed_dim      768         192",
     "  stages[0].mask_rate  (0.2, 0.8)  (0.1, 0.4)",
   ]

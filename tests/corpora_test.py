@@ -1,8 +1,12 @@
 """Corpora: every source, every way it can fail, and the held-out split."""
 
+import csv
+import dataclasses
 import gzip
+import io
 import json
 import pydoc_data.topics
+import sys
 
 import numpy as np
 import pytest
@@ -124,11 +128,154 @@ def test_no_match_names_pattern_and_folder(tmp_path):
   assert "does not exist" in _error(f"text:{tmp_path}/nowhere/*.txt")
 
 
-def test_other_suffixes_are_refused_with_the_valid_ones(tmp_path):
-  (tmp_path / "x.pdf").write_bytes(b"%PDF")
-  assert "x.pdf is none of .txt, .txt.gz, .jsonl" in _error(
-    f"text:{tmp_path}/*"
-  )
+def test_formats_that_are_no_text_are_refused_by_their_names(tmp_path):
+  (tmp_path / "x.PDF").write_bytes(b"%PDF")
+  message = _error(f"text:{tmp_path}/*")
+  assert "x.PDF is no text file; convert it to .txt" in message
+
+
+def _read(corpus, **form):
+  """The documents, as in memory and as in blocks of three sizes."""
+  data = DataConfig(corpus=corpus, **form)
+  found, tally = corpora.load_all(data)
+  for size in (1e-6, 3e-5, 1.0):
+    data = dataclasses.replace(data, block_megabytes=size)
+    again = [d for b in blocks.cut(data) for d in blocks.read(data, b, Tally())]
+    assert [d.text for d in again] == [d.text for d in found["train"]]
+  return found["train"], tally
+
+
+@pytest.mark.parametrize("name", ["names.txt", "names.md.gz"])
+def test_found_B3_a_line_is_a_document_where_asked(tmp_path, name):
+  lines = [f"N\u00e5me {i}  " for i in range(40)]
+  data = ("\r\n".join(lines[:20]) + "\n\n \n" + "\n".join(lines[20:])).encode()
+  pack = _gzip if name.endswith(".gz") else bytes
+  (tmp_path / name).write_bytes(pack(data))
+  (tmp_path / "z.jsonl").write_text('{"text": "one\\nrecord"}')
+  whole, _ = _read(f"text:{tmp_path}/*")
+  assert [d.name for d in whole] == [name, "z.jsonl:1"]
+  found, tally = _read(f"text:{tmp_path}/*", document="line")
+  assert [d.text for d in found] == [*lines, "one\nrecord"]
+  assert found[0].name == f"{name}:1" and found[20].name == f"{name}:23"
+  assert tally.records == 41
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.csv", "x.txt.gz"])
+@pytest.mark.parametrize("document", ["auto", "line"])
+def test_found_B4_a_byte_order_mark_is_no_text(tmp_path, name, document):
+  text = {"x.jsonl": '{"text": "a"}\n', "x.csv": "text,n\na,1\n"}
+  data = b"\xef\xbb\xbf" + text.get(name, "a").encode()
+  pack = _gzip if name.endswith(".gz") else bytes
+  (tmp_path / name).write_bytes(pack(data))
+  (document,), _ = _read(f"text:{tmp_path}/x*", document=document)
+  assert document.text == "a"
+
+
+@pytest.mark.parametrize(
+  "encoding, told",
+  [
+    ("utf-16", "x.txt is UTF-16, not UTF-8; convert it: iconv -f UTF-16 "),
+    ("utf-16-le", "is UTF-16LE, not UTF-8; convert it: iconv -f UTF-16LE -t"),
+    ("utf-16-be", "is UTF-16BE, not UTF-8"),
+    ("utf-32", "is UTF-32, not UTF-8"),
+    (None, "x.txt, line 2: a NUL byte, so it is no text file"),
+  ],
+)
+@pytest.mark.parametrize("document", ["auto", "line"])
+def test_found_B5_other_encodings_are_told(tmp_path, encoding, told, document):
+  text = "First l\u00efne.\nSecond \u4e2d\u6587 line.\n" * 30
+  data = text.encode(encoding) if encoding else b"a line\nand a \0 here\n"
+  (tmp_path / "x.txt").write_bytes(data)
+  data = DataConfig(corpus=f"text:{tmp_path}/x.txt", document=document)
+  with pytest.raises(UserError) as caught:
+    corpora.load_all(data)
+  assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _parquet(folder, texts, key):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  table = pyarrow.table({"id": [*range(len(texts))], key: texts})
+  parquet.write_table(table, folder / "x.parquet", row_group_size=2)
+
+
+def _file(folder, kind, texts, key):
+  """Writes texts under a key, as one file of a kind."""
+  if kind == "x.parquet":
+    return _parquet(folder, texts, key)
+  rows = [{"id": i, key: text} for i, text in enumerate(texts)]
+  if ".jsonl" in kind.lower():
+    data = "\n".join(map(json.dumps, rows)).encode()
+  else:
+    file = io.StringIO(newline="")
+    delimiter = "\t" if "tsv" in kind else ";" if kind == "y.csv" else ","
+    writer = csv.DictWriter(file, ["id", key], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    data = file.getvalue().encode()
+  (folder / kind).write_bytes(_gzip(data) if kind.endswith(".gz") else data)
+
+
+@pytest.mark.parametrize(
+  "kind",
+  ["x.jsonl", "x.jsonl.gz", "X.JSONL", "x.csv", "y.csv", "x.tsv.gz"]
+  + ["x.parquet"],
+)
+def test_found_B6_text_under_another_key_and_in_other_files(tmp_path, kind):
+  texts = [*PROSE, 'quotes ", commas; and\ttabs\nand lines']
+  _file(tmp_path, kind, texts, "body")
+  corpus = f"text:{tmp_path}/*"
+  found, _ = _read(corpus, text_key="body")
+  assert [d.text for d in found] == texts
+  assert found[0].name.startswith(kind)
+  message = _error(corpus)
+  assert '"text"' in message and '"body"; set data.text_key' in message
+  data = DataConfig(corpus=corpus, on_bad_record="skip", block_megabytes=1e-6)
+  with pytest.raises(UserError, match="holds no text"):
+    corpora.load_all(data)
+  blocks.cut(data)  # a bad file is told where it is read
+
+
+@pytest.mark.parametrize("name", ["x.md", "x.py", "X.TXT", "README", "x.md.gz"])
+def test_any_other_file_is_text_if_it_is(tmp_path, name):
+  pack = _gzip if name.endswith(".gz") else bytes
+  (tmp_path / name).write_bytes(pack(PROSE[1].encode()))
+  ((document,), _) = _read(f"text:{tmp_path}/*")
+  assert document == Document(name, PROSE[1])
+
+
+def test_parquet_without_its_package_is_told(tmp_path, monkeypatch):
+  (tmp_path / "x.parquet").write_bytes(b"PAR1")
+  assert "x.parquet is no Parquet file" in _error(f"text:{tmp_path}/*")
+  monkeypatch.setitem(sys.modules, "pyarrow", None)
+  assert "pip install -e '.[parquet]'" in _error(f"text:{tmp_path}/*")
+
+
+@pytest.mark.parametrize("name", ["a[1].txt", "[e]n/a.txt", "what?.txt"])
+def test_found_B8_a_bracket_in_a_path_is_taken_as_it_is(tmp_path, name):
+  path = tmp_path / name
+  path.parent.mkdir(exist_ok=True)
+  path.write_text("text")
+  for corpus in (f"text:{path}", f"text:{path.parent}/*.txt"):
+    assert [d.text for d in corpora.load(corpus)] == ["text"]
+  (tmp_path / "en").mkdir()
+  (tmp_path / "en" / "a.txt").write_text("a pattern")
+  if name == "[e]n/a.txt":  # a pattern is one where it matches
+    assert corpora.load(f"text:{path}")[0].text == "a pattern"
+
+
+@pytest.mark.parametrize("prefix", ["text:", ""])
+def test_a_folder_or_a_bare_path_is_told_with_what_to_write(tmp_path, prefix):
+  for name in ("a.md", "b.md", "c.txt"):
+    (tmp_path / name).write_text("text")
+  message = _error(f"{prefix}{tmp_path}")
+  assert "is a folder, which holds 3 files (2 .md, 1 .txt)" in message
+  assert f"write 'text:{tmp_path}/**/*.md'" in message
+  assert len(corpora.load(f"text:{tmp_path}/**/*.md")) == 2
+  if not prefix:
+    for path in (f"{tmp_path}/a.md", "no/file.txt", "*.txt"):
+      assert f"files are given as 'text:{path}'" in _error(path)
 
 
 def test_only_blank_files_hold_no_text(tmp_path):

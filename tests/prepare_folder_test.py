@@ -6,6 +6,7 @@ import json
 import numpy as np
 import prepare_harness as harness
 import pytest
+from absl import logging
 
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
@@ -251,6 +252,33 @@ def test_a_config_that_does_not_fit_is_told(place, changes, told):
   assert before == harness.contents(place / "rows")
 
 
+@pytest.mark.parametrize("when", ["begun", "done"])
+def test_a_corpus_that_moved_is_the_same(tmp_path, monkeypatch, when):
+  texts = harness.write_texts(tmp_path / "texts")
+  config = harness.make_config(texts, tmp_path / "rows", **ALL)
+  told = []
+  monkeypatch.setattr(logging, "warning", lambda m, *a: told.append(m % a))
+  _begun(config) if when == "begun" else harness.fill(config)
+  moved = texts.rename(tmp_path / "moved")
+  assert harness.make_config(texts, tmp_path / "rows", **ALL) == config
+  config = harness.make_config(moved, tmp_path / "rows", **ALL)
+  harness.fill(config)
+  assert len(prepare(config).stages[0])
+  assert bool(told) == (when == "done")
+  if told:
+    assert "the same files under another name: data.corpus is" in told[0]
+    (moved / "a03.txt").write_text("another text")
+    assert "data.corpus is 'text:" in _error(prepare, config)
+
+
+def test_rows_of_another_format_are_told(place, tmp_path):
+  config, folder = _copy(place, tmp_path)
+  manifest = json.loads((folder / "manifest.json").read_text())
+  manifest["inputs"]["format"] = 1
+  (folder / "manifest.json").write_text(json.dumps(manifest))
+  assert "by another version (format 1, this one" in _error(prepare, config)
+
+
 def test_fields_that_shape_no_row_may_differ(place):
   changes = {"stage__epochs": 3, "data__batch_size": 1}
   config = harness.make_config(place / "texts", place / "rows", **changes)
@@ -353,6 +381,7 @@ def test_damage_is_found(place, tmp_path, name, damage):
     ("[]", "was not written by --mode=prepare"),
     ("{", "is not valid JSON"),
     ('{"inputs": 3}', "with another config"),
+    ('{"inputs": {"format": 3}}', "with another config"),
   ],
 )
 def test_a_manifest_of_something_else_is_told(place, tmp_path, content, told):

@@ -9,7 +9,9 @@ import pytest
 import sentencepiece
 
 from mdm_jax.core import config as config_lib
+from mdm_jax.core import config_changes
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.workdir import Workdir
 from mdm_jax.data import corpora, prepared, splits
 from mdm_jax.data.prepared import prepare
 
@@ -163,6 +165,41 @@ def test_a_changed_text_makes_a_new_folder(config, cache, texts):
     file.write(" ")
   prepare(config)
   assert len(_folders(cache)) == 2
+
+
+def test_found_B10_a_corpus_that_moved_is_the_same(config, cache, tmp_path):
+  """Rows are compared, not names; the change is told, another text refused."""
+  workdir = Workdir(tmp_path / "run")
+  workdir.create()
+  first = prepare(config)
+  workdir.write_config(config, first.tokenizer.sha256)
+  workdir.write_data(first.manifest)
+  (tmp_path / "texts").rename(tmp_path / "moved")
+  moved = _change(config, "data", corpus=f"text:{tmp_path}/moved/*.txt")
+  (change,) = config_changes.check(config, moved)
+  assert change.path == "data.corpus"
+  data = prepare(moved)
+  assert data.manifest == first.manifest and len(_folders(cache)) == 1
+  workdir.check_tokenizer(data.tokenizer.sha256)
+  workdir.check_data(data.manifest)
+  path = tmp_path / "moved" / "03.txt"
+  path.write_text(path.read_text().replace("e", "E", 1), newline="")
+  with pytest.raises(UserError, match="started with another text"):
+    workdir.check_data(prepare(moved).manifest)
+
+
+def test_rows_of_a_run_with_two_splits_are_told(config, tmp_path):
+  data = prepare(config)
+  workdir = Workdir(tmp_path / "run")
+  workdir.create()
+  workdir.write_config(config, data.tokenizer.sha256)
+  workdir.write_data(data.manifest | {"rows": {"stage_1": {}, "held_out": {}}})
+  for check in (
+    lambda: workdir.check_tokenizer(data.tokenizer.sha256),
+    lambda: workdir.check_data(data.manifest),
+  ):
+    with pytest.raises(UserError, match="started by an older version"):
+      check()
 
 
 def test_a_given_tokenizer_is_known_by_its_bytes(config, cache, tmp_path):

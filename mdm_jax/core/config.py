@@ -38,7 +38,7 @@ Remasking = Literal["none", "cap", "rescale", "conf", "loop"]
 class DataConfig:
   """Which text, and how many rows of it a step sees."""
 
-  corpus: str = _fixed(
+  corpus: str = _field(  # the same text may be elsewhere: rows are compared
     "sotu", "`sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`"
   )
   batch_size: int = _fixed(8, "global rows a microbatch", SIZE)
@@ -52,14 +52,20 @@ class DataConfig:
     "share held out for the results, and used for nothing else",
     "[0, 0.5]",
   )
-  validation_corpus: str = _fixed(
+  validation_corpus: str = _field(
     "", "text for validation, as `corpus` ('': a share of the corpus)"
   )
-  test_corpus: str = _fixed(
+  test_corpus: str = _field(
     "", "text for the results, as `corpus` ('': a share of the corpus)"
   )
   language: str = _fixed(
     "en", "of the text, by ISO 639-1: how sentences end, and readability"
+  )
+  document: Literal["auto", "file", "line"] = _field(
+    "auto", "what a document is in text files; auto: the whole file"
+  )
+  text_key: str = _field(
+    "text", "where the text is in a .jsonl, .csv, .parquet or `tfds:NAME`"
   )
   max_documents: int | None = _fixed(
     None, "read only the first N documents (None: all)", MANY

@@ -11,13 +11,13 @@ import pathlib
 from collections.abc import Iterator
 
 from mdm_jax.core.config import DataConfig
-from mdm_jax.core.errors import UserError, nearest
-from mdm_jax.data import corpora
+from mdm_jax.data import corpora, records
 from mdm_jax.data.corpora import Document
+from mdm_jax.data.records import Form
 from mdm_jax.data.splits import TRAIN
 from mdm_jax.data.text_files import Span, Tally
 
-_COMPRESSED = 4  # text is about so many times larger than its .gz
+_COMPRESSED = 4  # text is about so many times larger than its .gz or .parquet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,48 +50,59 @@ def cut(data: DataConfig) -> list[Block]:
   size = max(int(data.block_megabytes * 1e6), 1)
   found = []
   for side, (field, corpus) in corpora.sources(data).items():
-    root, weighted = _spans(corpus, field, size)
+    root, weighted = _spans(corpus, field, size, records.form_of(data))
     groups = enumerate(_group(weighted, size))
     found += [Block(i, root, spans, side=side) for i, spans in groups]
   return found
 
 
 def _spans(
-  corpus: str, field: str, size: int
+  corpus: str, field: str, size: int, form: Form
 ) -> tuple[str, Iterator[tuple[Span, int]]]:
   """Returns the root of a corpus, and its parts with their sizes in bytes."""
   kind, _, name = corpus.partition(":")
   if kind == "tfds" and name:
     return corpus, _split_spans(name, size)
   if found := corpora.files(corpus):
-    return str(found[1]), _file_spans(found[0], size)
+    return str(found[1]), _file_spans(found[0], size, form)
   valid = ("sotu", "shakespeare", "text:GLOB", "tfds:NAME")
-  raise UserError(
-    f"{field}={corpus!r} can't be prepared in blocks: {nearest(corpus, valid)}"
-  )
+  raise corpora.unknown(corpus, field, " can't be prepared in blocks", valid)
 
 
 def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
   """Returns the documents of a block that hold text."""
+  form = records.form_of(data)
   if block.root.startswith("tfds:"):
     name = block.root.removeprefix("tfds:")
     parts = [
-      corpora.read_tfds(name, s.path, s.start, s.end) for s in block.spans
+      corpora.read_tfds(name, s.path, s.start, s.end, form) for s in block.spans
     ]
     found = (document for part in parts for document in part)
   else:
-    found = corpora.read_files(block.spans, pathlib.Path(block.root), tally)
+    root = pathlib.Path(block.root)
+    found = corpora.read_files(block.spans, root, tally, form)
   documents = [document for document in found if document.text.strip()]
   return documents[: block.most]
 
 
+def files(blocks: list[Block]) -> str:
+  """Returns a hash of which files there are and how large, wherever."""
+  known = set()
+  for block in blocks:
+    for span in block.spans:
+      path = pathlib.Path(span.path)
+      size = path.stat().st_size if path.is_file() else 0
+      known.add((block.side, _within(path, block.root), size))
+  return hashlib.sha256(repr(sorted(known)).encode()).hexdigest()
+
+
 def state(blocks: list[Block]) -> str:
-  """Returns a hash of which files there are, how large and how old."""
+  """Returns a hash of the parts of files, and how large and old those are."""
   digest = hashlib.sha256()
   for block in blocks:
     for span in block.spans:
       path = pathlib.Path(span.path)
-      known = _within(path, block.root), span.start, span.end
+      known = block.side, _within(path, block.root), span.start, span.end
       if path.is_file():
         known += (path.stat().st_size, path.stat().st_mtime_ns)
       digest.update(repr(known).encode())
@@ -105,18 +116,20 @@ def _within(path: pathlib.Path, root: str) -> str:
 
 
 def _file_spans(
-  paths: list[pathlib.Path], size: int
+  paths: list[pathlib.Path], size: int, form: Form
 ) -> Iterator[tuple[Span, int]]:
   """Yields parts of files, and about how much text each holds, in bytes."""
   for path in paths:
-    whole = path.stat().st_size
-    if path.suffix != ".jsonl":
-      factor = _COMPRESSED if path.suffix == ".gz" else 1
-      yield Span(str(path)), whole * factor
+    packed = path.name.lower().endswith((".gz", ".parquet"))
+    whole = path.stat().st_size * (_COMPRESSED if packed else 1)
+    parts = records.parts(path, form)
+    if not parts:
+      yield Span(str(path)), whole
       continue
-    for start in range(0, whole, size):
-      end = min(start + size, whole)
-      yield Span(str(path), start, end), end - start
+    step = max(size * parts // max(whole, 1), 1)
+    for start in range(0, parts, step):
+      end = min(start + step, parts)
+      yield Span(str(path), start, end), whole * (end - start) // parts
 
 
 def _split_spans(name: str, size: int) -> Iterator[tuple[Span, int]]:

@@ -22,15 +22,17 @@ from absl import logging
 
 from mdm_jax.core.config import DataConfig
 from mdm_jax.core.errors import UserError, nearest
-from mdm_jax.data import splits, text_files
+from mdm_jax.data import records, splits, text_files
+from mdm_jax.data.records import Form, decode
 from mdm_jax.data.text_files import (
   BadRecord,
   Document,
   Files,
   Span,
   Tally,
-  decode,
 )
+
+_PLAIN = Form()
 
 
 def load(
@@ -57,11 +59,12 @@ def load_and_count(
   corpus: str,
   max_documents: int | None = None,
   on_bad_record: str = "fail",
+  form: Form = _PLAIN,
   field: str = "data.corpus",
 ) -> tuple[list[Document], Tally]:
   """Returns what `load` does, and counts what `tell` then says."""
   tally = Tally(skip=on_bad_record == "skip")
-  found = _source(corpus, tally, field)
+  found = _source(corpus, tally, form, field)
   found = (document for document in found if document.text.strip())
   documents = list(itertools.islice(found, max_documents))
   tally.check()
@@ -76,15 +79,25 @@ def tell(tally: Tally) -> None:
     logging.warning("%s; left out.", tally.describe())
 
 
-def _source(corpus: str, tally: Tally, field: str) -> Iterator[Document]:
+def _source(
+  corpus: str, tally: Tally, form: Form, field: str
+) -> Iterator[Document]:
   kind, _, rest = corpus.partition(":")
   if found := files(corpus):
-    return read_files(text_files.whole(found[0]), found[1], tally)
+    return read_files(text_files.whole(found[0]), found[1], tally, form)
   if corpus == "python_docs":
     return _python_docs()
   if rest and kind == "tfds":
-    return _tfds(rest)
-  raise UserError(f"{field}={corpus!r}: {nearest(corpus, _VALID)}")
+    return _tfds(rest, form)
+  raise unknown(corpus, field, "", _VALID)
+
+
+def unknown(
+  corpus: str, field: str, why: str, valid: tuple[str, ...]
+) -> UserError:
+  """Returns the error of a name that is no corpus: what may have been meant."""
+  advice = text_files.as_path(corpus) or nearest(corpus, valid)
+  return UserError(f"{field}={corpus!r}{why}: {advice}")
 
 
 def _seen(tally: Tally) -> str:
@@ -100,7 +113,9 @@ def load_all(data: DataConfig) -> tuple[dict[str, list[Document]], Tally]:
   found, total = {}, Tally()
   for side, (field, corpus) in sources(data).items():
     most = data.max_documents if side == splits.TRAIN else None
-    found[side], tally = load_and_count(corpus, most, data.on_bad_record, field)
+    found[side], tally = load_and_count(
+      corpus, most, data.on_bad_record, records.form_of(data), field
+    )
     total.add(tally)
   return found, total
 
@@ -158,11 +173,11 @@ def _package(name: str, extra: str) -> pathlib.Path:
 
 
 def read_files(
-  spans: Iterable[Span], root: pathlib.Path, tally: Tally
+  spans: Iterable[Span], root: pathlib.Path, tally: Tally, form: Form
 ) -> Iterator[Document]:
   """Yields the documents of parts of files, with a hint at what is bad."""
   try:
-    yield from text_files.read_all(spans, root, tally)
+    yield from records.read_all(spans, root, tally, form)
   except BadRecord as error:
     raise UserError(
       f"{error}; data.on_bad_record=skip leaves such records out"
@@ -182,10 +197,12 @@ def tfds_splits(name: str) -> dict[str, tuple[int, int]]:
   }
 
 
-def read_tfds(name: str, part: str, start: int, end: int) -> Iterator[Document]:
+def read_tfds(
+  name: str, part: str, start: int, end: int, form: Form
+) -> Iterator[Document]:
   """Yields documents of a split of a data set, TensorFlow-free."""
   builder = _on_disk(name) or _prepare(name)
-  feature = _text_feature(name, builder.info.features)
+  feature = _text_feature(name, builder.info.features, form.text_key)
   source = builder.as_data_source(part)
   for i in range(start, end):
     text = source[i][feature]
@@ -194,9 +211,9 @@ def read_tfds(name: str, part: str, start: int, end: int) -> Iterator[Document]:
     yield Document(f"{name}/{part}/{i}", text)
 
 
-def _tfds(name: str) -> Iterator[Document]:
+def _tfds(name: str, form: Form) -> Iterator[Document]:
   for part, (examples, _) in tfds_splits(name).items():
-    yield from read_tfds(name, part, 0, examples)
+    yield from read_tfds(name, part, 0, examples, form)
 
 
 def _split_order(name: str) -> tuple[bool, str]:
@@ -271,16 +288,16 @@ def _first_line(error: Exception) -> str:
   return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _text_feature(name: str, features: Any) -> str:
+def _text_feature(name: str, features: Any, key: str) -> str:
   import tensorflow_datasets as tfds
 
-  if "text" in features:
-    return "text"
+  if key in features:
+    return key
   texts = [k for k, f in features.items() if isinstance(f, tfds.features.Text)]
   if len(texts) != 1:
     raise UserError(
-      f"tfds:{name} has no feature 'text' and not one Text feature; its"
-      f" features: {', '.join(features)}"
+      f"tfds:{name} has no feature {key!r} and not one Text feature; set"
+      f" data.text_key to one of its features: {', '.join(features)}"
     )
   return texts[0]
 

@@ -23,6 +23,7 @@ from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.data import (
   blocks,
   corpora,
+  folder_inputs,
   inputs,
   journal,
   passes,
@@ -39,24 +40,12 @@ from mdm_jax.data.stage_rows import row_lengths, spread
 from mdm_jax.data.text_files import Tally
 from mdm_jax.data.tokenizer import Tokenizer
 
-FORMAT = 3
 MANIFEST = "manifest.json"
 SAMPLE = "training_sample.json"
 SAMPLE_BYTES = 2**25  # of text, for the tokenizer and the n-gram judge
 
 # Does a pass over some blocks, anywhere; returns when all of them are done.
 Run = Callable[[Pass, Job, list[Block]], None]
-
-
-def folder_inputs(config: Config, given: Tokenizer | None) -> dict[str, Any]:
-  """Returns what a folder was made with, and has to be read with."""
-  return {
-    "format": FORMAT,
-    "data": {
-      "corpus": config.data.corpus,
-      "max_documents": config.data.max_documents,
-    },
-  } | inputs.row_inputs(config, given)
 
 
 def folder_of(config: Config) -> pathlib.Path:
@@ -84,35 +73,18 @@ def prepare_folder(
       folder is of another config.
   """
   folder = folder_of(config)
-  wanted = folder_inputs(config, given)
+  wanted = folder_inputs.of(config, given)
   if not (folder / MANIFEST).exists():
     job = Job(folder, config)
     with _owned(job.work):
       found = blocks.cut(config.data)
       _begin(job, wanted, found)
       _fill(job, wanted, given, found, run)
-  check_made(folder, wanted)
+  folder_inputs.check_made(folder, wanted, config.data)
   shutil.rmtree(folder / passes.WORK, ignore_errors=True)
   manifest = journal.get_json(folder / MANIFEST)
   row_checks.check_stages(config, manifest["rows"])
   return manifest
-
-
-def check_made(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
-  """Raises UserError if a finished folder was made with another config."""
-  manifest = journal.get_json(folder / MANIFEST)
-  if not isinstance(manifest, dict) or "inputs" not in manifest:
-    raise UserError(f"{folder / MANIFEST} was not written by --mode=prepare")
-  _check_inputs(folder, manifest["inputs"], wanted)
-
-
-def _check_inputs(folder: pathlib.Path, made: Any, wanted: Any) -> None:
-  differs = inputs.difference(made, wanted)
-  if differs:
-    raise UserError(
-      f"data.prepared={folder} was prepared with another config: {differs};"
-      " take that value back, or prepare another folder"
-    )
 
 
 # MARK: the folder
@@ -156,8 +128,12 @@ def _begin(job: Job, wanted: dict[str, Any], found: list[Block]) -> None:
     journal.put_json(path, now)
     return
   before = journal.get_json(path)
-  _check_inputs(job.folder, before["inputs"] | before["blocks"], wanted | size)
-  if before["files"] != now["files"]:
+  same = before["files"] == now["files"]
+  made = before["inputs"]
+  if same:  # they may have moved
+    made = folder_inputs.renamed(made, wanted)
+  folder_inputs.check(job.folder, made | before["blocks"], wanted | size)
+  if not same:
     raise UserError(
       f"the files of data.corpus={job.config.data.corpus!r} have changed since"
       f" {job.folder} was begun; delete that folder and run again"
@@ -320,6 +296,7 @@ def _finish(
     },
     "documents": counts,
     "split": told,
+    "from": blocks.files(blocks.cut(job.config.data)),
     "tokenizer": {
       "kind": tokenizer.kind,
       "sha256": tokenizer.sha256,

@@ -30,6 +30,7 @@ from mdm_jax.core.config import Config, StageConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import (
   corpora,
+  folder_inputs,
   preparation,
   row_checks,
   segments,
@@ -329,14 +330,14 @@ def _damaged(folder: os.PathLike, what: Any) -> UserError:
 def _read_folder(config: Config, given: Tokenizer | None) -> PreparedData:
   """Returns the sharded rows of a folder, every process having read a part."""
   folder = preparation.folder_of(config)
-  wanted = preparation.folder_inputs(config, given)
+  wanted = folder_inputs.of(config, given)
   if not (folder / _MANIFEST).exists():
     raise UserError(
       f"data.prepared={folder} holds no finished preparation; run"
       " --mode=prepare with the same config first"
     )
   names = [*row_lengths(config)]
-  preparation.check_made(folder, wanted)
+  folder_inputs.check_made(folder, wanted, config.data)
   manifest = _read_manifest(folder, names, {*map(shards.index_name, names)})
   tokenizer = tokenizers.load_tokenizer(folder)
   indices = [shards.read_index(folder, name) for name in names]

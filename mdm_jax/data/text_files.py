@@ -1,26 +1,25 @@
 """Documents in files: which files there are, and the records that are bad.
 
-A record is a file of text, or a line of a `.jsonl`. It is bad if it can't be
-decompressed, is not UTF-8, or is no JSON with a text. A file that can't be read
-at all (no permission, a broken disk) is never skipped: that is not its content,
-and the next start would silently train on another text.
+What a record is, `records.py` says. A file that can't be read at all (no
+permission, a broken disk) is never skipped: that is not its content, and the
+next start would silently train on another text.
 """
 
 import collections
 import dataclasses
-import functools
 import glob
-import gzip
 import itertools
-import json
 import os
 import pathlib
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from mdm_jax.core.errors import UserError
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl")
+# Formats that are no text; all other files are read, and told if they are none.
+_NO_TEXT = (
+  *(".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".zip", ".tar", ".tgz"),
+  *(".xz", ".bz2", ".zst", ".7z", ".npy", ".npz", ".arrow", ".sqlite"),
+)
 # Skipping ends where it is no longer a matter of single records: at this share
 # of them, but a few are always allowed.
 MAX_BAD_SHARE = 0.01
@@ -43,8 +42,8 @@ class Span:
 
   Attributes:
     path: of the file.
-    start: the first byte; only a `.jsonl` is ever divided.
-    end: after the last byte (None: the file's end).
+    start: the first byte, or row group; not all files can be divided.
+    end: after the last one (None: the file's end).
   """
 
   path: str
@@ -109,55 +108,55 @@ def find(pattern: str) -> Files:
   """Returns the files that match, sorted, and the folder they are in.
 
   Raises:
-    UserError: there is none, or one has a suffix this library does not read.
+    UserError: there is none, or one is no text by its name.
   """
   pattern = os.path.expanduser(pattern)
+  # What is no pattern in a name: `[` is one, but often a part of the name.
+  for tried in (pattern, pattern.replace("[", "[[]"), glob.escape(pattern)):
+    root = _root(tried)
+    paths = sorted(map(pathlib.Path, glob.glob(tried, recursive=True)))
+    if files := [path for path in paths if path.is_file()]:
+      break
+  else:
+    raise UserError(_nothing(pattern))
+  for path in files:
+    if path.name.lower().endswith(_NO_TEXT):
+      raise UserError(
+        f"{path} is no text file; convert it to .txt, .jsonl, .csv or .parquet,"
+        " or give a pattern that leaves it out"
+      )
+  return files, root
+
+
+def _nothing(pattern: str) -> str:
+  """Says why there are no files, and what may have been meant."""
+  path = pathlib.Path(pattern)
+  if path.is_dir():
+    return f"text:{pattern} is a folder, {_holds(path)}; {_inside(path)}"
   root = _root(pattern)
-  paths = sorted(map(pathlib.Path, glob.glob(pattern, recursive=True)))
-  paths = [path for path in paths if path.is_file()]
-  if not paths:
-    raise UserError(f"text:{pattern} matches no file in {root}, {_holds(root)}")
-  for path in paths:
-    if not path.name.endswith(SUFFIXES):
-      raise UserError(f"{path} is none of {', '.join(SUFFIXES)}")
-  return paths, root
+  return f"text:{pattern} matches no file in {root}, {_holds(root)}"
+
+
+def _inside(folder: pathlib.Path) -> str:
+  """Says what to write for the files in a folder."""
+  names = [p.suffix for p in folder.rglob("*") if p.is_file()]
+  (suffix, _), *_ = collections.Counter(names).most_common(1) or [(".txt", 0)]
+  return f"for its files write 'text:{folder}/**/*{suffix}'"
+
+
+def as_path(corpus: str) -> str | None:
+  """Says what to write for a corpus that is the bare path of files."""
+  path = pathlib.Path(os.path.expanduser(corpus))
+  if path.is_dir():
+    return f"that is a folder, {_holds(path)}; {_inside(path)}"
+  if path.is_file() or any(mark in corpus for mark in "/\\*"):
+    return f"files are given as 'text:{corpus}'"
+  return None
 
 
 def whole(paths: Iterable[pathlib.Path]) -> Iterator[Span]:
   """Yields every file as one span."""
   return (Span(str(path)) for path in paths)
-
-
-def read_all(
-  spans: Iterable[Span], root: pathlib.Path, tally: Tally
-) -> Iterator[Document]:
-  """Yields documents whose names don't tell where the root is."""
-  for span in spans:
-    tally.files += 1
-    name = pathlib.Path(span.path).relative_to(root).as_posix()
-    for record, read in _records(span, name):
-      tally.records += 1
-      try:
-        text = read()
-      except BadRecord as error:
-        tally.add_bad(error)
-      else:
-        yield Document(record, text)
-
-
-def decode(data: bytes, path: str | pathlib.Path, first_line: int = 1) -> str:
-  """Returns the text of bytes; raises BadRecord, with the line, if not UTF-8.
-
-  Args:
-    data: a whole file, or lines of it.
-    path: of the file.
-    first_line: the number of the first line of `data`.
-  """
-  try:
-    return data.decode()
-  except UnicodeDecodeError as e:
-    line = first_line + data[: e.start].count(b"\n")
-    raise BadRecord(f"{path}, line {line}: not valid UTF-8 ({e.reason})") from e
 
 
 def _root(pattern: str) -> pathlib.Path:
@@ -185,67 +184,3 @@ def _holds(folder: pathlib.Path) -> str:
     f"which holds {files:,} files{f' ({common})' if files else ''} and"
     f" {len(entries) - files:,} folders"
   )
-
-
-# MARK: records
-
-
-def _records(span: Span, name: str) -> Iterator[tuple[str, Callable[[], str]]]:
-  """Yields the name of each record, and what reads it or finds it bad."""
-  path = pathlib.Path(span.path)
-  if path.suffix != ".jsonl":
-    yield name, functools.partial(_read_file, path)
-    return
-  try:
-    for number, line in enumerate(_lines(span), 1):
-      if line.strip():
-        read = functools.partial(_read_line, line, span, number)
-        yield f"{name}:{number}", read
-  except OSError as e:
-    raise UserError(f"{path} can't be read: {e.strerror}") from e
-
-
-def _lines(span: Span) -> Iterator[bytes]:
-  """Yields the lines that begin in a span."""
-  with open(span.path, "rb") as file:
-    at = span.start
-    if at:  # what began before it is another span's
-      file.seek(at - 1)
-      at += len(file.readline()) - 1
-    for line in file:
-      if span.end is not None and at >= span.end:
-        return
-      at += len(line)
-      yield line
-
-
-def _read_file(path: pathlib.Path) -> str:
-  try:
-    data = path.read_bytes()
-    data = gzip.decompress(data) if path.suffix == ".gz" else data
-  except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-    raise BadRecord(f"{path} is damaged or incomplete: {e}") from e
-  except OSError as e:
-    raise UserError(f"{path} can't be read: {e.strerror}") from e
-  return decode(data, path)
-
-
-def _read_line(line: bytes, span: Span, number: int) -> str:
-  try:
-    text = json.loads(line.decode())["text"]
-    text.encode()
-    return text
-  except UnicodeDecodeError as e:
-    reason = f"not valid UTF-8 ({e.reason})"
-  except UnicodeEncodeError:
-    reason = "half of a surrogate pair in the text"
-  except (ValueError, RecursionError) as e:
-    reason = f"not valid JSON ({getattr(e, 'msg', None) or str(e)})"
-  except (KeyError, TypeError, AttributeError):
-    reason = 'no "text" with a string'
-  raise BadRecord(f"{span.path}, line {_line(span, number)}: {reason}")
-
-
-def _line(span: Span, number: int) -> int:
-  """Returns the number in its file of a line of a span."""
-  return number + sum(1 for _ in _lines(Span(span.path, 0, span.start)))

@@ -1,0 +1,80 @@
+"""What a folder of sharded rows was made with, and has to be read with."""
+
+import pathlib
+from typing import Any
+
+from absl import logging
+
+from mdm_jax.core.config import Config, DataConfig
+from mdm_jax.core.errors import UserError
+from mdm_jax.data import blocks, inputs, journal
+from mdm_jax.data.tokenizer import Tokenizer
+
+FORMAT = 3
+_MANIFEST = "manifest.json"
+# Fields that say where text is; what it is, its files say.
+_NAMES = "corpus", "validation_corpus", "test_corpus"
+
+
+def of(config: Config, given: Tokenizer | None) -> dict[str, Any]:
+  """Returns what a folder was made with, and has to be read with."""
+  return {
+    "format": FORMAT,
+    "data": {
+      name: getattr(config.data, name)
+      for name in (*_NAMES, "document", "text_key", "max_documents")
+    },
+  } | inputs.row_inputs(config, given)
+
+
+def check_made(
+  folder: pathlib.Path, wanted: dict[str, Any], data: DataConfig
+) -> None:
+  """Raises UserError if a finished folder was made with another config.
+
+  A corpus with another name is the same if its files are, and that is told.
+  """
+  manifest = journal.get_json(folder / _MANIFEST)
+  if not isinstance(manifest, dict) or "inputs" not in manifest:
+    raise UserError(f"{folder / _MANIFEST} was not written by --mode=prepare")
+  made = manifest["inputs"]
+  if made == wanted:
+    return
+  if isinstance(made, dict) and made.get("format") != FORMAT:
+    raise UserError(
+      f"data.prepared={folder} was prepared by another version (format"
+      f" {made.get('format')}, this one reads {FORMAT}): prepare another folder"
+    )
+  if renamed(made, wanted) != wanted or not _is_there(manifest, data):
+    check(folder, made, wanted)
+  logging.warning(
+    "data.prepared=%s was prepared from the same files under another name: %s.",
+    folder,
+    inputs.difference(made, wanted),
+  )
+
+
+def renamed(made: Any, wanted: dict[str, Any]) -> Any:
+  """Returns what was made, with the names of the corpora that are wanted."""
+  if not isinstance(made, dict) or not isinstance(made.get("data"), dict):
+    return made
+  names = {name: wanted["data"][name] for name in _NAMES}
+  return made | {"data": made["data"] | names}
+
+
+def _is_there(manifest: dict[str, Any], data: DataConfig) -> bool:
+  """Whether the corpora of a config have the files of what was prepared."""
+  try:
+    return blocks.files(blocks.cut(data)) == manifest.get("from")
+  except UserError:
+    return False
+
+
+def check(folder: pathlib.Path, made: Any, wanted: Any) -> None:
+  """Raises UserError for the first field that was made with another value."""
+  differs = inputs.difference(made, wanted)
+  if differs:
+    raise UserError(
+      f"data.prepared={folder} was prepared with another config: {differs};"
+      " take that value back, or prepare another folder"
+    )

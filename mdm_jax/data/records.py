@@ -1,0 +1,343 @@
+"""Records of files: what a document is by the kind of the file, and reading it.
+
+A record is a file of text, or a line of it where `data.document` says so; a
+line of a `.jsonl`; a row of a `.csv` or of a `.parquet`. All but the last may
+be compressed as `.gz`. It is bad if it can't be decompressed, is not UTF-8, or
+holds no text where that should be.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import gzip
+import io
+import json
+import pathlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+from mdm_jax.core.config import DataConfig
+from mdm_jax.core.errors import UserError
+from mdm_jax.data.text_files import BadRecord, Document, Span, Tally
+
+Kind = Literal["text", "lines", "jsonl", "csv", "parquet"]
+Record = tuple[str, Callable[[], str]]
+
+_KINDS: dict[str, Kind] = {
+  ".jsonl": "jsonl",
+  ".ndjson": "jsonl",
+  ".csv": "csv",
+  ".tsv": "csv",
+  ".parquet": "parquet",
+}
+_MARK = b"\xef\xbb\xbf"  # of UTF-8, which stands for no text
+# Begin files in other encodings; the longer ones first.
+_OTHER_MARKS = {
+  b"\xff\xfe\0\0": "UTF-32",
+  b"\0\0\xfe\xff": "UTF-32",
+  b"\xff\xfe": "UTF-16",
+  b"\xfe\xff": "UTF-16",
+}
+_LOOKED_AT = 4096  # bytes that tell an encoding
+_LONGEST_CELL = 2**31 - 1
+# What reading a .gz that is cut off or none may raise.
+_DAMAGED = EOFError, zlib.error, gzip.BadGzipFile
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """How files are read.
+
+  Attributes:
+    document: of text files: "line", or all of it ("auto", "file").
+    text_key: of the text in a `.jsonl`, a `.csv` or a `.parquet`.
+  """
+
+  document: str = "auto"
+  text_key: str = "text"
+
+
+def form_of(data: DataConfig) -> Form:
+  """Returns how a config wants files to be read."""
+  return Form(data.document, data.text_key)
+
+
+def kind_of(path: pathlib.Path, form: Form) -> Kind:
+  """Returns what a file holds, by its name in any case."""
+  name = path.name.lower().removesuffix(".gz")
+  kind = _KINDS.get(pathlib.PurePath(name).suffix, "text")
+  return "lines" if kind == "text" and form.document == "line" else kind
+
+
+def parts(path: pathlib.Path, form: Form) -> int | None:
+  """Returns how many bytes, or row groups, a file can be divided between.
+
+  Returns None for one that is only read as a whole.
+  """
+  kind = kind_of(path, form)
+  if kind == "parquet":
+    with contextlib.suppress(BadRecord):  # told by who reads it
+      return _parquet(path).num_row_groups
+  lines = kind in ("lines", "jsonl") and not _is_packed(path)
+  return path.stat().st_size if lines else None
+
+
+def read_all(
+  spans: Iterable[Span], root: pathlib.Path, tally: Tally, form: Form
+) -> Iterator[Document]:
+  """Yields documents whose names don't tell where the root is."""
+  for span in spans:
+    tally.files += 1
+    name = pathlib.Path(span.path).relative_to(root).as_posix()
+    for record, read in _records(span, name, tally, form):
+      tally.records += 1
+      try:
+        text = read()
+      except BadRecord as error:
+        tally.add_bad(error)
+      else:
+        yield Document(record, text)
+
+
+def decode(data: bytes, path: str | pathlib.Path, first_line: int = 1) -> str:
+  """Returns the text of bytes; raises BadRecord, with the line, if not UTF-8.
+
+  Args:
+    data: a whole file, or lines of it.
+    path: of the file.
+    first_line: the number of the first line of `data`.
+  """
+  try:
+    return data.decode()
+  except UnicodeDecodeError as e:
+    line = first_line + data[: e.start].count(b"\n")
+    raise BadRecord(f"{path}, line {line}: not valid UTF-8 ({e.reason})") from e
+
+
+def _records(
+  span: Span, name: str, tally: Tally, form: Form
+) -> Iterator[Record]:
+  """Yields the name of each record, and what reads it or finds it bad."""
+  path = pathlib.Path(span.path)
+  kind = kind_of(path, form)
+  try:
+    if kind == "text":
+      yield name, functools.partial(_read_file, path)
+    elif kind == "parquet":
+      yield from _parquet_rows(span, name, form)
+    elif kind == "csv":
+      yield from _csv_rows(path, name, form)
+    else:
+      yield from _line_records(span, name, kind, form)
+  except BadRecord as error:  # of the file as a whole
+    tally.records += 1
+    tally.add_bad(error)
+  except OSError as e:
+    reason = (e.strerror or str(e)).partition("\n")[0]
+    raise UserError(f"{path} can't be read: {reason}") from e
+
+
+# MARK: bytes
+
+
+def _is_packed(path: pathlib.Path) -> bool:
+  return path.name.lower().endswith(".gz")
+
+
+def _open(path: pathlib.Path) -> io.BufferedIOBase:
+  return gzip.open(path, "rb") if _is_packed(path) else open(path, "rb")
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> BadRecord:
+  return BadRecord(f"{path} is damaged or incomplete: {error}")
+
+
+def _read_file(path: pathlib.Path) -> str:
+  try:
+    data = path.read_bytes()
+    data = gzip.decompress(data) if _is_packed(path) else data
+  except _DAMAGED as e:
+    raise _damaged(path, e) from e
+  except OSError as e:
+    raise UserError(f"{path} can't be read: {e.strerror}") from e
+  _check_encoding(data, path)
+  return decode(data.removeprefix(_MARK), path)
+
+
+def _check_encoding(data: bytes, where: Any) -> None:
+  """Raises BadRecord for bytes that are no text in UTF-8, with what they are.
+
+  Args:
+    data: of a file, from its start.
+    where: it is.
+  """
+  name = next((n for m, n in _OTHER_MARKS.items() if data.startswith(m)), None)
+  if not name and b"\0" in data:
+    head = data[:_LOOKED_AT]
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    # Most languages' letters fill one byte of two.
+    if max(even, odd) > len(head) / 8 and min(even, odd) <= max(even, odd) / 8:
+      name = "UTF-16LE" if odd > even else "UTF-16BE"
+  if name:
+    raise BadRecord(
+      f"{where} is {name}, not UTF-8; convert it: iconv -f {name} -t UTF-8"
+    )
+  if b"\0" in data:
+    line = 1 + data[: data.index(b"\0")].count(b"\n")
+    raise BadRecord(f"{where}, line {line}: a NUL byte, so it is no text file")
+
+
+# MARK: lines
+
+
+def _line_records(
+  span: Span, name: str, kind: Kind, form: Form
+) -> Iterator[Record]:
+  path = pathlib.Path(span.path)
+  try:
+    for number, line in enumerate(_lines(span), 1):
+      if number == 1 and not span.start:
+        _check_encoding(line, path)
+        line = line.removeprefix(_MARK)
+      if line.strip():
+        at = functools.partial(_at, span, number)
+        if kind == "lines":
+          read = functools.partial(_read_line, line, at)
+        else:
+          read = functools.partial(_read_json, line, at, form.text_key)
+        yield f"{name}:{number}", read
+  except _DAMAGED as e:
+    raise _damaged(path, e) from e
+
+
+def _lines(span: Span) -> Iterator[bytes]:
+  """Yields the lines that begin in a span."""
+  with _open(pathlib.Path(span.path)) as file:
+    at = span.start
+    if at:  # what began before it is another span's
+      file.seek(at - 1)
+      at += len(file.readline()) - 1
+    for line in file:
+      if span.end is not None and at >= span.end:
+        return
+      at += len(line)
+      yield line
+
+
+def _at(span: Span, number: int) -> str:
+  """Says where a line of a span is in its file."""
+  before = sum(1 for _ in _lines(Span(span.path, 0, span.start)))
+  return f"{span.path}, line {before + number}"
+
+
+def _read_line(line: bytes, at: Callable[[], str]) -> str:
+  if b"\0" in line:
+    raise BadRecord(f"{at()}: a NUL byte, so it is no text file")
+  try:
+    return line.decode().removesuffix("\n").removesuffix("\r")
+  except UnicodeDecodeError as e:
+    raise BadRecord(f"{at()}: not valid UTF-8 ({e.reason})") from e
+
+
+def _read_json(line: bytes, at: Callable[[], str], key: str) -> str:
+  found = None
+  try:
+    found = json.loads(line.decode())
+    text = found[key]
+    text.encode()
+    return text
+  except UnicodeDecodeError as e:
+    reason = f"not valid UTF-8 ({e.reason})"
+  except UnicodeEncodeError:
+    reason = "half of a surrogate pair in the text"
+  except (ValueError, RecursionError) as e:
+    reason = f"not valid JSON ({getattr(e, 'msg', None) or str(e)})"
+  except (KeyError, TypeError, AttributeError):
+    reason = f'no "{key}" with a string'
+    if isinstance(found, dict):
+      reason += _keys([k for k, v in found.items() if isinstance(v, str)])
+  raise BadRecord(f"{at()}: {reason}")
+
+
+def _keys(names: list[str]) -> str:
+  """Says which keys there are, and what to set."""
+  if not names:
+    return ""
+  shown = ", ".join(json.dumps(name, ensure_ascii=False) for name in names[:9])
+  return f", but with {shown}; set data.text_key"
+
+
+# MARK: tables
+
+
+def _csv_rows(path: pathlib.Path, name: str, form: Form) -> Iterator[Record]:
+  text = _read_file(path)
+  head = text.partition("\n")[0]
+  delimiter = max(",;\t", key=head.count)
+  csv.field_size_limit(_LONGEST_CELL)
+  rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+  try:
+    header = next(rows, [])
+    if form.text_key not in header:
+      raise _no_column(path, form, header)
+    column = header.index(form.text_key)
+    for number, row in enumerate(rows, 1):
+      if row:
+        line = f"{path}, line {rows.line_num}"
+        yield (
+          f"{name}:{number}",
+          functools.partial(_read_cell, row, column, line),
+        )
+  except csv.Error as e:
+    raise BadRecord(f"{path}, line {rows.line_num}: not valid CSV ({e})") from e
+
+
+def _read_cell(row: list[str], column: int, at: str) -> str:
+  if column >= len(row):
+    raise BadRecord(f"{at}: {len(row)} columns, the text is in {column + 1}")
+  return row[column]
+
+
+def _no_column(
+  path: pathlib.Path, form: Form, names: Iterable[str]
+) -> BadRecord:
+  return BadRecord(f'{path}: no column "{form.text_key}"{_keys([*names])}')
+
+
+def _parquet(path: pathlib.Path) -> Any:
+  try:
+    from pyarrow import parquet
+  except ImportError:
+    raise UserError(
+      f"{path} needs the Python package pyarrow; run: pip install -e"
+      " '.[parquet]'"
+    ) from None
+  try:
+    return parquet.ParquetFile(path)
+  except (ValueError, OSError) as e:  # pyarrow's errors are of these kinds
+    if isinstance(e, OSError) and e.errno:
+      raise UserError(f"{path} can't be read: {e.strerror}") from e
+    reason = str(e).partition("\n")[0]
+    raise BadRecord(f"{path} is no Parquet file: {reason}") from e
+
+
+def _parquet_rows(span: Span, name: str, form: Form) -> Iterator[Record]:
+  path = pathlib.Path(span.path)
+  file = _parquet(path)
+  if form.text_key not in file.schema_arrow.names:
+    raise _no_column(path, form, file.schema_arrow.names)
+  number = 0
+  for group in range(file.num_row_groups)[span.start : span.end]:
+    table = file.read_row_group(group, columns=[form.text_key])
+    for text in table.column(0).to_pylist():
+      number += 1
+      at = f"{path}, row group {group}, row {number}"
+      yield f"{name}:{number}", functools.partial(_read_value, text, at)
+
+
+def _read_value(value: Any, at: str) -> str:
+  if not isinstance(value, str):
+    raise BadRecord(f"{at}: {type(value).__name__} where text should be")
+  return value
