@@ -106,7 +106,7 @@ def compare_workdir(
   chosen = {name: fields for name, fields in known.items() if only in name}
   if not chosen:
     raise UserError(f"--ways={only}: {nearest(only, known)}")
-  data = open_rows(config, workdir)
+  data, config = open_rows(config, workdir)
   judge = make_judge(config.eval.judge, training_texts(config))
   model = sample.load_with(config, workdir)
   count = max(config.eval.samples, config.sample.num_samples)

@@ -1,6 +1,7 @@
 """From a checkpoint to numbers: likelihood, samples, the guide's targets."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,14 @@ from mdm_jax.core.config import Config, SampleConfig, to_dict
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import mesh_for_use
 from mdm_jax.core.workdir import Workdir
+from mdm_jax.data import splits
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData, training_texts
+from mdm_jax.evaluation import baselines, tables, targets
 from mdm_jax.evaluation import samples as samples_lib
-from mdm_jax.evaluation import tables, targets
+from mdm_jax.evaluation.judge import NgramJudge, make_judge
 from mdm_jax.evaluation.judge import check as check_judge
-from mdm_jax.evaluation.judge import make_judge
 from mdm_jax.evaluation.likelihood import Evaluator
 from mdm_jax.evaluation.measured_text import describe, open_rows
 from mdm_jax.evaluation.running_text import running_texts
@@ -64,7 +66,7 @@ class Measures:
     return {
       "checkpoint": step,
       "updates": latest,
-      "text": describe(self.data, config),
+      "text": describe(self.data, config, splits.TEST),
       "settings": {"eval": settings, "sample": to_dict(config.sample)},
     }
 
@@ -123,6 +125,24 @@ class Measures:
     rows = self._few(self.data.validation)
     return self._evaluator.ce_by_mask_rate(params, rows)
 
+  def baselines(self) -> dict[str, dict[str, Any]]:
+    """Returns what others need for the test text."""
+    return baselines.baselines(
+      self._training,
+      self.data.test,
+      self.data.tokenizer,
+      self._ngrams,
+      self._poll,
+    )
+
+  @functools.cached_property
+  def _training(self) -> list[str]:
+    return training_texts(self.config)
+
+  @functools.cached_property
+  def _ngrams(self) -> NgramJudge:
+    return NgramJudge(self._training)
+
   def sample(self, params: Params) -> Samples:
     """Returns a few samples, to look at while a training goes on."""
     settings = self.config.sample
@@ -157,9 +177,9 @@ class Measures:
 
   def _text_metrics(self, params: Params, drawn: Samples) -> dict[str, Any]:
     config, data = self.config, self.data
-    texts = training_texts(config)
-    judge = make_judge(config.eval.judge, texts)
-    measure = samples_lib.TextMeasures(judge, texts)
+    path = config.eval.judge
+    judge = make_judge(path, []) if path else self._ngrams
+    measure = samples_lib.TextMeasures(judge, self._training)
     plain = samples_lib.untruncated(config.sample)
     count = len(drawn.texts)
     own = running_texts(data.test, data.tokenizer, count, config.sample_length)
@@ -186,7 +206,7 @@ class Measures:
 
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   """Measures a run's best checkpoint, writes and returns the results."""
-  data = open_rows(config, workdir)
+  data, config = open_rows(config, workdir)
   mesh = mesh_for_use(config)
   vocab = data.tokenizer.vocab
   denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
@@ -205,6 +225,7 @@ def evaluate_checkpoint(
   results = {
     **measures.test(params),
     **measures.what(step, checkpoints.latest()),
+    "baselines": measures.baselines(),
     "tokens_seen": tokens,
     "wall_seconds": wall,
     "tokens_per_second": tokens / wall,

@@ -51,7 +51,7 @@ class Point:
 
 def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
   """Sweeps the temperature of a run's best checkpoint; writes CSV and PNG."""
-  data = open_rows(config, workdir)
+  data, config = open_rows(config, workdir)
   judge = make_judge(config.eval.judge, training_texts(config))
   curve = (workdir.read_results() or {}).get("validation_ce_by_mask_rate")
   mesh = mesh_for_use(config)

@@ -257,3 +257,44 @@ def test_found_C7_one_held_out_row_gives_null_and_no_bare_nan(run):
   last = (folder / "metrics.jsonl").read_text().splitlines()[-2]
   assert _strict(last)["validation/nelbo_stderr"] is None
   assert report.report_workdir(run.config, run.workdir)
+
+
+def test_another_text_is_measured_on_purpose_and_said(run, told, tmp_path):
+  own = run.results()
+  assert own["text"]["own"] and own["text"]["split"] == "test"
+  corpus = write_texts(tmp_path / "other", count=5, seed=7)
+  data = dataclasses.replace(run.config.data, test_corpus=corpus)
+  config = dataclasses.replace(run.config, data=data)
+  results = evaluate.evaluate_workdir(config, run.workdir)
+  assert results == run.results()
+  assert results["text"].items() >= {"own": False, "corpus": corpus}.items()
+  assert results["documents"] == 5
+  assert results["nelbo_per_token"] != own["nelbo_per_token"]
+  assert any(
+    f"another test text than the run's own: {corpus}" in str(line)
+    for line in told
+  )
+  assert run.train() == run.results() == own  # not taken for the run's
+
+
+def test_frontier_and_compare_use_validation_text(run, told, tmp_path):
+  """What chooses settings never reads the text that is reported."""
+  corpus = write_texts(tmp_path / "other", count=5, seed=7)
+  data = dataclasses.replace(run.config.data, validation_corpus=corpus)
+  config = dataclasses.replace(run.config, data=data)
+  for program in ("frontier", "compare"):
+    before = _measure(program, run.config, run.workdir)[-1]
+    after = _measure(program, config, run.workdir)[-1]
+    assert before["n"] == after["n"] == 2 and before != after
+    data = dataclasses.replace(run.config.data, test_corpus=corpus)
+    again = dataclasses.replace(run.config, data=data)
+    assert _measure(program, again, run.workdir)[-1] == before
+
+
+def test_what_others_need_for_the_same_text_stands_beside_it(finished):
+  results = finished.results()
+  for found in results["baselines"].values():
+    assert 0 < found["bits_per_byte"] < 8
+    assert found["bytes"] > results["bytes"] > 0  # 8 of the rows
+  meanings = [t["meaning"] for t in results["targets"]]
+  assert any("by 8-gram model" in m and "by xz" in m for m in meanings)

@@ -58,6 +58,11 @@ RESULTS = {
   "nelbo_stderr": 0.01094,
   "ppl_bound": 1142.19319,
   "bits_per_byte": 2.29513,
+  "text": {"split": "test", "own": True, "corpus": "sotu", "sha256": "0" * 64},
+  "baselines": {
+    "ngram": {"name": "8-grams", "bits_per_byte": 1.419, "stderr": 0.0312},
+    "xz": {"name": "xz, given it", "bits_per_byte": 1.7362, "stderr": None},
+  },
   "rows": 319,
   "tokens": 35266,
   "documents": 14,
@@ -119,9 +124,10 @@ DATA = {
     "stage_1": COUNTS,
     "stage_2": COUNTS | {"units_found": 4321},
     "stage_3": PLAIN_COUNTS,
-    "held_out": PLAIN_COUNTS | {"rows": 777},
+    "validation": PLAIN_COUNTS | {"rows": 777},
+    "test": PLAIN_COUNTS | {"rows": 778},
   },
-  "documents": {"train": 205, "held_out": 34},
+  "documents": {"train": 205, "validation": 17, "test": 17},
   "tokenizer": {"kind": "char", "sha256": "8" * 64, "vocab_size": 4224},
 }
 
@@ -207,6 +213,11 @@ def test_every_number_of_the_results_is_told(report):
   for phrase in ("≤ 2.2951 ± 0.0051", "4.9572 ± 0.0109", "≤ 1,142.19", "2:41"):
     assert phrase in told
   assert "1,080 updates" in told and "checkpoint 1,060" in told
+  for phrase in (
+    "test text of sotu 14 documents, 319 rows, 35,266 tokens, 152,001 bytes",
+    "8-grams 1.4190 ± 0.0312 bits per byte xz, given it 1.7362 bits per byte",
+  ):
+    assert phrase in told
   for rate, loss in CE.items():
     assert f"{rate} {loss:.3f}" in told
   for name, value in SAMPLING.items():
@@ -215,7 +226,7 @@ def test_every_number_of_the_results_is_told(report):
 
 def test_texts_are_measured_in_three_columns(report):
   told = _told(render(report))
-  head = "measure the run's sampling untruncated, T = 1 held-out text"
+  head = "measure the run's sampling untruncated, T = 1 test text"
   assert f"{head} distinct 2 0.3125 ± 0.012, n = 64 0.7411" in told
   assert "judge 5-grams" in told
   assert "self bleu – – 0.1234 ± 0.012, n = 99" in told
@@ -237,7 +248,7 @@ def test_data_of_every_stage_is_told(report):
   told = _told(render(report))
   assert "units found 9,033 4,321 9,033 9,033" in told
   assert "rows 1,201 1,201 1,201 777" in told
-  assert "documents, train 205 documents, held_out 34" in told
+  assert "documents, train 205 documents, validation 17 documents, test 17" in told
   assert "vocab_size 4224" in told
   assert told.count("cut 0.42") == 2 and told.count("not ranked") == 2
   assert told.count("Is it? Why not? We shall see.") == 4

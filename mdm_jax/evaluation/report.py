@@ -24,7 +24,7 @@ _MOST_POINTS = 160  # of a curve; of more, each is the mean of a few
 _TEXTS = {
   "sampling": "the run's sampling",
   "untruncated": "untruncated, T = 1",
-  "held_out": "held-out text",
+  "held_out": "test text",
 }
 
 _VERDICTS = {True: "pass", False: "miss", None: "not judged"}
@@ -105,13 +105,26 @@ def _headline(results: Json) -> markup.Html:
     "time": (time, number("updates") + " updates"),
     "checkpoint": (number("checkpoint"), "update, the best bound"),
   }
-  return markup.facts(
-    ((k, markup.small(*v)) for k, v in facts.items()), "headline"
-  )
+  numbers = [(name, markup.small(*told)) for name, told in facts.items()]
+  beside = markup.facts(_beside(results), "inline")
+  return markup.join([markup.facts(numbers, "headline"), beside])
+
+
+def _beside(results: Json) -> list[tuple[str, str]]:
+  """Returns what text it is, and what others need for the same."""
+  text = results["text"]
+  sizes = ("documents", "rows", "tokens", "bytes")
+  told = ", ".join(f"{results[name]:,} {name}" for name in sizes)
+  facts = [(f"{text['split']} text of {text['corpus']}", told)]
+  for found in results["baselines"].values():
+    bits = markup.number(found["bits_per_byte"], ".4f")
+    error = f" ± {found['stderr']:.4f}" if found["stderr"] else ""
+    facts.append((found["name"], f"{bits}{error} bits per byte"))
+  return facts
 
 
 def _targets(targets: list[Json]) -> markup.Html:
-  head = ("target", "measure", "this run", "held-out text", "verdict")
+  head = ("target", "measure", "this run", "test text", "verdict")
   rows = []
   for t in targets:
     name = markup.small(t["target"], t["meaning"])
@@ -199,7 +212,7 @@ def _stages(stages: list[Json]) -> markup.Html:
 
 
 def _data(data: Json, stages: list[Json]) -> markup.Html:
-  names = [stage["name"] for stage in stages] + ["held-out"]
+  names = [stage["name"] for stage in stages] + ["validation", "test"]
   counts = list(data["rows"].values())
   plain = [name for name, count in counts[0].items() if isinstance(count, int)]
   rows = [(k.replace("_", " "), *[f"{c[k]:,}" for c in counts]) for k in plain]

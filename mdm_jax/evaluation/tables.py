@@ -32,15 +32,23 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _likelihood_table(results: Mapping[str, Any]) -> Table:
-  title = f"held-out text, update {results['checkpoint']:,}"
+  text = results["text"]
+  whose = text["split"] if text["own"] else text["corpus"]
+  title = f"{whose} text, update {results['checkpoint']:,}"
   table = _table(title, "measure", "value")
   nelbo = results["nelbo_per_token"], results["nelbo_stderr"]
   table.add_row("NELBO, nats per token", with_error(*nelbo, ".4f"))
   table.add_row("perplexity bound", f"<= {results['ppl_bound']:.2f}")
   table.add_row("bits per byte", f"<= {results['bits_per_byte']:.4f}")
+  for found in results["baselines"].values():
+    bits = with_error(found["bits_per_byte"], found["stderr"], ".4f")
+    table.add_row(f"  {found['name']}", bits)
   for rate, loss in results["ce_by_mask_rate"].items():
     if round(float(rate) * 100) % 20 == 0 or rate == "0.05":
       table.add_row(f"CE at mask rate {rate}", f"{loss:.3f}")
+  names = "documents", "rows", "tokens", "bytes"
+  sizes = ", ".join(f"{results[name]:,} {name}" for name in names)
+  table.caption = f"of {sizes}"
   table.add_row("tokens seen", f"{results['tokens_seen']:,.0f}")
   table.add_row("wall seconds", f"{results['wall_seconds']:,.0f}")
   return table
@@ -50,7 +58,7 @@ def _text_table(metrics: Mapping[str, Any]) -> Table:
   sources = "sampling", "untruncated", "held_out"
   count = metrics["sampling"]["seq_rep_1"]["n"]
   title = f"{count} samples, judged by {metrics['judge']}"
-  names = "samples", "samples, T = 1", "held-out text"
+  names = "samples", "samples, T = 1", "test text"
   table = _table(title, "measure", *names)
   for name in metrics["sampling"]:
     found = (metrics[source][name] for source in sources)
