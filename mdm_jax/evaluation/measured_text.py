@@ -16,9 +16,7 @@ from mdm_jax.data.stage_rows import make_held_out
 _OTHER = "other_text"  # of a manifest: what is measured on purpose
 
 
-def open_rows(
-  config: Config, workdir: Workdir
-) -> tuple[PreparedData, Config]:
+def open_rows(config: Config, workdir: Workdir) -> tuple[PreparedData, Config]:
   """Returns the rows of a run, to measure it on, and the config of those.
 
   A `data.test_corpus` or `data.validation_corpus` that is not the run's own is

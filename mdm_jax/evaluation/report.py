@@ -215,7 +215,8 @@ def _data(data: Json, stages: list[Json]) -> markup.Html:
   names = [stage["name"] for stage in stages] + ["validation", "test"]
   counts = list(data["rows"].values())
   plain = [name for name, count in counts[0].items() if isinstance(count, int)]
-  rows = [(k.replace("_", " "), *[f"{c[k]:,}" for c in counts]) for k in plain]
+  cells = lambda name: [markup.number(c.get(name), ",") for c in counts]
+  rows = [(name.replace("_", " "), *cells(name)) for name in plain]
   figures = markup.el("div", *map(_examples, names, counts), class_="figures")
   documents = {f"documents, {k}": v for k, v in data["documents"].items()}
   facts = (documents | data["tokenizer"]).items()
