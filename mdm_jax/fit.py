@@ -56,7 +56,7 @@ def blueprint(config: Config, mesh: AbstractMesh) -> Blueprint:
   chosen = {k: v for k, v in auto.items() if getattr(config.model, k) == "auto"}
   model = dataclasses.replace(config.model, **chosen)
   config = dataclasses.replace(config, model=model)
-  sharding.check_config(config, mesh)
+  sharding.check_model(config.model, mesh)
   vocab = planned_vocabulary(config.tokenizer)
   sharding.check_vocabulary(vocab.size, mesh)
   # How many rows a stage has says when it ends, not what it holds.
@@ -74,8 +74,8 @@ def describe(run: Blueprint, mesh: AbstractMesh, found: Footprint) -> list[str]:
     f"{config.name}: vocabulary {run.vocab.size:,}, {config.model.dtype},"
     f" attention {config.model.attention}, remat {config.model.remat}",
     f"{sizes}, devices {mesh.size}: {rows} rows a microbatch,"
-    f" {rows // sharding.data_shards(mesh)} a data shard, microbatches an"
-    f" update {config.optimizer.accumulation}",
+    f" {_rows_a_shard(rows, mesh)}, microbatches an update"
+    f" {config.optimizer.accumulation}",
     "",
     f"{count:,} parameters; their average, both moments and the gradient lie"
     " as they do:",
@@ -88,6 +88,12 @@ def describe(run: Blueprint, mesh: AbstractMesh, found: Footprint) -> list[str]:
     *(f"  {name:<55}{_mib(size)}" for name, size in _parts(found).items()),
     f"  {'together, when it is most':<55}{_mib(found.total)}",
   ]
+
+
+def _rows_a_shard(rows: int, mesh: AbstractMesh) -> str:
+  padded = sharding.padded_rows(rows, mesh)
+  text = f"{padded // sharding.data_shards(mesh)} a data shard"
+  return text + (f" with {padded - rows} of padding" if padded > rows else "")
 
 
 def _line(layout: Layout) -> str:

@@ -546,19 +546,6 @@ def test_fault_37_a_mesh_that_does_not_fit():
   assert sharding.make_mesh(MeshConfig(fsdp=devices)).size == devices
 
 
-@pytest.mark.parametrize(
-  "rows, near", [(9, "8 or 16"), (3, "8"), (23, "16 or 24")]
-)
-def test_fault_37_a_batch_that_does_not_divide(config, rows, near):
-  shards = jax.device_count()
-  assert shards == 8
-  message = _message(sharding.training_mesh, _data(config, batch_size=rows))
-  assert f"data.batch_size={rows} does not split over 8 data shards" in message
-  assert message.endswith(f"nearest valid: {near}")
-  for size in map(int, near.split(" or ")):
-    sharding.training_mesh(_data(config, batch_size=size))
-
-
 def test_fault_37_a_model_that_does_not_divide(config):
   mesh = sharding.make_mesh(MeshConfig(tensor=8))
   model = dataclasses.replace(config.model, num_heads=12)

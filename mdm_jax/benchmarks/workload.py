@@ -148,10 +148,12 @@ class Work:
   def head_positions(self) -> int:
     """Positions that go through the head in an update: the whole buffer."""
     mesh = self.trainer.mesh
-    groups = self.config.optimizer.accumulation * data_shards(mesh)
+    parts = self.config.optimizer.accumulation
+    shards = data_shards(mesh)
     length = self.config.stages[0].length
     rows = self.config.rows_per_update
-    return groups * corruption.max_masked(self.rates, rows, length, groups)
+    most = corruption.max_masked(self.rates, rows, length, shards, parts)
+    return parts * shards * most
 
 
 def make_data(preset: Preset, rows: Rows) -> PreparedData:

@@ -189,34 +189,15 @@ def mesh_for_use(config: Config) -> jax.sharding.Mesh:
 
 
 def training_mesh(config: Config) -> jax.sharding.Mesh:
-  """Returns a config's mesh, checked to split its batches and its model."""
+  """Returns a config's mesh, checked to split its model."""
   mesh = make_mesh(config.mesh)
-  check_config(config, mesh)
-  return mesh
-
-
-def check_config(config: Config, mesh: AnyMesh) -> None:
-  """Raises UserError if a config's batches or model don't split over a mesh."""
-  check_divides("data.batch_size", config.data.batch_size, mesh)
   check_model(config.model, mesh)
+  return mesh
 
 
 def data_shards(mesh: AnyMesh) -> int:
   """Returns the number of shards a batch is split into."""
   return mesh.shape["replica"] * mesh.shape["fsdp"]
-
-
-def check_divides(what: str, rows: int, mesh: AnyMesh) -> None:
-  """Raises UserError if rows can't be split evenly over the data shards."""
-  shards = data_shards(mesh)
-  if rows % shards:
-    near = sorted(
-      {max(rows // shards, 1) * shards, -(-rows // shards) * shards}
-    )
-    raise UserError(
-      f"{what}={rows} does not split over {shards} data shards"
-      f" (replica x fsdp); nearest valid: {' or '.join(map(str, near))}"
-    )
 
 
 def check_model(model: ModelConfig, mesh: AnyMesh) -> None:

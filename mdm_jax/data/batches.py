@@ -14,7 +14,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Array, Int
 
-from mdm_jax.core.sharding import batch_sharding
+from mdm_jax.core.sharding import batch_sharding, padded_rows
 from mdm_jax.data.packing import Rows
 
 _SHUFFLE_ROUNDS = 4
@@ -25,6 +25,7 @@ _SHUFFLE_ROUNDS = 4
 class Batch:
   """The rows of one update: A microbatches of B packed rows of L tokens.
 
+  Of B, the last ones are padding where shards could not have as many each.
   Both are integers of shape [A, B, L], or shapes where nothing is computed.
 
   Attributes:
@@ -73,7 +74,10 @@ def make_batch(
   accumulation: int,
   mesh: jax.sharding.Mesh,
 ) -> Batch:
-  """Puts the numbered rows on the devices; a process reads only its own."""
+  """Puts the numbered rows on the devices; a process reads only its own.
+
+  Rows that are all padding follow, until every data shard has as many.
+  """
   grid = numbers.reshape(accumulation, -1)
   if mesh.size == 1:
     read = lambda values: values[grid].astype(np.int32)
@@ -88,7 +92,7 @@ def make_batch(
 
 def _place(
   values: Any,
-  grid: Int[np.ndarray, "A B"],
+  grid: Int[np.ndarray, "A N"],
   sharding: jax.sharding.NamedSharding,
 ) -> Int[Array, "A B L"]:
   """Gives every device of this process its shard's rows, however they lie.
@@ -99,15 +103,19 @@ def _place(
     sharding: of the result.
   """
 
+  rows = padded_rows(grid.shape[1], sharding.mesh)
+
   @functools.cache  # the devices of a tensor axis have the same rows
   def read(first: int, end: int) -> np.ndarray:
-    return values[grid[:, first:end]].astype(np.int32)
+    real = values[grid[:, first:end]].astype(np.int32)
+    missing = end - first - real.shape[1]
+    return np.pad(real, ((0, 0), (0, missing), (0, 0)))
 
   def shard(index: tuple[slice, ...]) -> np.ndarray:
-    first, end, _ = index[1].indices(grid.shape[1])
+    first, end, _ = index[1].indices(rows)
     return read(first, end)
 
-  shape = *grid.shape, values.shape[1]
+  shape = grid.shape[0], rows, values.shape[1]
   return jax.make_array_from_callback(shape, sharding, shard)
 
 

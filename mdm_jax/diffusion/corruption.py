@@ -76,12 +76,18 @@ def num_masked(
 
 
 def max_masked(
-  rates: RateDistribution, rows: int, length: int, groups: int
+  rates: RateDistribution,
+  rows: int,
+  length: int,
+  shards: int,
+  microbatches: int = 1,
 ) -> int:
-  """Bounds the masked tokens in each of `groups` equal runs of an update.
+  """Bounds the masked tokens of each shard of each microbatch of an update.
 
-  Rates do not decrease in the uniforms, so between two offsets even rows have
-  at most what they have at the higher one, odd rows at the lower one.
+  Shards have equally many rows, the last ones of a microbatch padding if that
+  has too few. Rates do not decrease in the uniforms, so between two offsets
+  even rows have at most what they have at the higher one, odd rows at the lower
+  one.
   """
   with jax.sharding.use_abstract_mesh(_NO_MESH):  # it may have no devices
     edges = jnp.linspace(0, 1, _INTERVALS + 1)
@@ -89,8 +95,10 @@ def max_masked(
     stratum = strata(rows).astype(np.float32)[None]
     upper = (stratum + jnp.maximum(offsets[:-1], offsets[1:])) / rows
     counts = num_masked(rates.rate(upper), jnp.full(upper.shape, length))
-  by_group = np.asarray(counts).reshape(_INTERVALS, groups, -1).sum(axis=-1)
-  return int(by_group.max())
+  grid = np.asarray(counts).reshape(_INTERVALS, microbatches, -1)
+  grid = np.pad(grid, ((0, 0), (0, 0), (0, -grid.shape[2] % shards)))
+  by_shard = grid.reshape(_INTERVALS, microbatches * shards, -1).sum(axis=-1)
+  return int(by_shard.max())
 
 
 def corrupt(

@@ -17,7 +17,7 @@ from jax.extend.core import Jaxpr, Literal
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mdm_jax.core.sharding import RULES, data_shards
+from mdm_jax.core.sharding import RULES, data_shards, padded_rows
 from mdm_jax.data.batches import Batch
 from mdm_jax.diffusion import corruption, objective
 from mdm_jax.diffusion.noise import stage_rates
@@ -143,7 +143,7 @@ def abstract_batch(
   sharding = NamedSharding(mesh, RULES.spec(None, "batch", None))
   shape = (
     config.optimizer.accumulation,
-    config.data.batch_size,
+    padded_rows(config.data.batch_size, mesh),
     stage.config.length,
   )
   rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
@@ -200,12 +200,12 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
 def _head_bytes(run: Blueprint, stage: StagePlan, mesh: AbstractMesh) -> int:
   """The table of a tensor shard, its gradient, and a chunk of logits."""
   config = run.config
-  shards = data_shards(mesh)
   capacity = corruption.max_masked(
     stage_rates(stage.config, config.noise),
     config.rows_per_update,
     stage.config.length,
-    groups=config.optimizer.accumulation * shards,
+    shards=data_shards(mesh),
+    microbatches=config.optimizer.accumulation,
   )
   width = config.model.embed_dim
   chunks = objective.num_chunks(capacity, width, run.vocab.num_real)
@@ -229,7 +229,7 @@ def _block_bytes(
     if p.name.startswith("blocks/") and len(p.shape) > 2
   )
   weights //= config.model.num_layers
-  rows = config.data.batch_size // data_shards(mesh)
+  rows = padded_rows(config.data.batch_size, mesh) // data_shards(mesh)
   heads = config.model.num_heads // mesh.shape[RULES.heads]
   scores = rows * heads * stage.config.length**2 * _FLOAT32
   size = compute_dtype(config.model).itemsize + _FLOAT32

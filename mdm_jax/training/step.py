@@ -89,7 +89,8 @@ def make_pass(
     rates,
     config.rows_per_update,
     stage.config.length,
-    groups=config.optimizer.accumulation * data_shards(mesh),
+    shards=data_shards(mesh),
+    microbatches=config.optimizer.accumulation,
   )
 
   def loss_fn(params: Params, task: _Task):
@@ -199,11 +200,12 @@ def make_diagnosis(
   def diagnose(params: Params, step: Int[Array, ""], batch: Batch):
     found = forward_backward(params, step, batch)
     whole = lambda x: jax.reshard(x, jax.P(*[None] * x.ndim))
+    by_row = lambda x: whole(x)[:, : config.data.batch_size]
     numbers = {
       "loss": found.loss,
-      "mask_rate": found.rate,
-      "masked": found.masked,
-      "cross_entropy": found.cross_entropy,
+      "mask_rate": by_row(found.rate),
+      "masked": by_row(found.masked),
+      "cross_entropy": by_row(found.cross_entropy),
       "grad_norm": jax.tree.map(optax.tree.norm, found.grads),
       "grad_nonfinite": count_nonfinite(found.grads),
     }
@@ -231,18 +233,25 @@ def by_mask_rate(found: Pass) -> dict[str, Float[Array, "10"]]:
 
 
 def _make_tasks(config, rates, mask_id, step, batch: Batch) -> _Task:
-  """Draws rates and masks for the whole update; rows keep their own keys."""
-  shape = batch.tokens.shape[:2]
-  spread = lambda x: jax.reshard(x.reshape(shape), RULES.spec(None, "batch"))
-  rows = jnp.arange(config.rows_per_update)
+  """Draws rates and masks for the whole update; rows keep their own keys.
+
+  Rows of padding, that a microbatch may end with, have nothing to mask.
+  """
+  grid = config.optimizer.accumulation, config.data.batch_size
+  padding = ((0, 0), (0, batch.tokens.shape[1] - grid[1]))
+  count = config.rows_per_update
+  # Numbered behind all others, so that they take no other row's key.
+  rows = jnp.pad(
+    jnp.arange(count).reshape(grid), padding, constant_values=count
+  )
+  spread = lambda x: jax.reshard(x, RULES.spec(None, "batch"))
   keys = lambda name: spread(
     rng.per_row(rng.stream(config.seed, name, step), rows)
   )
-  u = spread(
-    corruption.stratified_uniforms(
-      rng.stream(config.seed, "rate", step), config.rows_per_update
-    )
+  u = corruption.stratified_uniforms(
+    rng.stream(config.seed, "rate", step), count
   )
+  u = spread(jnp.pad(u.reshape(grid), padding, constant_values=1.0))
   real = batch.segments > 0
   rate = rates.rate(u)
   corrupted = corruption.corrupt(
