@@ -281,9 +281,9 @@ def test_three_devices_update_as_one_does(mesh, weighting):
   with jax.set_mesh(three):
     run = Run(config, three)
     assert run.batch(0).tokens.shape == (2, 9, 16)
-    tasks = jax.device_get(run.tasks(0))
-    np.testing.assert_array_equal(tasks.corrupted.masked[:, :8], masks)
-    assert not tasks.corrupted.masked[:, 8].any()
+    now = jax.device_get(run.tasks(0).corrupted.masked)
+    np.testing.assert_array_equal(now[:, :8], masks)
+    assert not now[:, 8].any()
     state, (told,) = run.train(run.init(), 0, 1)
     again = run.diagnosis(0)
   for name, value in told_one.items():
