@@ -18,6 +18,7 @@ from mdm_jax.core.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.data.tokenizer import planned_vocabulary
+from mdm_jax.model import kernels
 from mdm_jax.training.footprint import Footprint, Layout, footprint
 from mdm_jax.training.trainer import Blueprint
 
@@ -42,6 +43,8 @@ def plan_mesh(config: Config, mesh: str, device: str | None) -> dict[str, Any]:
   lines = describe(run, devices, found)
   console.print("\n".join(lines), soft_wrap=True)
   if accelerator:
+    for line in _attention(config, accelerator):
+      console.print(line, soft_wrap=True)
     console.print(_verdict(run, found, accelerator), soft_wrap=True)
   return {"held": found.held, "passing": found.passing, "total": found.total}
 
@@ -115,6 +118,24 @@ def _parts(found: Footprint) -> dict[str, int]:
   return found.held | {
     passing.get(name, name): size for name, size in found.passing.items()
   }
+
+
+def _attention(config: Config, device: Accelerator) -> list[str]:
+  """Says what `auto` takes on a GPU: cuDNN's can't be traced without one."""
+  model = config.model
+  if model.attention != "auto" or device.capability is None:
+    return []
+  place = kernels.Place("gpu", device.capability)
+  dtype = "bfloat16" if model.dtype == "auto" else model.dtype
+  size = model.embed_dim // model.num_heads
+  choices = {
+    kernels.choose("auto", place, dtype, size, stage.length)
+    for stage in config.stages
+  }
+  lines = sorted(f"on {device.name}, {choice}" for choice in choices)
+  if "cudnn" in {choice.name for choice in choices}:
+    lines.append("planned with XLA's own attention, which holds more")
+  return lines
 
 
 def _verdict(run: Blueprint, found: Footprint, device: Accelerator) -> str:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mdm_jax.core.config import Config
 from mdm_jax.core.progress import console, duration
-from mdm_jax.core.sharding import training_mesh
+from mdm_jax.core.sharding import data_shards, padded_rows, training_mesh
 from mdm_jax.data.prepared import prepare
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.training import calibration, scaling_laws
@@ -73,6 +73,7 @@ class Plan:
     unique_tokens: of the largest stage's rows.
     tokens: to be seen, repeats included.
     laws: what the scaling laws expect of this compute and this corpus.
+    notes: sentences on how these devices do it.
     warnings: sentences.
   """
 
@@ -87,6 +88,7 @@ class Plan:
   unique_tokens: int
   tokens: int
   laws: Forecast
+  notes: tuple[str, ...]
   warnings: tuple[str, ...]
 
   @property
@@ -138,8 +140,30 @@ def make_plan(trainer: Trainer, after: int = 0) -> Plan:
     unique_tokens=unique,
     tokens=round(tokens),
     laws=scaling_laws.forecast(params, unique, tokens / unique),
+    notes=tuple(_notes(trainer)),
     warnings=tuple(uncovered_rates(config)),
   )
+
+
+def _notes(trainer: Trainer) -> list[str]:
+  """Says what attention is computed by, and which rows are added."""
+  lengths = sorted({s.config.length for s in trainer.curriculum.stages})
+  by_choice: dict[str, list[str]] = {}
+  for length in lengths:
+    choice = str(trainer.denoiser.attention(length))
+    by_choice.setdefault(choice, []).append(str(length))
+  lines = [
+    choice + (f" (length {', '.join(at)})" if len(by_choice) > 1 else "")
+    for choice, at in by_choice.items()
+  ]
+  rows = trainer.config.data.batch_size
+  padded = padded_rows(rows, trainer.mesh)
+  if padded > rows:
+    lines.append(
+      f"{rows} rows a microbatch on {data_shards(trainer.mesh)} data shards:"
+      f" {padded - rows} rows of padding go along, computed and not counted"
+    )
+  return lines
 
 
 def _forecast(
@@ -200,7 +224,11 @@ def uncovered_rates(config: Config) -> list[str]:
 def show(plan: Plan) -> None:
   """Prints the stages, the model, the data budget and the warnings."""
   console.print(_stage_table(plan))
-  for line in (*_facts(plan), *(f"warning: {w}" for w in plan.warnings)):
+  for line in (
+    *_facts(plan),
+    *plan.notes,
+    *(f"warning: {w}" for w in plan.warnings),
+  ):
     console.print(line, soft_wrap=True)
 
 

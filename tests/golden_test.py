@@ -155,7 +155,6 @@ def test_a_run_that_does_not_fit_is_one_line(tmp_path, env):
     ("8b", "64x4", "v5", "'v5': did you mean"),
     ("8b", "64y4", None, "'64y4': write"),
     ("8b", "64x3", None, "key/value heads=8 does not split over mesh.tensor=3"),
-    ("recommended", "64x4", None, "data.batch_size=8 does not split over 64"),
   ],
 )
 def test_what_can_not_be_is_told(name, mesh, device, told):

@@ -16,12 +16,14 @@ class Accelerator:
     kind: how JAX's `device_kind` begins.
     flops: dense bfloat16 operations a second.
     memory: bytes.
+    capability: an NVIDIA GPU's compute capability; None for all else.
   """
 
   name: str
   kind: str
   flops: float
   memory: int
+  capability: str | None = None
 
 
 _ALL = (
@@ -29,10 +31,10 @@ _ALL = (
   Accelerator("v5e", "TPU v5 lite", 197e12, 16 * GIB),
   Accelerator("v5p", "TPU v5", 459e12, 95 * GIB),
   Accelerator("v6e", "TPU v6 lite", 918e12, 32 * GIB),
-  Accelerator("a100-40", "NVIDIA A100", 312e12, 40 * GIB),
-  Accelerator("a100-80", "NVIDIA A100-SXM4-80GB", 312e12, 80 * GIB),
-  Accelerator("h100", "NVIDIA H100", 989e12, 80 * GIB),
-  Accelerator("h200", "NVIDIA H200", 989e12, 141 * GIB),
+  Accelerator("a100-40", "NVIDIA A100", 312e12, 40 * GIB, "8.0"),
+  Accelerator("a100-80", "NVIDIA A100-SXM4-80GB", 312e12, 80 * GIB, "8.0"),
+  Accelerator("h100", "NVIDIA H100", 989e12, 80 * GIB, "9.0"),
+  Accelerator("h200", "NVIDIA H200", 989e12, 141 * GIB, "9.0"),
 )
 
 

@@ -44,7 +44,8 @@ class ModelConfig:
   attention: Literal["auto", "reference", "fused", "cudnn"] = field(
     "auto",
     "reference: plain products; fused: jax.nn.dot_product_attention; cudnn:"
-    " the same by cuDNN's kernel, on a GPU in bfloat16",
+    " the same by cuDNN's kernel, on a GPU in bfloat16; auto: reference on a"
+    " CPU, cudnn on a GPU where it is right, else fused: the plan says which",
   )
 
   @property

@@ -9,6 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from mdm_jax.model import kernels
+
 
 def attend(
   implementation: str,
@@ -18,13 +20,11 @@ def attend(
   visible: Bool[Array, "B L L"],
 ) -> Float[Array, "B G R L K"]:
   """Attends where `visible`, by the configured means; G groups of R heads."""
-  if implementation == "auto":
-    # Measured: plain products win on the CPU.
-    on_cpu = jax.default_backend() == "cpu"
-    implementation = "reference" if on_cpu else "fused"
-  if implementation == "reference":
+  length, size = query.shape[-2:]
+  name = kernels.chosen(implementation, query.dtype, size, length).name
+  if name == "reference":
     return reference_attention(query, key, value, visible)
-  kernel = "cudnn" if implementation == "cudnn" else None
+  kernel = "cudnn" if name == "cudnn" else None
   return fused_attention(query, key, value, visible, kernel)
 
 
@@ -42,7 +42,7 @@ def fused_attention(
   attend = lambda query, key, value, mask: jax.nn.dot_product_attention(
     query, key, value, mask=mask, implementation=kernel
   )
-  if kernel is None:
+  if kernel is None or jax.sharding.get_abstract_mesh().size > 1:
     attend = _by_device(attend, inputs[0], inputs[1], visible[:, None])
   result = attend(*inputs, visible[:, None])
   return _reshape(jnp.swapaxes(result, 1, 2), *query.shape)
@@ -51,7 +51,8 @@ def fused_attention(
 def _by_device(attend: Callable[..., Array], query, key, mask):
   """Attends on every device to its own rows and heads.
 
-  JAX reshapes inside, and newer versions forget there how one row is split.
+  JAX reshapes inside, and newer versions forget there how one row is split;
+  and a kernel knows nothing of a mesh.
   """
   spec = lambda x: jax.typeof(x).sharding.spec
   if jax.sharding.get_abstract_mesh().empty:

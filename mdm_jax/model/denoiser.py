@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.config import ModelConfig
 from mdm_jax.core.sharding import RULES, vocab_ids
-from mdm_jax.model import attention, embedding, layers
+from mdm_jax.model import attention, embedding, kernels, layers
 
 Params = dict[str, Any]
 
@@ -256,6 +256,12 @@ class Denoiser:
   config: ModelConfig
   vocab_size: int
   num_real: int
+
+  def attention(self, length: int) -> kernels.Choice:
+    """Returns what computes attention here, in rows of `length` tokens."""
+    c = self.config
+    size = c.embed_dim // c.num_heads
+    return kernels.chosen(c.attention, compute_dtype(c), size, length)
 
   def init(self, key: Key[Array, ""]) -> Params:
     """Returns fresh parameters, sharded over the current mesh."""

@@ -116,7 +116,7 @@ class TextSampler:
       length,
       self.rows_a_call // data_shards(mesh),
       -(-denoiser.config.num_heads // mesh.shape["tensor"]),
-      denoiser.config.attention,
+      denoiser.attention(length).name,
       memory.of_device(),
     )
     self._compiled: dict[SampleConfig, Sampler] = {}
