@@ -62,6 +62,7 @@ def _call(folder, *args):
   )
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_compares_and_goes_on(tmp_path):
   args = f"--config={CONFIG}", "--quick", "--variants=plain"
   args += ("--workdir=w", "--seeds=1")

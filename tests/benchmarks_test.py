@@ -229,6 +229,11 @@ def test_md4_begins_with_any_token_as_likely_as_another(mesh, rate, tolerance):
   np.testing.assert_allclose(mean, math.log(29), rtol=tolerance)
 
 
+@pytest.mark.parametrize(
+  "any_mesh",
+  ["1x1", pytest.param("4x2", marks=pytest.mark.slow)],
+  indirect=True,
+)
 def test_md4_overfits_a_batch(any_mesh):
   """Every row repeats a token: what is left of it tells what is hidden."""
   work = _work(TINY)
@@ -312,6 +317,7 @@ def unchecked():
   jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.mark.slow
 def test_parts_are_timed(mesh, unchecked):
   pieces = parts.make_parts(_work(TINY, "stage_3"), "plain")
   seconds = timing.interleave(pieces, 1)
@@ -336,6 +342,7 @@ def test_rows_are_read_from_files(mesh, tmp_path):
   assert trainer.data.stages[0].tokens.max() < TINY.vocab
 
 
+@pytest.mark.slow
 def test_loop_measures(mesh):
   results = loop.measure(TINY, updates=4, repeats=2, step_seconds=0.0)
   assert json.loads(json.dumps(results)) == results
@@ -369,6 +376,7 @@ def test_compile_time_measures(mesh, unchecked):
   assert results["last_over_first"] > 0
 
 
+@pytest.mark.slow
 def test_sampler_measures(mesh, unchecked, monkeypatch):
   monkeypatch.setattr(sampler, "WAYS", {"random": {}})
   results = sampler.measure(sampler.PRESETS["tiny"], 1)
@@ -391,6 +399,7 @@ def test_startup_waits_for_the_first_text(monkeypatch, tmp_path):
   }
 
 
+@pytest.mark.slow
 def test_startups_untrained_run_can_be_sampled(mesh, tmp_path):
   startup.make_workdir(TINY, str(tmp_path))
   model = sample.load(str(tmp_path))

@@ -49,6 +49,7 @@ def _losses(workdir):
   return found
 
 
+@pytest.mark.slow
 def test_fault_02_38_two_stop_one_goes_on_then_two(place, pair):
   """A signal to one stops both; whoever goes on sees what all would have."""
   slow = harness.SLOW_UPDATES.format(seconds=0.2)

@@ -79,8 +79,15 @@ def small_chunks(monkeypatch):
   monkeypatch.setattr(objective, "_SMALL", 1)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+  "tied, smoothing",
+  [
+    (True, 0.1),
+    (False, 0.0),
+    pytest.param(True, 0.0, marks=pytest.mark.slow),
+    pytest.param(False, 0.1, marks=pytest.mark.slow),
+  ],
+)
 def test_training_loss_and_gradient_are_those_of_the_full_array(
   any_mesh, small_chunks, tied, smoothing
 ):

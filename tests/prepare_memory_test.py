@@ -33,6 +33,7 @@ def _peaks(folder, megabytes, block):
 @pytest.mark.skipif(
   sys.platform != "linux", reason="only Linux tells the peak of a process"
 )
+@pytest.mark.slow
 def test_four_times_the_text_needs_no_more_memory(tmp_path):
   """In one block it does, so the measure can tell."""
   parent, worker = _peaks(tmp_path, MEGABYTES, block=0.5)

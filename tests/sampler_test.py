@@ -126,7 +126,10 @@ def test_no_mask_and_no_unreal_id_is_left(network, mesh):
 
 @pytest.mark.parametrize(
   "fields",
-  [{}, {"order": "margin", "remasking": "conf", "remasking_rate": 0.3}],
+  [
+    pytest.param({}, marks=pytest.mark.slow),
+    {"order": "margin", "remasking": "conf", "remasking_rate": 0.3},
+  ],
 )
 def test_a_row_does_not_depend_on_its_batch(network, mesh, fields):
   x, config = np.full((8, 10), MASK), settings(num_steps=5, **fields)
@@ -140,7 +143,7 @@ def test_a_row_does_not_depend_on_its_batch(network, mesh, fields):
 @pytest.mark.parametrize(
   "fields",
   [
-    {},
+    pytest.param({}, marks=pytest.mark.slow),
     {"order": "margin", "top_k": 3, "top_p": 0.9, "block_length": 4},
     {"order": "spread", "entropy_bound": 0.5, "min_p": 0.02, "guidance": 1.0},
   ],

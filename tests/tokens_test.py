@@ -127,13 +127,15 @@ def test_it_does_not_matter_where_blocks_end(small_blocks, vocab):
   "settings",
   [
     Settings(temperature=0.5),
-    Settings(temperature=3.0),
+    pytest.param(Settings(temperature=3.0), marks=pytest.mark.slow),
     Settings(top_k=40),
-    Settings(top_k=200),
+    pytest.param(Settings(top_k=200), marks=pytest.mark.slow),
     Settings(min_p=0.2),
     Settings(top_p=0.3),
-    Settings(top_p=0.9),
-    Settings(0.7, top_k=50, min_p=0.1, top_p=0.8),
+    pytest.param(Settings(top_p=0.9), marks=pytest.mark.slow),
+    pytest.param(
+      Settings(0.7, top_k=50, min_p=0.1, top_p=0.8), marks=pytest.mark.slow
+    ),
     Settings(0.7, top_k=200, min_p=0.1, top_p=0.8),
   ],
   ids=str,
