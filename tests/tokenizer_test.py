@@ -290,3 +290,17 @@ def test_no_warning_about_a_lossless_model(tmp_path, monkeypatch):
   assert tokenizer.lossless and not said
   for text in HARD:
     _check(tokenizer, text)
+
+
+def test_found_B7_words_that_take_long_are_told_before(monkeypatch):
+  said, train = [], tokenizers._train_on
+  monkeypatch.setattr(logging, "warning", lambda m, *a: said.append(m % a))
+  monkeypatch.setattr(
+    tokenizers, "_train_on", lambda *a: said.append("trained") or train(*a)
+  )
+  prose = "Words of a usual length, and one " + "of" * 40 + ".\n"
+  for text in (prose * 40 + "GATTACA" * 99, TEXTS[0], "\u7684\u4eba" * 999):
+    tokenizers.build(TokenizerConfig(vocab_size=400), [text])
+  hint, *others = said
+  assert "words of 50 characters or more, 74 % of the text" in hint
+  assert "tokenizer.kind=char" in hint and others == ["trained"] * 3

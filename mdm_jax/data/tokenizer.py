@@ -21,6 +21,7 @@ from jaxtyping import Int32, Integer
 from mdm_jax.core import safe_files
 from mdm_jax.core.config import TokenizerConfig
 from mdm_jax.core.errors import UserError
+from mdm_jax.data import words
 
 _BYTES = tuple(bytes([i]) for i in range(256))
 _BREAKS = ("\n\n", "\n")
@@ -322,6 +323,12 @@ def _train(vocab_size: int, texts: Sequence[str]) -> bytes:
     raise UserError(
       f"tokenizer.vocab_size={vocab_size} must be at least {_SMALLEST}, or set"
       " tokenizer.kind=byte"
+    )
+  if (share := words.share_of_runs(texts)) > 0.1:
+    logging.warning(
+      "SentencePiece learns slowly from words of 50 characters or more, %.0f %%"
+      " of the text; tokenizer.kind=char or byte needs no learning",
+      100 * share,
     )
   lines = [line for text in texts for line in _lines(text)]
   if len(lines) > _MAX_LINES:

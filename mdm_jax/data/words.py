@@ -9,6 +9,7 @@ at points and commas, and names at underscores, where Unicode's boundaries
 """
 
 import re
+from collections.abc import Sequence
 
 import regex
 
@@ -88,3 +89,18 @@ def starts(text: str) -> list[int]:
     runs = _COUNTED.finditer(text)
     found = (run for run in runs if _WORDS.search(run[0]))
   return [run.start() + at for run in found for at in _in_run(run[0])]
+
+
+def share_of_runs(texts: Sequence[str]) -> float:
+  """Returns the share of the characters that are in runs that are no words."""
+  long = 0
+  for text in texts:
+    found = text.split()
+    if max(map(len, found), default=0) >= _LONGEST:
+      runs = (run for run in found if len(run) >= _LONGEST)
+      long += sum(
+        len(run)
+        for run in runs
+        if _LONG.search(run) and not _UNSPACED.search(run)
+      )
+  return long / max(sum(map(len, texts)), 1)
