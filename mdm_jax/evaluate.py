@@ -179,7 +179,9 @@ class Measures:
     config, data = self.config, self.data
     path = config.eval.judge
     judge = make_judge(path, []) if path else self._ngrams
-    measure = samples_lib.TextMeasures(judge, self._training)
+    measure = samples_lib.TextMeasures(
+      judge, self._training, config.data.language
+    )
     plain = samples_lib.untruncated(config.sample)
     count = len(drawn.texts)
     own = running_texts(data.test, data.tokenizer, count, config.sample_length)

@@ -17,8 +17,12 @@ from mdm_jax.evaluation.text_metrics import CopyIndex, measure
 class TextMeasures:
   """All measures of texts, with what they compare them to."""
 
-  def __init__(self, judge: Judge, training_texts: Sequence[str]):
+  def __init__(
+    self, judge: Judge, training_texts: Sequence[str], language: str = "en"
+  ):
+    """Names what texts are compared to, and the language they are in."""
     self._judge = judge
+    self._language = language
     self._copies = CopyIndex(training_texts)
 
   def __call__(
@@ -30,7 +34,7 @@ class TextMeasures:
       texts: to be measured.
       documents: that each is from (None: each is a draw of its own).
     """
-    return measure(texts, documents=documents) | {
+    return measure(texts, self._language, documents) | {
       "copied_8gram": self._copies.share(texts, documents),
       "judge_nll": nll_per_byte(self._judge, texts, documents),
     }
