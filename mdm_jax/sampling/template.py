@@ -10,8 +10,9 @@ SentencePiece writes a word together with the space before it, so there one
 space in front of a hole is the hole's own: "The [MASK] is" gives "The" and
 " is", and " cat" is drawn. Were the space given, what follows it would have to
 be a word without a space, which the denoiser has not seen there. Two spaces in
-front of a hole give one. Bytes and characters are drawn one by one, spaces
-too, so every space around a hole is given.
+front of a hole give one. The end of a prompt is in front of a hole, too: "The "
+gives what "The" gives. Bytes and characters are drawn one by one, spaces too,
+so every space around a hole is given.
 """
 
 import dataclasses
@@ -70,7 +71,9 @@ def parse(text: str, tokenizer: Tokenizer) -> Template:
   given = [part.given for part in parts]
   if _spaces_begin_words(tokenizer):
     given = [
-      part.given.removesuffix(" ") if part.holes or part.grows else part.given
+      part.given.removesuffix(" ")
+      if part.holes or part.grows or plain
+      else part.given
       for part in parts
     ]
   tokens, free = [], []
