@@ -4,6 +4,7 @@
   python -m mdm_jax.main --mode=eval --workdir=runs/quickstart
   python -m mdm_jax.main --mode=sample --workdir=runs/quickstart --prompt="We"
   python -m mdm_jax.main --mode=sample --workdir=runs/quickstart --interactive
+  python -m mdm_jax.main --mode=sample --workdir=runs/quickstart --prompts=FILE
 
 --mode=data and --mode=plan look at what a run would do; prepare writes the rows
 of a corpus too large for memory; train does what the config says; eval,
@@ -23,7 +24,7 @@ from absl import flags
 
 from mdm_jax.core import command_line, log_lines, strict_json
 from mdm_jax.core.config import Config
-from mdm_jax.core.errors import Exit, Failure, Stopped
+from mdm_jax.core.errors import Exit, Failure, Stopped, UserError
 from mdm_jax.core.progress import console
 from mdm_jax.core.workdir import Workdir
 
@@ -44,6 +45,9 @@ _WORKDIR = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string(
   "prompt", "", "Text a sample begins with, or with [MASK] and [MASK:5] in it."
 )
+_PROMPTS = flags.DEFINE_string(
+  "prompts", "", "File with a prompt a line, or .jsonl, or - for the input."
+)
 _TRACE = flags.DEFINE_bool(
   "trace", False, "Show a sample while it is drawn; store how all were drawn."
 )
@@ -57,7 +61,7 @@ _WAYS = flags.DEFINE_string(
   "ways", "", "Compare only ways to draw whose name holds this."
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
-  "num_samples", None, "Texts to draw (default: sample.num_samples)."
+  "num_samples", None, "Texts of each prompt (default: sample.num_samples)."
 )
 _WORKERS = flags.DEFINE_integer(
   "workers", None, "Processes of --mode=prepare (default: one a core).", 1
@@ -175,12 +179,15 @@ def _run(config: Config, workdir: Workdir) -> Any:
       return train.train_and_evaluate(config, workdir)
     case "eval":
       return evaluate.evaluate_workdir(config, workdir)
+    case "sample" if len(_prompt_flags()) > 1:
+      raise UserError(f"give one of {', '.join(_prompt_flags())}")
     case "sample" if _INTERACTIVE.value:
       return interactive.converse(config, workdir)
     case "sample":
       return sample.sample_workdir(
         *(config, workdir, _PROMPT.value, _TRACE.value, _HTML.value),
         keep=_JSON.value,
+        file=_PROMPTS.value,
       )
     case "frontier":
       return frontier.frontier_workdir(config, workdir)
@@ -188,6 +195,16 @@ def _run(config: Config, workdir: Workdir) -> Any:
       return compare.compare_workdir(config, workdir, _WAYS.value)
     case "report":
       return report.report_workdir(config, workdir)
+
+
+def _prompt_flags() -> list[str]:
+  """Returns the flags that were given and say where prompts come from."""
+  ways = {
+    "--prompt": _PROMPT.value,
+    "--prompts": _PROMPTS.value,
+    "--interactive": _INTERACTIVE.value,
+  }
+  return [name for name, value in ways.items() if value]
 
 
 def _join() -> None:

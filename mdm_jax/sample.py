@@ -23,6 +23,7 @@ from mdm_jax.core.sharding import mesh_for_use
 from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.sampling import prompts as prompts_lib
 from mdm_jax.sampling import template
 from mdm_jax.sampling import trace as trace_lib
 from mdm_jax.sampling.call import Canvas
@@ -205,7 +206,8 @@ def sample_workdir(
   trace: bool = False,
   page: str | None = None,
   keep: bool = True,
-) -> list[str]:
+  file: str = "",
+) -> list[Any]:
   """Draws texts from a run's best checkpoint and prints them.
 
   Args:
@@ -216,21 +218,52 @@ def sample_workdir(
       the folder `samples` of the workdir how all came about.
     page: an HTML file to write that shows the same.
     keep: whether to return the texts, too, or nothing: for any number of them.
+    file: of prompts, in place of `prompt`.
+
+  Returns:
+    The texts; of a file, for each prompt {"prompt": ..., "texts": [...]}.
 
   Raises:
     UserError: the prompt or a setting can't work, or a file can't be written.
   """
+  given = prompts_lib.read(file) if file else [prompt]
   model = load_with(config, workdir)
+  try:
+    texts = _draw_all(config, model, workdir, given, trace, page, keep)
+  except template.PromptError as error:
+    if file:
+      told = f"--prompts={file}, line {error.number}: {error.why}"
+      raise UserError(told) from None
+    raise
+  if not file or not keep:
+    return texts
+  n = config.sample.num_samples
+  return [
+    {"prompt": prompt, "texts": texts[i * n : (i + 1) * n]}
+    for i, prompt in enumerate(given)
+  ]
+
+
+def _draw_all(
+  config: Config,
+  model: Model,
+  workdir: Workdir,
+  prompts: list[str],
+  trace: bool,
+  page: str | None,
+  keep: bool,
+) -> list[str]:
   count = config.sample.num_samples
+  names = _names(len(prompts), count)
   if not trace and not page:
-    return _print_all(model.stream(prompt, count), keep)
+    return _print_all(model.stream(prompts, count), names, keep)
   if trace:
     with LiveView(model.tokenizer, config.sample.num_steps) as view:
       model.watch = view.show
-      drawn = model.generate(prompt, count)
+      drawn = model.generate(prompts, count)
   else:
-    drawn = model.generate(prompt, count)
-  texts = _print_all([drawn], keep)
+    drawn = model.generate(prompts, count)
+  texts = _print_all([drawn], names, keep)
   settings = effective(config.sample)
   if trace and distributed.is_first():
     trace_lib.save(drawn, model.tokenizer, settings, workdir.path / "samples")
@@ -239,13 +272,21 @@ def sample_workdir(
   return texts
 
 
-def _print_all(parts: Iterable[Samples], keep: bool) -> list[str]:
+def _names(prompts: int, samples: int) -> Iterator[str]:
+  for prompt in range(1, prompts + 1):
+    of_several = f"prompt {prompt}, " if prompts > 1 else ""
+    for sample in range(1, samples + 1):
+      yield f"{of_several}sample {sample}"
+
+
+def _print_all(
+  parts: Iterable[Samples], names: Iterator[str], keep: bool
+) -> list[str]:
   """Prints texts as they come; returns them if they are to be kept."""
-  kept, number = [], 0
+  kept = []
   for part in parts:
     for text, calls in zip(part.texts, part.calls, strict=True):
-      number += 1
-      console.rule(f"sample {number}, {calls} denoiser calls")
+      console.rule(f"{next(names)}, {calls} denoiser calls")
       console.print(text, soft_wrap=True)
     kept += part.texts if keep else []
   return kept

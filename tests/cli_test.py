@@ -602,6 +602,10 @@ MISTAKES = {
   "mode": ([QUICK, "--mode=evl"], "evl|eval"),
   "number": ([QUICK, "--num_samples=x"], "num_samples"),
   "zero": ([QUICK, "--num_samples=0"], "num_samples=0|[1, "),
+  "prompts": (
+    [QUICK, "--mode=sample", "--prompt=a", "--prompts=b", "--interactive"],
+    "give one of --prompt, --prompts, --interactive",
+  ),
   "extra": ([QUICK, "extra"], "'extra'"),
   "corpus": ([QUICK, "--config.data.corpus=sotv"], "data.corpus|'sotu'"),
   "text": ([QUICK, "--config.data.corpus=text:none/*.txt"], "none|not exist"),

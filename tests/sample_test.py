@@ -260,6 +260,89 @@ def test_found_C4_a_session_goes_on_after_whatever_is_typed(
   assert "sample.seed=99999999999999999999 must be in [0, " in errors[1]
 
 
+# MARK: prompts from a file
+
+
+def _drawn_from(workdir, content, monkeypatch, name="prompts.txt", **options):
+  """Runs --prompts on a file of these bytes, or on them as input."""
+  if name == "-":
+    stdin = io.TextIOWrapper(io.BytesIO(content), "utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    path = name
+  else:
+    path = str(workdir / name)
+    (workdir / name).write_bytes(content)
+  settings = dataclasses.replace(CONFIG.sample, num_samples=2)
+  config = dataclasses.replace(CONFIG, sample=settings)
+  return sample.sample_workdir(config, Workdir(workdir), file=path, **options)
+
+
+FILES = {
+  "prompts.txt": "\ufeffone\r\n\nt[MASK:2]o\n\u00e9\ntwo",
+  "prompts.JSONL": (
+    '{"prompt": "one"}\n{"prompt": ""}\n{"prompt": "t[MASK:2]o", "id": 3}\n'
+    '{"prompt": "\\u00e9"}\n{"prompt": "two"}\n'
+  ),
+  "-": "one\n\nt[MASK:2]o\n\u00e9\ntwo\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_prompts_come_from_a_file(name, workdir, model, monkeypatch, capsys):
+  content = FILES[name].encode()
+  drawn = _drawn_from(workdir, content, monkeypatch, name)
+  prompts = ["one", "", "t[MASK:2]o", "\u00e9", "two"]
+  assert [line["prompt"] for line in drawn] == prompts
+  want = model.generate(prompts, 2).texts
+  assert [text for line in drawn for text in line["texts"]] == want
+  assert all(t.startswith("two") for t in drawn[-1]["texts"])
+  rules = [r for r in capsys.readouterr().out.splitlines() if "calls" in r]
+  assert len(rules) == 10
+  assert "prompt 1, sample 1, 6 denoiser calls" in rules[0]
+  assert "prompt 5, sample 2, 6 denoiser calls" in rules[-1]
+
+
+def test_prompts_of_a_file_can_be_watched(workdir, monkeypatch, tmp_path):
+  page = tmp_path / "page.html"
+  drawn = _drawn_from(workdir, b"a\nb\nc", monkeypatch, page=str(page))
+  assert len(drawn) == 3 and page.exists()
+  none = _drawn_from(workdir, b"a\nb\nc", monkeypatch, keep=False)
+  assert none == []
+
+
+@pytest.mark.parametrize(
+  "name, content, told",
+  [
+    ("p.txt", b"", "p.txt has no prompt"),
+    ("-", b"", "--prompts=- has no prompt"),
+    ("p.txt", b"one\n[MASK:x]\n", r"p.txt, line 2: \[MASK:x\] is not a hole"),
+    ("p.txt", b"caf\xe9", "p.txt, line 1: .* byte 0xe9 at character 4"),
+    ("p.txt", b"a\nb\n" + b"x" * 25, "p.txt, line 3: .* a sample has 24"),
+    (
+      "p.jsonl",
+      b'{"prompt": "a"}\n{"text": "a"}',
+      "p.jsonl, line 2: it is not",
+    ),
+    ("p.jsonl", b'{"prompt": "a"}\n\n', "p.jsonl, line 2: it is not"),
+    ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1: .* U.D800 at character 1"),
+    ("p.jsonl", b"[1]", "line 1: it is not"),
+  ],
+)
+def test_a_line_that_is_no_prompt_is_named(
+  name, content, told, workdir, monkeypatch
+):
+  with pytest.raises(UserError, match=told) as caught:
+    _drawn_from(workdir, content, monkeypatch, name)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_prompts_that_is_not_there(workdir):
+  with pytest.raises(UserError, match="--prompts=nothing: No such file"):
+    sample.sample_workdir(CONFIG, Workdir(workdir), file="nothing")
+
+
+# MARK: extremes
+
 WIDE = dict(temperature_range=None, num_steps=4096, length=2)
 
 

@@ -35,6 +35,19 @@ _FORMS = (
 )
 
 
+class PromptError(UserError):
+  """What is wrong with one of several prompts.
+
+  Attributes:
+    number: of the prompt, from 1.
+    why: what is wrong.
+  """
+
+  def __init__(self, number: int, total: int, why: str):
+    self.number, self.why = number, why
+    super().__init__(f"prompt {number} of {total}: {why}" if total > 1 else why)
+
+
 @dataclasses.dataclass(frozen=True)
 class Template:
   """A row with holes.
@@ -117,16 +130,14 @@ def canvas(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Canvas:
   """Returns a row of `length` tokens for each text.
 
   Raises:
-    UserError: as `parse` and `fit`, naming the text if there are several.
+    PromptError: as `parse` and `fit`, naming the text if there are several.
   """
   rows = []
   for number, text in enumerate(texts, start=1):
     try:
       rows.append(fit(parse(text, tokenizer), length, tokenizer.vocab))
     except UserError as error:
-      if len(texts) == 1:
-        raise
-      raise UserError(f"prompt {number} of {len(texts)}: {error}") from None
+      raise PromptError(number, len(texts), str(error)) from None
   tokens = np.array([row.tokens for row in rows], np.int32)
   free = np.array([row.free for row in rows], bool)
   tokens, free = tokens.reshape(-1, length), free.reshape(-1, length)
