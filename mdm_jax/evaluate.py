@@ -15,7 +15,7 @@ from mdm_jax.core.workdir import Workdir
 from mdm_jax.data import splits
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import Rows
-from mdm_jax.data.prepared import PreparedData, training_texts
+from mdm_jax.data.prepared import PreparedData, training_ngrams, training_texts
 from mdm_jax.evaluation import baselines, tables, targets
 from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation.judge import NgramJudge, make_judge
@@ -179,9 +179,8 @@ class Measures:
     config, data = self.config, self.data
     path = config.eval.judge
     judge = make_judge(path, []) if path else self._ngrams
-    measure = samples_lib.TextMeasures(
-      judge, self._training, config.data.language
-    )
+    copies = training_ngrams(config, self._training)
+    measure = samples_lib.TextMeasures(judge, copies, config.data.language)
     plain = samples_lib.untruncated(config.sample)
     count = len(drawn.texts)
     own = running_texts(data.test, data.tokenizer, count, config.sample_length)

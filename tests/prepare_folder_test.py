@@ -11,7 +11,8 @@ from absl import logging
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import inputs, preparation, prepared
-from mdm_jax.data.prepared import prepare, training_texts
+from mdm_jax.data.prepared import prepare, training_ngrams, training_texts
+from mdm_jax.evaluation.text_metrics import CopyIndex
 
 # Where nothing is about difficulty: its passes take longest.
 ALL = {"stage__easiest": 1.0}
@@ -136,6 +137,29 @@ def test_of_a_large_corpus_the_judge_reads_a_sample(
   everything = training_texts(_in_memory(config, tmp_path))
   assert set(texts) < set(everything)
   assert texts != everything[: len(texts)], "the first ones are no sample"
+
+
+@pytest.mark.parametrize("kept", [2**24, 3_000])
+def test_found_A9_copies_of_any_part_of_a_large_corpus_are_seen(
+  place, tmp_path, monkeypatch, kept
+):
+  """Its sample alone would show a third of them."""
+  monkeypatch.setattr(preparation, "SAMPLE_BYTES", 5_000)
+  monkeypatch.setattr(preparation, "_NGRAMS", kept)
+  config = _fresh(place, tmp_path, **ALL)
+  harness.fill(config)
+  found = training_ngrams(config, training_texts(config))
+  assert (found.share == 1) == (kept == 2**24)
+  assert abs(len(found.hashes) / found.share - 3_850) < 300
+  index, texts = CopyIndex(found), training_texts(_in_memory(config, tmp_path))
+  assert index.share(texts).value == 1
+  whole, sample = CopyIndex(texts), CopyIndex(training_texts(config))
+  assert sample.share(texts).value < 0.5
+  # Some other text, and some that is copied.
+  mixed = [f"{text[:600]} {text[600:1200][::-1]}" for text in texts]
+  measured, exact = index.share(mixed), whole.share(mixed)
+  assert 0.3 < exact.value < 0.7
+  assert abs(measured.value - exact.value) <= 3 * measured.stderr * (kept < 1e6)
 
 
 # MARK: stopped and gone on with

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdm_jax.data import segments
-from mdm_jax.evaluation import text_metrics
+from mdm_jax.data import ngrams, segments
 from mdm_jax.evaluation.text_metrics import CopyIndex, Measured, measure, tokens
 
 NAMES = [f"seq_rep_{n}" for n in (1, 2, 3, 4)]
@@ -351,7 +350,7 @@ def test_the_share_is_as_defined(seed):
 
 def test_hashes_do_not_collide():
   ids = np.arange(200_000, dtype=np.uint64)
-  assert len(np.unique(text_metrics._hashes([ids]))) == len(ids) - 7
+  assert len(np.unique(ngrams.hashes_of_ids([ids]))) == len(ids) - 7
 
 
 # MARK: other scripts

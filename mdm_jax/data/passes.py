@@ -27,6 +27,7 @@ from mdm_jax.data import (
   blocks,
   corpora,
   journal,
+  ngrams,
   ranking,
   segments,
   shards,
@@ -59,12 +60,14 @@ class Job:
     config: of the run.
     split: which documents are held out, once they are counted.
     sampled: share of the train split that the sample is.
+    copied: share of its 8-grams that are kept, where that is not all of it.
   """
 
   folder: pathlib.Path
   config: Config
   split: Split | None = None
   sampled: float = 1.0
+  copied: float = 1.0
 
   @property
   def work(self) -> pathlib.Path:
@@ -92,6 +95,10 @@ class Job:
     side = "" if block.side == TRAIN else f".{block.side}"
     suffix = _SUFFIXES.get(name, ".json")
     return self.work / f"{name}{side}.{block.number:06d}{part}{suffix}"
+
+  def ngrams(self, block: Block) -> pathlib.Path:
+    """Returns the file with the 8-grams of a block, of a larger corpus."""
+    return self.work / f"ngrams.{block.number:06d}.npy"
 
   def places(self, side: str) -> pathlib.Path:
     """Returns the file with the places of the texts given for a side."""
@@ -164,6 +171,9 @@ def _sample(job: Job, block: Block) -> None:
   sides = _split(job, block)
   texts = [document.text for document in sides.train]
   characters = set().union(*texts) if _spells(job.config) else ()
+  if job.sampled < 1:  # else the sample is all there is to look at
+    found = ngrams.of(texts, job.copied)
+    journal.put_array(job.ngrams(block), found.hashes)
   record = {
     "sizes": sides.count(),
     "texts": [p for text in texts for p in _pieces(text, job.sampled)],

@@ -34,6 +34,7 @@ from mdm_jax.data import (
 )
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.blocks import Block
+from mdm_jax.data.ngrams import Ngrams
 from mdm_jax.data.passes import Job, Pass
 from mdm_jax.data.splits import TRAIN
 from mdm_jax.data.stage_rows import row_lengths, spread
@@ -42,6 +43,9 @@ from mdm_jax.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 SAMPLE = "training_sample.json"
+NGRAMS = "training_8grams.npz"
+_NGRAMS = 2**24  # that are kept, about, so that a larger corpus takes no more
+_NGRAM_BYTES = 3  # of text for each, or more
 SAMPLE_BYTES = 2**25  # of text, for the tokenizer and the n-gram judge
 
 # Does a pass over some blocks, anywhere; returns when all of them are done.
@@ -230,6 +234,7 @@ def _counted(
     job,
     split=splits.decide(sums, job.shares),
     sampled=min(SAMPLE_BYTES / total, 1.0),
+    copied=min(_NGRAMS * _NGRAM_BYTES / total, 1.0),
   )
   digest = hashlib.sha256("".join(b.sha256 for b in known).encode())
   counts = {
@@ -267,10 +272,31 @@ def _sampled(
     learnt = [*texts, "".join(sorted(characters))] if characters else texts
     tokenizer = given or tokenizers.build(job.config.tokenizer, learnt)
     journal.put(job.folder / tokenizer.filename, tokenizer.content)
-  given = [s for s in splits.HELD_OUT if s not in job.shares.wanted]
-  kept = sum(sizes["documents"][side] for side in given)
+  if job.sampled < 1:
+    _write_ngrams(job, [block for block in found if block.side == TRAIN])
+  apart = [s for s in splits.HELD_OUT if s not in job.shares.wanted]
+  kept = sum(sizes["documents"][side] for side in apart)
   told = splits.told(job.split, sizes, counts.pop("repeated") - kept)
   return counts | sizes["documents"], told
+
+
+def _write_ngrams(job: Job, own: list[Block]) -> None:
+  path = job.folder / NGRAMS
+  if not path.exists():
+    hashes = np.zeros(0, np.uint64)
+    for block in own:
+      hashes = np.union1d(hashes, journal.map_array(job.ngrams(block)))
+    journal.put_arrays(
+      path, {"hashes": hashes, "share": np.float64(job.copied)}
+    )
+
+
+def read_ngrams(folder: pathlib.Path) -> Ngrams | None:
+  """Returns the 8-grams of the train split, if it is larger than the sample."""
+  if not (folder / NGRAMS).exists():
+    return None
+  found = journal.get_arrays(folder / NGRAMS)
+  return Ngrams(found["hashes"], float(found["share"]))
 
 
 # MARK: the end
@@ -288,6 +314,7 @@ def _finish(
   rows = {n: _write_index(job, found, n, lengths[n]) for n in lengths}
   tokenizer = tokenizers.load_tokenizer(job.folder)
   small = [SAMPLE, tokenizer.filename, *map(shards.index_name, lengths)]
+  small += [NGRAMS] if job.sampled < 1 else []
   manifest = {
     "inputs": wanted,
     "blocks": {

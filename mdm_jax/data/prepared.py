@@ -31,6 +31,7 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.data import (
   corpora,
   folder_inputs,
+  ngrams,
   preparation,
   row_checks,
   segments,
@@ -42,6 +43,7 @@ from mdm_jax.data.corpora import Document
 from mdm_jax.data.coverage import Coverage
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.inputs import file_sha256, given_tokenizer, row_inputs
+from mdm_jax.data.ngrams import Ngrams
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.segments import Unit
 from mdm_jax.data.shards import Index
@@ -126,6 +128,20 @@ def training_texts(config: Config) -> list[str]:
   found, _ = corpora.load_all(config.data)
   sides, _ = splits.divide(found, splits.shares_of(config.data))
   return [document.text for document in sides.train]
+
+
+def training_ngrams(config: Config, texts: list[str]) -> Ngrams:
+  """Returns the 8-grams of the whole train split, or of a share by hash.
+
+  Args:
+    config: of the run.
+    texts: as `training_texts` returns them.
+  """
+  if config.data.prepared:
+    folder = preparation.folder_of(config)
+    if found := preparation.read_ngrams(folder):
+      return found
+  return ngrams.of(texts)
 
 
 def _from_cache(config: Config, given: Tokenizer | None) -> PreparedData:

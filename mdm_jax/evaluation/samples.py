@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mdm_jax.core.config import SampleConfig
+from mdm_jax.data.ngrams import Ngrams
 from mdm_jax.evaluation.judge import Judge, nll_per_byte
 from mdm_jax.evaluation.standard_errors import Clusters, Measured
 from mdm_jax.evaluation.text_metrics import CopyIndex, measure
@@ -18,12 +19,15 @@ class TextMeasures:
   """All measures of texts, with what they compare them to."""
 
   def __init__(
-    self, judge: Judge, training_texts: Sequence[str], language: str = "en"
+    self,
+    judge: Judge,
+    training: Ngrams | Sequence[str],
+    language: str = "en",
   ):
     """Names what texts are compared to, and the language they are in."""
     self._judge = judge
     self._language = language
-    self._copies = CopyIndex(training_texts)
+    self._copies = CopyIndex(training)
 
   def __call__(
     self, texts: Sequence[str], documents: Clusters = None

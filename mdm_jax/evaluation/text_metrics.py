@@ -10,13 +10,13 @@ numbers change with length: compare only texts that are cut to the same one.
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, UInt64
 
-from mdm_jax.data import readability, segments
+from mdm_jax.data import ngrams, readability, segments
 from mdm_jax.data import words as words_lib
+from mdm_jax.data.ngrams import Ngrams, tokens
 from mdm_jax.evaluation.standard_errors import (
   Clusters,
   Measured,
@@ -33,16 +33,6 @@ Counts = collections.Counter
 _BLEU_ORDERS = (1, 2, 3, 4)
 _NO_MATCH = 0.1  # what method 1 of Chen and Cherry counts for no match at all
 _FEWEST_SENTENCES = 3  # for a grade
-_COPY_ORDER = 8
-_NO_IDS = np.zeros(0, np.uint64)
-
-
-def tokens(text: str) -> list[str]:
-  """Returns the tokens of a text in lower case: words and punctuation marks.
-
-  They are those of `words.tokens`: without spaces, each letter is a word.
-  """
-  return words_lib.tokens(text.lower())
 
 
 def measure(
@@ -207,59 +197,22 @@ def _grade(
 
 
 class CopyIndex:
-  """The 8-grams of `tokens` of a training text, to see what texts copy.
+  """The 8-grams of `tokens` of a training text, to see what texts copy."""
 
-  Each distinct one takes 8 bytes, a hash of it. None runs across two texts.
-  """
-
-  def __init__(self, texts: Sequence[str]):
-    """Indexes a training text."""
-    self._ids: dict[str, int] = {}
-    add = lambda token: self._ids.setdefault(token, len(self._ids))
-    self._hashes = np.unique(_hashes([_ids(text, add) for text in texts]))
+  def __init__(self, training: Ngrams | Sequence[str]):
+    """Indexes a training text, or takes what was indexed before."""
+    is_made = isinstance(training, Ngrams)
+    self._ngrams = training if is_made else ngrams.of(training)
 
   def share(self, texts: Sequence[str], documents: Clusters = None) -> Measured:
     """Measures the share of the texts' 8-grams that the training text has.
 
     Pooled over the texts; those shorter than 8 tokens have none, and without
-    any the share is nan.
+    any the share is nan. If a share of the training text's is indexed, as many
+    of the texts' are looked at.
     """
-    # No 8-gram of the index holds this id.
-    find = lambda token: self._ids.get(token, len(self._ids))
-    hashes = [_hashes([_ids(text, find)]) for text in texts]
-    counts = [(int(self._holds(h).sum()), len(h)) for h in hashes]
+    looked = [ngrams.hashes([text], self._ngrams.share) for text in texts]
+    counts = [(int(self._ngrams.holds(h).sum()), len(h)) for h in looked]
     own = summed(np.array(counts, np.int64).reshape(-1, 2), documents)
     copied, sizes = own.T.tolist()
     return pooled_ratio(sum(copied), copied, sizes, len(texts))
-
-  def _holds(self, hashes: UInt64[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
-    first, after = (
-      np.searchsorted(self._hashes, hashes, side) for side in ("left", "right")
-    )
-    return first < after
-
-
-def _ids(text: str, of: Callable[[str], int]) -> UInt64[np.ndarray, "N"]:
-  return np.fromiter(map(of, tokens(text)), np.uint64)
-
-
-def _hashes(texts: list[UInt64[np.ndarray, "_"]]) -> UInt64[np.ndarray, "N"]:
-  """Returns the hashes of all runs of 8 ids that stay inside their text."""
-  ids = np.concatenate([_NO_IDS, *texts])
-  ends = np.cumsum([len(t) for t in texts], dtype=np.int64)
-  inside = np.ones(len(ids), bool)
-  last = ends[:, None] - np.arange(1, _COPY_ORDER)
-  inside[last[last >= 0]] = False
-  first = np.flatnonzero(inside)
-  hashes = np.zeros(len(first), np.uint64)
-  for i in range(_COPY_ORDER):
-    hashes = _mixed(hashes ^ ids[first + i])
-  return hashes
-
-
-def _mixed(values: UInt64[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
-  """Scatters values over all of uint64, one to one (SplitMix64)."""
-  values = values + np.uint64(0x9E3779B97F4A7C15)
-  values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return values ^ (values >> np.uint64(31))
