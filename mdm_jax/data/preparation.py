@@ -26,6 +26,7 @@ from mdm_jax.data import (
   folder_inputs,
   inputs,
   journal,
+  ngrams,
   passes,
   row_checks,
   shards,
@@ -285,7 +286,8 @@ def _write_ngrams(job: Job, own: list[Block]) -> None:
   if not path.exists():
     hashes = np.zeros(0, np.uint64)
     for block in own:
-      hashes = np.union1d(hashes, journal.map_array(job.ngrams(block)))
+      more = journal.map_array(job.ngrams(block))
+      hashes = ngrams.distinct(np.concatenate([hashes, more]))
     journal.put_arrays(
       path, {"hashes": hashes, "share": np.float64(job.copied)}
     )
