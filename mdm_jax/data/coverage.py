@@ -77,6 +77,6 @@ def left_out(stage: StageConfig, counts: dict[str, Any]) -> list[str]:
     (counts["texts_too_long"], f"longer than {stage.length} tokens"),
     (counts["units_found"] - counts["units_selected"], "too difficult"),
   ]
-  told = [f"{count:,} {reason}" for count, reason in reasons if count]
-  why = f": {', '.join(told)}" if told else ""
-  return [*lines, f"left out: {share:.1%} of {total:,} characters{why}"]
+  lines.append(f"left out: {share:.1%} of {total:,} characters")
+  lines += [f"  {count:,} {reason}" for count, reason in reasons if count]
+  return lines
