@@ -25,7 +25,7 @@ from rich import box
 from rich.table import Table
 
 from mdm_jax.core import command_line, log_lines
-from mdm_jax.core.errors import Exit, Failure, UserError, nearest
+from mdm_jax.core.errors import Exit, Failure, StorageError, UserError, nearest
 from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console
 from mdm_jax.core.workdir import Workdir
@@ -94,9 +94,13 @@ def main(_: list[str]) -> int:
     print("interrupted: the same command goes on from what was saved")
     return Exit.STOPPED
   results = {v: _results(folder, v, flags.FLAGS.seeds) for v in variants}
-  _write(folder, results)
   for table in _tables(results):
     console.print(table)
+  try:  # last: it may be that nothing can be stored
+    _write(folder, results)
+  except OSError as error:
+    told = f"{folder} can't be written: {error.strerror}"
+    return command_line.fail(StorageError(told))
   return Exit.DONE
 
 

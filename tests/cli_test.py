@@ -141,6 +141,7 @@ def test_samples_are_measured_beside_held_out_text(trained):
   results = trained.results()
   found = dict(results["text_metrics"])
   assert "8-gram" in found.pop("judge")
+  assert found.pop("test text").startswith("8 texts of 128 tokens from ")
   assert list(found) == ["sampling", "untruncated", "held_out"]
   for name, measured in found.items():
     assert list(measured)[-2:] == ["copied_8gram", "judge_nll"], name
@@ -478,7 +479,7 @@ def test_ways_to_draw_are_compared(trained, copied):
   rows = _last_json(call(trained.folder, trained.env, *args))
   assert [row["way"] for row in rows] == [
     *(f"confidence, threshold {t}" for t in (0.5, 0.2)),
-    "held-out text",
+    "validation text",
   ]
   assert all(0 < row["calls"] <= 30 and row["n"] == 4 for row in rows[:-1])
   assert len((copied / "ways.csv").read_text().splitlines()) == 4
@@ -536,7 +537,7 @@ def test_the_frontier_is_a_table_and_a_plot(trained, copied):
   header, *lines = (copied / "frontier.csv").read_text().splitlines()
   assert header.startswith("drawn,judge_nll,") and len(lines) == len(points)
   swept = [p for p in points if p["drawn"].startswith("T = ")]
-  assert len(swept) == 8 and points[-1]["drawn"] == "held-out text"
+  assert len(swept) == 8 and points[-1]["drawn"] == "validation text"
   assert swept[0]["unigram_entropy"] < swept[-1]["unigram_entropy"]
   own = trained.results()["text_metrics"]["sampling"]["judge_nll"]["value"]
   assert points[0]["judge_nll"] == pytest.approx(own)

@@ -252,7 +252,7 @@ def test_data_of_every_stage_is_told(report):
   assert f"documents, {sizes}" in told
   assert "vocab_size 4224" in told
   assert told.count("cut 0.42") == 2 and told.count("not ranked") == 3
-  assert told.count("Is it? Why not? We shall see.") == 4
+  assert told.count("Is it? Why not? We shall see.") == 5
 
 
 def test_every_setting_has_its_command_line_name(report):

@@ -88,7 +88,7 @@ def _missing(name: str) -> "markup.Html":
 
 def _headline(results: Json) -> markup.Html:
   known = {k: math.nan if v is None else v for k, v in results.items()}
-  number = lambda name, form=",.0f": markup.number(known[name], form)
+  number = lambda name, form=",.0f": markup.number(known.get(name), form)
   nelbo, error = (number(f"nelbo_{n}", ".4f") for n in ("per_token", "stderr"))
   # To first order, bits have the relative error of the nats.
   share = known["nelbo_stderr"] / (known["nelbo_per_token"] or math.nan)
@@ -112,6 +112,8 @@ def _headline(results: Json) -> markup.Html:
 
 def _beside(results: Json) -> list[tuple[str, str]]:
   """Returns what text it is, and what others need for the same."""
+  if "text" not in results:  # of an older version
+    return []
   text = results["text"]
   sizes = ("documents", "rows", "tokens", "bytes")
   told = ", ".join(f"{results[name]:,} {name}" for name in sizes)
