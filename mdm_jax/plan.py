@@ -68,7 +68,7 @@ class Plan:
     params: parameters of the denoiser.
     vocabulary: ids, the padding ones too.
     rows_per_update: the effective batch.
-    held_out_rows: rows the likelihood is measured on.
+    held_out_rows: validation rows that there are.
     stages: in order.
     unique_tokens: of the largest stage's rows.
     tokens: to be seen, repeats included.
@@ -255,7 +255,7 @@ def _facts(plan: Plan) -> list[str]:
   by_loss = "diffusion" if laws.diffusion_wins else "autoregression"
   return [
     f"{plan.params:,} parameters, vocabulary {plan.vocabulary:,},"
-    f" {plan.rows_per_update} rows an update, {plan.held_out_rows:,} held-out"
+    f" {plan.rows_per_update} rows an update, {plan.held_out_rows:,} validation"
     f" rows; {plan.devices}",
     f"training {duration(plan.seconds)} by a short trial, evaluations not"
     f" counted; {laws.flops:.2e} FLOPs",

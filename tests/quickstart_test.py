@@ -27,7 +27,7 @@ def test_the_quickstart_learns_what_the_readme_says(tmp_path):
   assert results["updates"] == 1650
   # 1.79 in the README.
   assert results["bits_per_byte"] < 1.92
-  assert results["nelbo_stderr"] < 0.05
+  assert results["nelbo_stderr"] < 0.15  # over 12 documents
   curve = list(results["ce_by_mask_rate"].values())
   assert curve[0] < curve[-1] - 0.8  # it reads what is visible
   assert len(results["samples"]) == 4 and all(results["samples"])

@@ -199,10 +199,10 @@ class EvalConfig:
     COUNT,
   )
   rows: int = _field(
-    128, "held-out rows of an evaluation while training", POSITIVE
+    128, "validation rows of an evaluation while training", POSITIVE
   )
   final_rows: int | None = _field(
-    None, "held-out rows of the final evaluation (None: all)", POSITIVE
+    None, "test rows of the final evaluation (None: all)", POSITIVE
   )
   masks_per_row: int = _field(
     16, "stratified mask rates drawn for each row", "[1, 65536]"

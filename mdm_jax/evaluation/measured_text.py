@@ -9,7 +9,7 @@ from mdm_jax.core import config_changes
 from mdm_jax.core.config import Config
 from mdm_jax.core.progress import console
 from mdm_jax.core.workdir import Workdir
-from mdm_jax.data import corpora, splits
+from mdm_jax.data import corpora, records, splits
 from mdm_jax.data.prepared import PreparedData, prepare
 from mdm_jax.data.stage_rows import make_held_out
 
@@ -53,9 +53,9 @@ def _with_other(
   data: PreparedData, config: Config, side: str, corpus: str
 ) -> PreparedData:
   """Returns a run's data with another text on a side."""
-  field = f"data.{side}_corpus"
+  field, form = f"data.{side}_corpus", records.form_of(config.data)
   documents, tally = corpora.load_and_count(
-    corpus, None, config.data.on_bad_record, field=field
+    corpus, None, config.data.on_bad_record, form, field
   )
   corpora.tell(tally)
   texts = [document.text for document in documents]
