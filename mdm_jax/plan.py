@@ -94,7 +94,7 @@ class Plan:
   @property
   def seconds(self) -> float:
     """Of all updates that are left; evaluations and saving come on top."""
-    return sum(s.seconds or 0.0 for s in self.stages)
+    return sum((s.seconds or 0.0 for s in self.stages), 0.0)
 
 
 def plan_run(config: Config) -> dict[str, Any]:
@@ -252,7 +252,15 @@ def _facts(plan: Plan) -> list[str]:
   laws = plan.laws
   where = "" if laws.in_fitted_range else " (outside the fitted range)"
   by_compute = "diffusion" if laws.past_critical_flops else "autoregression"
-  by_loss = "diffusion" if laws.diffusion_wins else "autoregression"
+  if laws.losses_in_reach:
+    winner = "diffusion" if laws.diffusion_wins else "autoregression"
+    by_loss = f"by fitted losses {winner}"
+  else:
+    by_loss = (
+      f"the fitted losses don't reach here ({laws.diffusion_loss:.1f} nats for"
+      f" diffusion, {laws.ar_loss:.1f} for autoregression, and"
+      f" {scaling_laws.UNIFORM_LOSS:.1f} for guessing)"
+    )
   return [
     f"{plan.params:,} parameters, vocabulary {plan.vocabulary:,},"
     f" {plan.rows_per_update} rows an update, {plan.held_out_rows:,} validation"
@@ -264,7 +272,7 @@ def _facts(plan: Plan) -> list[str]:
     f" {laws.effective_tokens_diffusion:,.0f} fresh ones to diffusion,"
     f" {laws.effective_tokens_ar:,.0f} to autoregression",
     f"scaling laws{where}: past {laws.critical_flops:.1e} FLOPs diffusion wins"
-    f" on this much text, so here {by_compute}; by fitted losses {by_loss};"
+    f" on this much text, so here {by_compute}; {by_loss};"
     f" overfitting after about {laws.best_epochs:,.0f} epochs",
   ]
 

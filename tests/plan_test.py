@@ -1,9 +1,12 @@
+import math
+
 import pytest
 
 from mdm_jax import plan
 from mdm_jax.core.config import Config, StageConfig
 from mdm_jax.core.progress import duration
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.training import scaling_laws
 
 
 def stages(*rates, rehearsal=0.0):
@@ -45,3 +48,19 @@ def test_parameters_are_counted(mesh, tiny_model):
 )
 def test_durations(seconds, text):
   assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+  "params, tokens, epochs, reach",
+  [(147_840, 1e5, 0.3, False), (85e6, 1e8, 100, True)],
+)
+def test_found_A16_a_law_that_expects_less_than_guessing_knows_says_so(
+  params, tokens, epochs, reach, capsys
+):
+  laws = scaling_laws.forecast(params, tokens, epochs)
+  worst = max(laws.diffusion_loss, laws.ar_loss)
+  assert laws.losses_in_reach == reach == (worst < math.log(50_257))
+  plan.show(plan.Plan("a", "b", "c", 1, 1, 1, 1, (), 8, 8, laws, (), ()))
+  told = capsys.readouterr().out
+  assert ("by fitted losses diffusion" in told) == reach
+  assert (f"{laws.diffusion_loss:.1f} nats for diffusion" in told) != reach

@@ -285,6 +285,7 @@ def test_forecast():
     diffusion_loss=laws.diffusion_loss(85e6, 1e8, 100),
     ar_loss=laws.ar_loss(85e6, 1e8, 100),
     diffusion_wins=True,
+    losses_in_reach=True,
     in_fitted_range=True,
   )
 

@@ -23,6 +23,9 @@ Number = int | float
 DIFFUSION_R_STAR = 512.85
 AR_R_STAR = 31.93
 
+# What a model that knows nothing loses a token, in the laws' own tokens.
+UNIFORM_LOSS = math.log(50_257)
+
 # Unique tokens of the runs behind R* and the critical compute.
 FITTED_UNIQUE_TOKENS = (25e6, 100e6)
 
@@ -181,6 +184,8 @@ class Forecast:
     diffusion_loss: Quokka's law, nats a token.
     ar_loss: Muennighoff's law, nats a token.
     diffusion_wins: whether the first is the lower.
+    losses_in_reach: whether both are below uniform guessing; a law that says
+      more was fitted on far larger corpora, and says nothing of this one.
     in_fitted_range: whether R* and `critical_flops` were fitted on such sizes.
   """
 
@@ -195,6 +200,7 @@ class Forecast:
   diffusion_loss: float
   ar_loss: float
   diffusion_wins: bool
+  losses_in_reach: bool
   in_fitted_range: bool
 
 
@@ -215,6 +221,7 @@ def forecast(params: Number, unique_tokens: Number, epochs: Number) -> Forecast:
     diffusion_loss=diffusion_loss(*run),
     ar_loss=ar_loss(*run),
     diffusion_wins=diffusion_wins(*run),
+    losses_in_reach=max(diffusion_loss(*run), ar_loss(*run)) < UNIFORM_LOSS,
     in_fitted_range=in_fitted_range(unique_tokens),
   )
 
