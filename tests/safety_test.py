@@ -154,6 +154,11 @@ def run(tmp_path_factory):
   done = call(
     *(folder, env, "--config=planted.py:quick", "--workdir=w"),
     "--config.data.corpus=python_docs",
+    "--config.tokenizer.kind=byte",
+    *("--config.model.num_layers=1", "--config.model.embed_dim=32"),
+    *("--config.model.num_heads=2", "--config.sample.num_steps=2"),
+    *("--config.eval.rows=4", "--config.eval.final_rows=4"),
+    *("--config.eval.samples=0", "--config.eval.masks_per_row=4"),
     *(f"--config.stages[{i}].updates=2" for i in range(3)),
   )
   assert done.returncode == 0, done.stderr
