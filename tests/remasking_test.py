@@ -291,6 +291,24 @@ def test_one_token_drawn_again_a_step_keeps_the_joint(mesh):
   assert changed.any(axis=1).mean() > 0.5
 
 
+THREE_AT_ONCE = (0, 3, 3, 3, 3, 3, 4), (0, 3, 3, 3, 3, 0)
+
+
+def test_found_A10_one_token_a_step_keeps_marginals_and_several_do_not(mesh):
+  joint = harness.random_joint(FOUR, 4, zeros=0.3)
+  error = {}
+  for name, pace in {"one": ONE_BACK, "three": THREE_AT_ONCE}.items():
+    x = draw_pace(mesh, "cap", *pace, joint).path[-1]
+    error[name] = max(
+      abs((x[:, i] == k).mean() - joint[FOUR.texts[:, i] == k].sum())
+      for i, k in itertools.product(range(4), range(3))
+    )
+    print(f"a marginal is off by {error[name]:.3f} with {name} token(s) a step")
+  noise = np.sqrt(0.25 / 20_000)
+  assert error["one"] < 4 * noise
+  assert error["three"] > 10 * noise
+
+
 def product_joint(seed=0):
   numbers = np.random.default_rng(seed)
   each = numbers.dirichlet([0.7] * 3, size=4)

@@ -10,8 +10,11 @@ rescale  sigma = rate x its most
 conf     as cap, but tokens that were unlikely when drawn go back rather
 loop     as cap, while the schedule rests at 0.9 for half of the steps
 
-All but `conf` keep every token's marginal distribution. What `conf` puts back
-depends on what was drawn: likely tokens become more frequent.
+All but `conf` keep every token's marginal distribution where a step draws one
+token. Several are drawn apart from each other, as without a corrector: they
+need not fit together, and what is drawn again given them is off in its marginal
+too. What `conf` puts back depends on what was drawn: likely tokens become more
+frequent, however many a step draws.
 """
 
 import jax
