@@ -17,6 +17,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from mdm_jax.core import determinism
 from mdm_jax.core.config import Config
 from mdm_jax.core.progress import console, duration
 from mdm_jax.core.sharding import data_shards, padded_rows, training_mesh
@@ -163,7 +164,7 @@ def _notes(trainer: Trainer) -> list[str]:
       f"{rows} rows a microbatch on {data_shards(trainer.mesh)} data shards:"
       f" {padded - rows} rows of padding go along, computed and not counted"
     )
-  return lines
+  return [*lines, determinism.promise(jax.default_backend())]
 
 
 def _forecast(

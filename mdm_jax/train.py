@@ -23,7 +23,7 @@ from mdm_jax import evaluate as evaluate_lib
 from mdm_jax import plan as plan_lib
 from mdm_jax import preview
 from mdm_jax.core import config as config_lib
-from mdm_jax.core import config_changes, distributed
+from mdm_jax.core import config_changes, determinism, distributed
 from mdm_jax.core.config import Config
 from mdm_jax.core.errors import NumericsError, Stopped
 from mdm_jax.core.goodput import Cause
@@ -80,6 +80,7 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     workdir.check_tokenizer(data.tokenizer.sha256)
     if origin.update is not None:
       workdir.check_data(data.manifest)
+    determinism.check(config.train.deterministic)
     mesh = training_mesh(config)
     session.check()
     with jax.set_mesh(mesh), distributed.naming_peers(ROLL_SECONDS):

@@ -179,6 +179,11 @@ class TrainConfig:
     "make every so many updates one twice, and compare every bit",
     POSITIVE,
   )
+  deterministic: bool = _field(
+    False,
+    "on a GPU, ask XLA for the same bits in every run, at some speed; a CPU"
+    " needs not be asked",
+  )
   watchdog_seconds: float = _field(
     1200.0,
     "without progress, then all stacks are told and the run ends (0: never)",

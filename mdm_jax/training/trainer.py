@@ -137,8 +137,8 @@ class Trainer(Blueprint):
     if not bool(_same_bits(first, again)):
       raise NumericsError(
         f"update {update + 1}, made twice from one state, gave two results:"
-        " this machine computes wrongly, or is not deterministic (on a GPU set"
-        " XLA_FLAGS=--xla_gpu_deterministic_ops=true)"
+        " this machine computes wrongly, or is not deterministic (a GPU is"
+        " only, if at all, with train.deterministic=True)"
       )
     return first
 

@@ -1,0 +1,81 @@
+"""The same bits in every run, and what that depends on.
+
+On a CPU XLA computes so without being asked. On a GPU it picks kernels by
+timing them, and some add up in the order in which threads come by; its flag
+below does without both. XLA reads its flags once, when JAX starts a backend,
+and ends the process over one that it does not know.
+"""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import jax
+
+from mdm_jax.core.errors import UserError
+
+FLAG = "--xla_gpu_deterministic_ops=true"
+_FIELD = "train.deterministic"
+
+
+def ask_for(wanted: bool) -> None:
+  """Asks XLA for the same bits in every run, before JAX starts a backend.
+
+  Where JAX can't find a GPU there is nothing to ask for.
+
+  Raises:
+    UserError: this version of XLA does not know how.
+  """
+  if not wanted or is_asked() or not _gpu_plugins():
+    return
+  if not is_known(FLAG):
+    raise UserError(
+      f"{_FIELD}=True: this version of XLA does not know {FLAG}; nearest valid:"
+      f" {_FIELD}=False, or another version of jaxlib"
+    )
+  given = os.environ.get("XLA_FLAGS", "")
+  os.environ["XLA_FLAGS"] = f"{given} {FLAG}".strip()
+
+
+def check(wanted: bool) -> None:
+  """Raises UserError if a GPU was started before anybody asked it."""
+  if wanted and jax.default_backend() == "gpu" and not is_asked():
+    raise UserError(
+      f"{_FIELD}=True: JAX has started its GPU without {FLAG}; start by"
+      f" python -m mdm_jax.main, or with XLA_FLAGS={FLAG}"
+    )
+
+
+def is_asked() -> bool:
+  """Returns whether XLA's flags ask for it."""
+  name, value = FLAG.split("=")
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  return any(f in (name, FLAG, f"{name}=1", f"{name}={value}") for f in flags)
+
+
+def is_known(flag: str) -> bool:
+  """Returns whether XLA knows a flag, tried out in a process of its own."""
+  env = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+  start = [sys.executable, "-c", "import jax; jax.devices()"]
+  return not subprocess.run(start, env=env, capture_output=True).returncode
+
+
+def promise(backend: str) -> str:
+  """Says which runs are equal to the bit on a backend."""
+  if backend == "cpu":
+    return "the same command gives the same bits on as many devices"
+  if backend != "gpu":
+    return f"whether two runs have the same bits on a {backend} was not tried"
+  if is_asked():
+    return (
+      "XLA is asked for the same bits in every run; on a GPU this was not tried"
+    )
+  return (
+    f"two runs on a GPU differ by rounding: {_FIELD}=True asks for the bits"
+  )
+
+
+def _gpu_plugins() -> list[str]:
+  found = importlib.metadata.entry_points(group="jax_plugins")
+  return [p.name for p in found if "cuda" in p.name or "rocm" in p.name]
