@@ -3,7 +3,7 @@
   python tests/fault_results.py fast.xml slow.xml
 
 A test belongs to the rows whose numbers are in its name, as in
-`test_fault_01_06_...` or `test_safety_S3_...`.
+`test_fault_01_06_...`, `test_safety_S3_...` or `test_found_A3_...`.
 """
 
 import collections
@@ -13,14 +13,14 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "reliability.md"
-ROW = re.compile(r"^\| (S?\d+) \|.*\|([^|]*)\|$")
+ROW = re.compile(r"^\| ([ABCS]?\d+) \|.*\|([^|]*)\|$")
 
 
 def rows_of(name: str) -> list[str]:
   """Returns the numbers of the rows that a test is for."""
   found = re.findall(r"fault((?:_\d\d)+)", name)
   numbers = [number for part in found for number in part.split("_")[1:]]
-  return numbers + re.findall(r"safety_(S\d)", name)
+  return numbers + re.findall(r"(?:safety_|found_)([ABCS]\d+)", name)
 
 
 def outcomes(paths: list[str]) -> dict[str, collections.Counter]:

@@ -23,12 +23,14 @@ def _names():
   """The names of all tests, and of the cases that parametrize them."""
   for path in TESTS.glob("*_test.py"):
     yield from re.findall(
-      r"(?:def test_|\")((?:fault|safety)_\w+)", path.read_text()
+      r"(?:def test_|\")((?:fault|safety|found)_\w+)", path.read_text()
     )
 
 
 def test_every_fault_has_a_row_with_a_result():
   numbers = [f"{i:02d}" for i in range(1, 39)] + [f"S{i}" for i in range(1, 5)]
+  counts = {"A": 17, "B": 10, "C": 10}
+  numbers += [f"{x}{i}" for x in counts for i in range(1, counts[x] + 1)]
   assert list(ROWS) == numbers
   for number, result in ROWS.items():
     assert re.fullmatch(r" \d+ passed ", result), number
@@ -57,6 +59,7 @@ def test_causes_are_the_documented_ones():
     ("test_fault_01_06_stopped", ["01", "06"]),
     ("test_damage[fault_17_cut]", ["17"]),
     ("test_safety_S3_names", ["S3"]),
+    ("test_found_A12_seeds", ["A12"]),
     ("test_fault_tables", []),
   ],
 )
