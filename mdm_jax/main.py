@@ -151,7 +151,7 @@ def _end_soon(code: int) -> None:
 def _run(config: Config, workdir: Workdir) -> Any:
   from mdm_jax.core import determinism
 
-  determinism.ask_for(config.train.deterministic)
+  determinism.ask_for(config.train.deterministic == "true")
   _keep_compiled_programs()
   _join()
   # Imported here, so that --help and a wrong flag answer at once.

@@ -80,7 +80,7 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     workdir.check_tokenizer(data.tokenizer.sha256)
     if origin.update is not None:
       workdir.check_data(data.manifest)
-    determinism.check(config.train.deterministic)
+    determinism.check(train.deterministic == "true")
     mesh = training_mesh(config)
     session.check()
     with jax.set_mesh(mesh), distributed.naming_peers(ROLL_SECONDS):

@@ -9,7 +9,7 @@ from mdm_jax.core.config import Config, TrainConfig
 from mdm_jax.core.errors import Failure, UserError
 from mdm_jax.core.workdir import Workdir
 
-EXACT = Config(train=TrainConfig(deterministic=True))
+EXACT = Config(train=TrainConfig(deterministic="true"))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_without_a_wish_or_a_gpu_nothing_is_set(flags, wanted, plugins):
 
 def test_a_flag_that_xla_does_not_know_is_not_given(flags):
   flags.setattr(determinism, "is_known", lambda flag: False)
-  with pytest.raises(UserError, match="train.deterministic=False"):
+  with pytest.raises(UserError, match="train.deterministic=auto"):
     determinism.ask_for(True)
   assert not determinism.is_asked()
 

@@ -67,7 +67,7 @@ def exact() -> list[str]:
   """Returns what a run needs whose bits are compared: on a CPU nothing."""
   if jax.default_backend() != "gpu":
     return []
-  return ["--config.train.deterministic=True"]
+  return ["--config.train.deterministic=true"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Trial:
     return f"killed at update {at}; {self._same('one', 'hurt')}"
 
   def _exact(self) -> list[str]:
-    return [*self._args, "--config.train.deterministic=True"]
+    return [*self._args, "--config.train.deterministic=true"]
 
   def _same(self, *names: str) -> str:
     """Checks that two runs have the same numbers and the same last state."""

@@ -179,10 +179,11 @@ class TrainConfig:
     "make every so many updates one twice, and compare every bit",
     POSITIVE,
   )
-  deterministic: bool = _field(
-    False,
-    "on a GPU, ask XLA for the same bits in every run, at some speed; a CPU"
-    " needs not be asked",
+  deterministic: Literal["auto", "true"] = _field(
+    "auto",
+    "the same bits in every run. auto: what costs nothing (kernels are chosen"
+    " once and kept with the compiled programs; on a CPU that is all it takes);"
+    " true: on a GPU XLA's deterministic kernels too, at some speed",
   )
   watchdog_seconds: float = _field(
     1200.0,

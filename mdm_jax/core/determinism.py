@@ -31,8 +31,8 @@ def ask_for(wanted: bool) -> None:
     return
   if not is_known(FLAG):
     raise UserError(
-      f"{_FIELD}=True: this version of XLA does not know {FLAG}; nearest valid:"
-      f" {_FIELD}=False, or another version of jaxlib"
+      f"{_FIELD}=true: this version of XLA does not know {FLAG}; nearest valid:"
+      f" {_FIELD}=auto, or another version of jaxlib"
     )
   given = os.environ.get("XLA_FLAGS", "")
   os.environ["XLA_FLAGS"] = f"{given} {FLAG}".strip()
@@ -42,7 +42,7 @@ def check(wanted: bool) -> None:
   """Raises UserError if a GPU was started before anybody asked it."""
   if wanted and jax.default_backend() == "gpu" and not is_asked():
     raise UserError(
-      f"{_FIELD}=True: JAX has started its GPU without {FLAG}; start by"
+      f"{_FIELD}=true: JAX has started its GPU without {FLAG}; start by"
       f" python -m mdm_jax.main, or with XLA_FLAGS={FLAG}"
     )
 
@@ -72,7 +72,7 @@ def promise(backend: str) -> str:
       "XLA is asked for the same bits in every run; on a GPU this was not tried"
     )
   return (
-    f"two runs on a GPU differ by rounding: {_FIELD}=True asks for the bits"
+    f"two runs on a GPU differ by rounding: {_FIELD}=true asks for the bits"
   )
 
 

@@ -102,14 +102,6 @@ class TextSampler:
         "texts can't be watched while several processes draw them: leave out"
         " --trace, or draw in one process"
       )
-    self._compiled: dict[SampleConfig, Sampler] = {}
-    split = batch_sharding(mesh, rank=1)
-    self._row_keys = jax.jit(rng.per_row, out_shardings=split)
-    if watch is not None and distributed.count() > 1:
-      raise UserError(
-        "texts can't be watched while several processes draw them: leave out"
-        " --trace, or draw in one process"
-      )
     rows = rows_a_call(length, jax.default_backend())
     self.rows_a_call = padded_rows(rows, mesh)
     room.check_length(
@@ -119,14 +111,6 @@ class TextSampler:
       denoiser.attention(length).name,
       memory.of_device(),
     )
-    self._compiled: dict[SampleConfig, Sampler] = {}
-    split = batch_sharding(mesh, rank=1)
-    self._row_keys = jax.jit(rng.per_row, out_shardings=split)
-    if watch is not None and distributed.count() > 1:
-      raise UserError(
-        "texts can't be watched while several processes draw them: leave out"
-        " --trace, or draw in one process"
-      )
 
   def __call__(
     self,

@@ -138,7 +138,7 @@ class Trainer(Blueprint):
       raise NumericsError(
         f"update {update + 1}, made twice from one state, gave two results:"
         " this machine computes wrongly, or is not deterministic (a GPU is"
-        " only, if at all, with train.deterministic=True)"
+        " only, if at all, with train.deterministic=true)"
       )
     return first
 
