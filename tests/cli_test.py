@@ -661,10 +661,10 @@ def test_a_broken_config_file_is_one_line(name, env, tmp_path):
   check_mistake(done, *words.split("|"))
 
 
-def test_a_batch_that_devices_can_not_divide(env, tmp_path):
+def test_a_model_that_devices_can_not_divide(env, tmp_path):
   env = env | {"JAX_NUM_CPU_DEVICES": "3"}
   done = call(tmp_path, env, QUICK)
-  check_mistake(done, "data.batch_size=8", "6 or 9")
+  check_mistake(done, "model.embed_dim=64", "mesh.replica=-1 with mesh.fsdp=1")
 
 
 def test_a_prompt_that_is_too_long(trained):
@@ -693,14 +693,6 @@ def test_a_run_with_another_tokenizer(trained, copied):
 
 def test_a_field_from_the_command_line_is_used(env, tmp_path):
   done = call(
-    *(tmp_path, env, QUICK, "--config.data.batch_size=5"),
-    *("--config.mesh.fsdp=3", "--workdir=w"),
+    *(tmp_path, env, QUICK, "--config.mesh.fsdp=3", "--workdir=w"),
   )
   check_mistake(done, "mesh")
-  done = call(
-    tmp_path,
-    env | {"JAX_NUM_CPU_DEVICES": "3"},
-    QUICK,
-    "--config.data.batch_size=5",
-  )
-  check_mistake(done, "data.batch_size=5")

@@ -225,12 +225,13 @@ def check_vocabulary(size: int, mesh: AnyMesh) -> None:
 def _check_splits(what: str, size: int, axis: str, mesh: AnyMesh) -> None:
   shards = mesh.shape[axis]
   if size % shards:
-    near = _nearest(_divisors(size), shards)
+    near = [f"mesh.{axis}={n}" for n in _nearest(_divisors(size), shards)]
+    if axis == RULES.embed:  # any number of devices can have a copy each
+      near = ["mesh.replica=-1 with mesh.fsdp=1", *near]
     raise Unsplittable(
       f"{what}={size} does not split over mesh.{axis}={shards}: {size} /"
-      f" {shards} = {size / shards:.4g}; nearest valid:"
-      f" {' or '.join(f'mesh.{axis}={n}' for n in near)}, or a multiple of"
-      f" {shards} for {what}"
+      f" {shards} = {size / shards:.4g}; nearest valid: {' or '.join(near)}, or"
+      f" a multiple of {shards} for {what}"
     )
 
 
