@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -114,6 +115,27 @@ def test_an_end_is_not_taken_for_the_next_ones(folder):
   with _attempt(folder):
     assert _exit(folder) is None  # as after a kill
   assert _exit(folder)["number"] == 2
+
+
+def test_an_end_waits_for_a_beat_that_is_being_written(folder, monkeypatch):
+  """It once gave up there: no exit.json, and a lock of nobody."""
+  monkeypatch.setattr(attempt_lib, "_BEAT", 0.05)
+  began, go_on = threading.Event(), threading.Event()
+  attempt = _attempt(folder)
+  beat = attempt._beat
+
+  def slow():
+    began.set()
+    assert go_on.wait(60)
+    beat()
+
+  monkeypatch.setattr(attempt, "_beat", slow)
+  with attempt:
+    assert began.wait(60)
+    monkeypatch.setattr(attempt_lib, "_BEAT", 60.0)
+    threading.Timer(0.3, go_on.set).start()
+  assert _exit(folder)["code"] == 0
+  assert not (folder / "lock.json").exists()
 
 
 def test_attempts_are_numbered(folder):

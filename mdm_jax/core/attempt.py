@@ -64,7 +64,7 @@ class Attempt:
     self._process = process
     self._folder, self._config = folder, config
     self._max_attempts = max_attempts
-    self._over, self._ending = threading.Event(), threading.Lock()
+    self._over, self._writing = threading.Event(), threading.Lock()
     self._started = time.time()
     self.ledger = goodput.Ledger()
     self.number, self.start, self.update, self.committed = 1, 0, 0, 0
@@ -105,9 +105,8 @@ class Attempt:
 
   def finish(self, code: Exit, reason: str, told: str | None = None) -> None:
     """Writes how the attempt ended and gives the lock back, once."""
-    if not self._ending.acquire(blocking=False):
+    if not self._end():
       return
-    self._over.set()
     record = self._record() | {
       "ended": True,
       "code": int(code),
@@ -131,6 +130,21 @@ class Attempt:
       files.append_line(self._folder / "attempts.jsonl", record)
     with contextlib.suppress(OSError):
       files.delete(self._folder / "lock.json")
+
+  def _end(self) -> bool:
+    """Sees to it that no beat comes any more; tells whether it did not before.
+
+    A beat that is being written would bring the lock back behind us. One that a
+    store does not let come to its end is not waited for.
+    """
+    alone = self._writing.acquire(timeout=_BEAT)
+    try:
+      first = not self._over.is_set()
+      self._over.set()
+      return first
+    finally:
+      if alone:
+        self._writing.release()
 
   def begin(self, update: int) -> None:
     """Tells what the attempt goes on from."""
@@ -170,7 +184,7 @@ class Attempt:
         owner = files.read_json(self._folder / "lock.json")
         if owner and (owner["host"], owner["pid"]) != _me():
           self._lose(owner)
-        with self._ending:
+        with self._writing:
           if not self._over.is_set():
             self._beat()
 
