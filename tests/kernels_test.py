@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from mdm_jax.core import accelerators
+from mdm_jax.core.errors import UserError
 from mdm_jax.model import kernels
 from mdm_jax.model.kernels import Choice, Place
 
@@ -45,6 +46,13 @@ def test_what_jax_can_not_take_is_not_taken(monkeypatch):
   monkeypatch.setattr(kernels, "refusal", lambda *_: None)
   found = kernels.chosen("auto", jnp.dtype("bfloat16"), 64, 128)
   assert found == Choice("cudnn", "cuDNN's, of bfloat16, heads of 64")
+
+
+def test_cudnn_by_name_is_refused_in_one_line_where_it_can_not_be(monkeypatch):
+  assert kernels.chosen("cudnn", jnp.dtype("bfloat16"), 64, 128).name == "cudnn"
+  monkeypatch.setattr(kernels, "here", lambda: H100)
+  with pytest.raises(UserError, match="rows of 7 tokens.*nearest valid: auto"):
+    kernels.chosen("cudnn", jnp.dtype("bfloat16"), 64, 7)
 
 
 def test_gpus_have_a_capability_and_tpus_have_none():

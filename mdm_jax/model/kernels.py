@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.core.errors import UserError
+
 _HALF = ("bfloat16", "float16")
 _LEAST_CAPABILITY = (8, 0)
 # Largest head of cuDNN's flash attention, from a compute capability on.
@@ -102,12 +104,22 @@ def here() -> Place:
 
 
 def chosen(asked: str, dtype: jnp.dtype, head: int, length: int) -> Choice:
-  """Returns what is taken in this process: `choose`, and what JAX says."""
+  """Returns what is taken in this process: `choose`, and what JAX says.
+
+  Raises:
+    UserError: cuDNN's is asked for, and JAX can't take it on this GPU.
+  """
   found = choose(asked, here(), dtype, head, length)
-  if asked == "auto" and found.name == "cudnn":
-    refused = refusal("cudnn", jnp.dtype(dtype).name, head, length)
-    if refused:
-      return Choice("fused", f"XLA's own, as JAX says of cuDNN's: {refused}")
+  if found.name != "cudnn" or here().backend != "gpu":
+    return found
+  refused = refusal("cudnn", jnp.dtype(dtype).name, head, length)
+  if refused and asked == "cudnn":
+    raise UserError(
+      f"model.attention=cudnn with rows of {length} tokens and heads of {head}"
+      f" in {jnp.dtype(dtype).name}: {refused}; nearest valid: auto"
+    )
+  if refused:
+    return Choice("fused", f"XLA's own, as JAX says of cuDNN's: {refused}")
   return found
 
 
