@@ -169,7 +169,7 @@ def test_fault_31_rows_that_are_only_measured_may_be_few(config):
 def test_fault_31_a_command_ends_with_one_line(texts, env):
   done = call(
     *(texts, env, QUICK, f"--config.data.corpus=text:{texts}/*.txt"),
-    *("--config.data.batch_size=999", "--config.eval.batch_size=8"),
+    *("--config.data.batch_size=999", "--config.tokenizer.kind=byte"),
     *("--config.tokenizer.kind=byte", "--config.stages[0].min_words=1"),
   )
   check_mistake(done, "stages[0] has", "an update needs 999", "nearest valid")

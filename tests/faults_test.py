@@ -174,7 +174,7 @@ def test_fault_01_06_in_every_variant(name, place):
 SLEEPS = {
   "preparing": ("mdm_jax.train", "prepare_on_all"),
   "restoring": ("mdm_jax.training.checkpoint.Checkpoints", "_restore"),
-  "evaluating": ("mdm_jax.evaluate.Measures", "likelihood"),
+  "evaluating": ("mdm_jax.evaluate.Measures", "validation"),
   "sampling": ("mdm_jax.evaluate.Measures", "sample"),
 }
 SLEEP = """

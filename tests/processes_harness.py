@@ -195,11 +195,11 @@ def _use(trainer: Any, params: Any) -> dict[str, Any]:
   from mdm_jax.training import calibration
 
   mask = trainer.data.tokenizer.vocab.mask
-  rows = trainer.data.validation.subset(5).rows
+  held = trainer.data.validation.subset(5)
   evaluator = Evaluator(
     trainer.config.eval, trainer.denoiser, mask, trainer.mesh
   )
-  measured = evaluator.likelihood(params, rows)
+  measured = evaluator.likelihood(params, held)
   return {
     "likelihood": [measured.nelbo_per_token, measured.stderr],
     "samples": _samples(trainer, params),

@@ -169,8 +169,8 @@ def one_byte_a_token(rows: Rows) -> HeldOut:
   row = np.repeat(np.arange(len(rows)), [len(found) for found in numbers])
   segment = np.concatenate(numbers).astype(np.int64)
   sizes = (rows.segments[row] == segment[:, None]).sum(axis=1)
-  table = np.stack([row, segment, np.arange(len(row)), sizes], axis=1)
-  return HeldOut(rows, table.astype(np.int64))
+  columns = row, segment, np.arange(len(row)), sizes, np.zeros_like(row)
+  return HeldOut(rows, np.stack(columns, axis=1).astype(np.int64))
 
 
 def make_work(
