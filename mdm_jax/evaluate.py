@@ -92,8 +92,7 @@ class Measures:
     over a few rows. `validation_ce_by_mask_rate` is what the optimal schedule
     follows: test text chooses nothing.
     """
-    count = self.config.eval.final_rows
-    measured = self._likelihood(params, self.data.test.subset(count))
+    measured = self._likelihood(params, self._reported)
     rows = self._few(self.data.test)
     low, high = self.config.stages[-1].mask_rate or (0.0, 1.0)
     ce = self._evaluator.ce_in_range(params, rows, low, high)
@@ -126,14 +125,18 @@ class Measures:
     return self._evaluator.ce_by_mask_rate(params, rows)
 
   def baselines(self) -> dict[str, dict[str, Any]]:
-    """Returns what others need for the test text."""
+    """Returns what others need for the same bytes of test text."""
     return baselines.baselines(
       self._training,
-      self.data.test,
+      self._reported,
       self.data.tokenizer,
       self._ngrams,
       self._poll,
     )
+
+  @functools.cached_property
+  def _reported(self) -> HeldOut:
+    return self.data.test.subset(self.config.eval.final_rows)
 
   @functools.cached_property
   def _training(self) -> list[str]:

@@ -25,8 +25,8 @@ def test_the_quickstart_learns_what_the_readme_says(tmp_path):
   results = json.loads((tmp_path / "results.json").read_text())
   assert json.loads(done.stdout.splitlines()[-1]) == results
   assert results["updates"] == 1650
-  # 1.79 in the README.
-  assert results["bits_per_byte"] < 1.92
+  # 1.90 in the README.
+  assert results["bits_per_byte"] < 1.95
   assert results["nelbo_stderr"] < 0.15  # over 12 documents
   curve = list(results["ce_by_mask_rate"].values())
   assert curve[0] < curve[-1] - 0.8  # it reads what is visible

@@ -30,14 +30,15 @@ def baselines(
   ngrams: NgramJudge,
   poll: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-  """Returns bits per byte of all held-out text, by who compresses it.
+  """Returns bits per byte of held-out rows, by who compresses them.
 
   What is compressed is the text that the rows spell, as the model reads it;
   bytes are those of the original text, as they are for the model.
 
   Args:
     train: what was trained on; xz is given the last part of it.
-    held: the text.
+    held: the text; of rows that are not all, their texts of one document are
+      read one after the other.
     tokenizer: of its rows.
     ngrams: counted on the same training text.
     poll: called as long as it takes.
