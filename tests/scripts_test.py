@@ -208,6 +208,22 @@ def test_found_B1_a_stage_without_rows_says_what_keeps_the_text(tmp_path):
     assert error.value.code == 2
 
 
+def test_lines_as_documents_have_no_pairs_and_are_told_so(tmp_path):
+  names = "".join(f"Priya {c}. Zhang\n" for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+  (tmp_path / "names.txt").write_text(names)
+  corpus = f"text:{tmp_path}/*.txt"
+  raw = {
+    "data": {"corpus": corpus, "cache_dir": str(tmp_path), "document": "line"},
+    "tokenizer": {"kind": "byte"},
+    "stages": [{"unit": "pairs"}],
+  }
+  why = r"none of \d+ documents has two sentences.*unit=sentences or lines"
+  with pytest.raises(UserError, match=why):
+    prepare(config_lib.from_dict(raw))
+  raw["stages"] = [{"unit": "lines", "length": 16}]
+  assert len(prepare(config_lib.from_dict(raw)).stages[0])
+
+
 def test_what_no_stage_reads_is_counted_the_same_in_blocks(tmp_path):
   for i, text in enumerate(_mixed()):
     (tmp_path / f"{i}.txt").write_text(text)

@@ -128,6 +128,11 @@ def _no_rows(name: str, stage: StageConfig, counts: dict[str, Any]) -> str:
   found, unfit = counts["units_found"], counts["texts_too_long"]
   short, long = counts["units_too_short"], counts["units_too_long"]
   hard = found - counts["units_selected"]
+  if stage.unit == "pairs" and not short + long + found:
+    return (
+      f"{name} has no rows: none of {counts['documents']:,} documents has two"
+      f" sentences to pair ({name}.unit=sentences or lines reads single ones)"
+    )
   reasons = [
     (short, f"have fewer than {stage.min_words} words", "min_words=0"),
     (long, f"have more than {stage.max_words} words", "max_words=None"),
