@@ -64,7 +64,7 @@ def is_known(flag: str) -> bool:
 def promise(backend: str) -> str:
   """Says which runs are equal to the bit on a backend."""
   if backend == "cpu":
-    return "the same command gives the same bits on as many devices"
+    return "the same command gives the same bits, on the same number of devices"
   if backend != "gpu":
     return f"whether two runs have the same bits on a {backend} was not tried"
   if is_asked():
