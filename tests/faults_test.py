@@ -143,7 +143,8 @@ VARIANTS = {
   "dropout": ["--config.model.dropout=0.2"],
   "accumulation": ["--config.optimizer.accumulation=2"],
   "points_of_seven": ["--config.train.log_every=7"],
-  "guard": ["--config.train.spike_sigmas=3", "--config.train.spike_window=8"],
+  "guard": ["--config.train.spike_sigmas=3", "--config.train.spike_window=8"]
+  + ["--config.train.max_skipped=40"],  # so short a window skips many
   "nelbo": ["--config.objective.weighting=nelbo"]
   + ["--config.stages[0].mask_rate=None"],
 }
