@@ -12,7 +12,7 @@ that it fits 16 GiB a device on a mesh of 64 x 4:
 It was never trained.
 """
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):

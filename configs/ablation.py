@@ -1,6 +1,6 @@
 """The recipe's claims, one change at a time, small enough for two CPU cores.
 
-  python -m mdm_jax.ablate --config=configs/ablation.py
+  python -m mdm_jax.studies.ablate --config=configs/ablation.py
 
 The base is `configs/recommended.py` with more rehearsal, a smaller model,
 shorter rows, fewer documents, and a learning rate for the few updates. Each
@@ -8,7 +8,7 @@ variant changes one thing of it; all make equally many updates of equally many
 rows. See docs/results.md.
 """
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 
 VARIANTS = {
   "base": "rehearsal 0.25, label smoothing 0.1, weight decay 0.01",

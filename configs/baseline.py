@@ -7,7 +7,7 @@ never trained, and the printed plan says so. `configs/recommended.py` is the
 column to start from.
 """
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):

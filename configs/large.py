@@ -6,7 +6,7 @@
 says what it takes; it was never trained to its end.
 """
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):

@@ -9,7 +9,7 @@ values only the four of high priority are used: 300 epochs instead of 150,
 learning rate 1e-4, label smoothing 0.1 and temperature 0.6. See docs/recipe.md.
 """
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ for so few updates, and more rehearsal: the likelihood is over all mask rates,
 and there is no time to learn them from the sampler's own range first.
 """
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):

@@ -16,7 +16,7 @@ See docs/recipe.md.
 
 from ml_collections.config_flags import config_path
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 from mdm_jax.core.errors import UserError
 
 PRIORITIES = ("high", "medium", "low")

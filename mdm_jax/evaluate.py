@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.config import Config, to_dict
 from mdm_jax.core import strict_json
-from mdm_jax.core.config import Config, SampleConfig, to_dict
 from mdm_jax.core.progress import console
-from mdm_jax.core.sharding import mesh_for_use
-from mdm_jax.core.workdir import Workdir
 from mdm_jax.data import splits
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import Rows
@@ -21,11 +20,13 @@ from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation.judge import NgramJudge, make_judge
 from mdm_jax.evaluation.judge import check as check_judge
 from mdm_jax.evaluation.likelihood import Evaluator
-from mdm_jax.evaluation.measured_text import describe, open_rows
 from mdm_jax.evaluation.running_text import running_texts
+from mdm_jax.measured_text import describe, open_rows
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.model.placement import mesh_for_use
+from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import Samples, TextSampler, effective
-from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.workdir import Workdir
 
 _CURVE_ROWS = 64
 # Fields of `eval` that the final results depend on.
@@ -211,7 +212,7 @@ class Measures:
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   """Measures a run's best checkpoint, writes and returns the results."""
   data, config = open_rows(config, workdir)
-  mesh = mesh_for_use(config)
+  mesh = mesh_for_use(config.mesh, config.model)
   vocab = data.tokenizer.vocab
   denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:

@@ -12,14 +12,14 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
+from mdm_jax.config import Config
 from mdm_jax.core import accelerators, sharding
 from mdm_jax.core.accelerators import GIB, Accelerator
-from mdm_jax.core.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.data.tokenizer import planned_vocabulary
-from mdm_jax.model import kernels
-from mdm_jax.training.footprint import Footprint, Layout, footprint
+from mdm_jax.model import kernels, placement
+from mdm_jax.planning.footprint import Footprint, Layout, footprint
 from mdm_jax.training.trainer import Blueprint
 
 _MIB = 2**20
@@ -59,9 +59,9 @@ def blueprint(config: Config, mesh: AbstractMesh) -> Blueprint:
   chosen = {k: v for k, v in auto.items() if getattr(config.model, k) == "auto"}
   model = dataclasses.replace(config.model, **chosen)
   config = dataclasses.replace(config, model=model)
-  sharding.check_model(config.model, mesh)
+  placement.check_model(config.model, mesh)
   vocab = planned_vocabulary(config.tokenizer)
-  sharding.check_vocabulary(vocab.size, mesh)
+  placement.check_vocabulary(vocab.size, mesh)
   # How many rows a stage has says when it ends, not what it holds.
   rows = [config.rows_per_update] * len(config.stages)
   return Blueprint(config, vocab, rows)

@@ -8,12 +8,13 @@ import time
 from typing import Any
 
 from mdm_jax import sample
+from mdm_jax.config import Config
 from mdm_jax.core import distributed
-from mdm_jax.core.config import Config, SampleConfig
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.progress import console
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import effective
+from mdm_jax.workdir import Workdir
 
 _HELP = """\
 A text goes on from what you type; [MASK] in it is one token to fill in,

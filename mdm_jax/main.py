@@ -22,11 +22,12 @@ from typing import Any
 
 from absl import flags
 
-from mdm_jax.core import command_line, log_lines, strict_json
-from mdm_jax.core.config import Config
+from mdm_jax import command_line
+from mdm_jax.config import Config
+from mdm_jax.core import log_lines, strict_json
 from mdm_jax.core.errors import Exit, Failure, Stopped, UserError
 from mdm_jax.core.progress import console
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.workdir import Workdir
 
 _LAST_SECONDS = 20.0  # that the interpreter may take to end
 
@@ -156,10 +157,8 @@ def _run(config: Config, workdir: Workdir) -> Any:
   _join()
   # Imported here, so that --help and a wrong flag answer at once.
   from mdm_jax import (
-    compare,
     evaluate,
     fit,
-    frontier,
     interactive,
     plan,
     prepare,
@@ -168,6 +167,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
     sample,
     train,
   )
+  from mdm_jax.studies import compare, frontier
 
   match _MODE.value:
     case "data":

@@ -17,15 +17,16 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from mdm_jax.config import Config
 from mdm_jax.core import determinism
-from mdm_jax.core.config import Config
 from mdm_jax.core.progress import console, duration
-from mdm_jax.core.sharding import data_shards, padded_rows, training_mesh
+from mdm_jax.core.sharding import data_shards, padded_rows
 from mdm_jax.data.prepared import prepare
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.training import calibration, scaling_laws
+from mdm_jax.model.placement import training_mesh
+from mdm_jax.planning import calibration, scaling_laws
+from mdm_jax.planning.scaling_laws import Forecast
 from mdm_jax.training.curriculum import StagePlan
-from mdm_jax.training.scaling_laws import Forecast
 from mdm_jax.training.trainer import Trainer
 
 
@@ -101,7 +102,7 @@ class Plan:
 def plan_run(config: Config) -> dict[str, Any]:
   """Prints the plan of a run and returns it as plain values."""
   data = prepare(config)
-  mesh = training_mesh(config)
+  mesh = training_mesh(config.mesh, config.model)
   with jax.set_mesh(mesh):
     plan = make_plan(Trainer(config, data, mesh))
   show(plan)

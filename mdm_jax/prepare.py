@@ -10,16 +10,16 @@ from typing import Any
 from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from mdm_jax.config import Config
 from mdm_jax.core import distributed
-from mdm_jax.core.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
-from mdm_jax.core.signals import stop_request
 from mdm_jax.data import coverage, inputs, preparation, splits
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
 from mdm_jax.data.stage_rows import stage_name
 from mdm_jax.data.workers import Workers
+from mdm_jax.runtime.signals import stop_request
 
 
 def prepare_rows(

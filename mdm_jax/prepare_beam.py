@@ -13,8 +13,8 @@ import contextlib
 
 from absl import flags
 
-from mdm_jax import prepare
-from mdm_jax.core import command_line, log_lines
+from mdm_jax import command_line, prepare
+from mdm_jax.core import log_lines
 from mdm_jax.core.errors import Failure, UserError
 from mdm_jax.core.progress import console
 from mdm_jax.data import inputs, passes, preparation

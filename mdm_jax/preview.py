@@ -5,9 +5,10 @@ python -m mdm_jax.main --mode=data --config=configs/quickstart.py
 
 from typing import Any
 
-from mdm_jax.core.config import Config, StageConfig
+from mdm_jax.config import Config
 from mdm_jax.core.progress import console
 from mdm_jax.data import coverage, splits
+from mdm_jax.data.config import StageConfig
 from mdm_jax.data.prepared import PreparedData, prepare
 
 _BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"

@@ -1,9 +1,9 @@
 """From a run's folder to one page a person can look at."""
 
-from mdm_jax.core.config import Config, to_dict
+from mdm_jax.config import Config, to_dict
 from mdm_jax.core.progress import console
-from mdm_jax.core.workdir import Workdir
-from mdm_jax.evaluation.report import RunReport, render
+from mdm_jax.evaluation.pages.report import RunReport, render
+from mdm_jax.workdir import Workdir
 
 
 def report_workdir(config: Config, workdir: Workdir) -> str:

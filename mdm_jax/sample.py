@@ -13,25 +13,26 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.config import Config
 from mdm_jax.core import distributed
-from mdm_jax.core.config import Config, SampleConfig
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console
-from mdm_jax.core.sharding import mesh_for_use
-from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.model.placement import mesh_for_use
 from mdm_jax.sampling import prompts as prompts_lib
 from mdm_jax.sampling import template
 from mdm_jax.sampling import trace as trace_lib
 from mdm_jax.sampling.call import Canvas
+from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import Samples, TextSampler, effective
 from mdm_jax.sampling.live import LiveView
 from mdm_jax.sampling.sampler import Watch
 from mdm_jax.sampling.trace import render_page
-from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.workdir import Workdir
 
 
 def load(workdir: str) -> "Model":
@@ -67,7 +68,7 @@ class Model:
     self.watch: Watch | None = None
     vocab = tokenizer.vocab
     self._denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
-    self._mesh = mesh_for_use(config)
+    self._mesh = mesh_for_use(config.mesh, config.model)
     with jax.set_mesh(self._mesh), Checkpoints(workdir.path) as checkpoints:
       _, self._params = checkpoints.restore_best_params(self._denoiser)
     results = workdir.read_results() or {}

@@ -19,26 +19,26 @@ from typing import Any
 
 import jax
 
+from mdm_jax import config as config_lib
+from mdm_jax import config_changes, preview
 from mdm_jax import evaluate as evaluate_lib
 from mdm_jax import plan as plan_lib
-from mdm_jax import preview
-from mdm_jax.core import config as config_lib
-from mdm_jax.core import config_changes, determinism, distributed
-from mdm_jax.core.config import Config
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.config import Config
+from mdm_jax.core import determinism, distributed
 from mdm_jax.core.errors import NumericsError, Stopped
-from mdm_jax.core.goodput import Cause
-from mdm_jax.core.metrics import Writers
 from mdm_jax.core.progress import ProgressLine, console, duration, with_error
-from mdm_jax.core.session import ROLL_SECONDS, Session
-from mdm_jax.core.sharding import training_mesh
-from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.prepared import prepare_on_all
+from mdm_jax.model.placement import training_mesh
+from mdm_jax.resume import Origin, find_origin
+from mdm_jax.runtime.goodput import Cause
+from mdm_jax.runtime.session import ROLL_SECONDS, Session
 from mdm_jax.training import incident
-from mdm_jax.training.checkpoint import Checkpoints
-from mdm_jax.training.origin import Origin, find_origin
 from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.trainer import Trainer
+from mdm_jax.training.writers import Writers
+from mdm_jax.workdir import Workdir
 
 _EVALUATION = "validation/", "samples/"  # names of what an evaluation writes
 
@@ -81,7 +81,7 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     if origin.update is not None:
       workdir.check_data(data.manifest)
     determinism.check(train.deterministic == "true")
-    mesh = training_mesh(config)
+    mesh = training_mesh(config.mesh, config.model)
     session.check()
     with jax.set_mesh(mesh), distributed.naming_peers(ROLL_SECONDS):
       trainer = Trainer(config, data, mesh)

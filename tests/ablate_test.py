@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from mdm_jax import ablate
+from mdm_jax.studies import ablate
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "ablation.py"
 
@@ -53,7 +53,7 @@ def _call(folder, *args):
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
   }
   return subprocess.run(
-    [sys.executable, "-m", "mdm_jax.ablate", *args],
+    [sys.executable, "-m", "mdm_jax.studies.ablate", *args],
     cwd=folder,
     env=env,
     capture_output=True,

@@ -12,9 +12,7 @@ import time
 import pytest
 from etils import epath
 
-from mdm_jax.core import attempt as attempt_lib
 from mdm_jax.core import files
-from mdm_jax.core.attempt import Attempt
 from mdm_jax.core.errors import (
   CrashLoop,
   Exit,
@@ -23,11 +21,13 @@ from mdm_jax.core.errors import (
   UserError,
   exit_code,
 )
+from mdm_jax.runtime import attempt as attempt_lib
+from mdm_jax.runtime.attempt import Attempt
 
 HOLDER = """
 import sys, time
 from etils import epath
-from mdm_jax.core.attempt import Attempt
+from mdm_jax.runtime.attempt import Attempt
 with Attempt(epath.Path(sys.argv[1]), "config", 3) as attempt:
   attempt.begin(4)
   attempt.update = 9

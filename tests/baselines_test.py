@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from mdm_jax.core.config import Config, StageConfig, TokenizerConfig
+from mdm_jax.config import Config
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import StageConfig, TokenizerConfig
 from mdm_jax.data.stage_rows import make_held_out
 from mdm_jax.evaluation import baselines
 from mdm_jax.evaluation.judge import NgramJudge, nll_per_byte

@@ -34,12 +34,13 @@ from mdm_jax.benchmarks import (
   workload,
 )
 from mdm_jax.core import rng
-from mdm_jax.core.config import ModelConfig, ObjectiveConfig
 from mdm_jax.core.sharding import RULES
-from mdm_jax.diffusion import corruption, objective
-from mdm_jax.diffusion.noise import RateRange
 from mdm_jax.model import flops
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.objectives import corruption, cross_entropy
+from mdm_jax.objectives.config import ObjectiveConfig
+from mdm_jax.objectives.noise import RateRange
 from mdm_jax.training.state import state_from
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -152,8 +153,8 @@ def test_plain_loss_is_the_librarys_on_the_same_masks(any_mesh):
   config = ObjectiveConfig(weighting="nelbo")
 
   def library(params, hidden):
-    weight = objective.row_weights(config, masked, real, inverse_density)
-    total, _ = objective.masked_loss(
+    weight = cross_entropy.row_weights(config, masked, real, inverse_density)
+    total, _ = cross_entropy.masked_loss(
       *(denoiser.logits, denoiser.head(params), hidden, x0, masked),
       *(weight, x0.size, denoiser.num_real),
     )

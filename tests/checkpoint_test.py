@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from etils import epath
 
+from mdm_jax.checkpoints import checkpoint as checkpoint_lib
+from mdm_jax.checkpoints import manifest
+from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.errors import NumericsError, StorageError, UserError
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.training import checkpoint as checkpoint_lib
-from mdm_jax.training import manifest
-from mdm_jax.training.checkpoint import Checkpoints
 from mdm_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("mesh")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from command_harness import call, check_mistake, environment
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 from mdm_jax.sampling import trace
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

@@ -7,8 +7,7 @@ from conftest import make_mesh
 from jax.sharding import PartitionSpec as P
 
 from mdm_jax.benchmarks import collectives
-from mdm_jax.core.config import MeshConfig
-from mdm_jax.core.sharding import planned_mesh
+from mdm_jax.core.sharding import MeshConfig, planned_mesh
 
 MESH = planned_mesh(MeshConfig(replica=2, fsdp=3, tensor=4))
 

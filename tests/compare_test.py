@@ -2,11 +2,11 @@
 
 import pytest
 
-from mdm_jax import compare
-from mdm_jax.core import config as config_lib
-from mdm_jax.core.config import Config
+from mdm_jax import config as config_lib
+from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.studies import compare
+from mdm_jax.workdir import Workdir
 
 
 def test_every_way_is_another_that_can_work():

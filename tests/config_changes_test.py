@@ -7,10 +7,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mdm_jax.core import config as config_lib
-from mdm_jax.core import config_changes
-from mdm_jax.core.config import Config
-from mdm_jax.core.config_changes import Change
+from mdm_jax import config as config_lib
+from mdm_jax import config_changes
+from mdm_jax.config import Config
+from mdm_jax.config_changes import Change
 from mdm_jax.core.errors import UserError
 
 NAMES = ("a", "b", "c")

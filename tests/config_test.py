@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdm_jax import sample
-from mdm_jax.core import coercion, command_line, errors, fields, reference
-from mdm_jax.core import config as config_lib
-from mdm_jax.core.config import Config, ModelConfig, StageConfig
+from mdm_jax import command_line, config_reference, sample
+from mdm_jax import config as config_lib
+from mdm_jax.config import Config
+from mdm_jax.core import coercion, errors, fields
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.data.config import StageConfig
+from mdm_jax.model.config import ModelConfig
+from mdm_jax.workdir import Workdir
 
 OPTIONAL = {
   "data.max_documents": 7,
@@ -237,7 +239,7 @@ PATHS = {
 
 def test_found_C5_a_path_may_begin_with_the_home_folder(monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path))
-  for path, cls in reference.sections():
+  for path, cls in config_reference.sections():
     for field in dataclasses.fields(cls):
       name = f"{path}.{field.name}".lstrip(".")
       assert field.metadata.get("path", False) == (name in PATHS), name
@@ -266,7 +268,7 @@ HARD = [
 
 def _numbers():
   """Every number of the config, or pair of numbers: its path and its field."""
-  for path, cls in reference.sections():
+  for path, cls in config_reference.sections():
     for field in dataclasses.fields(cls):
       if {"int", "float"} & set(re.findall(r"\w+", str(field.type))):
         name = f"{path}.{field.name}" if path else field.name

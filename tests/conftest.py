@@ -20,8 +20,10 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 import jax
 import pytest
 
-from mdm_jax.core.config import Config, EvalConfig, ModelConfig
+from mdm_jax.config import Config
 from mdm_jax.core.sharding import AXES
+from mdm_jax.evaluation.config import EvalConfig
+from mdm_jax.model.config import ModelConfig
 
 # A shell's background job ignores SIGINT, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

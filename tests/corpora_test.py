@@ -13,9 +13,9 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
-from mdm_jax.core.config import DataConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import blocks, corpora
+from mdm_jax.data.config import DataConfig
 from mdm_jax.data.corpora import Document
 from mdm_jax.data.text_files import Tally
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mdm_jax.core import rng
-from mdm_jax.diffusion import corruption, noise
+from mdm_jax.objectives import corruption, noise
 
 MASK = 99
 

@@ -20,16 +20,18 @@ import sentencepiece
 from absl import logging
 from command_harness import QUICK, call, check_mistake
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 from mdm_jax.core import sharding
-from mdm_jax.core.config import MeshConfig, TokenizerConfig
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.core.sharding import MeshConfig
 from mdm_jax.data import corpora, splits
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.packing import join_sentences, pack
 from mdm_jax.data.prepared import prepare
-from mdm_jax.diffusion.corruption import corrupt
+from mdm_jax.model import placement
+from mdm_jax.objectives.corruption import corrupt
+from mdm_jax.workdir import Workdir
 
 LENGTH = 16
 TOPICS = [pydoc_data.topics.topics[n] for n in ("pass", "del", "if", "while")]
@@ -550,6 +552,6 @@ def test_fault_37_a_mesh_that_does_not_fit():
 def test_fault_37_a_model_that_does_not_divide(config):
   mesh = sharding.make_mesh(MeshConfig(tensor=8))
   model = dataclasses.replace(config.model, num_heads=12)
-  message = _message(sharding.check_model, model, mesh)
+  message = _message(placement.check_model, model, mesh)
   assert "key/value heads=12 does not split over mesh.tensor=8" in message
-  sharding.check_model(dataclasses.replace(model, num_heads=16), mesh)
+  placement.check_model(dataclasses.replace(model, num_heads=16), mesh)

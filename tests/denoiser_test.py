@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mdm_jax.core import rng, sharding
-from mdm_jax.core.config import ModelConfig
 from mdm_jax.core.errors import UserError
-from mdm_jax.model import layers
+from mdm_jax.model import layers, placement
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 
 BASE = ModelConfig(num_layers=2, embed_dim=16, num_heads=4)
@@ -229,4 +229,4 @@ def test_parameters_are_split_as_the_rules_say(any_mesh):
 
 def test_cudnn_is_refused_where_there_is_no_gpu(mesh):
   with pytest.raises(UserError, match="this is a cpu; nearest valid: auto"):
-    sharding.check_model(dataclasses.replace(BASE, attention="cudnn"), mesh)
+    placement.check_model(dataclasses.replace(BASE, attention="cudnn"), mesh)

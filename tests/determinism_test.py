@@ -4,10 +4,11 @@ import jax
 import pytest
 
 from mdm_jax import main
+from mdm_jax.config import Config
 from mdm_jax.core import determinism
-from mdm_jax.core.config import Config, TrainConfig
 from mdm_jax.core.errors import Failure, UserError
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.training.config import TrainConfig
+from mdm_jax.workdir import Workdir
 
 EXACT = Config(train=TrainConfig(deterministic="true"))
 

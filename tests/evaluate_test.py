@@ -10,23 +10,19 @@ import shutil
 import jax
 import pytest
 
-from mdm_jax import compare, evaluate, frontier, report, train
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
+from mdm_jax import evaluate, report, train
+from mdm_jax.config import Config
 from mdm_jax.core import files
-from mdm_jax.core.config import (
-  Config,
-  DataConfig,
-  EvalConfig,
-  ModelConfig,
-  OptimizerConfig,
-  SampleConfig,
-  StageConfig,
-  TokenizerConfig,
-  TrainConfig,
-)
 from mdm_jax.core.errors import Exit, StorageError, UserError
 from mdm_jax.core.progress import console
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
+from mdm_jax.evaluation.config import EvalConfig
+from mdm_jax.model.config import ModelConfig
+from mdm_jax.sampling.config import SampleConfig
+from mdm_jax.studies import compare, frontier
+from mdm_jax.training.config import OptimizerConfig, TrainConfig
+from mdm_jax.workdir import Workdir
 
 UPDATES = 4
 WORDS = (

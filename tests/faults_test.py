@@ -123,7 +123,7 @@ def test_the_flagship_would_see_what_is_lost(lost, place, half):
   patch = f"""
 import dataclasses
 import jax.numpy as jnp
-from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.checkpoints.checkpoint import Checkpoints
 _restore = Checkpoints.restore
 def restore(self, step, like):
   state = _restore(self, step, like)
@@ -174,7 +174,7 @@ def test_fault_01_06_in_every_variant(name, place):
 
 SLEEPS = {
   "preparing": ("mdm_jax.train", "prepare_on_all"),
-  "restoring": ("mdm_jax.training.checkpoint.Checkpoints", "_restore"),
+  "restoring": ("mdm_jax.checkpoints.checkpoint.Checkpoints", "_restore"),
   "evaluating": ("mdm_jax.evaluate.Measures", "validation"),
   "sampling": ("mdm_jax.evaluate.Measures", "sample"),
 }
@@ -313,7 +313,7 @@ def test_fault_12_a_crash_loop_is_ended(place, half):
 LIMIT = """
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.checkpoints.checkpoint import Checkpoints
 _save = Checkpoints.save
 def save(self, state, progress):
   if int(state.step) == 30:
@@ -339,7 +339,7 @@ def test_fault_13_a_full_disk_ends_it_and_loses_nothing(place, half):
 @pytest.mark.slow
 def test_fault_14_curves_on_a_full_disk_are_left_out(place, half):
   patch = """
-from mdm_jax.core.metrics import JsonlWriter
+from mdm_jax.training.writers import JsonlWriter
 _init = JsonlWriter.__init__
 def init(self, *args):
   _init(self, *args)

@@ -24,12 +24,12 @@ from absl import flags
 from command_harness import call, check_mistake, environment
 from ml_collections import config_flags
 
+from mdm_jax import config as config_lib
 from mdm_jax import fit
 from mdm_jax.benchmarks import lowering
-from mdm_jax.core import config as config_lib
 from mdm_jax.core import sharding
 from mdm_jax.core.errors import UserError
-from mdm_jax.training.footprint import footprint, layouts
+from mdm_jax.planning.footprint import footprint, layouts
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

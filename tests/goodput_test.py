@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdm_jax.core import goodput
-from mdm_jax.core.goodput import Cause, Ledger
+from mdm_jax.runtime import goodput
+from mdm_jax.runtime.goodput import Cause, Ledger
 
 
 class _Clock:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax.core.config import TrainConfig
+from mdm_jax.training.config import TrainConfig
 from mdm_jax.training.guard import SpikeGuard, make_guard
 
 GUARD = SpikeGuard(sigmas=3.0, window=8)

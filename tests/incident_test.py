@@ -10,19 +10,15 @@ import numpy as np
 import pytest
 
 from mdm_jax.benchmarks.workload import one_byte_a_token
-from mdm_jax.core.config import (
-  Config,
-  DataConfig,
-  ModelConfig,
-  OptimizerConfig,
-  StageConfig,
-  TokenizerConfig,
-)
+from mdm_jax.config import Config
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
-from mdm_jax.diffusion import objective
+from mdm_jax.model.config import ModelConfig
+from mdm_jax.objectives import cross_entropy
 from mdm_jax.training import incident
+from mdm_jax.training.config import OptimizerConfig
 from mdm_jax.training.trainer import Trainer
 
 CONFIG = Config(
@@ -56,7 +52,7 @@ def make_trainer(mesh):
 @pytest.fixture
 def infinite(monkeypatch):
   """Every row weighs infinitely much in what is compiled from here on."""
-  weights = objective.row_weights
+  weights = cross_entropy.row_weights
   monkeypatch.setattr(
     objective, "row_weights", lambda *args: np.float32(np.inf) * weights(*args)
   )

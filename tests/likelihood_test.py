@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from mdm_jax.core import rng
-from mdm_jax.core.config import EvalConfig, ModelConfig
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import Rows
 from mdm_jax.evaluation import likelihood
+from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.evaluation.likelihood import Evaluator
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 
 V, L, MASK = 3, 3, 5

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mdm_jax.core.config import TokenizerConfig
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.sampling.live import LiveView
 
 BYTES = tokenizers.build(TokenizerConfig(kind="byte"), [])

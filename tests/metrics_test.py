@@ -7,8 +7,8 @@ import os
 import pytest
 from etils import epath
 
-from mdm_jax.core import metrics
-from mdm_jax.core.metrics import JsonlWriter, TensorBoardWriter, Writers
+from mdm_jax.training import writers as writers_lib
+from mdm_jax.training.writers import JsonlWriter, TensorBoardWriter, Writers
 
 
 def _steps(path):
@@ -62,7 +62,7 @@ def test_tensorboard_shows_what_was_made_again_once(tmp_path, monkeypatch):
   folder = epath.Path(tmp_path)
   for attempt, (first, last) in enumerate([(1, 7), (4, 9)]):
     # Two attempts of a second would share a file's name.
-    monkeypatch.setattr(metrics.os, "getpid", lambda n=attempt: n)
+    monkeypatch.setattr(writers_lib.os, "getpid", lambda n=attempt: n)
     writer = TensorBoardWriter(folder, after=first - 1)
     for step in range(first, last + 1):
       writer.write_scalars(step, {"x": float(attempt * 100 + step)})
@@ -85,7 +85,7 @@ def test_what_is_flushed_survives_a_kill(tmp_path):
 def test_fault_14_a_writer_that_fails_is_left_out(tmp_path, monkeypatch):
   told = []
   monkeypatch.setattr(
-    metrics.logging, "warning", lambda *args: told.append(args)
+    writers_lib.logging, "warning", lambda *args: told.append(args)
   )
   with Writers(epath.Path(tmp_path), after=-1) as writers:
     writers.write_scalars(1, {"x": 1.0})
@@ -103,7 +103,7 @@ def test_fault_14_a_writer_that_fails_is_left_out(tmp_path, monkeypatch):
 def test_a_folder_that_can_not_be_made_is_told(tmp_path, monkeypatch):
   told = []
   monkeypatch.setattr(
-    metrics.logging, "warning", lambda *args: told.append(args)
+    writers_lib.logging, "warning", lambda *args: told.append(args)
   )
   (tmp_path / "tensorboard").write_text("a file")
   with Writers(epath.Path(tmp_path), after=-1) as writers:

@@ -25,7 +25,7 @@ PAIR = """
 import json, processes_harness as harness
 harness.join()
 import jax
-from mdm_jax.core.config import MeshConfig
+from mdm_jax.config import MeshConfig
 from mdm_jax.core.sharding import make_mesh
 
 rows, model = make_mesh(MeshConfig(fsdp=4)), make_mesh(MeshConfig(tensor=4))
@@ -56,7 +56,7 @@ stopped = int(os.environ["STOPPED"])
 import jax
 from mdm_jax.core import distributed, signals
 from mdm_jax.core.errors import Failure, StorageError, UserError
-from mdm_jax.core.config import MeshConfig
+from mdm_jax.config import MeshConfig
 from mdm_jax.core.sharding import make_mesh
 from mdm_jax.sampling.generate import TextSampler
 

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax.core.config import NoiseConfig, StageConfig
-from mdm_jax.diffusion import noise
+from mdm_jax.data.config import StageConfig
+from mdm_jax.objectives import noise
+from mdm_jax.objectives.config import NoiseConfig
 
 SCHEDULES = [noise.Linear(), noise.Cosine(), noise.Polynomial(3.0)]
 RANGES = [

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from mdm_jax.core import rng
-from mdm_jax.core.config import ModelConfig, ObjectiveConfig
 from mdm_jax.core.sharding import batch_sharding
-from mdm_jax.diffusion import corruption, noise, objective
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.objectives import corruption, cross_entropy, noise
+from mdm_jax.objectives.config import ObjectiveConfig
 
 V, REAL, MASK = 16, 12, 13
 
@@ -47,7 +48,7 @@ def losses(denoiser, params, case, hidden=None, capacity=80, smoothing=0.0):
     hidden = jax.jit(denoiser.hidden)(
       params, corrupted.xt, real.astype(jnp.int32), jnp.ones(8)
     )
-  return objective.masked_cross_entropy(
+  return cross_entropy.masked_cross_entropy(
     denoiser.logits,
     denoiser.head(params),
     hidden,
@@ -109,7 +110,7 @@ def test_training_loss_and_gradient_are_those_of_the_full_array(
 
   def packed(params):
     head = denoiser.logits, denoiser.head(params)
-    total, by_position = objective.masked_loss(
+    total, by_position = cross_entropy.masked_loss(
       *head, hidden(params), x0, masked, weight, capacity, REAL, smoothing
     )
     return 3 * total, by_position
@@ -117,7 +118,7 @@ def test_training_loss_and_gradient_are_those_of_the_full_array(
   def full(params):
     states = hidden(params).reshape(80, -1)
     logits = denoiser.logits(params, states)
-    loss = objective.cross_entropy(logits, x0.reshape(-1), REAL, smoothing)
+    loss = cross_entropy.cross_entropy(logits, x0.reshape(-1), REAL, smoothing)
     loss = jnp.where(masked, loss.reshape(8, 10), 0.0)
     return 3 * (loss.sum(axis=1) * weight).sum(), loss
 
@@ -141,7 +142,7 @@ def test_training_loss_is_the_weighted_sum_whatever_the_chunks(
     batch_sharding(x0.sharding.mesh, 1),
   )
   run = lambda capacity: jax.jit(
-    objective.masked_loss, static_argnums=(0, 6, 7)
+    cross_entropy.masked_loss, static_argnums=(0, 6, 7)
   )(
     denoiser.logits,
     denoiser.head(params),
@@ -169,7 +170,7 @@ def test_what_comes_along_has_no_gradient(case, small_chunks):
 
   def gradient(of):
     def loss(hidden, params):
-      found = objective.masked_loss(
+      found = cross_entropy.masked_loss(
         *(denoiser.logits, denoiser.head(params), hidden, x0),
         *(corrupted.masked, weight, 80, REAL),
       )
@@ -182,8 +183,8 @@ def test_what_comes_along_has_no_gradient(case, small_chunks):
 
 
 def test_chunks_follow_the_width_but_are_never_tiny():
-  chunks = objective.num_chunks
-  rows = objective._ROWS_OF_WIDTH * 384
+  chunks = cross_entropy.num_chunks
+  rows = cross_entropy._ROWS_OF_WIDTH * 384
   assert chunks(rows, 384, 50_000) == 1
   assert chunks(rows + 1, 384, 50_000) == 2
   assert chunks(100 * rows, 384, 27) == 1  # all its logits are few
@@ -204,7 +205,7 @@ def test_no_chunks_logits_are_kept(mesh, small_chunks):
     for shape, dtype in zip(shapes, dtypes, strict=True)
   )
   gradient = jax.grad(
-    lambda params, hidden, x0, masked, weight: objective.masked_loss(
+    lambda params, hidden, x0, masked, weight: cross_entropy.masked_loss(
       denoiser.logits,
       denoiser.head(params),
       *(hidden, x0, masked, weight, 1024, 4000),
@@ -262,7 +263,7 @@ def test_label_smoothing_is_uniform_over_real_tokens():
   logits = jax.random.normal(rng.stream(0, "l"), (5, V))
   logits = jnp.where(jnp.arange(V)[None] < REAL, logits, -jnp.inf)
   targets = jnp.array([0, 3, 5, 11, 2])
-  got = objective.cross_entropy(logits, targets, REAL, 0.1)
+  got = cross_entropy.cross_entropy(logits, targets, REAL, 0.1)
   smoothed = 0.9 * np.eye(V)[np.asarray(targets)]
   smoothed[:, :REAL] += 0.1 / REAL
   logp = np.asarray(jax.nn.log_softmax(logits))[:, :REAL]
@@ -273,7 +274,7 @@ def test_label_smoothing_is_uniform_over_real_tokens():
 
 def test_half_precision_logits_are_refused():
   with pytest.raises(AssertionError):
-    objective.cross_entropy(
+    cross_entropy.cross_entropy(
       jnp.zeros((1, V), jnp.bfloat16), jnp.zeros(1, int), V
     )
 
@@ -281,7 +282,7 @@ def test_half_precision_logits_are_refused():
 def test_masked_ce_weighs_every_masked_token_the_same():
   masked = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
   real = jnp.ones((2, 4), bool)
-  weights = objective.row_weights(
+  weights = cross_entropy.row_weights(
     ObjectiveConfig(), masked, real, jnp.array([9.0, 9.0])
   )
   np.testing.assert_allclose(weights, 1 / 4)
@@ -303,7 +304,7 @@ def test_nelbo_weights_are_unbiased_for_any_density(rates):
   r = rates.rate(u)
   count = corruption.num_masked(r, jnp.full(rows, length))
   masked = jnp.arange(length)[None] < count[:, None]
-  weights = objective.row_weights(
+  weights = cross_entropy.row_weights(
     ObjectiveConfig(weighting="nelbo"),
     masked,
     jnp.ones((rows, length), bool),

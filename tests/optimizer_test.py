@@ -4,7 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from mdm_jax.core.config import Config, DataConfig, OptimizerConfig, StageConfig
+from mdm_jax.config import Config
+from mdm_jax.data.config import DataConfig, StageConfig
+from mdm_jax.training.config import OptimizerConfig
 from mdm_jax.training.curriculum import make_curriculum
 from mdm_jax.training.optimizer import (
   decay_mask,

@@ -3,10 +3,11 @@ import math
 import pytest
 
 from mdm_jax import plan
-from mdm_jax.core.config import Config, StageConfig
+from mdm_jax.config import Config
 from mdm_jax.core.progress import duration
+from mdm_jax.data.config import StageConfig
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.training import scaling_laws
+from mdm_jax.planning import scaling_laws
 
 
 def stages(*rates, rehearsal=0.0):

@@ -14,7 +14,7 @@ import pytest
 from apart_harness import python_with
 
 CONFIG = """
-from mdm_jax.core.config import default_config, stage
+from mdm_jax.config import default_config, stage
 
 def get_config(arg=""):
   config = default_config()

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from mdm_jax.core.config import DataConfig
 from mdm_jax.core.errors import StorageError
 from mdm_jax.data import blocks, corpora, journal, ranking, segments
+from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import Tally
 
 

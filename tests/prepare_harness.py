@@ -5,7 +5,7 @@ import hashlib
 import json
 import pydoc_data.topics
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 from mdm_jax.data import passes, preparation
 
 TOPICS = [

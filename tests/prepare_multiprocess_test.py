@@ -12,7 +12,7 @@ own = processes_harness.join()
 import jax
 import numpy as np
 from mdm_jax.core import distributed
-from mdm_jax.core.config import MeshConfig
+from mdm_jax.config import MeshConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import make_mesh
 from mdm_jax.data import shards

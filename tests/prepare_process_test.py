@@ -14,7 +14,7 @@ import pytest
 
 COPIES = 12  # of the texts, for a program that is to be killed on its way
 TINY = """
-from mdm_jax.core.config import default_config, stage, quick
+from mdm_jax.config import default_config, stage, quick
 
 def get_config(arg=""):
   config = default_config()

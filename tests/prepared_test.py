@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mdm_jax.core import config as config_lib
-from mdm_jax.core import config_changes
+from mdm_jax import config as config_lib
+from mdm_jax import config_changes
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.workdir import Workdir
 from mdm_jax.data import corpora, prepared, splits
 from mdm_jax.data.prepared import prepare
+from mdm_jax.workdir import Workdir
 
 TOPICS = [
   pydoc_data.topics.topics[name]

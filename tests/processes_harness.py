@@ -168,7 +168,7 @@ def measure_data(mesh: Any) -> dict[str, Any]:
   import jax
 
   from mdm_jax.core import distributed
-  from mdm_jax.diffusion.noise import stage_rates
+  from mdm_jax.objectives.noise import stage_rates
   from mdm_jax.training import step as step_lib
 
   trainer = _trainer(mesh)
@@ -192,7 +192,7 @@ def measure_data(mesh: Any) -> dict[str, Any]:
 
 def _use(trainer: Any, params: Any) -> dict[str, Any]:
   from mdm_jax.evaluation.likelihood import Evaluator
-  from mdm_jax.training import calibration
+  from mdm_jax.planning import calibration
 
   mask = trainer.data.tokenizer.vocab.mask
   held = trainer.data.validation.subset(5)
@@ -209,7 +209,7 @@ def _use(trainer: Any, params: Any) -> dict[str, Any]:
 
 def _trainer(mesh: Any) -> Any:
   from mdm_jax.benchmarks import workload
-  from mdm_jax.core.config import OptimizerConfig
+  from mdm_jax.training.config import OptimizerConfig
   from mdm_jax.training.trainer import Trainer
 
   preset = workload.Preset(2, 32, 4, 27, 16, 8)
@@ -224,7 +224,7 @@ def _trainer(mesh: Any) -> Any:
 
 
 def _samples(trainer: Any, params: Any) -> dict[str, Any]:
-  from mdm_jax.core.config import SampleConfig
+  from mdm_jax.sampling.config import SampleConfig
   from mdm_jax.sampling.generate import TextSampler
 
   sampler = TextSampler(

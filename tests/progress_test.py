@@ -9,11 +9,11 @@ import pytest
 from rich.table import Table
 
 import mdm_jax
+from mdm_jax import command_line
 from mdm_jax import plan as plan_lib
-from mdm_jax.core import command_line
 from mdm_jax.core.progress import ProgressLine, console
 from mdm_jax.evaluation import tables
-from mdm_jax.training import scaling_laws
+from mdm_jax.planning import scaling_laws
 
 PACKAGE = pathlib.Path(mdm_jax.__file__).parent
 TEXTS = ["a :smile: b x[1:m:2]", "a[/b]", "text:data/[e]n/*", "[red]a[/red]"]

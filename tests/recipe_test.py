@@ -26,27 +26,26 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections.config_flags import config_path
 
 import mdm_jax.main  # noqa: F401 (defines the flags)
+from mdm_jax import command_line
+from mdm_jax import config as config_lib
 from mdm_jax import plan as plan_lib
 from mdm_jax.benchmarks.workload import one_byte_a_token
-from mdm_jax.core import command_line, rng
-from mdm_jax.core import config as config_lib
-from mdm_jax.core.config import (
-  Config,
-  ModelConfig,
-  SampleConfig,
-  TokenizerConfig,
-)
+from mdm_jax.config import Config
+from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import batch_sharding
 from mdm_jax.data import prepared
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.tokenizer import Vocabulary
-from mdm_jax.diffusion import corruption, objective
-from mdm_jax.diffusion.noise import stage_rates
+from mdm_jax.model.config import ModelConfig
+from mdm_jax.objectives import corruption, cross_entropy
+from mdm_jax.objectives.noise import stage_rates
 from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas
+from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import make_sampler
 from mdm_jax.training import step as step_lib
 from mdm_jax.training.curriculum import make_curriculum
@@ -349,7 +348,7 @@ def read_label_smoothing(config: Config) -> float:
   """The gradient by the logits is softmax - target."""
   num_real, token = 5, 2
   logits = jnp.where(jnp.arange(8) < num_real, jnp.arange(8) * 0.3, -jnp.inf)
-  loss = lambda logits: objective.cross_entropy(
+  loss = lambda logits: cross_entropy.cross_entropy(
     logits[None], jnp.array([token]), num_real, config.objective.label_smoothing
   ).sum()
   target = np.asarray(jax.nn.softmax(logits) - jax.grad(loss)(logits))

@@ -5,9 +5,10 @@ import pathlib
 
 import pytest
 
-from mdm_jax.core import coercion, reference
-from mdm_jax.core import config as config_lib
-from mdm_jax.core.config import Config
+from mdm_jax import config as config_lib
+from mdm_jax import config_reference
+from mdm_jax.config import Config
+from mdm_jax.core import coercion
 
 FILE = pathlib.Path(__file__).parents[1] / "docs" / "configuration.md"
 CLASSES = [
@@ -18,22 +19,22 @@ CLASSES = [
 
 
 def test_the_file_is_up_to_date():
-  assert FILE.read_text() == reference.reference(), (
-    "run: python -m mdm_jax.core.reference > docs/configuration.md"
+  assert FILE.read_text() == config_reference.reference(), (
+    "run: python -m mdm_jax.config_reference > docs/configuration.md"
   )
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_field_has_a_doc(cls):
   for field in dataclasses.fields(cls):
-    if not reference._inner(field.type)[0]:
+    if not config_reference._inner(field.type)[0]:
       doc = field.metadata.get("doc", "").strip()
       assert doc, f"{cls.__name__}.{field.name}"
       assert "\n" not in doc
 
 
 def test_every_dataclass_is_a_section_with_a_docstring():
-  found = [cls for _, cls in reference.sections()]
+  found = [cls for _, cls in config_reference.sections()]
   assert set(found) == set(CLASSES)
   assert len(found) == len(set(found))
   generated = dataclasses.make_dataclass("Bare", []).__doc__
@@ -43,16 +44,16 @@ def test_every_dataclass_is_a_section_with_a_docstring():
 
 
 def test_every_name_is_one_that_a_flag_can_set():
-  text = reference.reference()
-  for path, cls in reference.sections():
+  text = config_reference.reference()
+  for path, cls in config_reference.sections():
     for field in dataclasses.fields(cls):
       name = f"{path}.{field.name}" if path else field.name
       coercion.check_field(name.replace("[i]", "[0]"), Config)
-      if not reference._inner(field.type)[0]:
+      if not config_reference._inner(field.type)[0]:
         assert text.count(f"| `{name}` |") == 1
 
 
 def test_nested_names_are_written_in_full():
-  text = reference.reference()
+  text = config_reference.reference()
   assert "`data.batch_size`" in text
   assert "`stages[i].epochs`" in text

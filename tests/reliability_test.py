@@ -7,7 +7,7 @@ import fault_results
 import pytest
 
 from mdm_jax.core.errors import Exit
-from mdm_jax.core.goodput import Cause
+from mdm_jax.runtime.goodput import Cause
 
 PAGE = fault_results.PAGE.read_text()
 TESTS = pathlib.Path(__file__).parent

@@ -15,18 +15,19 @@ import pytest
 import remote_harness
 from etils import epath
 
-from mdm_jax.core import buckets, distributed, files, metrics, safe_files
-from mdm_jax.core.attempt import Attempt
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.checkpoints.staging import Staging
+from mdm_jax.core import buckets, distributed, files, safe_files
 from mdm_jax.core.errors import StorageError, UserError
-from mdm_jax.core.workdir import Workdir
-from mdm_jax.training.checkpoint import Checkpoints
-from mdm_jax.training.staging import Staging
+from mdm_jax.runtime.attempt import Attempt
+from mdm_jax.training import writers as writers_lib
 from mdm_jax.training.state import TrainState
+from mdm_jax.workdir import Workdir
 
 HOLDER = """
 import sys, time
 from etils import epath
-from mdm_jax.core.attempt import Attempt
+from mdm_jax.runtime.attempt import Attempt
 with Attempt(epath.Path(sys.argv[1]), "config", 3) as attempt:
   print("held", flush=True)
   time.sleep(600)
@@ -149,8 +150,8 @@ def _write(folder, steps, after=-1):
   """Writes points, as far as a kill would leave them."""
   # Two attempts of a second would share an event file's name.
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(metrics.os, "getpid", lambda: after)
-    writers = metrics.Writers(folder, after)
+    patch.setattr(writers_lib.os, "getpid", lambda: after)
+    writers = writers_lib.Writers(folder, after)
   for step in steps:
     writers.write_scalars(step, {"train/loss": step / 2})
   return writers

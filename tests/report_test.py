@@ -13,9 +13,9 @@ import time
 
 import pytest
 
-from mdm_jax.evaluation import plots
-from mdm_jax.evaluation import report as report_lib
-from mdm_jax.evaluation.report import RunReport, render
+from mdm_jax.evaluation.pages import plots
+from mdm_jax.evaluation.pages import report as report_lib
+from mdm_jax.evaluation.pages.report import RunReport, render
 
 NASTY = "</script><script>window.owned=1</script>&amp;<b onclick='x'>\"'$name\n"
 STEPS = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mdm_jax
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import batches

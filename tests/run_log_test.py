@@ -12,12 +12,12 @@ import pytest
 from etils import epath
 
 from mdm_jax.benchmarks import workload
-from mdm_jax.core.attempt import Attempt
-from mdm_jax.core.metrics import Writers
 from mdm_jax.core.progress import ProgressLine
+from mdm_jax.runtime.attempt import Attempt
 from mdm_jax.training import run_log
 from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.trainer import Trainer
+from mdm_jax.training.writers import Writers
 
 TINY = workload.PRESETS["tiny"]
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "reliability.md"

@@ -10,23 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax import interactive, sample
-from mdm_jax.core import command_line, memory, rng, sharding
-from mdm_jax.core.config import (
-  Config,
-  ModelConfig,
-  SampleConfig,
-  StageConfig,
-  TokenizerConfig,
-)
+from mdm_jax import command_line, interactive, sample
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.config import Config
+from mdm_jax.core import memory, rng, sharding
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import AXES, make_mesh, mesh_sizes
-from mdm_jax.core.workdir import Workdir
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import StageConfig, TokenizerConfig
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.sampling import schedule
-from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.training.state import TrainState
+from mdm_jax.workdir import Workdir
 
 LENGTH = 24
 CONFIG = Config(

@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sampling_harness import settings
 
 from mdm_jax.core import rng
-from mdm_jax.core.config import ModelConfig
 from mdm_jax.core.sharding import RULES, batch_sharding
 from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas

@@ -5,17 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from mdm_jax.core.config import (
-  Config,
-  SampleConfig,
-  StageConfig,
-  TokenizerConfig,
-)
+from mdm_jax.config import Config
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import StageConfig, TokenizerConfig
 from mdm_jax.data.stage_rows import make_held_out
 from mdm_jax.evaluation import running_text, samples
 from mdm_jax.evaluation.judge import NgramJudge
 from mdm_jax.evaluation.text_metrics import Measured
+from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.tokens import effective_temperature
 
 BYTE = TokenizerConfig(kind="byte")

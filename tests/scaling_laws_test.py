@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mdm_jax.training import scaling_laws as laws
+from mdm_jax.planning import scaling_laws as laws
 
 BOTH_R_STARS = [laws.DIFFUSION_R_STAR, laws.AR_R_STAR]
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdm_jax.core.config import SampleConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.sampling import schedule
+from mdm_jax.sampling.config import SampleConfig
 
 within = jax.jit(schedule.within_entropy, static_argnums=1)
 KINDS = {"linear": schedule.linear, "cosine": schedule.cosine}

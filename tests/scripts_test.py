@@ -10,10 +10,10 @@ import prepare_harness
 import pytest
 import scripts_harness
 
-from mdm_jax.core import config as config_lib
-from mdm_jax.core.config import StageConfig
+from mdm_jax import config as config_lib
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import coverage, segments, words
+from mdm_jax.data.config import StageConfig
 from mdm_jax.data.prepared import prepare
 
 KINDS = ["chinese", "hindi", "arabic", "thai", "names", "python", "one_line"]

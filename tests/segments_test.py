@@ -7,10 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mdm_jax.core.config import StageConfig, TokenizerConfig
 from mdm_jax.data import corpora, readability, segments
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data import words as words_lib
+from mdm_jax.data.config import StageConfig, TokenizerConfig
 from mdm_jax.data.segments import Unit
 
 SPLIT = ["One here.", " Two is here!\n\n", "Three, Dr. Lee?"]

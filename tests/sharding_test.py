@@ -8,9 +8,16 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from mdm_jax.core import sharding
-from mdm_jax.core.config import MeshConfig, ModelConfig
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.sharding import AXES, RULES, ShardingRules, mesh_sizes
+from mdm_jax.core.sharding import (
+  AXES,
+  RULES,
+  MeshConfig,
+  ShardingRules,
+  mesh_sizes,
+)
+from mdm_jax.model import placement
+from mdm_jax.model.config import ModelConfig
 
 SIZE = st.integers(1, 12)
 
@@ -94,18 +101,18 @@ def test_the_arithmetic_is_told():
 )
 def test_a_model_that_does_not_split_is_told(model, told):
   mesh = sharding.planned_mesh(MeshConfig(fsdp=64, tensor=4))
-  message = refusal(sharding.check_model, model, mesh)
+  message = refusal(placement.check_model, model, mesh)
   assert told in message and "nearest valid: mesh." in message
 
 
 def test_the_nearest_mesh_is_named():
   mesh = sharding.planned_mesh(MeshConfig(fsdp=8, tensor=5))
-  message = refusal(sharding.check_model, ModelConfig(), mesh)
+  message = refusal(placement.check_model, ModelConfig(), mesh)
   assert (
     "12 / 5 = 2.4; nearest valid: mesh.tensor=4 or mesh.tensor=6" in message
   )
   mesh = sharding.planned_mesh(MeshConfig(fsdp=8, tensor=3))
-  message = refusal(sharding.check_vocabulary, 8320, mesh)
+  message = refusal(placement.check_vocabulary, 8320, mesh)
   assert "ids=8320" in message and "mesh.tensor=2 or mesh.tensor=4" in message
 
 

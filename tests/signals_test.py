@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from mdm_jax.core.signals import StopRequest
+from mdm_jax.runtime.signals import StopRequest
 
 LOOP = """
-from mdm_jax.core.signals import StopRequest
+from mdm_jax.runtime.signals import StopRequest
 import time
 with StopRequest() as stop:
   stop.unsaved = lambda: True
@@ -24,7 +24,7 @@ with StopRequest() as stop:
 """
 # The main thread hears the signal, but comes to no poll.
 BUSY = """
-from mdm_jax.core.signals import StopRequest
+from mdm_jax.runtime.signals import StopRequest
 import time
 with StopRequest() as stop:
   stop.unsaved = lambda: {unsaved}
@@ -33,7 +33,7 @@ with StopRequest() as stop:
 """
 COMPILING = """
 import jax, jax.numpy as jnp
-from mdm_jax.core.signals import StopRequest
+from mdm_jax.runtime.signals import StopRequest
 
 @jax.jit
 def slow(x):

@@ -10,26 +10,22 @@ import optax
 import pytest
 from conftest import make_mesh
 
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.config import Config
 from mdm_jax.core import rng
-from mdm_jax.core.config import (
-  Config,
-  DataConfig,
-  ModelConfig,
-  ObjectiveConfig,
-  OptimizerConfig,
-  StageConfig,
-  TrainConfig,
-)
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import AXES
 from mdm_jax.data import batches
+from mdm_jax.data.config import DataConfig, StageConfig
 from mdm_jax.data.packing import Rows
-from mdm_jax.diffusion import objective
-from mdm_jax.diffusion.noise import stage_rates
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.objectives import cross_entropy
+from mdm_jax.objectives.config import ObjectiveConfig
+from mdm_jax.objectives.noise import stage_rates
 from mdm_jax.training import optimizer as optimizer_lib
 from mdm_jax.training import step as step_lib
-from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.training.config import OptimizerConfig, TrainConfig
 from mdm_jax.training.curriculum import make_curriculum
 from mdm_jax.training.guard import make_guard
 from mdm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -344,13 +340,13 @@ def test_a_checkpoint_of_another_model_is_refused(mesh, tmp_path):
 
 def weigh_by(factor):
   """Every row's weight in the loss, so that loss and gradient are `factor`."""
-  weights = objective.row_weights
+  weights = cross_entropy.row_weights
   return "row_weights", lambda *args: factor * weights(*args)
 
 
 def nan_gradient():
   """Adds nothing whose derivative is 0 * inf: the loss stays as it is."""
-  loss = objective.masked_loss
+  loss = cross_entropy.masked_loss
   nothing = lambda h: 0 * jnp.sqrt(0 * h)
   return "masked_loss", lambda head, params, hidden, *args: loss(
     head, params, hidden + nothing(hidden), *args
@@ -534,7 +530,7 @@ def test_a_row_that_is_not_finite_shows_in_its_mask_rate_alone(
   run = shared(CONFIG, mesh)
   tasks = run.tasks(0)
   row = np.asarray(run.batch(0).tokens)[0, 3]
-  loss = objective.masked_loss
+  loss = cross_entropy.masked_loss
 
   def spoil(head, params, hidden, x0, *args):
     here = (x0 == row[None]).all(axis=1)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mdm_jax.core.config import TokenizerConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.sampling import template as templates
 from mdm_jax.sampling.template import canvas, escape, fit, parse
 

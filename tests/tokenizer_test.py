@@ -11,9 +11,9 @@ from absl import logging
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mdm_jax.core.config import TokenizerConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.tokenizer import Vocabulary
 
 TEXTS = [text for _, text in sorted(pydoc_data.topics.topics.items())][:40]

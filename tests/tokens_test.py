@@ -10,8 +10,8 @@ import pytest
 from absl import logging
 
 from mdm_jax.core import rng
-from mdm_jax.core.config import SampleConfig
 from mdm_jax.sampling import tokens
+from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.tokens import Settings
 
 ALL = Settings()

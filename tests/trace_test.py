@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdm_jax.core import files
-from mdm_jax.core.config import TokenizerConfig
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.sampling import trace
 from mdm_jax.sampling.generate import Samples

@@ -10,14 +10,14 @@ import pytest
 
 from mdm_jax import train
 from mdm_jax.benchmarks import workload
-from mdm_jax.core.metrics import Writers
+from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.progress import ProgressLine
-from mdm_jax.core.session import Session
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.runtime.session import Session
 from mdm_jax.training import run_log
-from mdm_jax.training.checkpoint import Checkpoints
 from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.trainer import Trainer
+from mdm_jax.training.writers import Writers
+from mdm_jax.workdir import Workdir
 
 TINY = workload.PRESETS["tiny"]
 LOG_EVERY = 4

@@ -8,22 +8,17 @@ import numpy as np
 import pytest
 from conftest import make_mesh
 
+from mdm_jax import config as config_lib
 from mdm_jax import plan as plan_lib
 from mdm_jax import preview
-from mdm_jax.core import config as config_lib
-from mdm_jax.core.config import (
-  Config,
-  DataConfig,
-  ModelConfig,
-  OptimizerConfig,
-  StageConfig,
-  TokenizerConfig,
-  TrainConfig,
-)
+from mdm_jax.config import Config
 from mdm_jax.core.errors import NumericsError, UserError
 from mdm_jax.data import batches
+from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
 from mdm_jax.data.prepared import prepare
-from mdm_jax.training import calibration
+from mdm_jax.model.config import ModelConfig
+from mdm_jax.planning import calibration
+from mdm_jax.training.config import OptimizerConfig, TrainConfig
 from mdm_jax.training.curriculum import make_curriculum
 from mdm_jax.training.trainer import Trainer
 

@@ -8,7 +8,7 @@ import time
 PROGRAM = """
 import sys, threading, time
 from etils import epath
-from mdm_jax.core.session import Session
+from mdm_jax.runtime.session import Session
 
 def stuck_here():
   {stuck}

@@ -19,9 +19,8 @@ from jax.sharding import PartitionSpec as P
 from mdm_jax.benchmarks import timing, train_step, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset
 from mdm_jax.core import log_lines
-from mdm_jax.core.config import MeshConfig
 from mdm_jax.core.progress import console
-from mdm_jax.core.sharding import make_mesh
+from mdm_jax.core.sharding import MeshConfig, make_mesh
 
 
 def measure(

@@ -26,9 +26,8 @@ from absl import flags
 from mdm_jax.benchmarks import timing, train_step, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset, Work
 from mdm_jax.core import log_lines
-from mdm_jax.core.config import MeshConfig
 from mdm_jax.core.progress import console
-from mdm_jax.core.sharding import make_mesh
+from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.data.batches import Batch
 
 _BATCHES = 50  # read in a turn

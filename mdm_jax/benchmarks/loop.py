@@ -38,20 +38,20 @@ from absl import flags
 from mdm_jax import train
 from mdm_jax.benchmarks import timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.config import Config
 from mdm_jax.core import log_lines
-from mdm_jax.core.config import Config, MeshConfig
-from mdm_jax.core.metrics import Writers
 from mdm_jax.core.progress import ProgressLine, console
-from mdm_jax.core.session import Session
-from mdm_jax.core.sharding import make_mesh
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.data.prepared import PreparedData
-from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.runtime.session import Session
 from mdm_jax.training.curriculum import StagePlan
 from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.step import TrainStep
 from mdm_jax.training.trainer import Trainer
+from mdm_jax.training.writers import Writers
+from mdm_jax.workdir import Workdir
 
 _METRICS = (
   *("loss", "mask_rate", "tokens", "param_norm", "update_norm", "skipped"),

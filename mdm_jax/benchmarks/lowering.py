@@ -31,18 +31,18 @@ from jax.sharding import PartitionSpec as P
 from rich import box
 from rich.table import Table
 
-from mdm_jax import fit
+from mdm_jax import command_line, fit
 from mdm_jax.benchmarks import collectives
 from mdm_jax.benchmarks.collectives import Collective
-from mdm_jax.core import command_line, log_lines, sharding
-from mdm_jax.core.config import Config
+from mdm_jax.config import Config
+from mdm_jax.core import log_lines, sharding
 from mdm_jax.core.errors import Failure, UserError
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import AXES, batch_sharding, data_shards
+from mdm_jax.planning.footprint import abstract_batch, footprint
 from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.sampler import make_sampler
-from mdm_jax.training.footprint import abstract_batch, footprint
 from mdm_jax.training.trainer import Blueprint
 
 PROGRAMS = "train_step", "sampler"

@@ -31,10 +31,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from mdm_jax.core import rng
-from mdm_jax.core.config import ModelConfig
 from mdm_jax.core.sharding import BATCH_AXES, RULES
-from mdm_jax.diffusion.noise import RateDistribution
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Params
+from mdm_jax.objectives.noise import RateDistribution
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.step import TrainStep
 

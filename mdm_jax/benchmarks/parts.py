@@ -19,8 +19,8 @@ from mdm_jax.benchmarks import plain, timing
 from mdm_jax.benchmarks.workload import Work
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES, data_shards
-from mdm_jax.diffusion import corruption, objective
 from mdm_jax.model.denoiser import compute_dtype
+from mdm_jax.objectives import corruption, cross_entropy
 
 
 def make_parts(work: Work, against: str) -> dict[str, timing.Timed]:
@@ -85,7 +85,7 @@ def _gathered_loss(work: Work) -> Callable[..., jax.Array]:
   def loss(params, hidden, x0, masked):
     head = denoiser.logits, denoiser.head(params)
     weight = jax.device_put(jnp.ones(len(x0)), RULES.spec("batch"))
-    total, _ = objective.masked_loss(
+    total, _ = cross_entropy.masked_loss(
       *(*head, hidden, x0, masked, weight, capacity, denoiser.num_real)
     )
     return total

@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES
 from mdm_jax.data.batches import Batch
-from mdm_jax.diffusion.noise import RateDistribution
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.objectives.noise import RateDistribution
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.step import TrainStep
 

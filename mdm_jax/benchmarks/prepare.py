@@ -29,7 +29,7 @@ from mdm_jax.data import corpora
 _FILE_BYTES = 20e6
 _TICK = 0.05
 CONFIG = """
-from mdm_jax.core.config import default_config, stage
+from mdm_jax.config import default_config, stage
 
 def get_config(arg=""):
   config = default_config()

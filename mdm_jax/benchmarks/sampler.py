@@ -34,18 +34,20 @@ from rich.table import Table
 from mdm_jax.benchmarks import timing
 from mdm_jax.benchmarks.timing import Timed
 from mdm_jax.core import log_lines, rng
-from mdm_jax.core.config import MeshConfig, ModelConfig, SampleConfig
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import (
   RULES,
+  MeshConfig,
   batch_sharding,
   make_mesh,
   padded_rows,
 )
 from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas
+from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import rows_a_call
 from mdm_jax.sampling.sampler import make_sampler
 

@@ -28,15 +28,15 @@ from absl import flags
 
 from mdm_jax.benchmarks import timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset
+from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core import log_lines
-from mdm_jax.core.config import MeshConfig, TokenizerConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
-from mdm_jax.core.sharding import make_mesh
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.data import tokenizer as tokenizers
-from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.training.trainer import Trainer
+from mdm_jax.workdir import Workdir
 
 _PYTHON = (sys.executable,)
 _MAIN = (*_PYTHON, "-m", "mdm_jax.main")

@@ -39,11 +39,12 @@ from rich.table import Table
 
 from mdm_jax.benchmarks import md4, parts, plain, timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, RATES, Preset, Work
+from mdm_jax.config import Config
 from mdm_jax.core import log_lines
-from mdm_jax.core.config import Config, MeshConfig, ModelConfig
 from mdm_jax.core.progress import console
-from mdm_jax.core.sharding import make_mesh
+from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.model import flops
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import compute_dtype
 from mdm_jax.training import step
 from mdm_jax.training.state import TrainState, init_state, state_from

@@ -8,24 +8,20 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int32
 
-from mdm_jax.core.config import (
-  Config,
-  DataConfig,
-  EvalConfig,
-  ModelConfig,
-  ObjectiveConfig,
-  OptimizerConfig,
-  StageConfig,
-  TrainConfig,
-)
+from mdm_jax.config import Config
 from mdm_jax.core.sharding import data_shards
 from mdm_jax.data.batches import Batch
+from mdm_jax.data.config import DataConfig, StageConfig
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.tokenizer import Tokenizer
-from mdm_jax.diffusion import corruption
-from mdm_jax.diffusion.noise import RateDistribution, stage_rates
+from mdm_jax.evaluation.config import EvalConfig
+from mdm_jax.model.config import ModelConfig
+from mdm_jax.objectives import corruption
+from mdm_jax.objectives.config import ObjectiveConfig
+from mdm_jax.objectives.noise import RateDistribution, stage_rates
+from mdm_jax.training.config import OptimizerConfig, TrainConfig
 from mdm_jax.training.trainer import Trainer
 
 _UPDATES = 100_000  # the learning rate never gets to its floor

@@ -10,12 +10,26 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mdm_jax.core.config import Config, MeshConfig, ModelConfig
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.progress import console
+from mdm_jax.core.fields import field
 
 AXES = ("replica", "fsdp", "tensor")
 BATCH_AXES = ("replica", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each mesh axis; one of them may be -1 (what is left)."""
+
+  replica: int = field(
+    1, "data parallel, parameters replicated", "-1 or [1, 1048576]"
+  )
+  fsdp: int = field(
+    -1, "data parallel, parameters sharded", "-1 or [1, 1048576]"
+  )
+  tensor: int = field(
+    1, "heads, mlp and vocabulary split", "-1 or [1, 1048576]"
+  )
 
 
 class Unsplittable(UserError):
@@ -166,63 +180,13 @@ def _nearest(values: list[int], to: int) -> list[int]:
   return below + above
 
 
-def mesh_for_use(config: Config) -> jax.sharding.Mesh:
-  """Returns a mesh to sample or evaluate on, whatever number of devices it is.
-
-  The config's, if the model splits over it; else every device has the whole
-  model and a part of the rows, which is said.
-
-  Raises:
-    UserError: the config's sizes do not multiply to the number of devices.
-  """
-  mesh = make_mesh(config.mesh)
-  try:
-    check_model(config.model, mesh)
-  except Unsplittable as error:
-    console.print(
-      f"every one of {mesh.size} devices holds the whole model: {error}",
-      markup=False,
-      soft_wrap=True,
-    )
-    return make_mesh(MeshConfig(replica=-1, fsdp=1, tensor=1))
-  return mesh
-
-
-def training_mesh(config: Config) -> jax.sharding.Mesh:
-  """Returns a config's mesh, checked to split its model."""
-  mesh = make_mesh(config.mesh)
-  check_model(config.model, mesh)
-  return mesh
-
-
 def data_shards(mesh: AnyMesh) -> int:
   """Returns the number of shards a batch is split into."""
   return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
-def check_model(model: ModelConfig, mesh: AnyMesh) -> None:
-  """Raises UserError if the model can't be computed on the mesh's devices."""
-  here = isinstance(mesh, jax.sharding.Mesh)
-  if here and model.attention == "cudnn" and jax.default_backend() != "gpu":
-    raise UserError(
-      "model.attention=cudnn needs a GPU, this is a"
-      f" {jax.default_backend()}; nearest valid: auto"
-    )
-  heads = model.num_kv_heads or model.num_heads
-  for what, size, axis in (
-    ("key/value heads", heads, RULES.heads),
-    ("model.embed_dim", model.embed_dim, RULES.embed),
-    ("model.mlp_dim", model.mlp_size, RULES.mlp),
-  ):
-    _check_splits(what, size, axis, mesh)
-
-
-def check_vocabulary(size: int, mesh: AnyMesh) -> None:
-  """Raises UserError if the rows of the vocabulary's table can't be split."""
-  _check_splits("the vocabulary's ids", size, RULES.vocab, mesh)
-
-
-def _check_splits(what: str, size: int, axis: str, mesh: AnyMesh) -> None:
+def check_splits(what: str, size: int, axis: str, mesh: AnyMesh) -> None:
+  """Raises Unsplittable if an axis of `size` can't be split over the mesh's."""
   shards = mesh.shape[axis]
   if size % shards:
     near = [f"mesh.{axis}={n}" for n in _nearest(_divisors(size), shards)]

@@ -10,8 +10,8 @@ import hashlib
 import pathlib
 from collections.abc import Iterator
 
-from mdm_jax.core.config import DataConfig
 from mdm_jax.data import corpora, records
+from mdm_jax.data.config import DataConfig
 from mdm_jax.data.corpora import Document
 from mdm_jax.data.records import Form
 from mdm_jax.data.splits import TRAIN

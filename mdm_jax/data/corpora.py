@@ -20,9 +20,9 @@ from typing import Any
 
 from absl import logging
 
-from mdm_jax.core.config import DataConfig
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.data import records, splits, text_files
+from mdm_jax.data.config import DataConfig
 from mdm_jax.data.records import Form, decode
 from mdm_jax.data.text_files import (
   BadRecord,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.core.config import StageConfig
+from mdm_jax.data.config import StageConfig
 from mdm_jax.data.segments import Unit
 
 

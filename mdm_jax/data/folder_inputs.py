@@ -5,9 +5,10 @@ from typing import Any
 
 from absl import logging
 
-from mdm_jax.core.config import Config, DataConfig
+from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import blocks, inputs, journal
+from mdm_jax.data.config import DataConfig
 from mdm_jax.data.tokenizer import Tokenizer
 
 FORMAT = 3

@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from mdm_jax.core.config import Config, to_dict
+from mdm_jax.config import Config, to_dict
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.tokenizer import Tokenizer

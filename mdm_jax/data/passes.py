@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mdm_jax.core.config import Config, StageConfig
+from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import (
   blocks,
@@ -35,6 +35,7 @@ from mdm_jax.data import (
 )
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.blocks import Block
+from mdm_jax.data.config import StageConfig
 from mdm_jax.data.coverage import Coverage
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.ranking import Cut

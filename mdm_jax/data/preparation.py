@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.core.config import Config
+from mdm_jax.config import Config
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.data import (
   blocks,

@@ -5,10 +5,9 @@ larger one they were made before, by --mode=prepare (`preparation.py`).
 
 A folder of the cache holds the tokenizer, one pair of arrays a stage, one each
 for validation and test text with a table of where that is, and a manifest with
-their sizes and hashes. The folder's
-name is a hash of all it depends on (the text and the fields that shape rows),
-so equal work is found again and different work never collides. It appears
-whole, by a rename, or not at all.
+their sizes and hashes. Its name is a hash of all it depends on (the text and
+the fields that shape rows), so equal work is found again and different work
+never collides. It appears whole, by a rename, or not at all.
 """
 
 import dataclasses
@@ -25,8 +24,8 @@ from absl import logging
 from etils import epath
 from rich.progress import Progress
 
+from mdm_jax.config import Config
 from mdm_jax.core import distributed, safe_files
-from mdm_jax.core.config import Config, StageConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import (
   corpora,
@@ -39,6 +38,7 @@ from mdm_jax.data import (
   splits,
 )
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import StageConfig
 from mdm_jax.data.corpora import Document
 from mdm_jax.data.coverage import Coverage
 from mdm_jax.data.held_out import HeldOut

@@ -18,8 +18,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
-from mdm_jax.core.config import DataConfig
 from mdm_jax.core.errors import UserError
+from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import BadRecord, Document, Span, Tally
 
 Kind = Literal["text", "lines", "jsonl", "csv", "parquet"]

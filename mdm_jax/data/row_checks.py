@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.core.config import Config, StageConfig
+from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
+from mdm_jax.data.config import StageConfig
 from mdm_jax.data.tokenizer import Vocabulary
 
 _CHUNK = 2**22  # tokens looked at at once; more would fill the memory

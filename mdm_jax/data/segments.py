@@ -10,9 +10,9 @@ import numpy as np
 import sentencex
 from jaxtyping import Float64, Int64, Num
 
-from mdm_jax.core.config import StageConfig
 from mdm_jax.data import pieces, readability
 from mdm_jax.data import words as words_lib
+from mdm_jax.data.config import StageConfig
 
 # The splitter fails on some texts that hold these.
 _ODD_SPACE = re.compile(r"[^\S\x00-\x7f]")

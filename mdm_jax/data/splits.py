@@ -14,8 +14,8 @@ import hashlib
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, Literal
 
-from mdm_jax.core.config import DataConfig
 from mdm_jax.core.errors import UserError
+from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import Document
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.core.config import Config, StageConfig
+from mdm_jax.config import Config
 from mdm_jax.data import held_out, segments
+from mdm_jax.data.config import StageConfig
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import (
   Rows,

@@ -19,9 +19,9 @@ from etils import epath
 from jaxtyping import Int32, Integer
 
 from mdm_jax.core import safe_files
-from mdm_jax.core.config import TokenizerConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import words
+from mdm_jax.data.config import TokenizerConfig
 
 _BYTES = tuple(bytes([i]) for i in range(256))
 _BREAKS = ("\n\n", "\n")

@@ -3,7 +3,7 @@
   NELBO per token = integral over r in (0, 1) of CE(r),
 
 CE(r) being the mean cross-entropy per masked token at mask rate r (see
-`diffusion/noise.py`). Every row is corrupted `masks_per_row` times, its rates
+`objectives/noise.py`). Every row is corrupted `masks_per_row` times, its rates
 stratified over (0, 1], with keys that depend on the row alone: any two
 checkpoints are measured on the same masks.
 """
@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mdm_jax.core import distributed, rng
-from mdm_jax.core.config import EvalConfig
 from mdm_jax.core.sharding import (
   batch_sharding,
   data_shards,
@@ -27,9 +26,10 @@ from mdm_jax.core.sharding import (
 )
 from mdm_jax.data.held_out import DOCUMENT, ROW, SEGMENT, HeldOut
 from mdm_jax.data.packing import Rows
-from mdm_jax.diffusion import corruption, objective
+from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.evaluation.standard_errors import ratio
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.objectives import corruption, cross_entropy
 
 _SEED = 0  # of the evaluation masks, the same for every run
 CURVE_RATES = np.round(np.arange(0.05, 1.01, 0.05), 2)
@@ -236,7 +236,7 @@ def _masked_ce(
   )
   real = segments > 0
   corrupted = corruption.corrupt(keys(row, draw), tokens, real, rate, mask_id)
-  losses = objective.masked_cross_entropy(
+  losses = cross_entropy.masked_cross_entropy(
     denoiser.logits,
     denoiser.head(params),
     denoiser.hidden(params, corrupted.xt, segments, rate),

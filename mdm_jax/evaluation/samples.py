@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mdm_jax.core.config import SampleConfig
 from mdm_jax.data.ngrams import Ngrams
 from mdm_jax.evaluation.judge import Judge, nll_per_byte
 from mdm_jax.evaluation.standard_errors import Clusters, Measured
 from mdm_jax.evaluation.text_metrics import CopyIndex, measure
+from mdm_jax.sampling.config import SampleConfig
 
 
 class TextMeasures:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mdm_jax.core.config import ModelConfig
 from mdm_jax.core.sharding import RULES, vocab_ids
 from mdm_jax.model import attention, embedding, kernels, layers
+from mdm_jax.model.config import ModelConfig
 
 Params = dict[str, Any]
 

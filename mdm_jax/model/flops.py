@@ -7,7 +7,7 @@ model asks for.
 """
 
 from mdm_jax.core import accelerators
-from mdm_jax.core.config import ModelConfig
+from mdm_jax.model.config import ModelConfig
 
 
 def trunk_flops(config: ModelConfig, rows: int, length: int) -> float:

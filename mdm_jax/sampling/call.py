@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mdm_jax.core.config import SampleConfig
 from mdm_jax.core.sharding import RULES
 from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.sampling.config import SampleConfig
 
 _MOST_LOGITS = 2**25  # numbers in one chunk of logits: 128 MiB
 _CHUNKS = 4  # of all positions, at least

@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from mdm_jax.core import distributed, memory, rng
-from mdm_jax.core.config import SampleConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import (
   batch_sharding,
@@ -23,6 +22,7 @@ from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling import room, schedule, template, tokens
 from mdm_jax.sampling.call import Canvas
+from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import Drawn, Sampler, Watch, make_sampler
 
 # Tokens and rows of a call that keep a device busy: more would make one text

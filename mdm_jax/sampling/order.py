@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mdm_jax.core.config import Order
 from mdm_jax.sampling import tokens
+from mdm_jax.sampling.config import Order
 
 _STEPS = 4096.0  # of a probability, or of a nat
 

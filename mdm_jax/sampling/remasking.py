@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int, Int32, Key
 
-from mdm_jax.core.config import Remasking
+from mdm_jax.sampling.config import Remasking
 
 # The paper's loop: up to a share, rest there, and reveal what is left.
 _LOOP_SHARE, _LOOP_FROM, _LOOP_UNTIL = 0.9, 0.45, 0.95

@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mdm_jax.core.config import SampleConfig
 from mdm_jax.core.sharding import RULES
 from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.sampling import order, remasking, schedule, tokens
 from mdm_jax.sampling.call import Call, Canvas, Predictor, padded
+from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.schedule import Pace
 from mdm_jax.sampling.tokens import Settings
 

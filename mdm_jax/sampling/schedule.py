@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int32, Int64
 
-from mdm_jax.core.config import SampleConfig
 from mdm_jax.core.errors import UserError
 from mdm_jax.sampling import remasking
+from mdm_jax.sampling.config import SampleConfig
 
 
 def linear(num_steps: int) -> Float64[np.ndarray, "S"]:

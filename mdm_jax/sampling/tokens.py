@@ -21,7 +21,7 @@ from absl import logging
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mdm_jax.core.config import SampleConfig
+from mdm_jax.sampling.config import SampleConfig
 
 _BLOCK = 128  # tokens; `Vocabulary.size` is a multiple of it
 _FEW = 128  # candidates that `lax.top_k` finds as fast as a bisection does

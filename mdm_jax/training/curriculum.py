@@ -4,9 +4,10 @@ import bisect
 import dataclasses
 import math
 
-from mdm_jax.core.config import Config, StageConfig
+from mdm_jax.config import Config
 from mdm_jax.core.config_checks import update_ranges
 from mdm_jax.core.errors import UserError
+from mdm_jax.data.config import StageConfig
 
 _MOST_UPDATES = 2**31 - 1  # an update's number has 32 bits
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mdm_jax.core.config import TrainConfig
+from mdm_jax.training.config import TrainConfig
 
 # What a state carries for the guard; an empty dict where it is off, since
 # checkpoints can't hold an array without elements.

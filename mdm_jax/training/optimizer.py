@@ -10,8 +10,8 @@ import optax
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
-from mdm_jax.core.config import OptimizerConfig
 from mdm_jax.model.denoiser import Params
+from mdm_jax.training.config import OptimizerConfig
 from mdm_jax.training.curriculum import Curriculum
 
 # A warm-up longer than this share of the run is cut, and the log says so.

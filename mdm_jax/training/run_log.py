@@ -16,13 +16,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from mdm_jax.core import goodput
-from mdm_jax.core.attempt import Attempt
-from mdm_jax.core.metrics import Writers
 from mdm_jax.core.progress import ProgressLine
 from mdm_jax.model import flops
+from mdm_jax.runtime import goodput
+from mdm_jax.runtime.attempt import Attempt
 from mdm_jax.training.curriculum import StagePlan
 from mdm_jax.training.trainer import Trainer
+from mdm_jax.training.writers import Writers
 
 _BINS = "bin_loss", "bin_count"
 _COUNTED = "nonfinite", "skipped"

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from mdm_jax.config import Config
 from mdm_jax.core import rng
-from mdm_jax.core.config import Config
 from mdm_jax.core.sharding import RULES, data_shards
 from mdm_jax.data.batches import Batch
-from mdm_jax.diffusion import corruption, objective
-from mdm_jax.diffusion.corruption import Corrupted
-from mdm_jax.diffusion.noise import stage_rates
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.objectives import corruption, cross_entropy
+from mdm_jax.objectives.corruption import Corrupted
+from mdm_jax.objectives.noise import stage_rates
 from mdm_jax.training.curriculum import StagePlan
 from mdm_jax.training.guard import make_guard
 from mdm_jax.training.optimizer import choose
@@ -97,7 +97,7 @@ def make_pass(
     hidden = denoiser.hidden(
       params, task.corrupted.xt, task.segments, task.rate, task.dropout_keys
     )
-    loss, by_position = objective.masked_loss(
+    loss, by_position = cross_entropy.masked_loss(
       denoiser.logits,
       denoiser.head(params),
       hidden,
@@ -257,7 +257,7 @@ def _make_tasks(config, rates, mask_id, step, batch: Batch) -> _Task:
   corrupted = corruption.corrupt(
     keys("mask"), batch.tokens, real, rate, mask_id
   )
-  weight = objective.row_weights(
+  weight = cross_entropy.row_weights(
     config.objective, corrupted.masked, real, rates.inverse_density(u)
   )
   return _Task(

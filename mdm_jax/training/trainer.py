@@ -10,15 +10,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int
 
+from mdm_jax.config import Config
 from mdm_jax.core import rng
-from mdm_jax.core.config import Config
 from mdm_jax.core.errors import NumericsError
-from mdm_jax.core.sharding import check_vocabulary
 from mdm_jax.data import batches
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.model.placement import check_vocabulary
 from mdm_jax.training.curriculum import StagePlan, make_curriculum
 from mdm_jax.training.guard import make_guard
 from mdm_jax.training.optimizer import learning_rate_schedule, make_optimizer

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mdm_jax.core.config import ObjectiveConfig
 from mdm_jax.core.sharding import (
   BATCH_AXES,
   RULES,
@@ -26,6 +25,7 @@ from mdm_jax.core.sharding import (
   sum_over_shards,
   vocab_ids,
 )
+from mdm_jax.objectives.config import ObjectiveConfig
 
 # Parameters of the vocabulary projection and hidden states, to logits.
 Head = Callable[[Any, Float[Array, "N D"]], Float[Array, "N V"]]

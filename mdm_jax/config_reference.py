@@ -1,6 +1,6 @@
 """The configuration reference, written from the dataclasses.
 
-python -m mdm_jax.core.reference > docs/configuration.md
+python -m mdm_jax.config_reference > docs/configuration.md
 """
 
 import dataclasses
@@ -8,19 +8,20 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from mdm_jax.core.config import Config
+from mdm_jax.config import Config
 
 _INTRO = """\
 # Configuration
 
 Every field of `--config`, with its type and default; a number outside its
 bounds is refused (`[` and `]`: the end itself is allowed). A config file sets
-them on what `mdm_jax.core.config.default_config()` returns; on the command line
+them on what `mdm_jax.config.default_config()` returns; on the command line
 each is a flag, as in `--config.data.batch_size=4` or
 `'--config.stages[0].epochs=2'`. A field whose type allows `None` takes it
 there too.
 
-This file is made by `python -m mdm_jax.core.reference > docs/configuration.md`.
+This file is made by
+`python -m mdm_jax.config_reference > docs/configuration.md`.
 """
 
 

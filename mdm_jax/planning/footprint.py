@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from mdm_jax.core.sharding import RULES, data_shards, padded_rows
 from mdm_jax.data.batches import Batch
-from mdm_jax.diffusion import corruption, objective
-from mdm_jax.diffusion.noise import stage_rates
 from mdm_jax.model.denoiser import compute_dtype
+from mdm_jax.objectives import corruption, cross_entropy
+from mdm_jax.objectives.noise import stage_rates
 from mdm_jax.training.curriculum import StagePlan
 from mdm_jax.training.trainer import Blueprint
 
@@ -208,7 +208,7 @@ def _head_bytes(run: Blueprint, stage: StagePlan, mesh: AbstractMesh) -> int:
     microbatches=config.optimizer.accumulation,
   )
   width = config.model.embed_dim
-  chunks = objective.num_chunks(capacity, width, run.vocab.num_real)
+  chunks = cross_entropy.num_chunks(capacity, width, run.vocab.num_real)
   rows = -(-capacity // chunks)
   ids = run.vocab.size // mesh.shape[RULES.vocab]
   table = ids * width * (compute_dtype(config.model).itemsize + _FLOAT32)

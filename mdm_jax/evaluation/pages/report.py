@@ -16,7 +16,7 @@ from typing import Any
 
 from mdm_jax.core import strict_json
 from mdm_jax.core.progress import duration
-from mdm_jax.evaluation import markup, plots
+from mdm_jax.evaluation.pages import markup, plots
 
 _CE = "nats per masked token"
 _ERRORS = {"validation/nelbo_per_token": "validation/nelbo_stderr"}

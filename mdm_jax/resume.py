@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from mdm_jax.core import config as config_lib
-from mdm_jax.core import config_changes
-from mdm_jax.core.config import Config
-from mdm_jax.core.config_changes import Change
+from mdm_jax import config as config_lib
+from mdm_jax import config_changes
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.config import Config
+from mdm_jax.config_changes import Change
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.workdir import Workdir
-from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)

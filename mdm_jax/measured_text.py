@@ -4,14 +4,14 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from mdm_jax.core import config as config_lib
-from mdm_jax.core import config_changes
-from mdm_jax.core.config import Config
+from mdm_jax import config as config_lib
+from mdm_jax import config_changes
+from mdm_jax.config import Config
 from mdm_jax.core.progress import console
-from mdm_jax.core.workdir import Workdir
 from mdm_jax.data import corpora, records, splits
 from mdm_jax.data.prepared import PreparedData, prepare
 from mdm_jax.data.stage_rows import make_held_out
+from mdm_jax.workdir import Workdir
 
 _OTHER = "other_text"  # of a manifest: what is measured on purpose
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from etils import epath
 
+from mdm_jax.checkpoints import manifest
 from mdm_jax.core import files, strict_json
 from mdm_jax.core.errors import StorageError
 from mdm_jax.core.progress import console
-from mdm_jax.training import manifest
 
 _EVALUATION = "evaluation.json"
 _BOUND = "nelbo_per_token"

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from mdm_jax.evaluation import markup
-from mdm_jax.evaluation.markup import Number
+from mdm_jax.evaluation.pages import markup
+from mdm_jax.evaluation.pages.markup import Number
 
 
 class Point(NamedTuple):

@@ -12,20 +12,20 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from mdm_jax.core.config import Config
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.config import Config
 from mdm_jax.core.progress import console, with_error
-from mdm_jax.core.sharding import mesh_for_use
-from mdm_jax.core.workdir import Workdir
 from mdm_jax.data.prepared import PreparedData, training_texts
 from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
-from mdm_jax.evaluation.measured_text import open_rows
 from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.evaluation.standard_errors import Clusters
 from mdm_jax.evaluation.text_metrics import measure
+from mdm_jax.measured_text import open_rows
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.model.placement import mesh_for_use
 from mdm_jax.sampling.generate import CeByMaskRate, TextSampler
-from mdm_jax.training.checkpoint import Checkpoints
+from mdm_jax.workdir import Workdir
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 
@@ -54,7 +54,7 @@ def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
   data, config = open_rows(config, workdir)
   judge = make_judge(config.eval.judge, training_texts(config))
   curve = (workdir.read_results() or {}).get("validation_ce_by_mask_rate")
-  mesh = mesh_for_use(config)
+  mesh = mesh_for_use(config.mesh, config.model)
   with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
     points = _sweep(config, data, judge, mesh, checkpoints, curve)
   _show(points, judge.name)  # first: it may be that nothing can be stored

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mdm_jax.diffusion.noise import RateDistribution
+from mdm_jax.objectives.noise import RateDistribution
 
 # ceil(r n) must not jump where r n is a whole number but for float32 rounding.
 _ROUNDING = 1e-6

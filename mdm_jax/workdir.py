@@ -9,8 +9,8 @@ report.html     all of it as a page
 frontier.csv    the judge's opinion and entropy by temperature; also .png
 ways.csv        the same, and denoiser calls, by order and steps; also .md
 
-`core/attempt.py` has lock.json, attempts.jsonl and exit.json;
-`training/checkpoint.py` checkpoints, checkpoints.jsonl and set_aside.
+`runtime/attempt.py` has lock.json, attempts.jsonl and exit.json;
+`checkpoints/checkpoint.py` checkpoints, checkpoints.jsonl and set_aside.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from typing import Any
 
 from etils import epath
 
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
+from mdm_jax.config import Config
 from mdm_jax.core import distributed, files
-from mdm_jax.core.config import Config
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.core.fields import at_home
 

@@ -13,12 +13,12 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
+from mdm_jax import config as config_lib
+from mdm_jax.config import Config
 from mdm_jax.core import coercion
-from mdm_jax.core import config as config_lib
-from mdm_jax.core.config import Config
 from mdm_jax.core.errors import Exit, Failure, UserError, nearest
 from mdm_jax.core.fields import at_home
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.workdir import Workdir
 
 
 def read_config(num_samples: int | None = None) -> Config:

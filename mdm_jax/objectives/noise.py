@@ -17,7 +17,8 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mdm_jax.core.config import NoiseConfig, StageConfig
+from mdm_jax.data.config import StageConfig
+from mdm_jax.objectives.config import NoiseConfig
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """Trains every variant of a config with several seeds, and compares them.
 
-  python -m mdm_jax.ablate --config=configs/ablation.py --seeds=3
+  python -m mdm_jax.studies.ablate --config=configs/ablation.py --seeds=3
 
 Each run is the command that it prints: stop this program when you like, and the
 same command goes on. A config file for it has `VARIANTS`, a dict from what may
@@ -24,11 +24,12 @@ from absl import flags
 from rich import box
 from rich.table import Table
 
-from mdm_jax.core import command_line, log_lines
+from mdm_jax import command_line
+from mdm_jax.core import log_lines
 from mdm_jax.core.errors import Exit, Failure, StorageError, UserError, nearest
 from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console
-from mdm_jax.core.workdir import Workdir
+from mdm_jax.workdir import Workdir
 
 _COLUMNS = 3  # of a table on the screen
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mdm_jax.checkpoints.staging import Staging
+from mdm_jax.checkpoints.step_folders import StepFolders
 from mdm_jax.core import distributed, files
 from mdm_jax.core.errors import (
   Failure,
@@ -24,9 +26,7 @@ from mdm_jax.core.errors import (
   UserError,
 )
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.training.staging import Staging
 from mdm_jax.training.state import TrainState
-from mdm_jax.training.step_folders import StepFolders
 
 _STATE = "state"
 _ROOM = 1.05  # bytes on disk for a byte of state, at most

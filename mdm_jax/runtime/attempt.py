@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from mdm_jax.core import files, goodput, memory
+from mdm_jax.core import files, memory
 from mdm_jax.core.errors import (
   CrashLoop,
   Exit,
@@ -30,6 +30,7 @@ from mdm_jax.core.errors import (
   UserError,
   exit_code,
 )
+from mdm_jax.runtime import goodput
 
 _BEAT = 5.0  # seconds between two renewals of the lock
 _STALE = 60.0  # seconds without one after which another host's lock is dead

@@ -1,7 +1,7 @@
 """What changed between the config a run was started with and another one.
 
 A field that shapes the parameters, the rows or the order of the updates is
-marked `fixed` in core/config.py: with another value the run would be neither
+marked `fixed` in config.py: with another value the run would be neither
 the old one nor a new one. All others may change whenever a run is resumed.
 """
 
@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from mdm_jax.core.config import Config
+from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
 
 # Only their product, the rows of an update, decides what is learned.

@@ -7,11 +7,11 @@ from typing import Any
 from etils import epath
 
 from mdm_jax.core import distributed
-from mdm_jax.core.attempt import Attempt
 from mdm_jax.core.errors import Exit
 from mdm_jax.core.progress import console
-from mdm_jax.core.signals import StopRequest, stop_request
-from mdm_jax.core.watchdog import Watchdog
+from mdm_jax.runtime.attempt import Attempt
+from mdm_jax.runtime.signals import StopRequest, stop_request
+from mdm_jax.runtime.watchdog import Watchdog
 
 ROLL_SECONDS = 5.0  # that other processes have to say that they are there
 

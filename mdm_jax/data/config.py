@@ -1,0 +1,105 @@
+"""What text is read, and how it becomes rows."""
+
+import dataclasses
+from typing import Literal
+
+from mdm_jax.core.fields import COUNT, MANY, POSITIVE, SHARE, SIZE, field, fixed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Which text, and how many rows of it a step sees."""
+
+  corpus: str = field(  # the same text may be elsewhere: rows are compared
+    "sotu", "`sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`"
+  )
+  batch_size: int = fixed(8, "global rows a microbatch", SIZE)
+  eval_fraction: float = fixed(
+    0.05,
+    "share held out for validation, which chooses the best checkpoint",
+    "[0, 0.5]",
+  )
+  test_fraction: float = fixed(
+    0.05,
+    "share held out for the results, and used for nothing else",
+    "[0, 0.5]",
+  )
+  validation_corpus: str = field(
+    "", "text for validation, as `corpus` ('': a share of the corpus)"
+  )
+  test_corpus: str = field(
+    "", "text for the results, as `corpus` ('': a share of the corpus)"
+  )
+  language: str = fixed(
+    "en", "of the text, by ISO 639-1: how sentences end, and readability"
+  )
+  document: Literal["auto", "file", "line"] = field(
+    "auto", "what a document is in text files; auto: the whole file"
+  )
+  text_key: str = field(
+    "text", "where the text is in a .jsonl, .csv, .parquet or `tfds:NAME`"
+  )
+  max_documents: int | None = fixed(
+    None, "read only the first N documents (None: all)", MANY
+  )
+  on_bad_record: Literal["fail", "skip"] = field(
+    "fail", "stop at a file or line that can't be read, or count and skip it"
+  )
+  cache_dir: str = field(
+    "", "where prepared rows are kept ('': $XDG_CACHE_HOME/mdm_jax)", path=True
+  )
+  prepared: str = field(
+    "", "folder of --mode=prepare; rows are read from it", path=True
+  )
+  block_megabytes: float = field(
+    16.0, "text a shard of --mode=prepare holds", "(0, 1048576]"
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+  """How text becomes token ids."""
+
+  kind: Literal["sentencepiece", "byte", "char"] = fixed(
+    "sentencepiece", "sentencepiece is trained on the train split"
+  )
+  vocab_size: int = fixed(
+    8192, "pieces of a SentencePiece model to train", SIZE
+  )
+  path: str = fixed(
+    "", "a given SentencePiece .model instead of training one", path=True
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+  """One stage of the curriculum."""
+
+  name: str = field("train", "shown in progress lines and logs")
+  unit: Literal["sentences", "pairs", "lines", "paragraphs"] = fixed(
+    "paragraphs",
+    "text unit: one sentence, two consecutive ones, one line, or running text",
+  )
+  length: int = fixed(512, "tokens a row", SIZE)
+  easiest: float = fixed(
+    1.0, "share of the units kept, the least difficult first", SHARE
+  )
+  min_words: int = fixed(0, "shorter units are left out", COUNT)
+  max_words: int | None = fixed(None, "longer units are left out", POSITIVE)
+  epochs: float = fixed(
+    1.0, "passes over the rows selected for the stage", "(0, 1e9]"
+  )
+  updates: int | None = fixed(
+    None, "optimizer updates instead of epochs (None: from epochs)", POSITIVE
+  )
+  mask_rate: tuple[float, float] | None = fixed(
+    None,
+    "each row's rate r ~ U(range) (None: t ~ U(0,1) through `noise`)",
+    SHARE,
+  )
+  rehearsal: float = fixed(
+    0.0, "share of the rows whose rate is r ~ U(0, 1) instead", SHARE
+  )
+  lr_factor: float = field(
+    1.0, "multiplies the peak of the stage's cosine cycle", "(0, 1000]"
+  )

@@ -1,0 +1,35 @@
+"""What is measured, when, and on how much."""
+
+import dataclasses
+
+from mdm_jax.core.fields import COUNT, POSITIVE, SIZE, field
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """The held-out likelihood bound, and measures of samples."""
+
+  every: int = field(
+    500,
+    "updates between evaluations while training (0: only at the end)",
+    COUNT,
+  )
+  rows: int = field(
+    128, "validation rows of an evaluation while training", POSITIVE
+  )
+  final_rows: int | None = field(
+    None, "test rows of the final evaluation (None: all)", POSITIVE
+  )
+  masks_per_row: int = field(
+    16, "stratified mask rates drawn for each row", "[1, 65536]"
+  )
+  batch_size: int = field(64, "masked rows a call of the denoiser", SIZE)
+  samples: int = field(
+    64, "texts drawn to measure repetition, diversity, grade (0: none)", COUNT
+  )
+  judge: str = field(
+    "",
+    "folder of a Hugging Face causal LM that judges samples ('': an n-gram"
+    " model of the training text)",
+    path=True,
+  )

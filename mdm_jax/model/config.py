@@ -1,0 +1,51 @@
+"""The configuration of the denoiser."""
+
+import dataclasses
+from typing import Literal
+
+from mdm_jax.core.fields import SIZE, field, fixed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """The denoiser, a bidirectional transformer."""
+
+  num_layers: int = fixed(12, "transformer blocks", "[1, 65536]")
+  embed_dim: int = fixed(768, "width D of the residual stream", SIZE)
+  num_heads: int = fixed(
+    12, "attention heads H; must divide embed_dim", "[1, 65536]"
+  )
+  num_kv_heads: int | None = fixed(
+    None,
+    "key/value heads for grouped-query attention (None: num_heads)",
+    "[1, 65536]",
+  )
+  mlp_dim: int | None = fixed(
+    None, "SwiGLU hidden width (None: 8/3 D rounded up to 64)", SIZE
+  )
+  dropout: float = fixed(
+    0.0, "rate on the two residual branches of a block", "[0, 0.9]"
+  )
+  qk_norm: bool = fixed(True, "RMSNorm on queries and keys")
+  tie_embeddings: bool = fixed(True, "the head is the embedding transposed")
+  time_conditioning: bool = fixed(False, "adaLN-zero on the mask rate")
+  rope_theta: float = fixed(
+    10_000.0, "base of the rotary frequencies", "[1, 1e12]"
+  )
+  remat: Literal["none", "dots", "full"] = field(
+    "dots", "what the backward pass recomputes: nothing, all but matmuls, all"
+  )
+  dtype: Literal["auto", "float32", "bfloat16"] = field(
+    "auto", "compute dtype (auto: bfloat16 on accelerators, float32 on CPU)"
+  )
+  attention: Literal["auto", "reference", "fused", "cudnn"] = field(
+    "auto",
+    "reference: plain products; fused: jax.nn.dot_product_attention; cudnn:"
+    " the same by cuDNN's kernel, on a GPU in bfloat16; auto: reference on a"
+    " CPU, cudnn on a GPU where it is right, else fused: the plan says which",
+  )
+
+  @property
+  def mlp_size(self) -> int:
+    """SwiGLU's hidden width."""
+    return self.mlp_dim or -(-8 * self.embed_dim // (3 * 64)) * 64

@@ -1,0 +1,71 @@
+"""How text is drawn."""
+
+import dataclasses
+from typing import Literal
+
+from mdm_jax.core.fields import POSITIVE, SHARE, SIZE, field
+
+Order = Literal[
+  "random", "spread", "left_to_right", "confidence", "margin", "entropy"
+]
+Schedule = Literal["linear", "cosine", "optimal"]
+Remasking = Literal["none", "cap", "rescale", "conf", "loop"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+  """How text is drawn; a filter or limit that is None is off."""
+
+  num_samples: int = field(4, "texts", POSITIVE)
+  length: int | None = field(
+    None, "tokens a text (None: the last stage's)", SIZE
+  )
+  num_steps: int = field(
+    20, "steps, one denoiser call each, at most", "[1, 65536]"
+  )
+  order: Order = field("spread", "which masked tokens are revealed first")
+  block_length: int | None = field(
+    None,
+    "tokens of a block; each is finished before the next (None: one)",
+    SIZE,
+  )
+  schedule: Schedule = field(
+    "linear",
+    "tokens a step; optimal: the least divergence by the last evaluation's"
+    " loss at every mask rate",
+  )
+  entropy_bound: float | None = field(
+    None,
+    "nats; reveal more a step while the sum but its largest is in it",
+    "[0, 1e6]",
+  )
+  threshold: float | None = field(
+    None,
+    "reveal every token whose likeliest candidate has a probability above",
+    SHARE,
+  )
+  remasking: Remasking = field("none", "which revealed tokens are put back")
+  remasking_rate: float = field(
+    0.05,
+    "share of the revealed tokens that a step puts back, at most",
+    SHARE,
+  )
+  guidance: float = field(
+    0.0,
+    "weight of logits with the prompt over those without (0: one call)",
+    "[0, 1000]",
+  )
+  temperature: float = field(0.8, "divides the logits", "[1e-30, 1e30]")
+  temperature_range: tuple[float, float] | None = field(
+    (0.3, 0.8),
+    "the temperature is clamped to this, with a warning",
+    "[1e-30, 1e30]",
+  )
+  top_k: int | None = field(50, "keep the k likeliest tokens", POSITIVE)
+  min_p: float | None = field(
+    None, "drop tokens below min_p times the likeliest's probability", SHARE
+  )
+  top_p: float | None = field(
+    0.9, "then the fewest that reach this mass", SHARE
+  )
+  seed: int = field(0, "of the samples", "[0, 4294967295]")

@@ -1,0 +1,102 @@
+"""The configuration of the optimizer and of the training loop."""
+
+import dataclasses
+from typing import Literal
+
+from mdm_jax.core.fields import COUNT, POSITIVE, SHARE, SIZE, field, fixed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW, warm-up, then one cosine cycle a stage."""
+
+  name: Literal["adamw"] = fixed("adamw", "the optimizer")
+  learning_rate: float = field(2e-4, "peak of the first stage", "(0, 1]")
+  schedule: Literal["cosine_with_restarts"] = field(
+    "cosine_with_restarts", "one cosine cycle a stage"
+  )
+  warmup_steps: int = field(
+    1000,
+    "optimizer updates of linear warm-up, once, at the start of the run",
+    COUNT,
+  )
+  min_lr_ratio: float = field(
+    0.1, "floor of every cycle / learning_rate", SHARE
+  )
+  weight_decay: float = field(
+    0.1, "decoupled; not on norms, biases and embeddings", "[0, 1000]"
+  )
+  clip_norm: float = field(
+    1.0, "global gradient norm, before Adam", "[1e-9, 1e9]"
+  )
+  b1: float = field(0.9, "decay of Adam's first moment", "[0, 0.999999]")
+  b2: float = field(0.95, "decay of Adam's second moment", "[0, 0.999999]")
+  eps: float = field(1e-8, "Adam's epsilon", "[1e-30, 1]")
+  accumulation: int = fixed(1, "microbatches an optimizer update", SIZE)
+  ema_decay: float = field(
+    0.9999,
+    "of the averaged parameters that are evaluated and sampled",
+    SHARE,
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """How often the loop reports and saves, and what it does about faults."""
+
+  log_every: int = field(20, "updates between points in the logs", POSITIVE)
+  checkpoint_every: int = field(500, "updates between checkpoints", POSITIVE)
+  checkpoint_minutes: float = field(
+    10.0,
+    "save at the latest after so many minutes (0: by updates only)",
+    "[0, 1e6]",
+  )
+  keep_latest: int = field(
+    2, "newest checkpoints kept, beside the best one", POSITIVE
+  )
+  keep_every: int | None = field(
+    None,
+    "keep for good the checkpoints of updates divisible by this",
+    POSITIVE,
+  )
+  restore_step: int | None = field(
+    None,
+    "go on from this checkpoint, once, and set newer ones aside",
+    POSITIVE,
+  )
+  skip_updates: str = field(
+    "", "updates passed over with their rows, as `1200:1500,1800:1810`"
+  )
+  max_skipped: int = field(
+    3,
+    "updates in a row, not finite or spikes, that end the run unapplied",
+    POSITIVE,
+  )
+  spike_sigmas: float | None = field(
+    None,
+    "don't apply an update whose gradient norm is so far above the last"
+    " ones' mean, in their deviations",
+    "(0, 1e6]",
+  )
+  spike_window: int = field(
+    128, "applied updates that a spike is told by", "[2, 65536]"
+  )
+  recheck_every: int | None = field(
+    None,
+    "make every so many updates one twice, and compare every bit",
+    POSITIVE,
+  )
+  deterministic: Literal["auto", "true"] = field(
+    "auto",
+    "the same bits in every run. auto: what costs nothing (kernels are chosen"
+    " once and kept with the compiled programs; on a CPU that is all it takes);"
+    " true: on a GPU XLA's deterministic kernels too, at some speed",
+  )
+  watchdog_seconds: float = field(
+    1200.0,
+    "without progress, then all stacks are told and the run ends (0: never)",
+    "0 or [1, 1e8]",
+  )
+  max_attempts: int = field(
+    3, "starts in a row that may die before they save anything new", POSITIVE
+  )
