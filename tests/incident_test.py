@@ -54,7 +54,9 @@ def infinite(monkeypatch):
   """Every row weighs infinitely much in what is compiled from here on."""
   weights = cross_entropy.row_weights
   monkeypatch.setattr(
-    objective, "row_weights", lambda *args: np.float32(np.inf) * weights(*args)
+    cross_entropy,
+    "row_weights",
+    lambda *args: np.float32(np.inf) * weights(*args),
   )
 
 

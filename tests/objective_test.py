@@ -77,7 +77,7 @@ def test_loss_is_the_cross_entropy_at_masked_positions(case):
 @pytest.fixture
 def small_chunks(monkeypatch):
   """A chunk has 16 rows for a width of 8."""
-  monkeypatch.setattr(objective, "_SMALL", 1)
+  monkeypatch.setattr(cross_entropy, "_SMALL", 1)
 
 
 @pytest.mark.parametrize(

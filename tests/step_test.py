@@ -356,7 +356,7 @@ def nan_gradient():
 def broken(run, monkeypatch, name, function):
   """The run with an update that was traced with part of the objective bad."""
   other = Run(run.config, run.mesh)
-  monkeypatch.setattr(objective, name, function)
+  monkeypatch.setattr(cross_entropy, name, function)
   jax.block_until_ready(other.step(run.init(), run.batch(0)))  # traced now
   monkeypatch.undo()
   return other
