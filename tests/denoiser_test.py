@@ -10,6 +10,7 @@ from mdm_jax.core import rng, sharding
 from mdm_jax.core.errors import UserError
 from mdm_jax.model import layers, placement
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.context import CAUSAL, Visibility, row_context
 from mdm_jax.model.denoiser import Denoiser
 
 BASE = ModelConfig(num_layers=2, embed_dim=16, num_heads=4)
@@ -32,7 +33,8 @@ def _build(config, _mesh):
 def run(denoiser, params, xt=XT, segments=None, rate=0.5, row_keys=None):
   segments = jnp.ones_like(xt) if segments is None else segments
   rates = jnp.full(len(xt), rate, jnp.float32)
-  return hidden(denoiser, params, xt, segments, rates, row_keys)
+  context = row_context(segments, condition=rates, keys=row_keys)
+  return hidden(denoiser, params, xt, context)
 
 
 def test_packed_segments_do_not_see_each_other(mesh):
@@ -60,12 +62,44 @@ def test_a_packed_text_gets_the_states_it_gets_alone(mesh):
   np.testing.assert_allclose(packed[:, 3:], alone, rtol=1e-4, atol=1e-6)
 
 
-def test_positions_restart_in_each_segment():
-  segments = jnp.array([[1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 2]])
+def test_a_shifted_output_is_the_one_before_within_its_segment(mesh):
+  denoiser, params = build()
+  segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0]])
+  context = row_context(segments, visibility=CAUSAL)
+  plain = hidden(denoiser, params, XT, context)
+  shift = dataclasses.replace(context, shift=True)
   np.testing.assert_array_equal(
-    layers.segment_positions(segments),
-    [[0, 1, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 0]],
+    hidden(denoiser, params, XT, shift), plain[:, [0, 0, 1, 3, 3, 4, 5, 7]]
   )
+
+
+@pytest.mark.parametrize("kind", ["causal", "blocks"])
+def test_nothing_comes_from_what_is_not_visible(mesh, kind):
+  """The states of some positions, by the embeddings of all, block length 2."""
+  denoiser, params = build()
+  context = row_context(jnp.ones_like(XT), visibility=Visibility(kind, 2))
+
+  def state(embedding):
+    h = hidden(denoiser, params | {"embedding": embedding}, XT, context)
+    return (h[:, 4] ** 2).sum()
+
+  grad = np.abs(jax.grad(state)(params["embedding"])).max(axis=1)
+  seen = 5 if kind == "causal" else 6
+  mine, others = set(XT[0, :seen].tolist()), set(XT[0, seen:].tolist())
+  assert (grad[list(others - mine)] == 0).all()
+  assert (grad[list(mine)] > 0).all()
+
+
+def test_rotary_angles_follow_the_positions_that_are_given(mesh):
+  denoiser, params = build()
+  context = row_context(jnp.ones_like(XT), condition=jnp.ones(1))
+  plain = hidden(denoiser, params, XT, context)
+  later = dataclasses.replace(context, positions=context.positions + 7)
+  apart = dataclasses.replace(context, positions=2 * context.positions)
+  np.testing.assert_allclose(
+    hidden(denoiser, params, XT, later), plain, rtol=1e-4, atol=1e-5
+  )
+  assert np.abs(hidden(denoiser, params, XT, apart) - plain).max() > 1e-3
 
 
 def test_attention_is_bidirectional(mesh):

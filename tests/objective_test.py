@@ -8,6 +8,7 @@ import pytest
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import batch_sharding
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import corruption, cross_entropy, noise
 from mdm_jax.objectives.config import ObjectiveConfig
@@ -106,7 +107,8 @@ def test_training_loss_and_gradient_are_those_of_the_full_array(
   xt = jnp.where(masked, MASK, x0)
 
   def hidden(params):
-    return denoiser.hidden(params, xt, jnp.ones_like(xt), jnp.ones(8))
+    context = row_context(jnp.ones_like(xt))
+    return denoiser.hidden(params, xt, context)
 
   def packed(params):
     head = denoiser.logits, denoiser.head(params)

@@ -370,7 +370,7 @@ class Sampled:
     self._calls: list[None] = []
     self._drawn: list[np.ndarray] = []
 
-  def hidden(self, params, xt, segments, rate):
+  def hidden(self, params, xt, context):
     jax.debug.callback(lambda: self._calls.append(None))
     return params
 

@@ -151,7 +151,7 @@ class Joint(_Model):
   def texts(self):
     return texts(self.ids, self.length)
 
-  def hidden(self, params, xt, segments, rate):
+  def hidden(self, params, xt, context):
     all_texts = jnp.asarray(self.texts)
     fits = xt[:, None] == all_texts[None]
     fits |= (xt[:, None] == MASK) | (xt[:, None] == PAD)
@@ -263,8 +263,11 @@ class Pairs(_Model):
     pair = scale * normal(self.length, MASK + 1, self.length, WIDTH)
     return {"bias": bias, "pair": pair, "rate": normal(self.length, WIDTH)}
 
-  def hidden(self, params, xt, segments, rate):
-    hot = jax.nn.one_hot(xt, MASK + 1) * segments[..., None].astype(rate.dtype)
+  def hidden(self, params, xt, context):
+    rate = context.condition
+    hot = jax.nn.one_hot(xt, MASK + 1) * context.segments[..., None].astype(
+      rate.dtype
+    )
     logits = jnp.einsum("bjc,jciv->biv", hot, params["pair"])
     logits += params["bias"][None]
     return logits + rate[:, None, None] * params["rate"][None]
@@ -287,7 +290,7 @@ class Chain(_Model):
   length: int = 64
   by_row = ("forced",)
 
-  def hidden(self, params, xt, segments, rate):
+  def hidden(self, params, xt, context):
     start, move = params["start"], params["move"]
     hot = jax.nn.one_hot(xt, len(start))
     seen = jnp.where((xt == MASK)[..., None], 1.0, hot).swapaxes(0, 1)

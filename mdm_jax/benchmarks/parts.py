@@ -19,6 +19,7 @@ from mdm_jax.benchmarks import plain, timing
 from mdm_jax.benchmarks.workload import Work
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES, data_shards
+from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import compute_dtype
 from mdm_jax.objectives import corruption, cross_entropy
 
@@ -70,7 +71,8 @@ def _trunk(work: Work, params: Any, inputs: dict[str, jax.Array]):
   @jax.jit
   @jax.grad
   def gradient(params, xt, segments, rate):
-    hidden = denoiser.hidden(params, xt, segments, rate)
+    context = row_context(segments, condition=rate)
+    hidden = denoiser.hidden(params, xt, context)
     return jnp.square(hidden.astype(jnp.float32)).mean()
 
   return _timed(

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES
 from mdm_jax.data.batches import Batch
+from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.noise import RateDistribution
 from mdm_jax.training.state import TrainState
@@ -96,7 +97,8 @@ def make_train_step(
     u = jax.reshard(1 - u, RULES.spec("batch"))  # in (0, 1]
     rate = rates.rate(u)
     xt = mask_tokens(mask_key, x0, rate, mask_id)
-    hidden = denoiser.hidden(params, xt, segments, rate)
+    context = row_context(segments, condition=rate)
+    hidden = denoiser.hidden(params, xt, context)
     masked = xt == mask_id
     by_row = losses(denoiser, params, hidden, x0, masked).sum(axis=1)
     weight = rates.inverse_density(u) / rate

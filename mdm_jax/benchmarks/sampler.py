@@ -44,6 +44,7 @@ from mdm_jax.core.sharding import (
 )
 from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas
@@ -143,7 +144,8 @@ def _parts(
   @jax.jit
   def trunk(params, x):
     def step(i, x):
-      h = denoiser.hidden(params, x, jnp.ones_like(x), rate)
+      context = row_context(jnp.ones_like(x), condition=rate)
+      h = denoiser.hidden(params, x, context)
       return 1 - x + (h[:, :1, 0] > i).astype(jnp.int32)
 
     return jax.lax.fori_loop(0, steps, step, x)
@@ -270,7 +272,8 @@ def _plain(denoiser: Denoiser, vocab: Vocabulary, steps: int):
     def step(i, x):
       unmasked = 1 / (steps - i)
       rate = jnp.ones_like(x[:, 0], jnp.float32) - i / steps
-      hidden = denoiser.hidden(params, x, jnp.ones_like(x), rate)
+      context = row_context(jnp.ones_like(x), condition=rate)
+      hidden = denoiser.hidden(params, x, context)
       logits = denoiser.logits(params, hidden.reshape(-1, hidden.shape[-1]))
       logits = jax.reshard(logits, RULES.spec("batch", None))
       probs = jax.nn.softmax(logits).reshape(*x.shape, -1) * unmasked

@@ -28,6 +28,7 @@ from mdm_jax.data.held_out import DOCUMENT, ROW, SEGMENT, HeldOut
 from mdm_jax.data.packing import Rows
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.evaluation.standard_errors import ratio
+from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives import corruption, cross_entropy
 
@@ -239,7 +240,9 @@ def _masked_ce(
   losses = cross_entropy.masked_cross_entropy(
     denoiser.logits,
     denoiser.head(params),
-    denoiser.hidden(params, corrupted.xt, segments, rate),
+    denoiser.hidden(
+      params, corrupted.xt, row_context(segments, condition=rate)
+    ),
     tokens,
     corrupted.masked,
     capacity,

@@ -1,4 +1,4 @@
-"""The denoiser p(x0 | xt): a bidirectional pre-norm transformer.
+"""The denoiser: a pre-norm transformer that is told what sees what.
 
 RMSNorm, rotary positions, SwiGLU, no biases. Blocks are stacked along a leading
 layer axis and run by one scan, so compile time does not grow with depth. NNX
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mdm_jax.core.sharding import RULES, vocab_ids
 from mdm_jax.model import attention, embedding, kernels, layers
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.context import FULL, Context, starts, visible
 
 Params = dict[str, Any]
 
@@ -39,14 +40,14 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Context:
+class _Shared:
   """What every block needs beside the residual stream."""
 
   visible: Bool[Array, "B L L"]
   cos: Float[Array, "B L K"]
   sin: Float[Array, "B L K"]
   condition: Float[Array, "B D"] | None
-  row_keys: Key[Array, "B"] | None
+  keys: Key[Array, "B"] | None
 
 
 def _branch_scale(config: ModelConfig) -> float:
@@ -79,7 +80,7 @@ class Attention(nnx.Module):
       self.key_norm = layers.RMSNorm(size)
 
   def __call__(
-    self, x: Float[Array, "B L D"], context: _Context
+    self, x: Float[Array, "B L D"], shared: _Shared
   ) -> Float[Array, "B L D"]:
     # Heads come before the length: matmuls over [L, K] then need no copies.
     heads, tokens = ("batch", "heads"), ("length", None)
@@ -92,10 +93,10 @@ class Attention(nnx.Module):
     )
     if self.config.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
-    query = layers.rotate(query, context.cos, context.sin)
-    key = layers.rotate(key, context.cos, context.sin)
+    query = layers.rotate(query, shared.cos, shared.sin)
+    key = layers.rotate(key, shared.cos, shared.sin)
     mixed = attention.attend(
-      self.config.attention, query, key, value, context.visible
+      self.config.attention, query, key, value, shared.visible
     )
     return layers.project(
       "out", "bgrlk,grkd->bld", mixed, self.out, "batch", "length", None
@@ -144,25 +145,25 @@ class Block(nnx.Module):
       self.modulation = layers.zeros(shape, "embed", None, None)
 
   def __call__(
-    self, x: Float[Array, "B L D"], layer: Int[Array, ""], context: _Context
+    self, x: Float[Array, "B L D"], layer: Int[Array, ""], shared: _Shared
   ) -> Float[Array, "B L D"]:
-    shift, scale, gate = self._modulation(x, context)
-    keys = self._dropout_keys(layer, context)
+    shift, scale, gate = self._modulation(x, shared)
+    keys = self._dropout_keys(layer, shared)
     h = self.attention_norm(x) * (1 + scale[0]) + shift[0]
-    h = layers.dropout(self.attention(h, context), self.config.dropout, keys[0])
+    h = layers.dropout(self.attention(h, shared), self.config.dropout, keys[0])
     x = x + gate[0] * h
     h = self.mlp_norm(x) * (1 + scale[1]) + shift[1]
     h = layers.dropout(self.mlp(h), self.config.dropout, keys[1])
     return x + gate[1] * h
 
-  def _modulation(self, x: Float[Array, "B L D"], context: _Context):
+  def _modulation(self, x: Float[Array, "B L D"], shared: _Shared):
     """adaLN-zero (arXiv 2212.09748): shift, scale and gate of two branches."""
-    if context.condition is None:
+    if shared.condition is None:
       return (0, 0), (0, 0), (1, 1)
     parts = layers.project(
       "modulation",
       "bd,dcf->bcf",
-      context.condition.astype(x.dtype),
+      shared.condition.astype(x.dtype),
       self.modulation,
       "batch",
       None,
@@ -171,13 +172,11 @@ class Block(nnx.Module):
     a, b, c, d, e, f = (parts[:, i, None] for i in range(6))
     return (a, b), (c, d), (e, f)
 
-  def _dropout_keys(self, layer: Int[Array, ""], context: _Context):
-    if context.row_keys is None or self.config.dropout == 0:
+  def _dropout_keys(self, layer: Int[Array, ""], shared: _Shared):
+    if shared.keys is None or self.config.dropout == 0:
       return None, None
     fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    return fold(context.row_keys, 2 * layer), fold(
-      context.row_keys, 2 * layer + 1
-    )
+    return fold(shared.keys, 2 * layer), fold(shared.keys, 2 * layer + 1)
 
 
 class Network(nnx.Module):
@@ -204,34 +203,35 @@ class Network(nnx.Module):
 
   def hidden(
     self,
-    xt: Int[Array, "B L"],
-    segments: Int[Array, "B L"],
-    rate: Float[Array, "B"],
-    row_keys: Key[Array, "B"] | None,
+    tokens: Int[Array, "B L"],
+    context: Context,
   ) -> Float[Array, "B L D"]:
     """Runs the blocks; see `Denoiser.hidden`."""
     dtype = compute_dtype(self.config)
-    x = embedding.look_up(dtype, self.embedding[...], xt)
-    context = self._context(segments, rate, row_keys)
+    x = embedding.look_up(dtype, self.embedding[...], tokens)
+    shared = self._shared(context)
 
     def body(x, layer):
       block, index = layer
-      return block(x, index, context), None
+      return block(x, index, shared), None
 
     if self.config.remat != "none":
       kept = _KEPT[self.config.remat]
       body = jax.checkpoint(body, prevent_cse=False, policy=kept)
     index = jnp.arange(self.config.num_layers)
     x, _ = jax.lax.scan(body, x, (self.blocks, index))
-    return x
+    return _shifted(x, context.segments) if context.shift else x
 
-  def _context(self, segments, rate, row_keys) -> _Context:
-    size = self.config.embed_dim // self.config.num_heads
-    positions = layers.segment_positions(segments)
-    cos, sin = layers.rotary(positions, size, self.config.rope_theta)
-    visible = segments[:, :, None] == segments[:, None, :]
-    condition = self._condition(rate) if self.config.time_conditioning else None
-    return _Context(visible, cos, sin, condition, row_keys)
+  def _shared(self, context: Context) -> _Shared:
+    c = self.config
+    size = c.embed_dim // c.num_heads
+    cos, sin = layers.rotary(context.positions, size, c.rope_theta)
+    condition = None
+    if c.time_conditioning:
+      if context.condition is None:
+        raise ValueError("a denoiser with time conditioning needs a condition")
+      condition = self._condition(context.condition)
+    return _Shared(_pairs(context), cos, sin, condition, context.keys)
 
   def _condition(self, rate: Float[Array, "B"]) -> Float[Array, "B D"]:
     half = self.config.embed_dim // 2
@@ -241,6 +241,19 @@ class Network(nnx.Module):
     return jax.nn.silu(
       layers.project("time", "bd,df->bf", features, self.time_in, "batch", None)
     )
+
+
+def _pairs(context: Context) -> Bool[Array, "B L L"]:
+  if context.visibility == FULL:  # the rule, without comparing zeros
+    segments = context.segments
+    return segments[:, :, None] == segments[:, None, :]
+  return visible(context.side, context.side)
+
+
+def _shifted(x: Float[Array, "B L D"], segments) -> Float[Array, "B L D"]:
+  """Moves every output one to the right, within its segment."""
+  before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+  return jnp.where(starts(segments)[:, :, None], x, before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,22 +283,17 @@ class Denoiser:
   def hidden(
     self,
     params: Params,
-    xt: Int[Array, "B L"],
-    segments: Int[Array, "B L"],
-    rate: Float[Array, "B"],
-    row_keys: Key[Array, "B"] | None = None,
+    tokens: Int[Array, "B L"],
+    context: Context,
   ) -> Float[Array, "B L D"]:
     """Returns the last block's output, before the final norm and the head.
 
     Args:
       params: from `init`.
-      xt: corrupted tokens.
-      segments: the packed text each token belongs to (0: padding); tokens of
-        different segments don't see each other.
-      rate: each row's mask rate; only read with time conditioning.
-      row_keys: keys for dropout, one a row; None switches it off.
+      tokens: what is read, corrupted or not.
+      context: where the tokens are and what they see.
     """
-    return self._bind(params).hidden(xt, segments, rate, row_keys)
+    return self._bind(params).hidden(tokens, context)
 
   def head(self, params: Params) -> Params:
     """Returns the parameters that `logits` reads."""

@@ -152,15 +152,6 @@ def rms_norm(
   return (normed * scale).astype(x.dtype)
 
 
-def segment_positions(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
-  """Returns each token's position within its packed segment."""
-  index = jnp.arange(segments.shape[1])[None]
-  starts = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
-  starts = starts.at[:, 0].set(True)
-  first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-  return index - first
-
-
 def rotary(
   positions: Int[Array, "B L"], head_size: int, theta: float
 ) -> tuple[Float[Array, "B L K"], Float[Array, "B L K"]]:

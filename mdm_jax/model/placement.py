@@ -2,6 +2,7 @@
 
 import jax
 
+from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import (
   RULES,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mdm_jax.core.sharding import RULES
 from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.model.context import Context, row_context
 from mdm_jax.sampling.config import SampleConfig
 
 _MOST_LOGITS = 2**25  # numbers in one chunk of logits: 128 MiB
@@ -34,9 +35,8 @@ class Predictor(Protocol):
   def hidden(
     self,
     params: Any,
-    xt: Int[Array, "B L"],
-    segments: Int[Array, "B L"],
-    rate: Float[Array, "B"],
+    tokens: Int[Array, "B L"],
+    context: Context,
   ) -> Float[Array, "B L D"]: ...
 
   def logits(
@@ -94,9 +94,10 @@ class Call:
 
   def _run(self, x, masked, inside) -> Float[Array, "B L D"]:
     rate = masked.sum(axis=1) / jnp.maximum(inside.sum(axis=1), 1)
-    return self._denoiser.hidden(
-      self._params, x, inside.astype(jnp.int32), rate.astype(jnp.float32)
+    context = row_context(
+      inside.astype(jnp.int32), condition=rate.astype(jnp.float32)
     )
+    return self._denoiser.hidden(self._params, x, context)
 
   def logits(self, where: Int[Array, "B N"]) -> Float[Array, "B N V"]:
     """Returns logits at some positions; -inf for tokens that can't be there.

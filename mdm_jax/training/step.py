@@ -17,6 +17,7 @@ from mdm_jax.config import Config
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES, data_shards
 from mdm_jax.data.batches import Batch
+from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives import corruption, cross_entropy
 from mdm_jax.objectives.corruption import Corrupted
@@ -94,9 +95,10 @@ def make_pass(
   )
 
   def loss_fn(params: Params, task: _Task):
-    hidden = denoiser.hidden(
-      params, task.corrupted.xt, task.segments, task.rate, task.dropout_keys
+    context = row_context(
+      task.segments, condition=task.rate, keys=task.dropout_keys
     )
+    hidden = denoiser.hidden(params, task.corrupted.xt, context)
     loss, by_position = cross_entropy.masked_loss(
       denoiser.logits,
       denoiser.head(params),

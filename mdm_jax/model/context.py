@@ -1,0 +1,176 @@
+"""What the denoiser is told about its tokens: where they are, what they see.
+
+Which positions see which is a small description, never an array of all pairs.
+It gives every position two numbers, a label and a horizon, and there is one
+rule for all kinds (`visible`), which every attention kernel follows:
+
+  kind     label           horizon    a position sees, of its own segment,
+  full     0               0          everything
+  causal   p               p          itself and what is before it
+  blocks   p // S          p // S     its block and the blocks before it
+  noisy    p // S + 2^24   p // S-1   its own noisy block, clean blocks before
+  dual     noisy where `noisy` says so, else blocks
+
+with p the position and S the block's length. `noisy` and `dual` are for block
+diffusion (Arriola et al. 2025, arXiv 2503.09573), whose corrupted blocks see
+clean ones.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mdm_jax.core.errors import UserError
+
+Kind = Literal["full", "causal", "blocks", "noisy", "dual"]
+
+# More than any position: the label of a noisy block is no clean block's.
+_NOISY = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+  """What a position may see of its segment; hashable, without arrays.
+
+  Attributes:
+    kind: one of the table above.
+    block: tokens of a block; only read by the three kinds that have blocks.
+  """
+
+  kind: Kind = "full"
+  block: int = 1
+
+  def __post_init__(self):
+    if self.block < 1:
+      raise UserError(f"a block of {self.block} tokens; nearest valid: 1")
+
+
+FULL = Visibility("full")
+CAUSAL = Visibility("causal")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """The queries or the keys of attention, as far as visibility goes.
+
+  Attributes:
+    segments: the packed text each position belongs to; -1 is nobody's.
+    label: what a position is found by.
+    horizon: the highest label that a position sees.
+  """
+
+  segments: Int[Array, "B M"]
+  label: Int[Array, "B M"]
+  horizon: Int[Array, "B M"]
+
+
+def visible(q: Side, k: Side) -> Bool[Array, "B Q K"]:
+  """Returns which keys each query sees: the one rule, for all pairs."""
+  pairs = lambda of_q, of_k: (of_q[:, :, None], of_k[:, None, :])
+  here, there = pairs(q.segments, k.segments)
+  horizon, label = pairs(q.horizon, k.label)
+  mine, _ = pairs(q.label, k.label)
+  return (here == there) & ((label <= horizon) | (label == mine))
+
+
+def make_side(
+  visibility: Visibility,
+  segments: Int[Array, "B M"],
+  positions: Int[Array, "B M"],
+  noisy: Bool[Array, "B M"] | None = None,
+) -> Side:
+  """Returns labels and horizons by the table above.
+
+  Args:
+    visibility: of which kind.
+    segments: the packed text each position belongs to.
+    positions: within it.
+    noisy: which positions are of the noisy half; only read by `dual`.
+
+  Raises:
+    ValueError: `dual` without `noisy`.
+  """
+  label, horizon = _label_and_horizon(visibility, positions, noisy)
+  return Side(segments, label, horizon)
+
+
+def _label_and_horizon(visibility: Visibility, positions, noisy):
+  if visibility.kind == "full":
+    return jnp.zeros_like(positions), jnp.zeros_like(positions)
+  if visibility.kind == "causal":
+    return positions, positions
+  block = positions // visibility.block
+  if visibility.kind == "blocks":
+    return block, block
+  if visibility.kind == "noisy":
+    return block + _NOISY, block - 1
+  if noisy is None:
+    raise ValueError("visibility dual without Context.noisy")
+  label = jnp.where(noisy, block + _NOISY, block)
+  return label, jnp.where(noisy, block - 1, block)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What the denoiser is told beside the tokens; see `row_context`.
+
+  With more axes in front it is a context for each of several calls.
+
+  Attributes:
+    segments: the packed text each token belongs to (0: padding); tokens of
+      different segments don't see each other.
+    positions: for the rotary angles and for visibility.
+    visibility: what a position sees of its segment.
+    noisy: which tokens are of the noisy half; only for `dual`.
+    condition: each row's mask rate; only read with time conditioning.
+    keys: for dropout, one a row; None switches it off.
+    shift: position i is answered by the output before it, and the first of a
+      segment or of a call by its own: so are models that were trained to
+      predict the next token.
+  """
+
+  segments: Int[Array, "*A B S"]
+  positions: Int[Array, "*A B S"]
+  visibility: Visibility = dataclasses.field(
+    default=FULL, metadata={"static": True}
+  )
+  noisy: Bool[Array, "*A B S"] | None = None
+  condition: Float[Array, "*A B"] | None = None
+  keys: Key[Array, "*A B"] | None = None
+  shift: bool = dataclasses.field(default=False, metadata={"static": True})
+
+  @property
+  def side(self) -> Side:
+    """These tokens as queries, or as keys."""
+    return make_side(self.visibility, self.segments, self.positions, self.noisy)
+
+
+def row_context(segments: Int[Array, "*A B S"], **more: Any) -> Context:
+  """Returns a context whose positions count from 0 within each segment.
+
+  Args:
+    segments: of packed rows.
+    **more: other fields of `Context`.
+  """
+  return Context(segments, segment_positions(segments), **more)
+
+
+def segment_positions(segments: Int[Array, "*A S"]) -> Int[Array, "*A S"]:
+  """Returns each token's position within its packed segment."""
+  last = segments.ndim - 1
+  index = jnp.arange(segments.shape[-1])
+  index = jnp.expand_dims(index, tuple(range(last)))
+  first = starts(segments)
+  return index - jax.lax.cummax(jnp.where(first, index, 0), axis=last)
+
+
+def starts(segments: Int[Array, "*A S"]) -> Bool[Array, "*A S"]:
+  """Returns which tokens are the first of their segment."""
+  before = [(0, 0)] * (segments.ndim - 1) + [(1, 0)]
+  changes = segments != jnp.pad(segments, before)[..., :-1]
+  return changes.at[..., 0].set(True)

@@ -1,0 +1,109 @@
+"""What sees what, against a rule spelled out pair by pair."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdm_jax.core.errors import UserError
+from mdm_jax.model.context import (
+  CAUSAL,
+  FULL,
+  Context,
+  Visibility,
+  make_side,
+  row_context,
+  segment_positions,
+  visible,
+)
+
+SEGMENTS = np.array(
+  [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2, 2, 3]]
+)
+S = 3  # tokens of a block
+
+
+def sees(kind, p, noisy_query, q, noisy_key) -> bool:
+  """Whether position p sees position q of the same segment."""
+  if kind == "full":
+    return True
+  if kind == "causal":
+    return q <= p
+  mine, other = p // S, q // S
+  if kind == "blocks":
+    return other <= mine
+  if kind == "noisy":
+    return other == mine
+  if noisy_query:
+    return other == mine if noisy_key else other < mine
+  return not noisy_key and other <= mine
+
+
+def by_pairs(kind, segments, positions, noisy):
+  rows, length = segments.shape
+  pairs = np.zeros((rows, length, length), bool)
+  for b in range(rows):
+    for i in range(length):
+      for j in range(length):
+        pairs[b, i, j] = segments[b, i] == segments[b, j] and sees(
+          *(kind, positions[b, i], noisy[b, i], positions[b, j], noisy[b, j])
+        )
+  return pairs
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "blocks", "noisy", "dual"])
+def test_the_one_rule_is_that_of_every_pair_on_packed_rows(kind):
+  """For `dual`, a row is its corrupted copy and then itself."""
+  segments = np.tile(SEGMENTS, (1, 2)) if kind == "dual" else SEGMENTS
+  positions = np.asarray(segment_positions(jnp.asarray(SEGMENTS)))
+  if kind == "dual":
+    positions = np.tile(positions, (1, 2))
+  noisy = np.arange(segments.shape[1])[None] < SEGMENTS.shape[1]
+  noisy = np.broadcast_to(noisy, segments.shape)
+  context = Context(
+    *map(jnp.asarray, (segments, positions)),
+    visibility=Visibility(kind, S),
+    noisy=jnp.asarray(noisy) if kind == "dual" else None,
+  )
+  np.testing.assert_array_equal(
+    visible(context.side, context.side),
+    by_pairs(kind, segments, positions, noisy),
+  )
+
+
+def test_noisy_queries_see_clean_blocks_before_them():
+  """A corrupted row against the keys of the clean one, as in two passes."""
+  segments = jnp.asarray(SEGMENTS)
+  positions = segment_positions(segments)
+  q = make_side(Visibility("noisy", S), segments, positions)
+  k = make_side(Visibility("blocks", S), segments, positions)
+  both = np.tile(SEGMENTS, (1, 2)), np.tile(np.asarray(positions), (1, 2))
+  noisy = np.repeat([[True, False]], SEGMENTS.shape[1], axis=1)
+  noisy = np.broadcast_to(noisy, both[0].shape)
+  length = SEGMENTS.shape[1]
+  want = by_pairs("dual", *both, noisy)[:, :length, length:]
+  np.testing.assert_array_equal(visible(q, k), want)
+
+
+def test_an_empty_slot_is_seen_by_nobody():
+  empty = jnp.full((1, 3), -1)
+  segments = jnp.array([[0, 1, 1]])
+  for kind in (FULL, CAUSAL, Visibility("blocks", S)):
+    q = make_side(kind, segments, segment_positions(segments))
+    k = make_side(kind, empty, jnp.zeros_like(empty))
+    assert not visible(q, k).any()
+
+
+def test_positions_restart_in_each_segment():
+  segments = jnp.array([[1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 2]])
+  want = [[0, 1, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 0]]
+  np.testing.assert_array_equal(segment_positions(segments), want)
+  of_calls = row_context(segments[None]).positions
+  np.testing.assert_array_equal(of_calls, np.array(want)[None])
+
+
+def test_what_can_not_be_is_refused():
+  with pytest.raises(UserError, match="a block of 0 tokens; nearest valid: 1"):
+    Visibility("blocks", 0)
+  segments = jnp.ones((1, 4), jnp.int32)
+  with pytest.raises(ValueError, match="dual without Context.noisy"):
+    _ = row_context(segments, visibility=Visibility("dual", 2)).side
