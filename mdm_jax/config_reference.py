@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mdm_jax.config import Config
+from mdm_jax.core import registry
 
 _INTRO = """\
 # Configuration
@@ -52,7 +53,7 @@ def _section(path: str, cls: type) -> str:
     if _inner(field.type)[0] is None:
       cells = (
         f"`{prefix}{field.name}`",
-        f"`{_type_name(field.type)}`",
+        f"`{_type_name(field)}`",
         field.metadata["bounds"],
         f"`{field.default!r}`",
         field.metadata["doc"].replace("<", "\\<"),
@@ -71,7 +72,10 @@ def _inner(hint: Any) -> tuple[type | None, bool]:
   return None, False
 
 
-def _type_name(hint: Any) -> str:
+def _type_name(field: dataclasses.Field[Any]) -> str:
+  hint = field.type
+  if "registry" in field.metadata:
+    return " | ".join(map(repr, registry.resolve(field.metadata["registry"])))
   if typing.get_origin(hint) is typing.Literal:
     return " | ".join(map(repr, typing.get_args(hint)))
   if isinstance(hint, type) and not typing.get_args(hint):

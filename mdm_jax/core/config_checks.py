@@ -1,6 +1,5 @@
 """Which values of the configuration can work, alone and together."""
 
-import dataclasses
 import re
 from typing import Any
 
@@ -13,7 +12,7 @@ _MOST_ROWS = 2**24  # of an update, which are numbered one by one
 
 def check(c: Any) -> None:
   """Raises UserError, naming the field, for a value that can't work."""
-  _check_bounds(c, "")
+  fields.check(c)
   languages.check("data.language", c.data.language)
   if c.data.eval_fraction + c.data.test_fraction > 0.9:
     raise UserError(
@@ -139,17 +138,3 @@ def _check_stage(c: Any, i: int, stage: Any) -> None:
       " draws the other rates, so no weight can make the bound unbiased; set"
       f" stages[{i}].rehearsal > 0 or weighting=masked_ce"
     )
-
-
-def _check_bounds(value: Any, path: str, limits: str = "") -> None:
-  """Goes through all fields: every number must be within its field's bounds."""
-  if dataclasses.is_dataclass(value):
-    for field in dataclasses.fields(value):
-      name = f"{path}.{field.name}" if path else field.name
-      limits = field.metadata.get("bounds", "")
-      _check_bounds(getattr(value, field.name), name, limits)
-  elif isinstance(value, tuple):
-    for i, item in enumerate(value):
-      _check_bounds(item, f"{path}[{i}]", limits)
-  elif limits and value is not None and not fields.allows(limits, value):
-    raise UserError(f"{path}={value} must be {fields.told(limits)}")

@@ -1,8 +1,9 @@
-"""What a field of the configuration says of itself: doc, bounds, if it stays.
+"""What a field of the configuration says of itself: doc, bounds, registry.
 
 Bounds are written as in mathematics: "[0, 1]" has both ends, "(0, 1)" none of
 them, "-1 or [1, 64]" one number more. Of a field with several numbers they are
-those of each.
+those of each. A registry is written as "package.module:NAME"; the field's value
+is then the name of a piece in it.
 """
 
 import dataclasses
@@ -10,6 +11,9 @@ import functools
 import os
 import re
 from typing import Any, NamedTuple
+
+from mdm_jax.core import registry
+from mdm_jax.core.errors import UserError
 
 COUNT = "[0, 2147483647]"  # what is counted fits 32 bits
 POSITIVE = "[1, 2147483647]"
@@ -32,20 +36,21 @@ class _Interval(NamedTuple):
     return above and below
 
 
-def field(default: Any, doc: str, bounds: str = "", **more: bool) -> Any:
+def field(default: Any, doc: str, bounds: str = "", **more: Any) -> Any:
   """A field.
 
   Args:
     default: its value if none is given.
     doc: one line.
     bounds: of a number, or of each of several.
-    **more: `path`, a file or folder, which may begin with ~.
+    **more: `path=True`, a file or folder, which may begin with ~;
+      `registry="package.module:NAME"`, where its possible values are listed.
   """
   metadata = {"doc": doc, "bounds": bounds, **more}
   return dataclasses.field(default=default, metadata=metadata)
 
 
-def fixed(default: Any, doc: str, bounds: str = "", **more: bool) -> Any:
+def fixed(default: Any, doc: str, bounds: str = "", **more: Any) -> Any:
   """A field whose value a run keeps: with another it is another run."""
   return field(default, doc, bounds, fixed=True, **more)
 
@@ -53,6 +58,30 @@ def fixed(default: Any, doc: str, bounds: str = "", **more: bool) -> Any:
 def at_home(path: str) -> str:
   """Returns a path as the file system takes it: ~ is the home folder."""
   return os.path.expanduser(path)
+
+
+def check(value: Any, path: str = "") -> None:
+  """Checks every field under a section against its bounds and its registry.
+
+  Raises:
+    UserError: a number is out of bounds, or a name isn't registered.
+  """
+  for at in dataclasses.fields(value):
+    name = f"{path}.{at.name}" if path else at.name
+    _check(getattr(value, at.name), name, at)
+
+
+def _check(value: Any, path: str, at: dataclasses.Field[Any]) -> None:
+  limits, pieces = at.metadata.get("bounds"), at.metadata.get("registry")
+  if dataclasses.is_dataclass(value):
+    check(value, path)
+  elif isinstance(value, tuple):
+    for i, item in enumerate(value):
+      _check(item, f"{path}[{i}]", at)
+  elif limits and value is not None and not allows(limits, value):
+    raise UserError(f"{path}={value} must be {told(limits)}")
+  elif pieces and value != at.default:  # a default needs no slow import
+    registry.resolve(pieces).check(value, path)
 
 
 def allows(bounds: str, value: int | float) -> bool:
