@@ -14,6 +14,7 @@ from mdm_jax.evaluation import likelihood
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.evaluation.likelihood import Evaluator
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
 
 V, L, MASK = 3, 3, 5
@@ -51,9 +52,7 @@ def table(model):
   denoiser, params = model
   patterns = list(itertools.product([*range(V), MASK], repeat=L))
   xt = jnp.array(patterns)
-  hidden = jax.jit(denoiser.hidden)(
-    params, xt, jnp.ones_like(xt), jnp.ones(len(patterns))
-  )
+  hidden = jax.jit(denoiser.hidden)(params, xt, row_context(jnp.ones_like(xt)))
   logits = denoiser.logits(params, hidden.reshape(-1, hidden.shape[-1]))
   logp = np.asarray(jax.nn.log_softmax(logits)).reshape(len(patterns), L, -1)
   return {p: logp[i] for i, p in enumerate(patterns)}

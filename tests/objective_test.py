@@ -47,7 +47,7 @@ def losses(denoiser, params, case, hidden=None, capacity=80, smoothing=0.0):
   x0, real, corrupted = case
   if hidden is None:
     hidden = jax.jit(denoiser.hidden)(
-      params, corrupted.xt, real.astype(jnp.int32), jnp.ones(8)
+      params, corrupted.xt, row_context(real.astype(jnp.int32))
     )
   return cross_entropy.masked_cross_entropy(
     denoiser.logits,
@@ -66,7 +66,7 @@ def test_loss_is_the_cross_entropy_at_masked_positions(case):
   x0, real, corrupted = case
   got = losses(denoiser, params, case)
   hidden = jax.jit(denoiser.hidden)(
-    params, corrupted.xt, real.astype(jnp.int32), jnp.ones(8)
+    params, corrupted.xt, row_context(real.astype(jnp.int32))
   )
   logits = denoiser.logits(params, hidden.reshape(80, -1)).reshape(8, 10, V)
   logp = np.asarray(jax.nn.log_softmax(logits))
@@ -137,7 +137,7 @@ def test_training_loss_is_the_weighted_sum_whatever_the_chunks(
   denoiser, params = network()
   x0, real, corrupted = case
   hidden = jax.jit(denoiser.hidden)(
-    params, corrupted.xt, real.astype(jnp.int32), jnp.ones(8)
+    params, corrupted.xt, row_context(real.astype(jnp.int32))
   )
   weight = jax.device_put(
     np.linspace(0.5, 2, 8, dtype=np.float32),
@@ -245,7 +245,7 @@ def test_logits_do_not_depend_on_x0_where_it_is_masked(case):
   xt = jnp.where(corrupted.masked, MASK, other)
   np.testing.assert_array_equal(xt, corrupted.xt)
   run = lambda xt: jax.jit(denoiser.hidden)(
-    params, xt, real.astype(jnp.int32), jnp.ones(8)
+    params, xt, row_context(real.astype(jnp.int32))
   )
   np.testing.assert_array_equal(run(xt), run(corrupted.xt))
 

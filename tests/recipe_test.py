@@ -41,6 +41,7 @@ from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.context import row_context
 from mdm_jax.objectives import corruption, cross_entropy
 from mdm_jax.objectives.noise import stage_rates
 from mdm_jax.sampling import schedule, tokens
@@ -748,7 +749,7 @@ def test_the_loss_that_is_trained_is_smoothed(trained):
   for i in range(2):
     part = jax.tree.map(lambda x, i=i: x[i], tasks)
     hidden = jax.jit(denoiser.hidden)(
-      states[0].params, part.corrupted.xt, part.segments, part.rate
+      states[0].params, part.corrupted.xt, row_context(part.segments)
     )
     params = jax.tree.map(jnp.asarray, states[0].params)
     logits = denoiser.logits(params, hidden.reshape(-1, 16))

@@ -19,6 +19,7 @@ from mdm_jax.data import batches
 from mdm_jax.data.config import DataConfig, StageConfig
 from mdm_jax.data.packing import Rows
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import cross_entropy
 from mdm_jax.objectives.config import ObjectiveConfig
@@ -572,7 +573,7 @@ def test_loss_is_the_weighted_mean_it_says(mesh, weighting):
   for i in range(2):
     part = jax.tree.map(lambda x, i=i: x[i], tasks)
     hidden = jax.jit(run.denoiser.hidden)(
-      state.params, part.corrupted.xt, part.segments, part.rate
+      state.params, part.corrupted.xt, row_context(part.segments)
     )
     logits = run.denoiser.logits(state.params, hidden.reshape(-1, 16))
     logp = np.asarray(jax.nn.log_softmax(logits)).reshape(8, 16, V)
