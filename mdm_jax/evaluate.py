@@ -23,9 +23,9 @@ from mdm_jax.evaluation.likelihood import Evaluator
 from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.measured_text import describe, open_rows
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.model.placement import mesh_for_use
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import Samples, TextSampler, effective
+from mdm_jax.trained_model import load_model
 from mdm_jax.workdir import Workdir
 
 _CURVE_ROWS = 64
@@ -212,19 +212,23 @@ class Measures:
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   """Measures a run's best checkpoint, writes and returns the results."""
   data, config = open_rows(config, workdir)
-  mesh = mesh_for_use(config.mesh, config.model)
-  vocab = data.tokenizer.vocab
-  denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
-  with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
-    measures = Measures(config, data, denoiser, mesh)
-    return evaluate_checkpoint(workdir, measures, checkpoints)
+  with Checkpoints(workdir.path) as checkpoints:
+    model = load_model(workdir, config, checkpoints=checkpoints)
+    with jax.set_mesh(model.mesh):
+      measures = Measures(config, data, model.denoiser, model.mesh)
+      return evaluate_params(
+        workdir, measures, checkpoints, model.step, model.params
+      )
 
 
-def evaluate_checkpoint(
-  workdir: Workdir, measures: Measures, checkpoints: Checkpoints
+def evaluate_params(
+  workdir: Workdir,
+  measures: Measures,
+  checkpoints: Checkpoints,
+  step: int,
+  params: Params,
 ) -> dict[str, Any]:
-  """Measures the best checkpoint, writes results.json and prints tables."""
-  step, params = checkpoints.restore_best_params(measures.denoiser)
+  """Measures a step's parameters, writes results.json and prints tables."""
   run = checkpoints.progress(checkpoints.latest())
   wall, tokens = run["wall_seconds"], run["tokens_seen"]
   results = {

@@ -1,6 +1,6 @@
 """From a checkpoint and prompts to text.
 
-model = mdm_jax.sample.load("runs/quickstart")
+model = mdm_jax.load("runs/quickstart")
 print(model.generate("We the [MASK:3] of", num_samples=2).texts)
 """
 
@@ -14,43 +14,53 @@ from etils import epath
 from jaxtyping import Bool, Int
 
 from mdm_jax import config as config_lib
-from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console
-from mdm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.model.placement import mesh_for_use
 from mdm_jax.sampling import prompts as prompts_lib
 from mdm_jax.sampling import template
 from mdm_jax.sampling import trace as trace_lib
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.sampling.generate import Samples, TextSampler, effective
+from mdm_jax.sampling.generate import (
+  CeByMaskRate,
+  Samples,
+  TextSampler,
+  effective,
+)
 from mdm_jax.sampling.live import LiveView
 from mdm_jax.sampling.sampler import Watch
 from mdm_jax.sampling.trace import render_page
+from mdm_jax.trained_model import TrainedModel, load_model
 from mdm_jax.workdir import Workdir
 
 
-def load(workdir: str) -> "Model":
-  """Returns the best checkpoint of a run's folder, ready to draw texts.
+def load(workdir: str, step: int | None = None) -> "Model":
+  """Returns the model of a run's folder, ready to draw texts.
+
+  Args:
+    workdir: the folder.
+    step: of the checkpoint (None: the best one).
 
   Raises:
-    UserError: there is no run, no checkpoint, or it can't be read.
+    UserError: there is no run, no such checkpoint, or it can't be read.
   """
-  folder = Workdir(workdir)
-  config = config_lib.from_dict(folder.read_config_dict())
-  return load_with(config, folder)
+  return _with_curve(Workdir(workdir), None, step)
 
 
 def load_with(config: Config, workdir: Workdir) -> "Model":
   """Returns what `load` does, with other settings than the run's."""
-  tokenizer = load_tokenizer(workdir.path)
-  workdir.check_tokenizer(tokenizer.sha256)
-  return Model(config, workdir, tokenizer)
+  return _with_curve(workdir, config)
+
+
+def _with_curve(
+  workdir: Workdir, config: Config | None, step: int | None = None
+) -> "Model":
+  results = workdir.read_results() or {}
+  curve = results.get("validation_ce_by_mask_rate")
+  return Model(load_model(workdir, config, step), curve)
 
 
 class Model:
@@ -63,16 +73,14 @@ class Model:
       before the first call.
   """
 
-  def __init__(self, config: Config, workdir: Workdir, tokenizer: Tokenizer):
-    self.config, self.tokenizer = config, tokenizer
+  def __init__(
+    self, model: TrainedModel, ce_by_mask_rate: CeByMaskRate | None = None
+  ):
+    """Takes a model, and its losses by mask rate for the optimal schedule."""
+    self.config, self.tokenizer = model.config, model.tokenizer
     self.watch: Watch | None = None
-    vocab = tokenizer.vocab
-    self._denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
-    self._mesh = mesh_for_use(config.mesh, config.model)
-    with jax.set_mesh(self._mesh), Checkpoints(workdir.path) as checkpoints:
-      _, self._params = checkpoints.restore_best_params(self._denoiser)
-    results = workdir.read_results() or {}
-    self._ce_by_mask_rate = results.get("validation_ce_by_mask_rate")
+    self._model, self._mesh = model, model.mesh
+    self._ce_by_mask_rate = ce_by_mask_rate
     self._samplers: dict[int, TextSampler] = {}
 
   def generate(
@@ -103,7 +111,7 @@ class Model:
     canvas, config = self._asked(prompts, num_samples, settings)
     with jax.set_mesh(self._mesh):
       return self._sampler(canvas.tokens.shape[1]).draw(
-        self._params, canvas, config, self._ce_by_mask_rate, num_samples
+        self._model.params, canvas, config, self._ce_by_mask_rate, num_samples
       )
 
   def stream(
@@ -116,7 +124,7 @@ class Model:
     canvas, config = self._asked(prompts, num_samples, settings)
     with jax.set_mesh(self._mesh):
       parts = self._sampler(canvas.tokens.shape[1]).stream(
-        self._params, canvas, config, self._ce_by_mask_rate, num_samples
+        self._model.params, canvas, config, self._ce_by_mask_rate, num_samples
       )
     while True:  # the caller's mesh is its own meanwhile
       with jax.set_mesh(self._mesh):
@@ -171,7 +179,7 @@ class Model:
     config = self.settings(**settings)
     with jax.set_mesh(self._mesh):
       return self._sampler(canvas.tokens.shape[1]).draw(
-        self._params, canvas, config, self._ce_by_mask_rate
+        self._model.params, canvas, config, self._ce_by_mask_rate
       )
 
   @property
@@ -195,7 +203,7 @@ class Model:
   def _sampler(self, length: int) -> TextSampler:
     if length not in self._samplers:
       self._samplers[length] = TextSampler(
-        self._denoiser, self.tokenizer, self._mesh, length, self.watch
+        self._model.denoiser, self.tokenizer, self._mesh, length, self.watch
       )
     return self._samplers[length]
 

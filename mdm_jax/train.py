@@ -33,6 +33,7 @@ from mdm_jax.model.placement import training_mesh
 from mdm_jax.resume import Origin, find_origin
 from mdm_jax.runtime.goodput import Cause
 from mdm_jax.runtime.session import ROLL_SECONDS, Session
+from mdm_jax.trained_model import averaged_params
 from mdm_jax.training import incident
 from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.state import TrainState
@@ -173,8 +174,9 @@ class Run:
   def finish(self) -> dict[str, Any]:
     """Measures the best checkpoint and writes the results."""
     with self._spend(Cause.EVAL):
-      return evaluate_lib.evaluate_checkpoint(
-        self.workdir, self.measures, self.checkpoints
+      step, params = averaged_params(self.checkpoints, self.trainer.denoiser)
+      return evaluate_lib.evaluate_params(
+        self.workdir, self.measures, self.checkpoints, step, params
       )
 
   def _read_final(self) -> dict[str, Any] | None:
@@ -252,7 +254,7 @@ class Run:
     log.flush()
     self._check_applied(state, log)
     log.writers.flush()
-    self.checkpoints.save(state, log.progress())
+    self.checkpoints.save(int(state.step), state, log.progress())
     self._saved_at = time.monotonic()
 
   def _evaluate(self, done: int, state: TrainState, log: RunLog) -> None:
@@ -308,7 +310,7 @@ class Run:
     if not source:
       return self.trainer.init()
     with Checkpoints(source) as finished:
-      step, params = finished.restore_best_params(self.trainer.denoiser)
+      step, params = averaged_params(finished, self.trainer.denoiser)
     console.print(f"starting from the parameters of {source}, update {step}")
     return self.trainer.init_from(params)
 

@@ -18,6 +18,7 @@ from mdm_jax.checkpoints import manifest
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.errors import NumericsError, StorageError, UserError
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.trained_model import averaged_params
 from mdm_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -33,7 +34,7 @@ def _save(folder, *steps, bounds=None, **options):
   """Saves some steps, and what was measured of those that were."""
   with Checkpoints(folder, **options) as checkpoints:
     for step in steps:
-      checkpoints.save(_state(step, float(step)), {"tokens_seen": step})
+      checkpoints.save(step, _state(step, float(step)), {"tokens_seen": step})
       if bounds and step in bounds:
         checkpoints.record(step, {"nelbo_per_token": bounds[step]})
 
@@ -206,7 +207,7 @@ def test_fault_07_what_was_never_finished_is_no_damage(tmp_path, capsys):
     assert "checkpoint 2 was never finished" in capsys.readouterr().out
     checkpoints.set_aside_after(1)
     assert not (tmp_path / "set_aside").exists()
-    checkpoints.save(_state(2, 7.0), {})
+    checkpoints.save(2, _state(2, 7.0), {})
   assert _restored(tmp_path) == (2, 7.0)
 
 
@@ -215,7 +216,7 @@ def test_fault_07_a_first_save_that_never_finished_is_a_fresh_start(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest() is None
     checkpoints.set_aside_after(None)
-    checkpoints.save(_state(2, 7.0), {})
+    checkpoints.save(2, _state(2, 7.0), {})
   assert _restored(tmp_path) == (2, 7.0)
 
 
@@ -225,7 +226,7 @@ def test_what_is_not_wanted_is_kept_aside(tmp_path):
   before = {p.name: p.read_bytes() for p in _files(_step(tmp_path, 2))}
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.set_aside_after(checkpoints.latest())
-    checkpoints.save(_state(2, 9.0), {})
+    checkpoints.save(2, _state(2, 9.0), {})
   aside = tmp_path / "set_aside" / "2"
   assert {p.name: p.read_bytes() for p in _files(aside)} == before
   assert _restored(tmp_path) == (2, 9.0)
@@ -261,11 +262,11 @@ def test_fault_25_damaged_steps_are_not_counted_as_kept(tmp_path):
   _save(tmp_path, 1, 2)
   _truncate(_step(tmp_path, 2))
   with Checkpoints(tmp_path, keep_latest=2) as checkpoints:
-    checkpoints.save(_state(3), {})
+    checkpoints.save(3, _state(3), {})
   # Of three folders two are whole, and both are kept.
   assert harness.steps(tmp_path) == [1, 2, 3]
   with Checkpoints(tmp_path, keep_latest=2) as checkpoints:
-    checkpoints.save(_state(4), {})
+    checkpoints.save(4, _state(4), {})
   assert harness.steps(tmp_path) == [2, 3, 4]
 
 
@@ -280,7 +281,7 @@ def test_fault_27_what_is_not_finite_is_not_saved(part, tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(NumericsError, match="update 2 .* checkpoint is 1"):
       checkpoints.latest()
-      checkpoints.save(state, {})
+      checkpoints.save(2, state, {})
   assert harness.steps(tmp_path) == [1]
 
 
@@ -295,7 +296,7 @@ def test_fault_13_a_save_that_fails_later_is_raised_once_and_for_all(
   monkeypatch.setattr(manifest, "write", _failing)
   checkpoints = Checkpoints(tmp_path)
   assert checkpoints.latest() == 1
-  checkpoints.save(_state(2), {})
+  checkpoints.save(2, _state(2), {})
   with pytest.raises(StorageError, match=r"checkpoint 2 .*one is 1"):
     checkpoints.close()
   with Checkpoints(tmp_path) as again:
@@ -305,7 +306,7 @@ def test_fault_13_a_save_that_fails_later_is_raised_once_and_for_all(
 def test_fault_13_the_loop_hears_of_it_soon(tmp_path, monkeypatch):
   monkeypatch.setattr(manifest, "write", _failing)
   checkpoints = Checkpoints(tmp_path)
-  checkpoints.save(_state(2), {})
+  checkpoints.save(2, _state(2), {})
   with pytest.raises(StorageError):
     for _ in range(1000):
       checkpoints.check_save()
@@ -315,7 +316,7 @@ def test_fault_13_the_loop_hears_of_it_soon(tmp_path, monkeypatch):
 def test_fault_13_an_error_that_is_told_is_not_replaced(tmp_path, monkeypatch):
   monkeypatch.setattr(manifest, "write", _failing)
   with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(_state(2), {})
+    checkpoints.save(2, _state(2), {})
     raise ZeroDivisionError
 
 
@@ -326,7 +327,7 @@ def test_fault_13_room_is_looked_for_first(tmp_path, monkeypatch):
     checkpoints.latest()
     monkeypatch.setattr(checkpoint_lib.shutil, "disk_usage", free)
     with pytest.raises(StorageError, match="no room for checkpoint 2"):
-      checkpoints.save(_state(2), {})
+      checkpoints.save(2, _state(2), {})
   assert harness.steps(tmp_path) == [1]
 
 
@@ -349,7 +350,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
   state = dataclasses.replace(_state(3), params={"w": jnp.asarray(values)})
   like = jax.eval_shape(lambda: state)
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(state, {})
+    checkpoints.save(3, state, {})
   with Checkpoints(tmp_path) as checkpoints:
     restored = checkpoints.restore(3, like)
   found = np.asarray(restored.params["w"])
@@ -391,11 +392,11 @@ def test_found_C8_a_step_that_is_deleted_meanwhile_is_passed_over(
         lambda p: jnp.full_like(p, step),  # noqa: B023
         denoiser.init(jax.random.key(0)),
       )
-      checkpoints.save(TrainState(jnp.int32(step), params, params, ()), {})
+      checkpoints.save(step, {"ema_params": params, "other": params}, {})
       checkpoints.record(step, {"nelbo_per_token": 3.0 - step})
   with Checkpoints(tmp_path) as checkpoints:
     _before(monkeypatch, owner, name, 2, tmp_path)
-    step, params = checkpoints.restore_best_params(denoiser)
+    step, params = averaged_params(checkpoints, denoiser)
     assert step == 1 == checkpoints.latest()
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(params))
     assert checkpoints.progress(step) == {}

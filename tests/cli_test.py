@@ -629,17 +629,17 @@ BROKEN = {
   "no_argument": ("def get_config():\n  return 1\n", "get_config"),
   "import": ("\nimport no_such_module\n", "line 2|no_such_module"),
   "typo": (
-    "from mdm_jax.core import config\n\n\ndef get_config(arg=''):\n"
+    "from mdm_jax import config\n\n\ndef get_config(arg=''):\n"
     "  c = config.default_config()\n  c.data.batchsize = 4\n  return c\n",
     "line 6|batch_size",
   ),
   "wrong_type": (
-    "from mdm_jax.core import config\n\n\ndef get_config(arg=''):\n"
+    "from mdm_jax import config\n\n\ndef get_config(arg=''):\n"
     "  c = config.default_config()\n  c.data.batch_size = 'x'\n  return c\n",
     "line 6|batch_size",
   ),
   "stage": (
-    "from mdm_jax.core import config\n\n\ndef get_config(arg=''):\n"
+    "from mdm_jax import config\n\n\ndef get_config(arg=''):\n"
     "  c = config.default_config()\n  c.stages = (config.stage(lenth=4),)\n"
     "  return c\n",
     "lenth|'length'",

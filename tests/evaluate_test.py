@@ -129,7 +129,7 @@ def test_found_A1_old_results_are_not_taken_for_the_final_ones(run, told):
 
 def test_a_finished_run_is_not_measured_again(run, told, monkeypatch):
   before = run.results()
-  monkeypatch.setattr(evaluate, "evaluate_checkpoint", None)
+  monkeypatch.setattr(evaluate, "evaluate_params", None)
   assert run.train() == before
   assert str(told[-1]).endswith("is finished: nothing to train")
 

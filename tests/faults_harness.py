@@ -21,7 +21,7 @@ import numpy as np
 
 UPDATES = 40
 CONFIG = """
-from mdm_jax.core import config as config_lib
+from mdm_jax import config as config_lib
 
 
 def get_config(arg=""):
@@ -45,7 +45,8 @@ def get_config(arg=""):
 MAIN = """
 {patch}
 from mdm_jax import main
-from mdm_jax.core import command_line, log_lines
+from mdm_jax import command_line
+from mdm_jax.core import log_lines
 log_lines.run(main.main, flags_parser=command_line.parse)
 """
 # Not of the numbers: when things happened, and how long they took.

@@ -315,10 +315,10 @@ import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 _save = Checkpoints.save
-def save(self, state, progress):
-  if int(state.step) == 30:
+def save(self, step, state, progress):
+  if step == 30:
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-  _save(self, state, progress)
+  _save(self, step, state, progress)
 Checkpoints.save = save
 """
 

@@ -23,6 +23,7 @@ FLOORS = {
   "evaluation": 3,
   "config.py": 4,
   "workdir.py": 4,
+  "trained_model.py": 4,
   "config_changes.py": 4,
   "config_reference.py": 4,
   "command_line.py": 4,
@@ -45,6 +46,8 @@ SIDEWAYS = {
   ("studies", "measured_text.py"): "which text results are of",
   ("studies", "sample.py"): "it draws as a user of the library does",
   ("workdir.py", "config.py"): "a workdir has the run's config",
+  ("trained_model.py", "config.py"): "a model is read by its run's config",
+  ("trained_model.py", "workdir.py"): "a model is read out of a run's folder",
   ("config_changes.py", "config.py"): "two configs, compared",
   ("config_reference.py", "config.py"): "a page of all its fields",
   ("command_line.py", "config.py"): "flags become a config",
@@ -55,7 +58,6 @@ SIDEWAYS = {
 }
 # What is still given the whole config, or knows who uses it.
 UPWARD = {
-  "mdm_jax/checkpoints/checkpoint.py",
   "mdm_jax/data/folder_inputs.py",
   "mdm_jax/data/inputs.py",
   "mdm_jax/data/passes.py",

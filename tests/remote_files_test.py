@@ -254,7 +254,7 @@ def _state(step):
 def _save(folder, steps, keep=9):
   with Checkpoints(folder, keep_latest=keep) as checkpoints:
     for step in steps:
-      checkpoints.save(_state(step), {"tokens_seen": step * 1.5})
+      checkpoints.save(step, _state(step), {"tokens_seen": step * 1.5})
 
 
 def test_a_state_comes_back_to_the_bit(folder, mesh):

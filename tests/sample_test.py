@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import subprocess
 import sys
 
 import jax
@@ -10,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mdm_jax
 from mdm_jax import command_line, interactive, sample
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
-from mdm_jax.core import memory, rng, sharding
+from mdm_jax.core import memory, rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import AXES, make_mesh, mesh_sizes
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import StageConfig, TokenizerConfig
+from mdm_jax.model import placement
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.sampling import schedule
@@ -50,7 +53,7 @@ def workdir(tmp_path_factory):
     params = jax.jit(denoiser.init)(rng.stream(0, "init"))
     params = jax.tree.map(lambda p: 3 * p, params)
     state = TrainState(jnp.int32(1), params, params, ())
-    checkpoints.save(state, {"nelbo_per_token": 1.0})
+    checkpoints.save(1, state, {"nelbo_per_token": 1.0})
   return folder
 
 
@@ -93,7 +96,7 @@ def only(devices):
   with pytest.MonkeyPatch.context() as patch:
     first = jax.devices()[:devices]
     make = lambda c: jax.make_mesh(mesh_sizes(c, devices), AXES, devices=first)
-    patch.setattr(sharding, "make_mesh", make)
+    patch.setattr(placement, "make_mesh", make)
     yield
 
 
@@ -358,6 +361,20 @@ def test_numbers_at_their_bounds_draw(model, settings):
   assert known(drawn, 0, "a") and (ids != model.tokenizer.vocab.mask).all()
   assert np.isfinite(drawn.confidence).all()
   assert np.isfinite(drawn.entropy).all()
+
+
+def test_the_package_loads_a_model(workdir, model):
+  loaded = mdm_jax.load(str(workdir), step=1)
+  drawn = loaded.generate("ab", num_steps=3)
+  assert drawn.texts == model.generate("ab", num_steps=3).texts
+  with pytest.raises(UserError, match="no checkpoint 7; there are: 1"):
+    mdm_jax.load(str(workdir), step=7)
+
+
+def test_the_package_alone_imports_nothing_else():
+  look = "import mdm_jax, sys; print(sorted({'jax', 'numpy'} & {*sys.modules}))"
+  out = subprocess.check_output([sys.executable, "-c", look], text=True)
+  assert out == "[]\n"
 
 
 def test_a_folder_without_a_run_says_so(tmp_path):

@@ -217,7 +217,7 @@ def test_six_updates_equal_three_a_resume_and_three(mesh, tmp_path, config):
   whole, losses = run.train(run.init(), 0, 6)
   half, first = run.train(run.init(), 0, 3)
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(half, {})
+    checkpoints.save(3, half, {})
   del half
   again = Run(config, mesh)
   with Checkpoints(tmp_path) as checkpoints:
@@ -307,7 +307,7 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
     run = make()
     state, _ = run.train(run.init(), 0, 2)
     with Checkpoints(tmp_path) as checkpoints:
-      checkpoints.save(state, {})
+      checkpoints.save(2, state, {})
     saved = jax.device_get(state)
   context, make = on("1x1")
   with context:
@@ -315,7 +315,8 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
       like = run.abstract()
       restored = checkpoints.restore(2, like)
-      ema = checkpoints.restore_ema_params(2, like.ema_params)
+      part = {"ema_params": like.ema_params}
+      ema = checkpoints.restore_part(2, part)["ema_params"]
     assert_trees_equal(restored, saved)
     assert_trees_equal(ema, saved.ema_params)
     assert len(restored.params["embedding"].sharding.device_set) == 1
@@ -325,7 +326,7 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(mesh, tmp_path):
   run = shared(CONFIG, mesh)
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(run.init(), {})
+    checkpoints.save(0, run.init(), {})
   wider = dataclasses.replace(CONFIG.model, embed_dim=32)
   other = Run(dataclasses.replace(CONFIG, model=wider), mesh)
   like = other.abstract()

@@ -211,11 +211,9 @@ def _saves(preset: Preset, data: PreparedData, repeats: int) -> dict[str, Any]:
   blocked, written = [], []
   with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as saver:
     for number in range(repeats + 1):
-      step = jnp.full_like(state.step, number + 1)
-      state = dataclasses.replace(state, step=step)
       progress = {"tokens_seen": 0.0, "wall_seconds": 0.0}
       began = time.perf_counter()
-      saver.save(state, progress)
+      saver.save(number, state, progress)
       returned = time.perf_counter()
       saver.wait()  # until all is on disk and hashed
       if number:  # the first makes folders and threads

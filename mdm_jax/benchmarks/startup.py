@@ -120,7 +120,8 @@ def make_workdir(preset: Preset, folder: str) -> None:
   tokenizer.save(folder)
   trainer = Trainer(config, data, jax.sharding.get_mesh())
   with Checkpoints(folder) as checkpoints:
-    checkpoints.save(trainer.init(), {"tokens_seen": 0.0, "wall_seconds": 0.0})
+    progress = {"tokens_seen": 0.0, "wall_seconds": 0.0}
+    checkpoints.save(0, trainer.init(), progress)
 
 
 def _make_in_its_own_process(preset: str, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of the train state: the only module that knows Orbax.
+"""Checkpoints of a pytree of arrays: the only module that knows Orbax.
 
 `step_folders.py` knows the files around what Orbax writes.
 """
@@ -25,8 +25,6 @@ from mdm_jax.core.errors import (
   StorageError,
   UserError,
 )
-from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.training.state import TrainState
 
 _STATE = "state"
 _ROOM = 1.05  # bytes on disk for a byte of state, at most
@@ -109,6 +107,14 @@ class Checkpoints:
     """Whether a step is there and whole."""
     return step in self._folders.steps() and self._folders.is_whole(step)
 
+  def check_has(self, step: int) -> None:
+    """Raises UserError, with those that there are, if a step is not there."""
+    if not self.has(step):
+      raise UserError(
+        f"workdir {self._folders.workdir} has no checkpoint {step}; there are:"
+        f" {self.told()}"
+      )
+
   def told(self) -> str:
     """Returns the steps that are whole, for a message."""
     whole = filter(self._folders.is_whole, self._folders.steps())
@@ -124,18 +130,18 @@ class Checkpoints:
 
   # MARK: saving
 
-  def save(self, state: TrainState, progress: dict[str, Any]) -> None:
-    """Saves the state under its update; a step that is there is left alone.
+  def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+    """Saves a state under a step; a step that is there is left alone.
 
     Args:
-      state: what to save.
-      progress: numbers to keep beside it.
+      step: updates that it is the state after.
+      state: a pytree of arrays. They may be donated once this returns.
+      progress: plain values to keep beside it.
 
     Raises:
       NumericsError: the state is not finite; nothing is saved.
       StorageError: there is no room, or this or the last save failed.
     """
-    step = int(state.step)
     self.wait()
     if self._folders.known_whole(step):  # as after a stop
       return
@@ -144,7 +150,7 @@ class Checkpoints:
         f"the state after update {step} is not finite: it is not saved; the"
         f" last good checkpoint is {self._folders.last_known()}"
       )
-    self._check_room(state)
+    self._check_room(step, state)
     began = time.monotonic()
     try:
       self._orbax.save(
@@ -197,7 +203,7 @@ class Checkpoints:
     except Exception as error:
       raise self._failed(step, error) from error
 
-  def _check_room(self, state: TrainState) -> None:
+  def _check_room(self, step: int, state: Any) -> None:
     folder = self._staging.room or self._folders.workdir
     if not files.is_local(folder):
       return
@@ -205,7 +211,7 @@ class Checkpoints:
     free = shutil.disk_usage(folder).free
     if free < needed:
       raise StorageError(
-        f"no room for checkpoint {int(state.step)}: it needs"
+        f"no room for checkpoint {step}: it needs"
         f" {needed / 2**20:,.1f} MiB and {folder} has {free / 2**20:,.1f}; the"
         f" last good one is {self._folders.last_known()}"
       )
@@ -221,36 +227,35 @@ class Checkpoints:
 
   # MARK: restoring
 
-  def restore(self, step: int, like: TrainState) -> TrainState:
-    """Restores a step onto the shardings of `like` (an abstract state).
+  def restore(self, step: int, like: Any) -> Any:
+    """Restores a step onto the shardings of `like`, a tree of shapes.
 
     Raises:
-      UserError: the checkpoint is of another architecture or optimizer.
+      UserError: what was saved has other arrays than `like`.
     """
     return self._restore(step, like)
 
-  def restore_best_params(self, denoiser: Denoiser) -> tuple[int, Params]:
-    """Returns the best step and its averaged parameters, on the current mesh.
+  def restore_part(self, step: int, like: Any) -> Any:
+    """Restores the arrays of a step that `like` names, and reads no others."""
+    return self._restore(step, like, partial=True)
+
+  def restore_best_part(self, like: Any) -> tuple[int, Any]:
+    """Returns the best step, and of its arrays those that `like` names.
 
     A run that trains meanwhile may delete a step before it is read: then it is
     the next one's turn.
 
     Raises:
-      UserError: nothing was saved yet, or it is of another architecture.
+      UserError: nothing was saved yet, or it has other arrays than `like`.
       StorageError: all that was saved is damaged.
     """
-    like = jax.eval_shape(denoiser.init, jax.random.key(0))
     while (step := self.best()) is not None:
       try:
-        return step, self.restore_ema_params(step, like)
+        return step, self.restore_part(step, like)
       except Exception:
         if not self._folders.is_gone(step):
           raise
     raise UserError(f"workdir {self._folders.workdir} has no checkpoint yet")
-
-  def restore_ema_params(self, step: int, like: Params) -> Params:
-    """Restores only the averaged parameters of a step."""
-    return self._restore(step, {"ema_params": like}, partial=True)["ema_params"]
 
   def _restore(self, step: int, like: Any, partial: bool = False) -> Any:
     self.check(step, like)
@@ -268,7 +273,7 @@ class Checkpoints:
     """Says in one line what Orbax says in many, or casts in silence.
 
     Raises:
-      UserError: the step is of another architecture or optimizer than `like`.
+      UserError: what was saved has other arrays than `like`.
     """
     folder = self._staging.fetch(self._folders.path(step))
     tree = self._orbax.metadata(folder / _STATE)
@@ -289,7 +294,7 @@ class Checkpoints:
 
 
 @jax.jit
-def _all_finite(state: TrainState) -> jax.Array:
+def _all_finite(state: Any) -> jax.Array:
   floats = (
     leaf
     for leaf in jax.tree.leaves(state)

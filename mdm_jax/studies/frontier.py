@@ -9,10 +9,9 @@ import dataclasses
 import io
 from typing import Any
 
-import jax
 from rich.table import Table
 
-from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax import sample
 from mdm_jax.config import Config
 from mdm_jax.core.progress import console, with_error
 from mdm_jax.data.prepared import PreparedData, training_texts
@@ -22,9 +21,6 @@ from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.evaluation.standard_errors import Clusters
 from mdm_jax.evaluation.text_metrics import measure
 from mdm_jax.measured_text import open_rows
-from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.model.placement import mesh_for_use
-from mdm_jax.sampling.generate import CeByMaskRate, TextSampler
 from mdm_jax.workdir import Workdir
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
@@ -53,36 +49,26 @@ def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
   """Sweeps the temperature of a run's best checkpoint; writes CSV and PNG."""
   data, config = open_rows(config, workdir)
   judge = make_judge(config.eval.judge, training_texts(config))
-  curve = (workdir.read_results() or {}).get("validation_ce_by_mask_rate")
-  mesh = mesh_for_use(config.mesh, config.model)
-  with jax.set_mesh(mesh), Checkpoints(workdir.path) as checkpoints:
-    points = _sweep(config, data, judge, mesh, checkpoints, curve)
+  points = _sweep(sample.load_with(config, workdir), data, judge)
   _show(points, judge.name)  # first: it may be that nothing can be stored
   workdir.write_frontier(_as_csv(points), _as_png(points, judge.name))
   return [dataclasses.asdict(point) for point in points]
 
 
 def _sweep(
-  config: Config,
-  data: PreparedData,
-  judge: Judge,
-  mesh: jax.sharding.Mesh,
-  checkpoints: Checkpoints,
-  curve: CeByMaskRate | None,
+  model: sample.Model, data: PreparedData, judge: Judge
 ) -> list[Point]:
-  vocab = data.tokenizer.vocab
-  denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
-  _, params = checkpoints.restore_best_params(denoiser)
+  config = model.config
   plain = samples_lib.untruncated(config.sample)
   ways = {"the run's settings": config.sample} | {
     f"T = {t:g}": dataclasses.replace(plain, temperature=t)
     for t in TEMPERATURES
   }
-  draw = TextSampler(denoiser, data.tokenizer, mesh, config.sample_length)
   count = max(config.eval.samples, config.sample.num_samples)
   points = []
   for name, settings in ways.items():
-    texts = draw(params, [""] * count, settings, curve).texts
+    settings = dataclasses.replace(settings, num_samples=count)
+    texts = model.generate("", **dataclasses.asdict(settings)).texts
     points.append(_point(name, judge, texts))
   own = running_texts(
     data.validation, data.tokenizer, points[0].n, config.sample_length
