@@ -270,7 +270,7 @@ def test_fault_09_a_hang_in_the_loop_is_told(place, half):
 @pytest.mark.slow
 def test_fault_11_an_error_with_a_save_pending_ends_the_process(place, half):
   failing = """
-from mdm_jax.training import manifest
+from mdm_jax.checkpoints import manifest
 def write(*args):
   raise OSError(28, "No space left on device")
 manifest.write = write

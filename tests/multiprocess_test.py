@@ -54,7 +54,8 @@ import json, os, signal, sys, time, processes_harness as harness
 own = harness.join()
 stopped = int(os.environ["STOPPED"])
 import jax
-from mdm_jax.core import distributed, signals
+from mdm_jax.core import distributed
+from mdm_jax.runtime import signals
 from mdm_jax.core.errors import Failure, StorageError, UserError
 from mdm_jax.config import MeshConfig
 from mdm_jax.core.sharding import make_mesh
