@@ -18,7 +18,12 @@ from mdm_jax.core.config_arguments import apply_arg as apply_arg
 from mdm_jax.core.config_arguments import quick as quick
 from mdm_jax.core.fields import field, fixed
 from mdm_jax.core.sharding import MeshConfig
-from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
+from mdm_jax.data.config import (
+  DataConfig,
+  RowsConfig,
+  StageConfig,
+  TokenizerConfig,
+)
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.objectives.config import NoiseConfig, ObjectiveConfig
@@ -58,6 +63,17 @@ class Config:
   def rows_per_update(self) -> int:
     """Rows an optimizer update sees: the effective batch."""
     return self.data.batch_size * self.optimizer.accumulation
+
+  @property
+  def rows(self) -> RowsConfig:
+    """What the run's rows depend on."""
+    return RowsConfig(
+      data=self.data,
+      tokenizer=self.tokenizer,
+      stages=self.stages,
+      init_from=self.init_from,
+      accumulation=self.optimizer.accumulation,
+    )
 
   @property
   def sample_length(self) -> int:

@@ -141,7 +141,7 @@ class Measures:
 
   @functools.cached_property
   def _training(self) -> list[str]:
-    return training_texts(self.config)
+    return training_texts(self.config.rows)
 
   @functools.cached_property
   def _ngrams(self) -> NgramJudge:
@@ -183,7 +183,7 @@ class Measures:
     config, data = self.config, self.data
     path = config.eval.judge
     judge = make_judge(path, []) if path else self._ngrams
-    copies = training_ngrams(config, self._training)
+    copies = training_ngrams(config.rows, self._training)
     measure = samples_lib.TextMeasures(judge, copies, config.data.language)
     plain = samples_lib.untruncated(config.sample)
     count = len(drawn.texts)

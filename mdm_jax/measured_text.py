@@ -31,7 +31,7 @@ def open_rows(config: Config, workdir: Workdir) -> tuple[PreparedData, Config]:
   config = dataclasses.replace(
     config, data=dataclasses.replace(asked := config.data, **own)
   )
-  data = prepare(config, workdir.path, for_training=False)
+  data = prepare(config.rows, workdir.path, for_training=False)
   workdir.check_tokenizer(data.tokenizer.sha256)
   workdir.check_data(data.manifest, _advice(saved, config))
   for name, side in named.items():
@@ -59,7 +59,7 @@ def _with_other(
   )
   corpora.tell(tally)
   texts = [document.text for document in documents]
-  held, _ = make_held_out(texts, config, data.tokenizer)
+  held, _ = make_held_out(texts, config.rows, data.tokenizer)
   told = {"corpus": corpus, "sha256": corpora.fingerprint(documents)}
   others = data.manifest.get(_OTHER, {}) | {side: told}
   console.print(

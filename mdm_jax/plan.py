@@ -101,7 +101,7 @@ class Plan:
 
 def plan_run(config: Config) -> dict[str, Any]:
   """Prints the plan of a run and returns it as plain values."""
-  data = prepare(config)
+  data = prepare(config.rows)
   mesh = training_mesh(config.mesh, config.model)
   with jax.set_mesh(mesh):
     plan = make_plan(Trainer(config, data, mesh))

@@ -42,12 +42,12 @@ def prepare_rows(
       "--mode=prepare is one program with --workers; on several machines run"
       " python -m mdm_jax.prepare_beam"
     )
-  given = inputs.given_tokenizer(config, workdir)
+  given = inputs.given_tokenizer(config.rows, workdir)
   with (
     stop_request() as stop,
     Workers(workers or os.cpu_count() or 1, stop.check) as pool,
   ):
-    manifest = preparation.prepare_folder(config, given, _shown(pool))
+    manifest = preparation.prepare_folder(config.rows, given, _shown(pool))
     stop.check()
   tell(config, manifest)
   return manifest

@@ -63,8 +63,8 @@ def main(_: list[str]) -> int:
     if not config.data.prepared:
       raise UserError("give the folder to fill: --config.data.prepared=FOLDER")
     options = [f"--runner={flags.FLAGS.runner}", *flags.FLAGS.beam]
-    given = inputs.given_tokenizer(config, None)
-    manifest = preparation.prepare_folder(config, given, beam_run(options))
+    given = inputs.given_tokenizer(config.rows, None)
+    manifest = preparation.prepare_folder(config.rows, given, beam_run(options))
   except Failure as error:
     return command_line.fail(error)
   prepare.tell(config, manifest)

@@ -16,7 +16,7 @@ _BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 def show_data(config: Config) -> dict[str, Any]:
   """Prepares the rows of a config, prints and returns what they are."""
-  data = prepare(config)
+  data = prepare(config.rows)
   show(config, data)
   return data.manifest
 

@@ -76,7 +76,7 @@ def train_and_evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
       )
       distributed.agree("the checkpoint to go on from", origin.update)
       session.attempt.begin(origin.done)
-    data = prepare_on_all(config, workdir.path)
+    data = prepare_on_all(config.rows, workdir.path)
     distributed.agree("the prepared data", data.manifest["files"])
     workdir.check_tokenizer(data.tokenizer.sha256)
     if origin.update is not None:

@@ -24,7 +24,7 @@ def _texts(count, seed):
 
 def _measure(train, test):
   config = Config(tokenizer=BYTE, stages=(StageConfig(length=64),))
-  held, _ = make_held_out(test, config, BYTES)
+  held, _ = make_held_out(test, config.rows, BYTES)
   return baselines.baselines(train, held, BYTES, NgramJudge(train))
 
 

@@ -135,37 +135,37 @@ def test_fault_30_a_command_ends_with_one_line(tmp_path, env):
 
 
 def test_fault_31_fewer_rows_than_an_update_needs(config):
-  rows = len(prepare(config).stages[0])
+  rows = len(prepare(config.rows).stages[0])
   assert rows > 9
   enough = _data(config, batch_size=rows)
-  assert len(prepare(enough).stages[0]) == rows  # no error
-  message = _message(prepare, _data(config, batch_size=rows + 1))
+  assert len(prepare(enough.rows).stages[0]) == rows  # no error
+  message = _message(prepare, _data(config, batch_size=rows + 1).rows)
   assert f"stages[0] has {rows} rows of {LENGTH} tokens" in message
   assert f"an update needs {rows + 1} " in message
   assert f"data.batch_size={rows}, or give more text" in message
   split = dataclasses.replace(
     config, optimizer=dataclasses.replace(config.optimizer, accumulation=3)
   )
-  message = _message(prepare, _data(split, batch_size=rows))
+  message = _message(prepare, _data(split, batch_size=rows).rows)
   assert f"an update needs {3 * rows} " in message
   assert f"data.batch_size={rows // 3}," in message
-  assert len(prepare(_data(split, batch_size=rows // 3)).stages[0]) == rows
+  assert len(prepare(_data(split, batch_size=rows // 3).rows).stages[0]) == rows
 
 
 def test_fault_31_fewer_rows_than_microbatches(config):
-  rows = len(prepare(config).stages[0])
+  rows = len(prepare(config.rows).stages[0])
   many = dataclasses.replace(config.optimizer, accumulation=rows + 1)
-  message = _message(prepare, dataclasses.replace(config, optimizer=many))
+  message = _message(prepare, dataclasses.replace(config, optimizer=many).rows)
   assert f"data.batch_size={rows} and optimizer.accumulation=1" in message
   many = dataclasses.replace(config.optimizer, accumulation=rows)
-  message = _message(prepare, dataclasses.replace(config, optimizer=many))
+  message = _message(prepare, dataclasses.replace(config, optimizer=many).rows)
   assert "data.batch_size=1, or" in message
 
 
 def test_fault_31_rows_that_are_only_measured_may_be_few(config):
   few = _data(config, batch_size=1000)
-  _message(prepare, few)
-  assert len(prepare(few, for_training=False).stages[0])
+  _message(prepare, few.rows)
+  assert len(prepare(few.rows, for_training=False).stages[0])
 
 
 def test_fault_31_a_command_ends_with_one_line(texts, env):
@@ -219,7 +219,7 @@ def test_fault_32_texts_of_all_lengths_are_packed_or_counted(
   sides, _ = splits.divide(found, splits.shares_of(config.data))
   train = sides.train
   assert len(train) + 2 == len(SIZES) - 1  # one was empty, and held out: 2
-  data = prepare(config)
+  data = prepare(config.rows)
   rows, counts = data.stages[0], data.manifest["rows"]["stage_1"]
   pieces = sorted(bytes(t for t in p if t < 256) for p in _pieces(rows))
   wanted = sorted(d.text.encode() for d in train)
@@ -331,16 +331,18 @@ def test_fault_33_a_damaged_package_is_not_skipped(tmp_path, monkeypatch):
 
 def test_fault_33_the_count_is_kept_with_the_rows(config, texts, said):
   skip = _data(config, on_bad_record="skip", corpus=f"text:{texts}/*")
-  whole = prepare(skip)
+  whole = prepare(skip.rows)
   assert whole.manifest["documents"]["bad"] == 0
   (texts / "x.txt").write_bytes(b"\xff")
   (texts / "y.txt").write_bytes(b"\xff")
-  data = prepare(skip)
+  data = prepare(skip.rows)
   assert data.manifest["documents"]["bad"] == 2
   assert np.array_equal(data.stages[0].tokens, whole.stages[0].tokens)
   assert len(said) == 1 and "2 of 6 records" in said[0]
-  assert prepare(skip).manifest == data.manifest  # found again
-  assert "x.txt, line 1" in _message(prepare, _data(skip, on_bad_record="fail"))
+  assert prepare(skip.rows).manifest == data.manifest  # found again
+  assert "x.txt, line 1" in _message(
+    prepare, _data(skip, on_bad_record="fail").rows
+  )
 
 
 def test_fault_33_a_command_says_it_once(texts, env):
@@ -412,35 +414,35 @@ WRONG_IDS = {
 @pytest.mark.parametrize("rows", ["stage_1", "validation"])
 @pytest.mark.parametrize("kind", WRONG_IDS)
 def test_fault_34_rows_that_were_written_wrong(config, kind, rows):
-  prepare(config)
+  prepare(config.rows)
   change, told = WRONG_IDS[kind]
   folder = _rewrite(config, f"{rows}.tokens.npy", change)
-  message = _message(prepare, config)
+  message = _message(prepare, config.rows)
   assert f"{folder / rows}, " in message and told in message
   assert f"delete the folder {folder}" in message
 
 
 def test_fault_34_rows_that_were_written_right(config):
-  first = np.array(prepare(config).stages[0].tokens)  # not the mapped file
+  first = np.array(prepare(config.rows).stages[0].tokens)  # not the mapped file
   for name, change in (
     ("stage_1.tokens.npy", lambda a: a.astype(np.int32)),
     ("validation.tokens.npy", _put(0, 0, 255)),
     ("stage_1.segments.npy", lambda a: a),
   ):
     _rewrite(config, name, change)
-  again = prepare(config)
+  again = prepare(config.rows)
   assert np.array_equal(again.stages[0].tokens, first)
   assert again.validation.rows.tokens[0, 0] == 255
 
 
 def test_fault_34_a_wrong_id_is_found_in_any_chunk(config, monkeypatch):
   monkeypatch.setattr("mdm_jax.data.row_checks._CHUNK", 3 * LENGTH)
-  rows = len(prepare(config).stages[0])
+  rows = len(prepare(config.rows).stages[0])
   assert rows > 8
   for row in (0, 2, 3, rows - 1):
-    prepare(config)
+    prepare(config.rows)
     folder = _rewrite(config, "stage_1.tokens.npy", _put(row, 0, 999))
-    assert f"row {row}, token 0" in _message(prepare, config)
+    assert f"row {row}, token 0" in _message(prepare, config.rows)
     for path in folder.iterdir():
       path.unlink()
     folder.rmdir()
@@ -452,10 +454,10 @@ def test_fault_34_a_device_would_not_have_told():
 
 
 def test_fault_34_a_changed_tokenizer(config, tmp_path):
-  data = prepare(config)
+  data = prepare(config.rows)
   (path,) = _cache(config).glob("*/tokenizer.json")
   path.write_bytes(path.read_bytes() + b" ")
-  assert f"damaged: {path}" in _message(prepare, config)
+  assert f"damaged: {path}" in _message(prepare, config.rows)
   workdir = Workdir(tmp_path)
   workdir.write_config(config, data.tokenizer.sha256)
   workdir.check_tokenizer(data.tokenizer.sha256)  # no error
@@ -467,10 +469,10 @@ def test_fault_34_a_changed_tokenizer(config, tmp_path):
 
 @pytest.mark.parametrize("instead_of", [ord("e"), PAD])
 def test_fault_35_a_mask_in_the_data(config, instead_of):
-  prepare(config)
+  prepare(config.rows)
   change = lambda a: np.where(a == instead_of, MASK, a).astype(a.dtype)
   _rewrite(config, "stage_1.tokens.npy", change)
-  message = _message(prepare, config)
+  message = _message(prepare, config.rows)
   assert f"id {MASK} is the mask" in message and "delete the folder" in message
 
 

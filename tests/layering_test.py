@@ -58,13 +58,6 @@ SIDEWAYS = {
 }
 # What is still given the whole config, or knows who uses it.
 UPWARD = {
-  "mdm_jax/data/folder_inputs.py",
-  "mdm_jax/data/inputs.py",
-  "mdm_jax/data/passes.py",
-  "mdm_jax/data/preparation.py",
-  "mdm_jax/data/prepared.py",
-  "mdm_jax/data/row_checks.py",
-  "mdm_jax/data/stage_rows.py",
   "mdm_jax/training/curriculum.py",
   "mdm_jax/training/step.py",
   "mdm_jax/training/trainer.py",

@@ -74,7 +74,10 @@ def test_blocks_are_several(place):
 def test_rows_hold_what_those_made_in_memory_hold(place, tmp_path, kind):
   config = _fresh(place, tmp_path, tokenizer__kind=kind, **ALL)
   harness.fill(config)
-  blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
+  blocks, memory = (
+    prepare(config.rows),
+    prepare(_in_memory(config, tmp_path).rows),
+  )
   assert blocks.tokenizer.sha256 == memory.tokenizer.sha256
   _same_held_out(blocks, memory)
   for a, b in zip(blocks.stages[1:], memory.stages[1:], strict=True):
@@ -91,7 +94,10 @@ def test_rows_hold_what_those_made_in_memory_hold(place, tmp_path, kind):
 
 def test_the_easiest_are_those_of_the_whole_corpus(config, tmp_path):
   """All but a hundredth of them are: ranks are counted in bins."""
-  blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
+  blocks, memory = (
+    prepare(config.rows),
+    prepare(_in_memory(config, tmp_path).rows),
+  )
   a, b = (d.manifest["rows"]["stage_1"] for d in (blocks, memory))
   assert a["units_selected"] == b["units_selected"] == -(-a["units_found"] // 2)
   assert abs(a["difficulty"]["cut"] - b["difficulty"]["cut"]) < 0.002
@@ -105,7 +111,10 @@ def test_a_tiny_share_holds_out_the_same_text(place, tmp_path):
     place, tmp_path, data__eval_fraction=1e-9, data__test_fraction=0, **ALL
   )
   harness.fill(config)
-  blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
+  blocks, memory = (
+    prepare(config.rows),
+    prepare(_in_memory(config, tmp_path).rows),
+  )
   assert blocks.manifest["documents"]["validation"] == 1
   assert blocks.manifest["documents"]["test"] == 1
   _same_held_out(blocks, memory)
@@ -116,14 +125,17 @@ def test_the_first_documents_are_those_of_memory(place, tmp_path):
   split = harness.fill(config)["split"]
   counts = split["documents"].values()  # the way is this Python's pages' own
   assert (max if split["way"] == "ends" else sum)(counts) == 14
-  blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
+  blocks, memory = (
+    prepare(config.rows),
+    prepare(_in_memory(config, tmp_path).rows),
+  )
   for a, b in zip(blocks.stages[1:], memory.stages[1:], strict=True):
     assert harness.sequences(a) == harness.sequences(b)
 
 
 def test_the_judge_reads_the_same_text(config, tmp_path):
-  memory = training_texts(_in_memory(config, tmp_path))
-  assert sorted(training_texts(config)) == sorted(memory)
+  memory = training_texts(_in_memory(config, tmp_path).rows)
+  assert sorted(training_texts(config.rows)) == sorted(memory)
 
 
 def test_of_a_large_corpus_the_judge_reads_a_sample(
@@ -132,10 +144,10 @@ def test_of_a_large_corpus_the_judge_reads_a_sample(
   monkeypatch.setattr(preparation, "SAMPLE_BYTES", 20_000)
   config = _fresh(place, tmp_path, **ALL)
   harness.fill(config)
-  texts = training_texts(config)
+  texts = training_texts(config.rows)
   size = sum(len(text.encode()) for text in texts)
   assert 5_000 < size < 30_000
-  everything = training_texts(_in_memory(config, tmp_path))
+  everything = training_texts(_in_memory(config, tmp_path).rows)
   assert set(texts) < set(everything)
   assert texts != everything[: len(texts)], "the first ones are no sample"
 
@@ -149,13 +161,16 @@ def test_found_A9_copies_of_any_part_of_a_large_corpus_are_seen(
   monkeypatch.setattr(preparation, "_NGRAMS", kept)
   config = _fresh(place, tmp_path, **ALL)
   harness.fill(config)
-  found = training_ngrams(config, training_texts(config))
+  found = training_ngrams(config.rows, training_texts(config.rows))
   assert (found.share == 1) == (kept == 2**24)
-  index, texts = CopyIndex(found), training_texts(_in_memory(config, tmp_path))
+  index, texts = (
+    CopyIndex(found),
+    training_texts(_in_memory(config, tmp_path).rows),
+  )
   every = len(ngrams.of(texts).hashes)
   assert abs(len(found.hashes) / found.share - every) < 0.1 * every
   assert index.share(texts).value == 1
-  whole, sample = CopyIndex(texts), CopyIndex(training_texts(config))
+  whole, sample = CopyIndex(texts), CopyIndex(training_texts(config.rows))
   assert sample.share(texts).value < 0.5
   # Some other text, and some that is copied.
   mixed = [f"{text[:600]} {text[600:1200][::-1]}" for text in texts]
@@ -189,7 +204,7 @@ def test_what_was_stopped_ends_with_the_same_bytes(place, tmp_path, steps):
 
   with pytest.raises(_Death):
     harness.fill(config, die)
-  assert "no finished preparation" in _error(prepare, config)
+  assert "no finished preparation" in _error(prepare, config.rows)
   (tmp_path / "rows" / "tmp-half").write_bytes(b"half")
   harness.fill(config, go_on)
   assert harness.contents(tmp_path / "rows") == harness.contents(place / "rows")
@@ -273,7 +288,7 @@ def test_two_at_once_are_refused(place, tmp_path):
 def test_a_config_that_does_not_fit_is_told(place, changes, told):
   before = harness.contents(place / "rows")
   config = harness.make_config(place / "texts", place / "rows", **changes)
-  assert told in _error(prepare, config)
+  assert told in _error(prepare, config.rows)
   assert told in _error(harness.fill, config)
   assert before == harness.contents(place / "rows")
 
@@ -289,12 +304,12 @@ def test_a_corpus_that_moved_is_the_same(tmp_path, monkeypatch, when):
   assert harness.make_config(texts, tmp_path / "rows", **ALL) == config
   config = harness.make_config(moved, tmp_path / "rows", **ALL)
   harness.fill(config)
-  assert len(prepare(config).stages[0])
+  assert len(prepare(config.rows).stages[0])
   assert bool(told) == (when == "done")
   if told:
     assert "the same files under another name: data.corpus is" in told[0]
     (moved / "a03.txt").write_text("another text")
-    assert "data.corpus is 'text:" in _error(prepare, config)
+    assert "data.corpus is 'text:" in _error(prepare, config.rows)
 
 
 def test_rows_of_another_format_are_told(place, tmp_path):
@@ -302,13 +317,15 @@ def test_rows_of_another_format_are_told(place, tmp_path):
   manifest = json.loads((folder / "manifest.json").read_text())
   manifest["inputs"]["format"] = 1
   (folder / "manifest.json").write_text(json.dumps(manifest))
-  assert "by another version (format 1, this one" in _error(prepare, config)
+  assert "by another version (format 1, this one" in _error(
+    prepare, config.rows
+  )
 
 
 def test_fields_that_shape_no_row_may_differ(place):
   changes = {"stage__epochs": 3, "data__batch_size": 1}
   config = harness.make_config(place / "texts", place / "rows", **changes)
-  assert len(prepare(config).stages[0])
+  assert len(prepare(config.rows).stages[0])
 
 
 @pytest.mark.parametrize("copies", [1, 2])
@@ -319,7 +336,10 @@ def test_a_single_text_gives_its_end_as_in_memory(tmp_path, copies):
     (texts / f"{i}.txt").write_text("\n".join(harness.TOPICS))
   config = harness.make_config(texts, tmp_path / "rows", **ALL)
   harness.fill(config)
-  blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
+  blocks, memory = (
+    prepare(config.rows),
+    prepare(_in_memory(config, tmp_path).rows),
+  )
   assert blocks.manifest["split"]["way"] == "ends"
   _same_held_out(blocks, memory)
 
@@ -332,7 +352,10 @@ def test_text_that_is_given_for_a_side_is_as_in_memory(place, tmp_path):
   changes = {"data__test_corpus": f"text:{given}/*.txt", **ALL}
   config = _fresh(place, tmp_path, **changes)
   harness.fill(config)
-  blocks, memory = prepare(config), prepare(_in_memory(config, tmp_path))
+  blocks, memory = (
+    prepare(config.rows),
+    prepare(_in_memory(config, tmp_path).rows),
+  )
   _same_held_out(blocks, memory)
   split = blocks.manifest["split"]
   assert split["given"] == ["test"] and split["documents"]["test"] == 2
@@ -397,7 +420,7 @@ def _damage(path, kind):
 def test_damage_is_found(place, tmp_path, name, damage):
   config, folder = _copy(place, tmp_path)
   _damage(folder / name, damage)
-  message = _error(prepare, config)
+  message = _error(prepare, config.rows)
   assert name in message and "delete the folder" in message
 
 
@@ -413,7 +436,7 @@ def test_damage_is_found(place, tmp_path, name, damage):
 def test_a_manifest_of_something_else_is_told(place, tmp_path, content, told):
   config, folder = _copy(place, tmp_path)
   (folder / "manifest.json").write_text(content)
-  assert told in _error(prepare, config)
+  assert told in _error(prepare, config.rows)
   assert told in _error(harness.fill, config)
 
 
@@ -425,7 +448,7 @@ def test_an_index_of_something_else_is_told(place, tmp_path, content):
   manifest = json.loads((folder / "manifest.json").read_text())
   manifest["files"][path.name] = inputs.file_sha256(path)
   (folder / "manifest.json").write_text(json.dumps(manifest))
-  assert "stage_2.shards.json is" in _error(prepare, config)
+  assert "stage_2.shards.json is" in _error(prepare, config.rows)
 
 
 def test_each_process_reads_its_own_shards(place, tmp_path, monkeypatch):
@@ -441,7 +464,7 @@ def test_each_process_reads_its_own_shards(place, tmp_path, monkeypatch):
     for index in range(3):
       monkeypatch.setattr(distributed, "index", lambda i=index: i)
       try:
-        prepare(config)
+        prepare(config.rows)
       except UserError as error:
         assert str(error) == told[-1]
     return [value is not None for value in told]
@@ -466,7 +489,7 @@ def test_a_process_reads_no_more_than_its_share(place, monkeypatch, config):
   parts = []
   for index in range(4):
     monkeypatch.setattr(distributed, "index", lambda i=index: i)
-    prepare(config)
+    prepare(config.rows)
     parts.append(set(read))
     read.clear()
   shards = [p.name for p in (place / "rows").glob("*.tokens.npy")]
@@ -478,7 +501,7 @@ def test_a_process_reads_no_more_than_its_share(place, monkeypatch, config):
 
 
 def test_rows_are_those_of_the_shards(config, place):
-  data = prepare(config)
+  data = prepare(config.rows)
   validation = data.validation.rows
   for name, rows in [("stage_3", data.stages[2]), ("validation", validation)]:
     for part in ("tokens", "segments"):
@@ -499,13 +522,16 @@ def test_rows_are_those_of_the_shards(config, place):
 
 
 def test_only_shards_that_are_asked_for_are_mapped(config):
-  tokens = prepare(config).stages[2].tokens
+  tokens = prepare(config.rows).stages[2].tokens
   tokens[np.array([0, 1, 1])]
   assert tokens._map.cache_info().currsize == 1
 
 
 def test_bytes_are_those_of_the_text(config, tmp_path):
-  data, memory = prepare(config), prepare(_in_memory(config, tmp_path))
+  data, memory = (
+    prepare(config.rows),
+    prepare(_in_memory(config, tmp_path).rows),
+  )
   for side in ("validation", "test"):
     held = getattr(data, side)
     assert held.num_bytes == getattr(memory, side).num_bytes

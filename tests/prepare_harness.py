@@ -60,7 +60,7 @@ def run_here(name, job, blocks):
 
 def fill(config, run=run_here):
   """Prepares the folder of a config; returns its manifest."""
-  return preparation.prepare_folder(config, None, run)
+  return preparation.prepare_folder(config.rows, None, run)
 
 
 def contents(folder):

@@ -25,7 +25,7 @@ check = shards.Index.damaged
 shards.Index.damaged = lambda index, number, vocab: (
   looked.append(f"{index.name} {number}") or check(index, number, vocab)
 )
-data = prepare_on_all(harness.make_config(texts, whole))
+data = prepare_on_all(harness.make_config(texts, whole).rows)
 result = {"looked": list(looked)}
 rows = data.stages[2]
 ends = rows.tokens._ends  # a row of every shard, in pairs
@@ -34,7 +34,7 @@ held = batch.tokens.addressable_shards[0].data
 result["mapped"] = rows.tokens._map.cache_info().currsize
 result["rows"] = np.asarray(held)[0].tolist()
 try:
-  prepare_on_all(harness.make_config(texts, damaged))
+  prepare_on_all(harness.make_config(texts, damaged).rows)
 except UserError as error:
   result["told"] = str(error)
 print(json.dumps(result), flush=True)

@@ -90,7 +90,7 @@ def _pieces(rows):
 
 def _error(config):
   with pytest.raises(UserError) as caught:
-    prepare(config)
+    prepare(config.rows)
   message = str(caught.value)
   assert "\n" not in message
   return message
@@ -100,14 +100,14 @@ def _error(config):
 
 
 def test_the_second_time_nothing_is_made(config, cache, monkeypatch):
-  first = prepare(config)
+  first = prepare(config.rows)
 
   def refuse(*_):
     raise AssertionError("made again")
 
   monkeypatch.setattr(prepared.tokenizers, "build", refuse)
   monkeypatch.setattr(prepared.segments, "units", refuse)
-  second = prepare(config)
+  second = prepare(config.rows)
   assert len(_folders(cache)) == 1
   assert second.tokenizer.sha256 == first.tokenizer.sha256
   assert second.manifest == first.manifest
@@ -120,8 +120,8 @@ def test_the_second_time_nothing_is_made(config, cache, monkeypatch):
 
 
 def test_the_same_text_gives_the_same_bytes(config, cache, tmp_path):
-  prepare(config)
-  prepare(_change(config, "data", cache_dir=str(tmp_path / "other")))
+  prepare(config.rows)
+  prepare(_change(config, "data", cache_dir=str(tmp_path / "other")).rows)
   assert _folders(cache) == _folders(tmp_path / "other")
   for path in (cache / _folders(cache)[0]).iterdir():
     twin = tmp_path / "other" / path.relative_to(cache)
@@ -146,24 +146,24 @@ def test_the_same_text_gives_the_same_bytes(config, cache, tmp_path):
 def test_a_field_that_shapes_rows_makes_a_new_folder(
   config, cache, section, fields
 ):
-  prepare(config)
-  prepare(_change(config, section, **fields))
+  prepare(config.rows)
+  prepare(_change(config, section, **fields).rows)
   assert len(_folders(cache)) == 2
 
 
 def test_other_fields_share_the_folder(config, cache):
-  prepare(config)
+  prepare(config.rows)
   other = _change(config, "stage", name="x", epochs=9, mask_rate=[0.1, 0.2])
   other = _change(other, "data", batch_size=1, on_bad_record="skip")
-  prepare(dataclasses.replace(other, seed=5, name="other"))
+  prepare(dataclasses.replace(other, seed=5, name="other").rows)
   assert len(_folders(cache)) == 1
 
 
 def test_a_changed_text_makes_a_new_folder(config, cache, texts):
-  prepare(config)
+  prepare(config.rows)
   with (texts / "03.txt").open("a") as file:
     file.write(" ")
-  prepare(config)
+  prepare(config.rows)
   assert len(_folders(cache)) == 2
 
 
@@ -171,25 +171,25 @@ def test_found_B10_a_corpus_that_moved_is_the_same(config, cache, tmp_path):
   """Rows are compared, not names; the change is told, another text refused."""
   workdir = Workdir(tmp_path / "run")
   workdir.create()
-  first = prepare(config)
+  first = prepare(config.rows)
   workdir.write_config(config, first.tokenizer.sha256)
   workdir.write_data(first.manifest)
   (tmp_path / "texts").rename(tmp_path / "moved")
   moved = _change(config, "data", corpus=f"text:{tmp_path}/moved/*.txt")
   (change,) = config_changes.check(config, moved)
   assert change.path == "data.corpus"
-  data = prepare(moved)
+  data = prepare(moved.rows)
   assert data.manifest == first.manifest and len(_folders(cache)) == 1
   workdir.check_tokenizer(data.tokenizer.sha256)
   workdir.check_data(data.manifest)
   path = tmp_path / "moved" / "03.txt"
   path.write_text(path.read_text().replace("e", "E", 1), newline="")
   with pytest.raises(UserError, match="started with another text"):
-    workdir.check_data(prepare(moved).manifest)
+    workdir.check_data(prepare(moved.rows).manifest)
 
 
 def test_rows_of_a_run_with_two_splits_are_told(config, tmp_path):
-  data = prepare(config)
+  data = prepare(config.rows)
   workdir = Workdir(tmp_path / "run")
   workdir.create()
   workdir.write_config(config, data.tokenizer.sha256)
@@ -205,9 +205,9 @@ def test_rows_of_a_run_with_two_splits_are_told(config, tmp_path):
 def test_a_given_tokenizer_is_known_by_its_bytes(config, cache, tmp_path):
   path = tmp_path / "given.model"
   for size in (400, 420):
-    made = prepare(_change(config, "tokenizer", vocab_size=size))
+    made = prepare(_change(config, "tokenizer", vocab_size=size).rows)
     path.write_bytes(made.tokenizer.content)
-    given = prepare(_change(config, "tokenizer", path=str(path)))
+    given = prepare(_change(config, "tokenizer", path=str(path)).rows)
     assert given.tokenizer.sha256 == made.tokenizer.sha256
   assert len(_folders(cache)) == 4
 
@@ -217,7 +217,7 @@ def test_a_given_tokenizer_is_known_by_its_bytes(config, cache, tmp_path):
 )
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_file_is_refused(config, cache, name, damage):
-  prepare(config)
+  prepare(config.rows)
   folder = cache / _folders(cache)[0]
   content = bytearray((folder / name).read_bytes())
   if damage == "flip":
@@ -234,7 +234,7 @@ def test_a_damaged_file_is_refused(config, cache, name, damage):
 
 @pytest.mark.parametrize("content", ["", "{}", '{"files": {'])
 def test_a_damaged_manifest_is_refused(config, cache, content):
-  prepare(config)
+  prepare(config.rows)
   manifest = cache / _folders(cache)[0] / "manifest.json"
   manifest.write_text(content)
   assert "delete the folder" in _error(config)
@@ -257,9 +257,9 @@ def test_a_death_half_way_leaves_nothing(
   with monkeypatch.context() as patch:
     patch.setattr(prepared, step, die)
     with pytest.raises(error):
-      prepare(config)
+      prepare(config.rows)
   assert _folders(cache) == []
-  prepare(config)
+  prepare(config.rows)
   assert len(_folders(cache)) == 1
 
 
@@ -270,10 +270,10 @@ def test_a_faster_process_wins(config, cache, monkeypatch):
     whole(*args)
     with monkeypatch.context() as patch:
       patch.setattr(prepared, "_fill", whole)
-      prepare(config)
+      prepare(config.rows)
 
   monkeypatch.setattr(prepared, "_fill", overtaken)
-  data = prepare(config)
+  data = prepare(config.rows)
   assert len(data.validation)
   assert len(_folders(cache)) == 1
 
@@ -286,7 +286,7 @@ def test_a_cache_that_can_not_be_made_is_told(config, tmp_path):
 
 def test_the_cache_follows_the_environment(config, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-  prepare(_change(config, "data", cache_dir=""))
+  prepare(_change(config, "data", cache_dir="").rows)
   assert len(_folders(tmp_path / "xdg" / "mdm_jax")) == 1
 
 
@@ -296,7 +296,7 @@ def test_the_cache_follows_the_environment(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte", "char"])
 def test_held_out_rows_are_the_held_out_text(config, kind):
   config = _change(config, "tokenizer", kind=kind)
-  data = prepare(config)
+  data = prepare(config.rows)
   eos = data.tokenizer.vocab.eos
   for side in ("validation", "test"):
     held_out, rows = _split(config)[side], getattr(data, side).rows
@@ -317,7 +317,7 @@ def test_held_out_rows_are_the_held_out_text(config, kind):
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte", "char"])
 def test_the_table_says_which_text_each_piece_is(config, kind):
   config = _change(config, "tokenizer", kind=kind)
-  data = prepare(config)
+  data = prepare(config.rows)
   sides = _split(config)
   for side in ("validation", "test"):
     held = getattr(data, side)
@@ -359,7 +359,7 @@ def test_found_A5_bytes_are_those_of_the_original_text(
   for path in texts.iterdir():
     path.write_text(_NORMALISES[name][0] + path.read_text())
   config = _change(config, "tokenizer", path=str(tmp_path / "given.model"))
-  data, sides = prepare(config), _split(config)
+  data, sides = prepare(config.rows), _split(config)
   for side in ("validation", "test"):
     held = getattr(data, side)
     decoded = sum(
@@ -371,7 +371,7 @@ def test_found_A5_bytes_are_those_of_the_original_text(
 
 
 def test_held_out_text_is_never_trained_on(config):
-  data = prepare(config)
+  data = prepare(config.rows)
   sides = _split(config)
   train, held_out = sides.train, sides.validation + sides.test
   trained = "".join(d.text for d in train)
@@ -394,13 +394,13 @@ def test_held_out_text_is_never_trained_on(config):
 
 
 def test_the_last_stage_holds_the_whole_training_text(config):
-  data = prepare(config)
+  data = prepare(config.rows)
   written = [data.tokenizer.decode(p) for p in _pieces(data.stages[-1])]
   assert sum(len(t.encode()) for t in written) == _bytes(_split(config).train)
 
 
 def test_stages_hold_what_their_config_asks(config):
-  data = prepare(config)
+  data = prepare(config.rows)
   vocab = data.tokenizer.vocab
   assert [rows.length for rows in data.stages] == [48, 96, 64]
   held = data.validation.rows, data.test.rows
@@ -416,7 +416,7 @@ def test_stages_hold_what_their_config_asks(config):
 
 
 def test_counts_are_those_of_the_rows(config):
-  data = prepare(config)
+  data = prepare(config.rows)
   sides = _split(config)
   counts = data.manifest["rows"]
   assert data.manifest["documents"] == {
@@ -437,7 +437,7 @@ def test_counts_are_those_of_the_rows(config):
 
 
 def test_rows_are_read_from_disk_and_can_not_be_changed(config):
-  rows = prepare(config).stages[0]
+  rows = prepare(config.rows).stages[0]
   assert isinstance(rows.tokens, np.memmap)
   with pytest.raises(ValueError):
     rows.tokens[0, 0] = 1

@@ -645,7 +645,7 @@ def test_the_quick_fix_needs_a_run_to_start_from(
 ):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match=source):
-    prepared.prepare(parse(file), tmp_path)
+    prepared.prepare(parse(file).rows, tmp_path)
 
 
 # MARK: the optimizer

@@ -253,7 +253,7 @@ def config(tmp_path):
 
 def _folder(config):
   """Where the rows were prepared."""
-  prepare(config)
+  prepare(config.rows)
   (folder,) = pathlib.Path(config.data.cache_dir).iterdir()
   return folder
 
@@ -284,7 +284,7 @@ def test_safety_S3_a_manifest_names_only_files_beside_it(
   monkeypatch.setattr("mdm_jax.data.prepared.file_sha256", seen.append)
   change = lambda values: values["files"].update({name: "0" * 64})
   _change(folder / "manifest.json", change)
-  message = _message(prepare, config)
+  message = _message(prepare, config.rows)
   assert f"names the file {name!r}" in message
   assert seen == []  # nothing was opened, its hash is not told
 
@@ -302,16 +302,16 @@ def test_safety_S3_a_manifest_names_only_files_beside_it(
 def test_safety_S3_rows_without_a_hash_are_not_read(config, change):
   folder = _folder(config)
   _change(folder / "manifest.json", change)
-  assert "manifest.json; delete the folder" in _message(prepare, config)
+  assert "manifest.json; delete the folder" in _message(prepare, config.rows)
   folder.rename(folder.parent / "away")
-  prepare(config)  # made anew
+  prepare(config.rows)  # made anew
 
 
 @pytest.mark.parametrize("content", ["[" * 10**5, "[]", "3", "null", "\xff"])
 def test_safety_S3_a_strange_manifest_is_told(config, content):
   manifest = _folder(config) / "manifest.json"
   manifest.write_bytes(content.encode("latin1"))
-  message = _message(prepare, config)
+  message = _message(prepare, config.rows)
   assert "prepared data is damaged" in message and "manifest.json" in message
 
 
@@ -332,7 +332,7 @@ def test_safety_S3_an_array_is_not_unpickled(config, tmp_path):
   digest = hashlib.sha256(path.read_bytes()).hexdigest()
   change = lambda values: values["files"].update({path.name: digest})
   _change(folder / "manifest.json", change)
-  assert f"damaged: {path}" in _message(prepare, config)
+  assert f"damaged: {path}" in _message(prepare, config.rows)
   assert not marker.exists()
 
 
@@ -343,7 +343,7 @@ def test_safety_S3_files_read_at_once_have_a_largest_size(config, monkeypatch):
   safe_files.read_json(folder / "manifest.json")
   for name, read in (
     ("tokenizer.json", lambda: tokenizers.load_tokenizer(folder)),
-    ("manifest.json", lambda: prepare(config)),
+    ("manifest.json", lambda: prepare(config.rows)),
   ):
     size = (folder / name).stat().st_size
     with monkeypatch.context() as patch:

@@ -30,7 +30,7 @@ def _hold(documents, length):
   """Documents of letters, in pieces that end with their sentences."""
   stage = StageConfig(length=length)
   config = Config(tokenizer=BYTE, stages=(stage,))
-  return make_held_out(documents, config, BYTES)[0]
+  return make_held_out(documents, config.rows, BYTES)[0]
 
 
 def _book(letter, sentences=40):

@@ -33,7 +33,9 @@ def _recipe(name, corpus, cache, **data):
 def made(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp(request.param)
   corpus = scripts_harness.write(request.param, folder)
-  return request.param, prepare(_recipe("quickstart", corpus, folder / "cache"))
+  return request.param, prepare(
+    _recipe("quickstart", corpus, folder / "cache").rows
+  )
 
 
 # MARK: the recipe, unchanged
@@ -127,7 +129,7 @@ def test_a_stage_trains_on_lines(tmp_path):
     "tokenizer": {"kind": "char"},
     "stages": [{"unit": "lines", "length": 32, "easiest": 0.5}],
   }
-  data = prepare(config_lib.from_dict(raw))
+  data = prepare(config_lib.from_dict(raw).rows)
   counts = data.manifest["rows"]["stage_1"]
   assert counts["units_found"] > 4000 and not counts["units_too_short"]
   told = coverage.told(data.manifest["text"])
@@ -200,7 +202,7 @@ def test_found_B1_a_stage_without_rows_says_what_keeps_the_text(tmp_path):
     r" \(stages\[0\].min_words=0 keeps them\)"
   )
   with pytest.raises(UserError, match=why):
-    prepare(config_lib.from_dict(raw))
+    prepare(config_lib.from_dict(raw).rows)
   raw["data"]["prepared"] = str(tmp_path / "prepared")
   for _ in range(2):  # when it is made, and when it is there
     with pytest.raises(UserError, match=why) as error:
@@ -219,9 +221,9 @@ def test_lines_as_documents_have_no_pairs_and_are_told_so(tmp_path):
   }
   why = r"none of \d+ documents has two sentences.*unit=sentences or lines"
   with pytest.raises(UserError, match=why):
-    prepare(config_lib.from_dict(raw))
+    prepare(config_lib.from_dict(raw).rows)
   raw["stages"] = [{"unit": "lines", "length": 16}]
-  assert len(prepare(config_lib.from_dict(raw)).stages[0])
+  assert len(prepare(config_lib.from_dict(raw).rows).stages[0])
 
 
 def test_what_no_stage_reads_is_counted_the_same_in_blocks(tmp_path):
@@ -236,7 +238,7 @@ def test_what_no_stage_reads_is_counted_the_same_in_blocks(tmp_path):
     ],
   }
   raw["data"]["batch_size"] = 1
-  here = prepare(config_lib.from_dict(raw)).manifest
+  here = prepare(config_lib.from_dict(raw).rows).manifest
   raw["data"] |= {"prepared": str(tmp_path / "blocks"), "block_megabytes": 0.02}
   blocks = prepare_harness.fill(config_lib.from_dict(raw))
   assert 0 < here["text"]["unread"] < here["text"]["characters"] / 2

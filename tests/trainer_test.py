@@ -53,7 +53,7 @@ def config(tmp_path_factory):
 def trainer(config):
   mesh = make_mesh("1x1")
   with jax.set_mesh(mesh):
-    yield Trainer(config, prepare(config), mesh)
+    yield Trainer(config, prepare(config.rows), mesh)
 
 
 def _trees_equal(a, b):
@@ -257,7 +257,7 @@ def test_the_plan_is_printed(plan, capsys):
 
 
 def test_the_preview_says_what_each_stage_reads(config):
-  data = prepare(config)
+  data = prepare(config.rows)
   counts = data.manifest["rows"]["stage_1"]
   first, second = preview.describe(config, data).values()
   selected, found = counts["units_selected"], counts["units_found"]
@@ -285,10 +285,10 @@ def test_the_histogram_marks_the_cut():
 
 def test_a_given_runs_tokenizer_is_used(config, tmp_path):
   chars = dataclasses.replace(config, tokenizer=TokenizerConfig(kind="char"))
-  origin = prepare(chars)
+  origin = prepare(chars.rows)
   origin.tokenizer.save(tmp_path / "origin")
   started = dataclasses.replace(config, init_from=str(tmp_path / "origin"))
-  data = prepare(started)
+  data = prepare(started.rows)
   assert data.tokenizer.sha256 == origin.tokenizer.sha256
   np.testing.assert_array_equal(data.stages[0].tokens, origin.stages[0].tokens)
 
@@ -296,10 +296,10 @@ def test_a_given_runs_tokenizer_is_used(config, tmp_path):
 def test_a_run_keeps_the_tokenizer_when_its_origin_is_gone(config, tmp_path):
   gone = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
   with pytest.raises(UserError, match="gone.* is no finished run"):
-    prepare(gone, tmp_path)
-  origin = prepare(config).tokenizer
+    prepare(gone.rows, tmp_path)
+  origin = prepare(config.rows).tokenizer
   origin.save(tmp_path)
-  assert prepare(gone, tmp_path).tokenizer.sha256 == origin.sha256
+  assert prepare(gone.rows, tmp_path).tokenizer.sha256 == origin.sha256
 
 
 # MARK: numbers at their bounds
@@ -337,7 +337,7 @@ def test_numbers_at_their_bounds_train(config, extreme):
   config = config_lib.from_dict(raw)
   mesh = make_mesh("1x1")
   with jax.set_mesh(mesh):
-    trainer = Trainer(config, prepare(config), mesh)
+    trainer = Trainer(config, prepare(config.rows), mesh)
     state = trainer.init()
     for update in range(3):
       state, metrics = trainer.update(state, update)

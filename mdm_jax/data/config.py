@@ -103,3 +103,22 @@ class StageConfig:
   lr_factor: float = field(
     1.0, "multiplies the peak of the stage's cosine cycle", "(0, 1000]"
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsConfig:
+  """What rows depend on: the part of a run's config that this room is given.
+
+  Attributes:
+    data: which text.
+    tokenizer: how it becomes ids.
+    stages: how each of them reads it.
+    init_from: folder of a run whose tokenizer is taken, or nothing.
+    accumulation: microbatches of an update; a stage has rows for one update.
+  """
+
+  data: DataConfig
+  tokenizer: TokenizerConfig = TokenizerConfig()
+  stages: tuple[StageConfig, ...] = (StageConfig(),)
+  init_from: str = ""
+  accumulation: int = 1

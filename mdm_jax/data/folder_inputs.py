@@ -5,10 +5,9 @@ from typing import Any
 
 from absl import logging
 
-from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import blocks, inputs, journal
-from mdm_jax.data.config import DataConfig
+from mdm_jax.data.config import DataConfig, RowsConfig
 from mdm_jax.data.tokenizer import Tokenizer
 
 FORMAT = 3
@@ -17,7 +16,7 @@ _MANIFEST = "manifest.json"
 _NAMES = "corpus", "validation_corpus", "test_corpus"
 
 
-def of(config: Config, given: Tokenizer | None) -> dict[str, Any]:
+def of(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:
   """Returns what a folder was made with, and has to be read with."""
   return {
     "format": FORMAT,

@@ -1,25 +1,26 @@
 """What rows depend on beside the text: a given tokenizer, and some fields."""
 
+import dataclasses
 import hashlib
 from typing import Any
 
 from etils import epath
 
-from mdm_jax.config import Config, to_dict
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import tokenizer as tokenizers
+from mdm_jax.data.config import RowsConfig
 from mdm_jax.data.tokenizer import Tokenizer
 
 _UNIT_FIELDS = ("unit", "length", "easiest", "min_words", "max_words")
 
 
 def given_tokenizer(
-  config: Config, workdir: epath.PathLike | None
+  config: RowsConfig, workdir: epath.PathLike | None
 ) -> Tokenizer | None:
   """Returns the tokenizer of the run that this one starts from, if any.
 
   Args:
-    config: of the run.
+    config: what rows depend on.
     workdir: the run's folder, which has a copy once it was started.
   """
   if not config.init_from:
@@ -34,7 +35,7 @@ def given_tokenizer(
   return tokenizers.load_tokenizer(config.init_from)
 
 
-def row_inputs(config: Config, given: Tokenizer | None) -> dict[str, Any]:
+def row_inputs(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:
   """Returns all that shapes rows beside the text, as plain values."""
   path = config.tokenizer.path
   sha256 = given.sha256 if given else path and file_sha256(epath.Path(path))
@@ -42,7 +43,7 @@ def row_inputs(config: Config, given: Tokenizer | None) -> dict[str, Any]:
     "eval_fraction": config.data.eval_fraction,
     "test_fraction": config.data.test_fraction,
     "language": config.data.language,
-    "tokenizer": None if given else to_dict(config.tokenizer),
+    "tokenizer": None if given else dataclasses.asdict(config.tokenizer),
     "given_tokenizer": sha256 or None,
     "stages": [
       {name: getattr(stage, name) for name in _UNIT_FIELDS}

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import (
   blocks,
@@ -35,7 +34,7 @@ from mdm_jax.data import (
 )
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.blocks import Block
-from mdm_jax.data.config import StageConfig
+from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.coverage import Coverage
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.ranking import Cut
@@ -58,14 +57,14 @@ class Job:
 
   Attributes:
     folder: that is prepared; `work` in it has the records.
-    config: of the run.
+    config: what rows depend on.
     split: which documents are held out, once they are counted.
     sampled: share of the train split that the sample is.
     copied: share of its 8-grams that are kept, where that is not all of it.
   """
 
   folder: pathlib.Path
-  config: Config
+  config: RowsConfig
   split: Split | None = None
   sampled: float = 1.0
   copied: float = 1.0
@@ -183,7 +182,7 @@ def _sample(job: Job, block: Block) -> None:
   journal.put_json(job.record("sample", block), record)
 
 
-def _spells(config: Config) -> bool:
+def _spells(config: RowsConfig) -> bool:
   return config.tokenizer.kind == "char"
 
 

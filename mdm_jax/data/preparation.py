@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.config import Config
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.data import (
   blocks,
@@ -35,6 +34,7 @@ from mdm_jax.data import (
 )
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.blocks import Block
+from mdm_jax.data.config import RowsConfig
 from mdm_jax.data.ngrams import Ngrams
 from mdm_jax.data.passes import Job, Pass
 from mdm_jax.data.splits import TRAIN
@@ -53,7 +53,7 @@ SAMPLE_BYTES = 2**25  # of text, for the tokenizer and the n-gram judge
 Run = Callable[[Pass, Job, list[Block]], None]
 
 
-def folder_of(config: Config) -> pathlib.Path:
+def folder_of(config: RowsConfig) -> pathlib.Path:
   """Returns the folder `data.prepared`; raises UserError if it is a bucket."""
   if "://" in config.data.prepared:
     raise UserError(
@@ -64,12 +64,12 @@ def folder_of(config: Config) -> pathlib.Path:
 
 
 def prepare_folder(
-  config: Config, given: Tokenizer | None, run: Run
+  config: RowsConfig, given: Tokenizer | None, run: Run
 ) -> dict[str, Any]:
   """Fills the folder `data.prepared`, or goes on with it; returns its manifest.
 
   Args:
-    config: of the run that will train on it.
+    config: what rows depend on.
     given: the tokenizer to use instead of the config's.
     run: does a pass over blocks.
 

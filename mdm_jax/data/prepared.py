@@ -24,7 +24,6 @@ from absl import logging
 from etils import epath
 from rich.progress import Progress
 
-from mdm_jax.config import Config
 from mdm_jax.core import distributed, safe_files
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import (
@@ -38,7 +37,7 @@ from mdm_jax.data import (
   splits,
 )
 from mdm_jax.data import tokenizer as tokenizers
-from mdm_jax.data.config import StageConfig
+from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.corpora import Document
 from mdm_jax.data.coverage import Coverage
 from mdm_jax.data.held_out import HeldOut
@@ -80,14 +79,14 @@ class PreparedData:
 
 
 def prepare(
-  config: Config,
+  config: RowsConfig,
   workdir: epath.PathLike | None = None,
   for_training: bool = True,
 ) -> PreparedData:
   """Returns the rows of a config, from the cache or made now.
 
   Args:
-    config: of the run.
+    config: what rows depend on.
     workdir: the run's folder. A run that started from another one's parameters
       has its tokenizer there, and needs that other one no more.
     for_training: whether every stage has to have the rows of one update.
@@ -106,7 +105,7 @@ def prepare(
 
 
 def prepare_on_all(
-  config: Config, workdir: epath.PathLike | None = None
+  config: RowsConfig, workdir: epath.PathLike | None = None
 ) -> PreparedData:
   """Returns what `prepare` does, on each of several processes.
 
@@ -117,7 +116,7 @@ def prepare_on_all(
   return distributed.first_alone(lambda: prepare(config, workdir))
 
 
-def training_texts(config: Config) -> list[str]:
+def training_texts(config: RowsConfig) -> list[str]:
   """Returns the text of the train split, as it was before tokens.
 
   Of rows that were prepared at scale it is a sample, or all of a small corpus.
@@ -130,21 +129,20 @@ def training_texts(config: Config) -> list[str]:
   return [document.text for document in sides.train]
 
 
-def training_ngrams(config: Config, texts: list[str]) -> Ngrams:
+def training_ngrams(config: RowsConfig, texts: list[str]) -> Ngrams:
   """Returns the 8-grams of the whole train split, or of a share by hash.
 
   Args:
-    config: of the run.
+    config: what rows depend on.
     texts: as `training_texts` returns them.
   """
   if config.data.prepared:
-    folder = preparation.folder_of(config)
-    if found := preparation.read_ngrams(folder):
+    if found := preparation.read_ngrams(preparation.folder_of(config)):
       return found
   return ngrams.of(texts)
 
 
-def _from_cache(config: Config, given: Tokenizer | None) -> PreparedData:
+def _from_cache(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
   found, tally = corpora.load_all(config.data)
   corpora.tell(tally)
   inputs = {
@@ -161,7 +159,7 @@ def _from_cache(config: Config, given: Tokenizer | None) -> PreparedData:
   return data
 
 
-def _cache_dir(config: Config) -> epath.Path:
+def _cache_dir(config: RowsConfig) -> epath.Path:
   if config.data.cache_dir:
     return epath.Path(config.data.cache_dir).expanduser()
   base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
@@ -173,7 +171,7 @@ def _cache_dir(config: Config) -> epath.Path:
 
 def _write(
   folder: epath.Path,
-  config: Config,
+  config: RowsConfig,
   found: dict[str, list[Document]],
   inputs: dict[str, Any],
   given: Tokenizer | None,
@@ -199,7 +197,7 @@ def _write(
 
 def _fill(
   folder: epath.Path,
-  config: Config,
+  config: RowsConfig,
   found: dict[str, list[Document]],
   inputs: dict[str, Any],
   given: Tokenizer | None,
@@ -263,7 +261,7 @@ def _stage_rows(
 # MARK: reading
 
 
-def _read(folder: epath.Path, config: Config) -> PreparedData:
+def _read(folder: epath.Path, config: RowsConfig) -> PreparedData:
   """Returns what a folder holds, once all of it is what it should be."""
   lengths = row_lengths(config)
   arrays = {file for name in lengths for file in _array_names(name)}
@@ -343,7 +341,7 @@ def _damaged(folder: os.PathLike, what: Any) -> UserError:
 # MARK: sharded rows
 
 
-def _read_folder(config: Config, given: Tokenizer | None) -> PreparedData:
+def _read_folder(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
   """Returns the sharded rows of a folder, every process having read a part."""
   folder = preparation.folder_of(config)
   wanted = folder_inputs.of(config, given)
@@ -393,7 +391,9 @@ def _damaged_shard(indices: list[Index], vocab: Vocabulary) -> str | None:
 # MARK: both
 
 
-def _check_rows(config: Config, data: PreparedData, for_training: bool) -> None:
+def _check_rows(
+  config: RowsConfig, data: PreparedData, for_training: bool
+) -> None:
   row_checks.check_stages(config, data.manifest["rows"])
   if for_training:
     for i, rows in enumerate(data.stages):

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
-from mdm_jax.data.config import StageConfig
+from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.tokenizer import Vocabulary
 
 _CHUNK = 2**22  # tokens looked at at once; more would fill the memory
@@ -89,18 +88,18 @@ def _reason(token: int, vocab: Vocabulary) -> str:
   return f"id {token} is none of the tokenizer's 0..{vocab.num_real - 1}"
 
 
-def check_enough(config: Config, index: int, rows: int) -> None:
+def check_enough(config: RowsConfig, index: int, rows: int) -> None:
   """Raises UserError if a stage has fewer rows than one of its updates.
 
   Args:
-    config: of the run.
+    config: what rows depend on.
     index: of the stage.
     rows: that the stage has.
   """
-  needed = config.rows_per_update
+  batch, parts = config.data.batch_size, config.accumulation
+  needed = batch * parts
   if rows >= needed:
     return
-  batch, parts = config.data.batch_size, config.optimizer.accumulation
   fit = (
     f"data.batch_size={rows // parts}"
     if rows >= parts
@@ -113,11 +112,11 @@ def check_enough(config: Config, index: int, rows: int) -> None:
   )
 
 
-def check_stages(config: Config, counts: dict[str, Any]) -> None:
+def check_stages(config: RowsConfig, counts: dict[str, Any]) -> None:
   """Raises UserError if a stage has no row: what was left out, what keeps it.
 
   Args:
-    config: of the run.
+    config: what rows depend on.
     counts: of all rows, by their names on disk.
   """
   for i, stage in enumerate(config.stages):

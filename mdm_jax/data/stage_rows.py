@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.config import Config
 from mdm_jax.data import held_out, segments
-from mdm_jax.data.config import StageConfig
+from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import (
   Rows,
@@ -30,12 +29,12 @@ def stage_name(index: int) -> str:
   return f"stage_{index + 1}"
 
 
-def held_out_stage(config: Config) -> StageConfig:
+def held_out_stage(config: RowsConfig) -> StageConfig:
   """Returns the stage that held-out text is written as: all of it."""
   return StageConfig(unit="paragraphs", length=config.stages[-1].length)
 
 
-def row_lengths(config: Config) -> dict[str, int]:
+def row_lengths(config: RowsConfig) -> dict[str, int]:
   """Returns tokens a row, by the name of the rows on disk."""
   stages = enumerate(config.stages)
   lengths = {stage_name(i): stage.length for i, stage in stages}
@@ -82,13 +81,13 @@ def make_rows(
 
 
 def make_held_out(
-  texts: Sequence[str], config: Config, tokenizer: Tokenizer
+  texts: Sequence[str], config: RowsConfig, tokenizer: Tokenizer
 ) -> tuple[HeldOut, dict[str, Any]]:
   """Returns all of some texts as rows, with the table of where each is.
 
   Args:
     texts: of the documents.
-    config: of the run.
+    config: what rows depend on.
     tokenizer: of the ids.
   """
   stage = held_out_stage(config)

@@ -107,7 +107,7 @@ def compare_workdir(
   if not chosen:
     raise UserError(f"--ways={only}: {nearest(only, known)}")
   data, config = open_rows(config, workdir)
-  judge = make_judge(config.eval.judge, training_texts(config))
+  judge = make_judge(config.eval.judge, training_texts(config.rows))
   model = sample.load_with(config, workdir)
   count = max(config.eval.samples, config.sample.num_samples)
   rows = []

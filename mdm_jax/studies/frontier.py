@@ -48,7 +48,7 @@ class Point:
 def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
   """Sweeps the temperature of a run's best checkpoint; writes CSV and PNG."""
   data, config = open_rows(config, workdir)
-  judge = make_judge(config.eval.judge, training_texts(config))
+  judge = make_judge(config.eval.judge, training_texts(config.rows))
   points = _sweep(sample.load_with(config, workdir), data, judge)
   _show(points, judge.name)  # first: it may be that nothing can be stored
   workdir.write_frontier(_as_csv(points), _as_png(points, judge.name))
