@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config, to_dict
@@ -23,6 +24,8 @@ from mdm_jax.evaluation.likelihood import Evaluator
 from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.measured_text import describe, open_rows
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.objectives import bound
+from mdm_jax.objectives.measured import Curve, Measured, to_json
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import Samples, TextSampler, effective
 from mdm_jax.trained_model import load_model
@@ -80,50 +83,55 @@ class Measures:
     same = all(found.get(name) == value for name, value in what.items())
     return found if same else None
 
-  def validation(self, params: Params) -> dict[str, Any]:
-    """Returns the bound over a few rows of what chooses a checkpoint."""
+  def validation(self, params: Params) -> tuple[Measured, dict[str, int]]:
+    """Returns what chooses a checkpoint, and of how much text it is."""
     held = self.data.validation.subset(self.config.eval.rows)
-    return self._likelihood(params, held)
+    return self._likelihood(params, held), _sizes(held)
 
-  def test(self, params: Params) -> dict[str, Any]:
-    """Returns the bound, and cross-entropies, of what is reported.
+  def test(self, params: Params) -> Measured:
+    """Returns all that is measured of the text that is reported.
 
-    `ce_by_mask_rate` is the curve, `stage_ce` the mean over the range of the
-    last stage: what the training itself looks at, and no likelihood. Both are
-    over a few rows. `validation_ce_by_mask_rate` is what the optimal schedule
-    follows: test text chooses nothing.
+    Curves, and what is no likelihood, are of a few rows. The curve that the
+    optimal schedule follows is of validation text too: test text chooses
+    nothing.
     """
     measured = self._likelihood(params, self._reported)
     rows = self._few(self.data.test)
-    low, high = self.config.stages[-1].mask_rate or (0.0, 1.0)
+    low, high = bound.rates(self.config.stages[-1])
     ce = self._evaluator.ce_in_range(params, rows, low, high)
-    return measured | {
-      "ce_by_mask_rate": self._evaluator.ce_by_mask_rate(params, rows),
-      "stage_ce": {f"{low:g},{high:g}": ce},
-      "validation_ce_by_mask_rate": self._by_mask_rate(params),
-    }
+    bands = bound.bands(self.config.stages)
+    curve = dataclasses.replace(self._curve_of(params, rows), bands=bands)
+    other = dataclasses.replace(self._followed(params), bands=bands)
+    more = Measured(
+      bound.in_range(low, high, ce),
+      {bound.CURVE: curve, f"validation_{bound.CURVE}": other},
+    )
+    return measured.joined(more)
 
-  def _likelihood(self, params: Params, held: HeldOut) -> dict[str, Any]:
+  def _likelihood(self, params: Params, held: HeldOut) -> Measured:
     self._poll()
-    measured = self._evaluator.likelihood(params, held)
-    return {
-      "nelbo_per_token": measured.nelbo_per_token,
-      "nelbo_stderr": measured.stderr,
-      "ppl_bound": measured.ppl_bound,
-      "bits_per_byte": measured.bits_per_byte(held.num_bytes),
-      "documents": measured.documents,
-      "rows": measured.rows,
-      "tokens": measured.tokens,
-      "bytes": held.num_bytes,
-    }
+    found = self._evaluator.likelihood(params, held)
+    likelihood = bound.likelihood(
+      found.total_nats, found.tokens, held.num_bytes, found.stderr
+    )
+    return Measured(headline=bound.HEADLINE, likelihood=likelihood)
 
   def _few(self, held: HeldOut) -> Rows:
     count = min(_CURVE_ROWS, self.config.eval.final_rows or _CURVE_ROWS)
     return held.subset(count).rows
 
-  def _by_mask_rate(self, params: Params) -> dict[str, float]:
-    rows = self._few(self.data.validation)
-    return self._evaluator.ce_by_mask_rate(params, rows)
+  def _curve_of(self, params: Params, rows: Rows) -> Curve:
+    by_rate = self._evaluator.ce_by_mask_rate(params, rows)
+    return bound.curve([(float(rate), ce) for rate, ce in by_rate.items()])
+
+  def _followed(self, params: Params) -> Curve:
+    """Returns the curve that the optimal schedule follows from."""
+    curve = self._curve_of(params, self._few(self.data.validation))
+    return dataclasses.replace(curve, split="validation")
+
+  def sizes(self) -> dict[str, int]:
+    """Returns how much text is reported."""
+    return _sizes(self._reported)
 
   def baselines(self) -> dict[str, dict[str, Any]]:
     """Returns what others need for the same bytes of test text."""
@@ -152,11 +160,11 @@ class Measures:
     settings = self.config.sample
     return self._draw(params, settings, settings.num_samples)
 
-  def _curve(self, params: Params) -> dict[str, float] | None:
+  def _curve(self, params: Params) -> Curve | None:
     """Returns what the optimal schedule follows from; it takes a while."""
     if self.config.sample.schedule != "optimal":
       return None
-    return self._by_mask_rate(params)
+    return self._followed(params)
 
   def samples(self, params: Params) -> dict[str, Any]:
     """Returns samples, one of them step by step, and all measures of them."""
@@ -229,10 +237,12 @@ def evaluate_params(
   params: Params,
 ) -> dict[str, Any]:
   """Measures a step's parameters, writes results.json and prints tables."""
+  measured = measures.test(params)
   run = checkpoints.progress(checkpoints.latest())
   wall, tokens = run["wall_seconds"], run["tokens_seen"]
   results = {
-    **measures.test(params),
+    **to_json(measured),
+    **measures.sizes(),
     **measures.what(step, checkpoints.latest()),
     "baselines": measures.baselines(),
     "tokens_seen": tokens,
@@ -241,9 +251,18 @@ def evaluate_params(
     **measures.samples(params),
   }
   unmasking = results.pop("unmasking")
-  table = targets.check(results)
+  table = targets.check(measured, results)
   results["targets"] = [dataclasses.asdict(t) for t in table]
   results = strict_json.plain(results)
-  tables.show(results)  # first: it may be that nothing can be stored
+  tables.show(measured, results)  # first: it may be that nothing can be stored
   workdir.write_results(results, unmasking)
   return results
+
+
+def _sizes(held: HeldOut) -> dict[str, int]:
+  return {
+    "documents": held.documents,
+    "rows": len(held),
+    "tokens": int((np.asarray(held.rows.segments[:]) > 0).sum()),
+    "bytes": held.num_bytes,
+  }

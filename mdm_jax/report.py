@@ -3,6 +3,7 @@
 from mdm_jax.config import Config, to_dict
 from mdm_jax.core.progress import console
 from mdm_jax.evaluation.pages.report import RunReport, render
+from mdm_jax.objectives import bound
 from mdm_jax.workdir import Workdir
 
 
@@ -19,6 +20,8 @@ def report_workdir(config: Config, workdir: Workdir) -> str:
       data=workdir.read_data(),
       results=workdir.read_results(),
       unmasking=workdir.read_unmasking(),
+      asked=[bound.describe(stage) for stage in config.stages],
+      charts=bound.CHARTS,
     )
   )
   path = str(workdir.write_page(page))

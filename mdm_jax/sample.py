@@ -19,13 +19,17 @@ from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console
+from mdm_jax.objectives.measured import (
+  LOSS_BY_MASKED_SHARE,
+  Curve,
+  curve_in,
+)
 from mdm_jax.sampling import prompts as prompts_lib
 from mdm_jax.sampling import template
 from mdm_jax.sampling import trace as trace_lib
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import (
-  CeByMaskRate,
   Samples,
   TextSampler,
   effective,
@@ -58,8 +62,8 @@ def load_with(config: Config, workdir: Workdir) -> "Model":
 def _with_curve(
   workdir: Workdir, config: Config | None, step: int | None = None
 ) -> "Model":
-  results = workdir.read_results() or {}
-  curve = results.get("validation_ce_by_mask_rate")
+  results = workdir.read_results()
+  curve = curve_in(results, LOSS_BY_MASKED_SHARE, "validation")
   return Model(load_model(workdir, config, step), curve)
 
 
@@ -73,14 +77,12 @@ class Model:
       before the first call.
   """
 
-  def __init__(
-    self, model: TrainedModel, ce_by_mask_rate: CeByMaskRate | None = None
-  ):
-    """Takes a model, and its losses by mask rate for the optimal schedule."""
+  def __init__(self, model: TrainedModel, curve: Curve | None = None):
+    """Takes a model, and the curve that the optimal schedule follows."""
     self.config, self.tokenizer = model.config, model.tokenizer
     self.watch: Watch | None = None
     self._model, self._mesh = model, model.mesh
-    self._ce_by_mask_rate = ce_by_mask_rate
+    self._curve = curve
     self._samplers: dict[int, TextSampler] = {}
 
   def generate(
@@ -111,7 +113,7 @@ class Model:
     canvas, config = self._asked(prompts, num_samples, settings)
     with jax.set_mesh(self._mesh):
       return self._sampler(canvas.tokens.shape[1]).draw(
-        self._model.params, canvas, config, self._ce_by_mask_rate, num_samples
+        self._model.params, canvas, config, self._curve, num_samples
       )
 
   def stream(
@@ -124,7 +126,7 @@ class Model:
     canvas, config = self._asked(prompts, num_samples, settings)
     with jax.set_mesh(self._mesh):
       parts = self._sampler(canvas.tokens.shape[1]).stream(
-        self._model.params, canvas, config, self._ce_by_mask_rate, num_samples
+        self._model.params, canvas, config, self._curve, num_samples
       )
     while True:  # the caller's mesh is its own meanwhile
       with jax.set_mesh(self._mesh):
@@ -179,7 +181,7 @@ class Model:
     config = self.settings(**settings)
     with jax.set_mesh(self._mesh):
       return self._sampler(canvas.tokens.shape[1]).draw(
-        self._model.params, canvas, config, self._ce_by_mask_rate
+        self._model.params, canvas, config, self._curve
       )
 
   @property

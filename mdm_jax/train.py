@@ -27,9 +27,11 @@ from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import determinism, distributed
 from mdm_jax.core.errors import NumericsError, Stopped
-from mdm_jax.core.progress import ProgressLine, console, duration, with_error
+from mdm_jax.core.progress import ProgressLine, console, duration
 from mdm_jax.data.prepared import prepare_on_all
+from mdm_jax.evaluation import tables
 from mdm_jax.model.placement import training_mesh
+from mdm_jax.objectives.measured import evaluation
 from mdm_jax.resume import Origin, find_origin
 from mdm_jax.runtime.goodput import Cause
 from mdm_jax.runtime.session import ROLL_SECONDS, Session
@@ -261,18 +263,18 @@ class Run:
     """Measures the averaged parameters on a few validation rows."""
     began = time.monotonic()
     with self._spend(Cause.EVAL):
-      measured = self.measures.validation(state.ema_params)
+      measured, sizes = self.measures.validation(state.ema_params)
       samples = self.measures.sample(state.ema_params)
-    scalars = {f"validation/{name}": value for name, value in measured.items()}
+    found = measured.scalars() | sizes
+    scalars = {f"validation/{name}": x for name, x in found.items()}
     texts = {f"samples/{i}": text for i, text in enumerate(samples.texts)}
     log.writers.write_scalars(done, scalars)
     log.writers.write_texts(done, texts)
     log.writers.flush()
-    self.checkpoints.record(done, measured)
-    bound = measured["nelbo_per_token"], measured["nelbo_stderr"]
+    self.checkpoints.record(done, evaluation(measured) | sizes)
     log.line.say(
-      f"update {done}: validation NELBO {with_error(*bound, '.4f')} nats/token,"
-      f" {measured['bits_per_byte']:.3f} bits/byte ({duration(log.seconds)})"
+      f"update {done}: validation {tables.in_a_line(measured)}"
+      f" ({duration(log.seconds)})"
     )
     log.not_counted(began)
 

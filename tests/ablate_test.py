@@ -10,27 +10,20 @@ import sys
 import jax
 import pytest
 
+from mdm_jax.objectives.measured import Curve, Measured, Value, to_json
 from mdm_jax.studies import ablate
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "ablation.py"
 
 
-def test_an_estimate_is_a_mean_with_its_error():
-  found = ablate.estimate([1.0, 2.0, 3.0])
-  assert found.mean == 2 and found.stderr == pytest.approx(1 / math.sqrt(3))
-  assert str(found) == "2.000 ± 0.577"
-  assert str(ablate.estimate([1.5])) == "1.500"
-  assert math.isnan(ablate.estimate([]).mean)
-
-
-def _run(nelbo, entropy=None):
+def _run(loss, entropy=None):
   text = {"unigram_entropy": {"value": entropy}}
-  return {
-    "nelbo_per_token": nelbo,
-    "bits_per_byte": nelbo / 2,
-    "ce_by_mask_rate": {"0.05": nelbo - 1, "1.00": nelbo + 1},
-    **({"text_metrics": {"sampling": text}} if entropy else {}),
-  }
+  curve = Curve(
+    (0.0, 0.5, 1.0), (loss - 1, loss, loss + 1), "a curve", point="f({})"
+  )
+  measured = Measured({"loss": Value(loss, "Loss")}, {"f": curve}, "loss")
+  more = {"text_metrics": {"sampling": text}} if entropy else {}
+  return to_json(measured) | more
 
 
 def test_variants_are_compared_seed_by_seed():
@@ -38,12 +31,12 @@ def test_variants_are_compared_seed_by_seed():
   lines = ablate.compare(
     {"base": [_run(1.0), _run(3.0)], "other": [_run(1.5), _run(3.5, 2.0)]}
   )
-  assert str(lines["base"]["loses"]) == "0.000 ± 0.000"
-  assert str(lines["other"]["loses"]) == "0.500 ± 0.000"
-  assert str(lines["other"]["NELBO"]) == "2.500 ± 1.000"
-  assert lines["other"]["CE(1.0)"].mean == 3.5
-  assert str(lines["other"]["entropy"]) == "2.000"
-  assert math.isnan(lines["base"]["entropy"].mean)
+  assert ablate._cell(lines["base"]["loses"]) == "0.000 ± 0.000"
+  assert ablate._cell(lines["other"]["loses"]) == "0.500 ± 0.000"
+  assert ablate._cell(lines["other"]["Loss"]) == "2.500 ± 1.000"
+  assert lines["other"]["f(1)"].value == 3.5
+  assert ablate._cell(lines["other"]["entropy"]) == "2.000"
+  assert math.isnan(lines["base"]["entropy"].value)
 
 
 def _call(folder, *args):

@@ -30,13 +30,18 @@ def _state(step, value=1.0):
   return TrainState(jnp.asarray(step, jnp.int32), params, ema, {}, {})
 
 
+def _measured(value, lower_is_better=True):
+  head = {"name": "any", "value": value, "lower_is_better": lower_is_better}
+  return {"headline": head, "another": 7.0}
+
+
 def _save(folder, *steps, bounds=None, **options):
   """Saves some steps, and what was measured of those that were."""
   with Checkpoints(folder, **options) as checkpoints:
     for step in steps:
       checkpoints.save(step, _state(step, float(step)), {"tokens_seen": step})
       if bounds and step in bounds:
-        checkpoints.record(step, {"nelbo_per_token": bounds[step]})
+        checkpoints.record(step, _measured(bounds[step]))
 
 
 def _restored(folder):
@@ -244,6 +249,23 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoints.progress(4) == {"tokens_seen": 4}
 
 
+def test_the_best_is_by_what_an_evaluation_names(tmp_path):
+  """More may be better; and what names nothing is not taken for a number."""
+  with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
+    for step, value in {1: 0.2, 2: 0.7, 3: 0.5}.items():
+      checkpoints.save(step, _state(step), {})
+      checkpoints.record(step, _measured(value, lower_is_better=False))
+    checkpoints.save(4, _state(4), {})
+    checkpoints.wait()
+    assert harness.steps(tmp_path) == [2, 4] and checkpoints.best() == 2
+  path = _step(tmp_path, 2) / "evaluation.json"
+  path.write_text(json.dumps({"another": 7.0}))
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError, match="of an older version") as error:
+      checkpoints.best()
+  assert "\n" not in str(error.value)
+
+
 def test_some_are_kept_for_good(tmp_path):
   _save(tmp_path, *range(1, 8), keep_latest=1, keep_every=3)
   assert harness.steps(tmp_path) == [3, 6, 7]
@@ -393,7 +415,7 @@ def test_found_C8_a_step_that_is_deleted_meanwhile_is_passed_over(
         denoiser.init(jax.random.key(0)),
       )
       checkpoints.save(step, {"ema_params": params, "other": params}, {})
-      checkpoints.record(step, {"nelbo_per_token": 3.0 - step})
+      checkpoints.record(step, _measured(3.0 - step))
   with Checkpoints(tmp_path) as checkpoints:
     _before(monkeypatch, owner, name, 2, tmp_path)
     step, params = averaged_params(checkpoints, denoiser)

@@ -153,7 +153,11 @@ def test_samples_are_measured_beside_held_out_text(trained):
   assert entropy["sampling"] < entropy["untruncated"]  # T = 0.6 against 1
   assert [t["passed"] for t in results["targets"]].count(True) >= 1
   assert len(results["targets"]) == 8
-  for word in ("samples, T = 1", "the guide's targets", "masked_ppl@[0.05,"):
+  for word in (
+    "samples, T = 1",
+    "the guide's targets",
+    "exp of CE at mask",
+  ):
     assert word in trained.out
 
 

@@ -16,6 +16,16 @@ import pytest
 from mdm_jax.evaluation.pages import plots
 from mdm_jax.evaluation.pages import report as report_lib
 from mdm_jax.evaluation.pages.report import RunReport, render
+from mdm_jax.objectives.measured import (
+  BITS,
+  NATS,
+  PERPLEXITY,
+  Chart,
+  Curve,
+  Measured,
+  Value,
+  to_json,
+)
 
 NASTY = "</script><script>window.owned=1</script>&amp;<b onclick='x'>\"'$name\n"
 STEPS = [
@@ -53,11 +63,33 @@ CONFIG = {
 }
 SAMPLING = {"num_steps": 25, "temperature": 0.6, "top_k": None, "seed": 7}
 TEXT_METRIC = {"value": 0.3125, "stderr": 0.0123, "n": 64}
+# The numbers of an objective that the page has never heard of.
+VALUES = {
+  "loss": Value(4.95718, "LOSS", "nats per token", 0.01094, NATS),
+  "ppl": Value(
+    *(1142.19319, "perplexity bound", "per token"),
+    role=PERPLEXITY,
+    bound=True,
+  ),
+  "bits": Value(2.29513, "bits per byte", "", 0.00507, BITS, bound=True),
+}
+CURVE = Curve(
+  *(tuple(map(float, CE)), tuple(CE.values()), "A loss by a share"),
+  unit="nats",
+  x_title="a share",
+  form=".2f",
+  note="The area under it is the loss.",
+  bands=((0.75, 0.9, "I sentences"), (0.4, 0.6, "II pairs"))
+  + ((0, 1, "III paragraphs"),),
+)
+MEASURED = Measured(VALUES, {"loss_by_share": CURVE}, "loss")
+CHARTS = {
+  "train/loss": Chart("Training loss", "nats"),
+  "validation/loss": Chart("Validation loss", "", "validation/error"),
+  "train/share": Chart("Share", "mean over rows", low=0),
+}
 RESULTS = {
-  "nelbo_per_token": 4.95718,
-  "nelbo_stderr": 0.01094,
-  "ppl_bound": 1142.19319,
-  "bits_per_byte": 2.29513,
+  **to_json(MEASURED),
   "text": {"split": "test", "own": True, "corpus": "sotu", "sha256": "0" * 64},
   "baselines": {
     "ngram": {"name": "8-grams", "bits_per_byte": 1.419, "stderr": 0.0312},
@@ -67,7 +99,6 @@ RESULTS = {
   "tokens": 35266,
   "documents": 14,
   "bytes": 152001,
-  "ce_by_mask_rate": CE,
   "checkpoint": 1060,
   "updates": 1080,
   "tokens_seen": 895799.0,
@@ -140,14 +171,14 @@ def _metrics():
         "step": step,
         "train/loss": 7 - step / 200,
         "train/learning_rate": 2e-4 * (1 - step / 800),
-        "train/mask_rate": 0.8 if step <= 100 else 0.5,
+        "train/share": 0.8 if step <= 100 else 0.5,
         "train/stage": 1 if step <= 100 else 2 if step <= 200 else 3,
         "train/skipped": 0.0,
       }
     )
   for step in (200, 400, 400):
-    bound = {"validation/nelbo_per_token": 6.0 - step / 400}
-    lines.append({"step": step, **bound, "validation/nelbo_stderr": 0.05})
+    bound = {"validation/loss": 6.0 - step / 400}
+    lines.append({"step": step, **bound, "validation/error": 0.05})
   return lines + [{"step": 400, "samples/0": "Of the"}]
 
 
@@ -156,7 +187,11 @@ def report():
   """A whole run, small."""
   settings = {"num_steps": 4, "seed": 7}
   unmasking = {"settings": settings, "steps": STEPS}
-  return RunReport("tiny", CONFIG, _metrics(), DATA, RESULTS, unmasking)
+  return RunReport(
+    *("tiny", CONFIG, _metrics(), DATA, RESULTS, unmasking),
+    asked=["shares 0.75\u20130.9", "shares 0.4\u20130.6", "any share"],
+    charts=CHARTS,
+  )
 
 
 class _Page(html.parser.HTMLParser):
@@ -209,9 +244,10 @@ def test_every_number_of_the_results_is_told(report):
   expected = "2.2951 0.0051 4.9572 0.0109 1,142.19 319 35,266 895,799 5,558"
   for number in expected.split():
     assert number in told, number
-  # bits: 2.29513 * 0.01094 / 4.95718 = 0.00507
   for phrase in ("≤ 2.2951 ± 0.0051", "4.9572 ± 0.0109", "≤ 1,142.19", "2:41"):
     assert phrase in told
+  for title in ("LOSS", "A loss by a share", "The area under it is the loss."):
+    assert title in told
   assert "1,080 updates" in told and "checkpoint 1,060" in told
   for phrase in (
     "test text of sotu 14 documents, 319 rows, 35,266 tokens, 152,001 bytes",
@@ -260,8 +296,8 @@ def test_every_setting_has_its_command_line_name(report):
   assert "optimizer.learning_rate 0.0002" in told
   assert "stages[1].mask_rate [0.4, 0.6]" in told
   assert "model.num_kv_heads None" in told and "data.cache_dir ''" in told
-  assert "mask rate 0.75–0.9, any in 25% of rows" in told
-  assert "mask rate 0–1" in told
+  for asked in ("shares 0.75–0.9", "shares 0.4–0.6", "any share"):
+    assert asked in told
 
 
 @pytest.mark.parametrize("missing", ["results", "data", "unmasking", "metrics"])
@@ -274,7 +310,7 @@ def test_what_is_missing_is_said_in_a_sentence(report, missing):
   trained = missing in ("metrics", "data")
   mode = "--mode=train" if trained else "--mode=eval"
   sections = {
-    "results": {"targets", "ce", "texts", "samples"},
+    "results": {"targets", "curves", "texts", "samples"},
     "metrics": {"training"},
   }.get(missing, {missing})
   said = {n for n, t in told.items() if f"Not here yet: {mode} gives it." in t}
@@ -293,15 +329,18 @@ def test_results_without_the_later_measures(report):
 
 def test_numbers_that_are_not_are_dashes(report):
   empty = {k: math.nan for k, v in RESULTS.items() if isinstance(v, float)}
-  empty |= {"ppl_bound": None, "checkpoint": None, "wall_seconds": None}
+  empty |= {"ppl": None, "checkpoint": None, "wall_seconds": None}
   curve = CE | {"0.35": None, "0.55": math.nan}
+  values = RESULTS["measured"]["values"]
+  values = {name: told | {"error": None} for name, told in values.items()}
+  empty["measured"] = RESULTS["measured"] | {"values": values}
   lines = _metrics()
   lines[5]["train/loss"] = math.nan
-  lines[-2]["validation/nelbo_stderr"] = math.nan
-  results = RESULTS | empty | {"ce_by_mask_rate": curve}
+  lines[-2]["validation/error"] = math.nan
+  results = RESULTS | empty | {"loss_by_share": curve}
   page = render(dataclasses.replace(report, results=results, metrics=lines))
   told = _told(page)
-  assert "bits per byte ≤ – ± – " in told and "– ± – 319 rows" in told
+  assert "bits per byte ≤ – ± – " in told and "LOSS – ± – nats" in told
   assert "time – 1,080 updates" in told and "checkpoint – " in told
   assert "0.35 –" in told and "0.55 –" in told
   assert "nan" not in re.sub(r"<script>.*?</script>", "", page, flags=re.S)
@@ -314,7 +353,9 @@ def test_numbers_that_are_not_are_dashes(report):
 def test_the_page_is_well_formed_and_whole(report):
   page = _Page(render(report))
   assert len(page.ids) == len(set(page.ids))
-  wanted = "targets training ce texts data samples unmasking settings".split()
+  wanted = (
+    "targets training curves texts data samples unmasking settings".split()
+  )
   assert [name for name in page.ids if name != "canvas"] == wanted
   links = [v["href"] for tag, v in page.tags if tag == "a"]
   assert links == [f"#{name}" for name in wanted]
@@ -353,6 +394,8 @@ def test_any_text_stays_text(report):
     DATA | {"rows": DATA["rows"] | {"stage_2": counts}},
     RESULTS | {"samples": [NASTY] * 3, "targets": [target]},
     {"settings": {NASTY: NASTY}, "steps": [[None], [NASTY]]},
+    [NASTY] * 3,
+    {"train/loss": Chart(NASTY, NASTY), **CHARTS},
   )
   usual, page = _Page(render(report)), _Page(render(nasty))
   scripts = [tag for tag, _ in page.tags if tag == "script"]
@@ -386,7 +429,7 @@ def test_a_curve_goes_through_its_points(report):
 
 def test_error_bars_stay_in_the_frame(report):
   lines = _metrics()
-  lines[-2]["validation/nelbo_stderr"] = 3.0
+  lines[-2]["validation/error"] = 3.0
   page = _Page(render(dataclasses.replace(report, metrics=lines)))
   (bars,) = [path for path in page.paths("errors") if path]
   assert min(bars) >= 0 and max(bars) <= 100 and bars[5] - bars[4] > 80

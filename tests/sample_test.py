@@ -23,6 +23,12 @@ from mdm_jax.data.config import StageConfig, TokenizerConfig
 from mdm_jax.model import placement
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.objectives.measured import (
+  LOSS_BY_MASKED_SHARE,
+  Curve,
+  Measured,
+  to_json,
+)
 from mdm_jax.sampling import schedule
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.training.state import TrainState
@@ -35,7 +41,14 @@ CONFIG = Config(
   stages=(StageConfig(length=LENGTH),),
   sample=SampleConfig(num_steps=6, temperature=0.7),
 )
-CURVE = {"0.05": 2.0, "0.80": 2.5, "1.00": 9.0}  # falls fastest at first
+# Falls fastest at first.
+CURVE = Curve(
+  (0.05, 0.8, 1.0),
+  (2.0, 2.5, 9.0),
+  "loss",
+  role=LOSS_BY_MASKED_SHARE,
+  split="validation",
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +59,14 @@ def workdir(tmp_path_factory):
   tokenizer.save(folder)
   workdir = Workdir(folder)
   workdir.write_config(CONFIG, tokenizer.sha256)
-  workdir.write_results({"validation_ce_by_mask_rate": CURVE}, {})
+  workdir.write_results(to_json(Measured(curves={"any name": CURVE})), {})
   vocab = tokenizer.vocab
   with jax.set_mesh(make_mesh(CONFIG.mesh)), Checkpoints(folder) as checkpoints:
     denoiser = Denoiser(CONFIG.model, vocab.size, vocab.num_real)
     params = jax.jit(denoiser.init)(rng.stream(0, "init"))
     params = jax.tree.map(lambda p: 3 * p, params)
     state = TrainState(jnp.int32(1), params, params, ())
-    checkpoints.save(1, state, {"nelbo_per_token": 1.0})
+    checkpoints.save(1, state, {})
   return folder
 
 
@@ -182,7 +195,7 @@ def test_the_optimal_schedule_follows_the_evaluation(model, workdir):
   np.testing.assert_allclose(sizes, want, atol=1e-9)
   assert sizes[0] < sizes[-1]
   bare = sample.load_with(CONFIG, Workdir(workdir))
-  bare._ce_by_mask_rate = None
+  bare._curve = None
   with pytest.raises(UserError, match="--mode=eval"):
     bare.generate("", 1, schedule="optimal")
 

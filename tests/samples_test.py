@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from mdm_jax.config import Config
+from mdm_jax.core.standard_errors import Estimate
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import StageConfig, TokenizerConfig
 from mdm_jax.data.stage_rows import make_held_out
 from mdm_jax.evaluation import running_text, samples
 from mdm_jax.evaluation.judge import NgramJudge
-from mdm_jax.evaluation.text_metrics import Measured
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.tokens import effective_temperature
 
@@ -88,5 +88,5 @@ def test_all_measures_of_a_text_are_there():
 
 @pytest.mark.parametrize("value, plain", [(0.5, 0.5), (float("nan"), None)])
 def test_plain_values_are_json(value, plain):
-  found = samples.as_plain({"x": Measured(value, 0.1, 4)})
+  found = samples.as_plain({"x": Estimate(value, 0.1, 4)})
   assert found == {"x": {"value": plain, "stderr": 0.1, "n": 4}}

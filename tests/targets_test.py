@@ -5,6 +5,19 @@ import math
 import pytest
 
 from mdm_jax.evaluation import targets
+from mdm_jax.objectives.measured import (
+  BITS,
+  PERPLEXITY,
+  SCORE,
+  Measured,
+  Value,
+)
+
+BOUND = {
+  "ppl_bound": Value(40.0, "perplexity", role=PERPLEXITY, bound=True),
+  "bits_per_byte": Value(1.9, "bits", role=BITS, bound=True),
+  "score": Value(1.0, "CE somewhere", role=SCORE),
+}
 
 
 def _results(**changed):
@@ -18,9 +31,6 @@ def _results(**changed):
   } | changed
   measured = lambda value, stderr: {"value": value, "stderr": stderr, "n": 64}
   return {
-    "ppl_bound": 40.0,
-    "bits_per_byte": 1.9,
-    "stage_ce": {"0.05,0.2": 1.0},
     "baselines": {
       "ngram": {"name": "8-grams", "bits_per_byte": 1.5},
       "xz": {"name": "xz", "bits_per_byte": None},
@@ -32,24 +42,36 @@ def _results(**changed):
   }
 
 
+def _check(results, **values):
+  return targets.check(Measured(BOUND | values), results)
+
+
 def _line(measure, **changed):
-  lines = targets.check(_results(**changed))
+  lines = _check(_results(**changed))
   (line,) = [line for line in lines if line.measure == measure]
   return line
 
 
 def test_three_numbers_are_called_perplexity_and_one_is_judged():
-  per_token, per_byte, masked = targets.check(_results())[:3]
+  per_token, per_byte, masked = _check(_results())[:3]
   assert (per_token.value, per_token.passed) == (40.0, False)
   assert per_byte.value == pytest.approx(2**1.9) and per_byte.passed is None
   assert per_byte.meaning == "not judged; 2.83 by 8-grams"  # 2 ** 1.5
   assert masked.value == pytest.approx(math.e) and masked.passed is None
-  assert masked.measure == "masked_ppl@[0.05,0.2]"
-  assert targets.check(_results() | {"ppl_bound": 3.9})[0].passed
+  assert masked.measure == "exp of CE somewhere"
+  better = Value(3.9, "perplexity", role=PERPLEXITY, bound=True)
+  assert _check(_results(), ppl_bound=better)[0].passed
+  assert per_token.meaning == "a bound"
+  exact = {"ppl": Value(3.0, "perplexity", role=PERPLEXITY)}
+  (line,) = targets.check(Measured(exact), {})
+  assert (line.measure, line.meaning, line.passed) == (
+    *("ppl per token", "exact"),
+    True,
+  )
 
 
 def test_every_target_of_the_guide_is_there():
-  names = [t.target for t in targets.check(_results())]
+  names = [t.target for t in _check(_results())]
   assert names == [
     *["perplexity < 4.0"] * 3,
     *["repetition < 10 %"] * 3,
@@ -113,4 +135,4 @@ def test_starts_are_unique_or_as_the_texts(ours, own, passed):
 def test_without_samples_only_perplexity_is_told():
   results = _results()
   del results["text_metrics"]
-  assert len(targets.check(results)) == 3
+  assert len(_check(results)) == 3

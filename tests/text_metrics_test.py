@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdm_jax.core.standard_errors import Estimate
 from mdm_jax.data import ngrams, segments
-from mdm_jax.evaluation.text_metrics import CopyIndex, Measured, measure, tokens
+from mdm_jax.evaluation.text_metrics import CopyIndex, measure, tokens
 
 NAMES = [f"seq_rep_{n}" for n in (1, 2, 3, 4)]
 NAMES += ["distinct_1", "distinct_2", "self_bleu_4", "unigram_entropy"]
@@ -124,7 +125,7 @@ def test_nothing_but_one_token():
     _same(got[f"seq_rep_{n}"].value, 1 - 1 / (31 - n))
   _same(got["distinct_1"].value, 1 / 90)
   _same(got["self_bleu_4"].value, 1)
-  assert got["unigram_entropy"] == Measured(0.0, 0.0, 3)
+  assert got["unigram_entropy"] == Estimate(0.0, 0.0, 3)
   _same(got["unique_starts@1"].value, 1 / 3)
 
 
@@ -132,9 +133,9 @@ def test_nothing_repeats():
   texts = [" ".join(f"w{i}x{j}" for j in range(20)) for i in range(4)]
   got = measure(texts)
   for name in NAMES[:4]:
-    assert got[name] == Measured(0.0, 0.0, 4)
+    assert got[name] == Estimate(0.0, 0.0, 4)
   for name in POOLED:
-    assert got[name] == Measured(1.0, 0.0, 4)
+    assert got[name] == Estimate(1.0, 0.0, 4)
   assert got["self_bleu_4"].value == 0
   _same(got["unigram_entropy"].value, math.log(20))
 
@@ -158,7 +159,7 @@ def test_only_empty_texts():
   for name in ("distinct_1", "distinct_2", "grade"):
     assert math.isnan(got[name].value)
   for name in (*NAMES[:4], "self_bleu_4", "unigram_entropy"):
-    assert got[name] == Measured(0.0, 0.0, 2)
+    assert got[name] == Estimate(0.0, 0.0, 2)
 
 
 def test_a_single_text_has_no_standard_error_and_no_self_bleu():

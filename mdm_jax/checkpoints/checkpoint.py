@@ -162,8 +162,8 @@ class Checkpoints:
       raise self._failed(step, error) from error
     self._sealing = self._thread.submit(self._seal, step, progress, began)
 
-  def record(self, step: int, measured: dict[str, float]) -> None:
-    """Keeps what was measured of a step; `nelbo_per_token` tells the best."""
+  def record(self, step: int, measured: dict[str, Any]) -> None:
+    """Keeps what was measured of a step: see `StepFolders.record`."""
     self.wait()
     try:
       if distributed.is_first():

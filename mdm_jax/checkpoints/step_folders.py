@@ -18,11 +18,10 @@ from etils import epath
 
 from mdm_jax.checkpoints import manifest
 from mdm_jax.core import files, strict_json
-from mdm_jax.core.errors import StorageError
+from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.core.progress import console
 
 _EVALUATION = "evaluation.json"
-_BOUND = "nelbo_per_token"
 
 
 class StepFolders:
@@ -74,9 +73,8 @@ class StepFolders:
     return None
 
   def best(self) -> int | None:
-    """Returns the whole step with the lowest bound, if one was measured."""
-    bounds = self._bounds(self.steps())
-    ranked = sorted(bounds, key=bounds.get)
+    """Returns the best whole step by its headline, if one was measured."""
+    ranked = self._ranked(self.steps())
     return next((step for step in ranked if self.is_whole(step)), None)
 
   def is_whole(self, step: int) -> bool:
@@ -132,14 +130,29 @@ class StepFolders:
     """Returns what was measured of a step, or None."""
     return files.read_json(self.path(step) / _EVALUATION)
 
-  def _bounds(self, steps: list[int]) -> dict[int, float]:
+  def _ranked(self, steps: list[int]) -> list[int]:
+    """Returns the measured ones of some steps, the best first.
+
+    Each is ranked by what its own evaluation names as the headline.
+
+    Raises:
+      UserError: an older version measured one, and named none.
+    """
     measured = {step: self.evaluation(step) for step in steps}
-    bounds = {
-      step: strict_json.number(m.get(_BOUND))
-      for step, m in measured.items()
-      if m
-    }
-    return {step: b for step, b in bounds.items() if math.isfinite(b)}
+    ranks = {step: self._rank(step, m) for step, m in measured.items() if m}
+    found = [step for step, rank in ranks.items() if math.isfinite(rank)]
+    return sorted(found, key=ranks.get)
+
+  def _rank(self, step: int, measured: dict[str, Any]) -> float:
+    headline = measured.get("headline")
+    if headline is None:
+      raise UserError(
+        f"{self.path(step) / _EVALUATION} is of an older version, which did not"
+        " say which number tells the best checkpoint: finish the run with that"
+        " version, or give another --workdir"
+      )
+    value = strict_json.number(headline["value"])
+    return value if headline["lower_is_better"] else -value
 
   def _logged(self) -> set[int]:
     return {line["step"] for line in files.read_lines(self._log)}
@@ -172,8 +185,14 @@ class StepFolders:
     """Takes a step for whole that this process saw being written."""
     self._problems[step] = None
 
-  def record(self, step: int, measured: dict[str, float]) -> None:
-    """Keeps what was measured of a step; `nelbo_per_token` tells the best."""
+  def record(self, step: int, measured: dict[str, Any]) -> None:
+    """Keeps what was measured of a step, and which number is its headline.
+
+    Args:
+      step: what was measured.
+      measured: numbers by name, and `headline`: the `name` and `value` of the
+        one that tells the best step, and whether `lower_is_better`.
+    """
     files.write_json(self.path(step) / _EVALUATION, measured)
 
   def prune(self) -> None:
@@ -182,9 +201,7 @@ class StepFolders:
     Damaged ones are not counted as kept, and not deleted either.
     """
     whole = [s for s in self.steps() if manifest.has_its_files(self.path(s))]
-    bounds = self._bounds(whole)
-    keep = set(whole[-self._keep_latest :])
-    keep |= {min(bounds, key=bounds.get)} if bounds else set()
+    keep = set(whole[-self._keep_latest :]) | set(self._ranked(whole)[:1])
     every = self._keep_every
     keep |= {s for s in whole if every and s % every == 0}
     for step in set(whole) - keep:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from mdm_jax.core.standard_errors import ratio
 from mdm_jax.data.held_out import DOCUMENT, PIECE, ROW, SEGMENT, HeldOut
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.judge import NgramJudge
-from mdm_jax.evaluation.standard_errors import ratio
 
 _MOST_TRAIN = 12 * 2**20  # bytes that xz is given: some ten seconds
 _MOST_TEST = 4 * 2**20

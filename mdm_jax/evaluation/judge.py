@@ -17,7 +17,7 @@ from absl import logging
 from jaxtyping import Float64, Int64, UInt8, UInt64
 
 from mdm_jax.core.errors import UserError
-from mdm_jax.evaluation.standard_errors import Clusters, Measured, ratio
+from mdm_jax.core.standard_errors import Clusters, Estimate, ratio
 
 _MAX_BYTES = 64 * 2**20  # of training text for the n-gram judge
 _BYTE = np.uint64(8)  # in bits
@@ -71,7 +71,7 @@ def check(path: str) -> None:
 
 def nll_per_byte(
   judge: Judge, texts: Sequence[str], documents: Clusters = None
-) -> Measured:
+) -> Estimate:
   """Measures the nats of texts per UTF-8 byte, all texts together.
 
   Args:

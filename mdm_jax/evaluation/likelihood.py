@@ -24,10 +24,10 @@ from mdm_jax.core.sharding import (
   padded_rows,
   put,
 )
+from mdm_jax.core.standard_errors import ratio
 from mdm_jax.data.held_out import DOCUMENT, ROW, SEGMENT, HeldOut
 from mdm_jax.data.packing import Rows
 from mdm_jax.evaluation.config import EvalConfig
-from mdm_jax.evaluation.standard_errors import ratio
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives import corruption, cross_entropy

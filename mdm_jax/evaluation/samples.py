@@ -1,6 +1,6 @@
 """What samples are like, beside held-out text of the same length.
 
-Measured three times with the same measures: samples as the run's settings draw
+Estimate three times with the same measures: samples as the run's settings draw
 them, samples of the model itself (T = 1, nothing cut off), and held-out text.
 """
 
@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from mdm_jax.core.standard_errors import Clusters, Estimate
 from mdm_jax.data.ngrams import Ngrams
 from mdm_jax.evaluation.judge import Judge, nll_per_byte
-from mdm_jax.evaluation.standard_errors import Clusters, Measured
 from mdm_jax.evaluation.text_metrics import CopyIndex, measure
 from mdm_jax.sampling.config import SampleConfig
 
@@ -31,7 +31,7 @@ class TextMeasures:
 
   def __call__(
     self, texts: Sequence[str], documents: Clusters = None
-  ) -> dict[str, Measured]:
+  ) -> dict[str, Estimate]:
     """Returns every measure of these texts, by name.
 
     Args:
@@ -56,7 +56,7 @@ def untruncated(config: SampleConfig) -> SampleConfig:
   )
 
 
-def as_plain(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
+def as_plain(measured: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
   """Returns JSON values; None for what could not be measured, and why."""
   number = lambda x: None if x != x else float(x)
   return {

@@ -8,11 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mdm_jax.core.progress import console, with_error
+from mdm_jax.objectives.measured import BITS, PERPLEXITY, Measured, Value
+
+_POINTS = 6  # of a curve
 
 
-def show(results: Mapping[str, Any]) -> None:
+def show(measured: Measured, results: Mapping[str, Any]) -> None:
   """Prints the results as tables."""
-  console.print(_likelihood_table(results))
+  console.print(_measured_table(measured, results))
   if "text_metrics" in results:
     console.print(_text_table(results["text_metrics"]))
   console.print(_target_table(results["targets"]))
@@ -31,27 +34,49 @@ def _table(title: str, *columns: str) -> Table:
   return table
 
 
-def _likelihood_table(results: Mapping[str, Any]) -> Table:
+def _measured_table(measured: Measured, results: Mapping[str, Any]) -> Table:
   text = results["text"]
   whose = text["split"] if text["own"] else text["corpus"]
   title = f"{whose} text, update {results['checkpoint']:,}"
   table = _table(title, "measure", "value")
-  nelbo = results["nelbo_per_token"], results["nelbo_stderr"]
-  table.add_row("NELBO, nats per token", with_error(*nelbo, ".4f"))
-  table.add_row("perplexity bound", f"<= {results['ppl_bound']:.2f}")
-  table.add_row("bits per byte", f"<= {results['bits_per_byte']:.4f}")
+  for value in measured.all_values().values():
+    table.add_row(value.heading, _number(value))
   for found in results["baselines"].values():
     bits = with_error(found["bits_per_byte"], found["stderr"], ".4f")
-    table.add_row(f"  {found['name']}", bits)
-  for rate, loss in results["ce_by_mask_rate"].items():
-    if round(float(rate) * 100) % 20 == 0 or rate == "0.05":
-      table.add_row(f"CE at mask rate {rate}", f"{loss:.3f}")
+    table.add_row(f"bits per byte, {found['name']}", bits)
+  for curve in measured.curves.values():
+    if curve.split == text["split"]:
+      for x, y in _some(list(curve.points().items())):
+        table.add_row(curve.point.format(x), with_error(y, None))
   names = "documents", "rows", "tokens", "bytes"
   sizes = ", ".join(f"{results[name]:,} {name}" for name in names)
   table.caption = f"of {sizes}"
   table.add_row("tokens seen", f"{results['tokens_seen']:,.0f}")
   table.add_row("wall seconds", f"{results['wall_seconds']:,.0f}")
   return table
+
+
+def in_a_line(measured: Measured) -> str:
+  """Returns the headline, and bits per byte if there are any, in words."""
+  head = measured.head()
+  told = [f"{head.title} {_number(head)} {head.unit}".rstrip()]
+  bits = measured.with_role(BITS).values()
+  told += [f"{b.value:.3f} {b.title}" for b in bits]
+  return ", ".join(told)
+
+
+def _number(value: Value) -> str:
+  form = ".2f" if value.role == PERPLEXITY else ".4f"
+  below = "<= " if value.bound else ""
+  return below + with_error(value.value, value.error, form)
+
+
+def _some(points: list[Any]) -> list[Any]:
+  """Returns a few of many points, the first and the last among them."""
+  size = len(points)
+  if size <= _POINTS:
+    return points
+  return [points[i * (size - 1) // (_POINTS - 1)] for i in range(_POINTS)]
 
 
 def _text_table(metrics: Mapping[str, Any]) -> Table:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mdm_jax.objectives.measured import BITS, PERPLEXITY, SCORE, Measured
+
 _PERPLEXITY = 4.0
 _REPETITION = 0.10
 _GRADE = 8.0
@@ -51,29 +53,40 @@ class _Own:
     return -math.inf if self.value is None else self.value + 2 * self.stderr
 
 
-def check(results: Mapping[str, Any]) -> list[Target]:
-  """Returns the table for an evaluation's results."""
+def check(measured: Measured, results: Mapping[str, Any]) -> list[Target]:
+  """Returns the table for an evaluation's results.
+
+  Args:
+    measured: of held-out text.
+    results: all of results.json; what is read are the numbers of others for
+      the same text, and the measures of samples.
+  """
   text = results.get("text_metrics")
-  return _perplexity(results) + (_samples(text) if text else [])
+  others = results.get("baselines", {})
+  return _perplexity(measured, others) + (_samples(text) if text else [])
 
 
-def _perplexity(results: Mapping[str, Any]) -> list[Target]:
+def _perplexity(
+  measured: Measured, baselines: Mapping[str, Any]
+) -> list[Target]:
   """Three numbers go by this name; only the first is what the guide asks."""
-  bound = results["ppl_bound"]
-  baselines = results.get("baselines", {})
   others = [
     f"{2 ** found['bits_per_byte']:.2f} by {found['name']}"
     for found in baselines.values()
     if found["bits_per_byte"] is not None
   ]
-  beside = f"not judged; {', '.join(others)}" if others else "not judged"
-  lines = [
-    ("ppl_bound per token", bound, bound < _PERPLEXITY, "a bound"),
-    ("ppl_bound per byte", 2 ** results["bits_per_byte"], None, beside),
-  ]
-  for where, loss in results["stage_ce"].items():
-    meaning = "not judged: a denoising score at the last stage's rates"
-    lines.append((f"masked_ppl@[{where}]", math.exp(loss), None, meaning))
+  lines = []
+  for name, found in measured.with_role(PERPLEXITY).items():
+    kind = "a bound" if found.bound else "exact"
+    passed = found.value < _PERPLEXITY
+    lines.append((f"{name} per token", found.value, passed, kind))
+    beside = f"not judged; {', '.join(others)}" if others else "not judged"
+    for bits in measured.with_role(BITS).values():
+      lines.append((f"{name} per byte", 2**bits.value, None, beside))
+  for found in measured.with_role(SCORE).values():
+    measure = f"exp of {found.title}"
+    meaning = "not judged: no likelihood of the text"
+    lines.append((measure, math.exp(found.value), None, meaning))
   return [
     Target("perplexity < 4.0", name, value, None, passed, meaning)
     for name, value, passed, meaning in lines

@@ -14,12 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mdm_jax.data import ngrams, readability, segments
-from mdm_jax.data import words as words_lib
-from mdm_jax.data.ngrams import Ngrams, tokens
-from mdm_jax.evaluation.standard_errors import (
+from mdm_jax.core.standard_errors import (
   Clusters,
-  Measured,
+  Estimate,
   grouped,
   jackknife,
   mean,
@@ -27,6 +24,9 @@ from mdm_jax.evaluation.standard_errors import (
   summed,
   without_each,
 )
+from mdm_jax.data import ngrams, readability, segments
+from mdm_jax.data import words as words_lib
+from mdm_jax.data.ngrams import Ngrams, tokens
 
 Counts = collections.Counter
 
@@ -37,7 +37,7 @@ _FEWEST_SENTENCES = 3  # for a grade
 
 def measure(
   texts: Sequence[str], language: str = "en", documents: Clusters = None
-) -> dict[str, Measured]:
+) -> dict[str, Estimate]:
   """Measures the repetition, the diversity and the grade of texts.
 
   Without any text every value is nan.
@@ -96,7 +96,7 @@ def _entropy(counts: Counts) -> float:
   return float((found * np.log(total / found)).sum() / max(total, 1))
 
 
-def _distinct(grams: list[Counts], documents: Clusters) -> Measured:
+def _distinct(grams: list[Counts], documents: Clusters) -> Estimate:
   counts = [_joined(part) for part in grouped(grams, documents)]
   pool = _joined(counts)
   own = [sum(pool[g] == k for g, k in c.items()) for c in counts]
@@ -111,7 +111,7 @@ def _joined(parts: list[Counts]) -> Counts:
   return pool
 
 
-def _starts(words: list[list[str]], k: int, documents: Clusters) -> Measured:
+def _starts(words: list[list[str]], k: int, documents: Clusters) -> Estimate:
   return _distinct([Counts([tuple(w[:k])]) for w in words], documents)
 
 
@@ -172,11 +172,11 @@ def _grade(
   words: list[list[str]],
   language: str,
   documents: Clusters,
-) -> Measured:
+) -> Estimate:
   """Measures the pool's grade; blank sentences don't count."""
   if not readability.applies("".join(texts), language):
     reason = "the grade is of English text in Latin letters"
-    return Measured(math.nan, math.nan, len(texts), reason)
+    return Estimate(math.nan, math.nan, len(texts), reason)
   counts = [
     (
       len(of_text),
@@ -204,7 +204,7 @@ class CopyIndex:
     is_made = isinstance(training, Ngrams)
     self._ngrams = training if is_made else ngrams.of(training)
 
-  def share(self, texts: Sequence[str], documents: Clusters = None) -> Measured:
+  def share(self, texts: Sequence[str], documents: Clusters = None) -> Estimate:
     """Measures the share of the texts' 8-grams that the training text has.
 
     Pooled over the texts; those shorter than 8 tokens have none, and without

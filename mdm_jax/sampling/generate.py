@@ -1,7 +1,7 @@
 """From parameters and a prompt to text."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from mdm_jax.core.sharding import (
 )
 from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampling import room, schedule, template, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
@@ -30,8 +31,6 @@ from mdm_jax.sampling.sampler import Drawn, Sampler, Watch, make_sampler
 _TOKENS_A_CALL = {"cpu": 512}
 _TOKENS_A_CALL_ELSEWHERE = 8192
 _MOST_ROWS = 64
-
-CeByMaskRate = Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +116,7 @@ class TextSampler:
     params: Params,
     prompts: Sequence[str],
     config: SampleConfig,
-    ce_by_mask_rate: CeByMaskRate | None = None,
+    curve: Curve | None = None,
   ) -> Samples:
     """Returns one text for each prompt or infilling template.
 
@@ -128,26 +127,26 @@ class TextSampler:
       params: of the denoiser.
       prompts: what is given of each text; see `template`.
       config: how to draw.
-      ce_by_mask_rate: of an evaluation, for the optimal schedule.
+      curve: loss by masked share, for the optimal schedule.
 
     Raises:
       UserError: a prompt is no template or too long, there is no loss curve for
         the optimal schedule, or the memory is too small.
     """
     canvas = template.canvas(prompts, self._tokenizer, self.length)
-    return self.draw(params, canvas, config, ce_by_mask_rate)
+    return self.draw(params, canvas, config, curve)
 
   def draw(
     self,
     params: Params,
     canvas: Canvas,
     config: SampleConfig,
-    ce_by_mask_rate: CeByMaskRate | None = None,
+    curve: Curve | None = None,
     repeat: int = 1,
   ) -> Samples:
     """Returns what `stream` yields as one; it has to fit the memory."""
     room.check_texts(len(canvas.tokens) * repeat, self.length, config.num_steps)
-    parts = self.stream(params, canvas, config, ce_by_mask_rate, repeat)
+    parts = self.stream(params, canvas, config, curve, repeat)
     return join(list(parts))
 
   def stream(
@@ -155,7 +154,7 @@ class TextSampler:
     params: Params,
     canvas: Canvas,
     config: SampleConfig,
-    ce_by_mask_rate: CeByMaskRate | None = None,
+    curve: Curve | None = None,
     repeat: int = 1,
   ) -> Iterator[Samples]:
     """Yields texts of a canvas of `length` tokens a row, a call at a time.
@@ -164,11 +163,11 @@ class TextSampler:
       params: as in a call of the sampler, and so are all others.
       canvas: what is given of each text.
       config: how to draw.
-      ce_by_mask_rate: of an evaluation.
+      curve: loss by masked share, for the optimal schedule.
       repeat: texts of each row of the canvas, one row after the other.
     """
     count, size = len(canvas.tokens) * repeat, self.rows_a_call
-    pace = schedule.pace(config, self.length, ce_by_mask_rate)
+    pace = schedule.pace(config, self.length, curve)
     pace = put(pace, NamedSharding(self._mesh, P()))
     settings = tokens.effective_settings(config)
     stream = rng.stream(config.seed, "sample")

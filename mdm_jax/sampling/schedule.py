@@ -15,12 +15,12 @@ s .. e - 1 at once is
 
 h_j being the mean loss of a masked token where j are revealed (Lavenant and
 Zanella 2025, arXiv 2510.25544; Chen, Cong and Li 2025, arXiv 2511.04647).
-h_j is what an evaluation measures anyway, `ce_by_mask_rate`, so the best
-schedule of any number of steps follows from it by dynamic programming.
+h_j is what an evaluation of a masked model measures anyway, its curve of the
+loss by the masked share, so the best schedule of any number of steps follows
+from it by dynamic programming.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int32, Int64
 
 from mdm_jax.core.errors import UserError
+from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampling import remasking
 from mdm_jax.sampling.config import SampleConfig
 
@@ -92,17 +93,16 @@ def expected_divergence(
 
 
 def losses_by_revealed(
-  ce_by_mask_rate: Mapping[str, float], length: int
+  curve: Curve, length: int
 ) -> Float64[np.ndarray, "{length}"]:
-  """Returns h_j of a row of `length` from the curve of an evaluation.
+  """Returns h_j of a row of `length` from a curve of loss by masked share.
 
-  Between the rates that were measured it is linear, below the lowest constant;
+  Between the shares that were measured it is linear, below the lowest constant;
   and it never rises with j, which only noise could make it do.
   """
-  rates = np.array([float(rate) for rate in ce_by_mask_rate])
-  curve = np.array(list(ce_by_mask_rate.values()))
   masked = 1 - np.arange(length) / length
-  return np.minimum.accumulate(np.interp(masked, rates, curve))
+  losses = np.interp(masked, np.array(curve.x), np.array(curve.y))
+  return np.minimum.accumulate(losses)
 
 
 @jax.tree_util.register_dataclass
@@ -124,19 +124,19 @@ class Pace:
 def pace(
   config: SampleConfig,
   length: int,
-  ce_by_mask_rate: Mapping[str, float] | None = None,
+  curve: Curve | None = None,
 ) -> Pace:
   """Returns the pace of rows of `length` tokens.
 
   Args:
     config: how to draw.
     length: of a row; it may have any number of free tokens.
-    ce_by_mask_rate: of an evaluation; only read for the optimal schedule.
+    curve: loss by masked share; only read for the optimal schedule.
 
   Raises:
     UserError: the optimal schedule has no curve to follow from.
   """
-  shares = _shares(config, length, ce_by_mask_rate)
+  shares = _shares(config, length, curve)
   if config.remasking == "loop":
     counts = table(remasking.rest(shares), length)
   else:
@@ -149,20 +149,20 @@ def pace(
   return Pace(counts, back)
 
 
-def _shares(config: SampleConfig, length: int, ce_by_mask_rate):
+def _shares(config: SampleConfig, length: int, curve: Curve | None):
   match config.schedule:
     case "linear":
       return linear(config.num_steps)
     case "cosine":
       return cosine(config.num_steps)
     case "optimal":
-      if not ce_by_mask_rate:
+      if curve is None:
         raise UserError(
-          "sample.schedule=optimal follows from the loss at every mask rate,"
-          " which is not measured yet: --mode=eval --config.sample.schedule="
-          "linear does it"
+          "sample.schedule=optimal follows the curve of the loss by the masked"
+          " share of the text, and this run has none: --mode=eval"
+          " --config.sample.schedule=linear measures it, if the objective does"
         )
-      losses = losses_by_revealed(ce_by_mask_rate, length)
+      losses = losses_by_revealed(curve, length)
       return optimal(losses, config.num_steps)
 
 

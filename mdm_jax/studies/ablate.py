@@ -9,13 +9,10 @@ compared with.
 """
 
 import csv
-import dataclasses
 import io
-import math
 import os
 import runpy
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,52 +25,17 @@ from mdm_jax import command_line
 from mdm_jax.core import log_lines
 from mdm_jax.core.errors import Exit, Failure, StorageError, UserError, nearest
 from mdm_jax.core.fields import at_home
-from mdm_jax.core.progress import console
+from mdm_jax.core.progress import console, with_error
+from mdm_jax.core.standard_errors import Estimate, mean
+from mdm_jax.objectives.measured import from_json
 from mdm_jax.workdir import Workdir
 
 _COLUMNS = 3  # of a table on the screen
 
-# Of results.json: where each number is found, and its name in the table.
-MEASURES = {
-  "NELBO": ("nelbo_per_token",),
-  "bits/byte": ("bits_per_byte",),
-  "CE(0.05)": ("ce_by_mask_rate", "0.05"),
-  "CE(1.0)": ("ce_by_mask_rate", "1.00"),
-  "seq-rep-4": ("text_metrics", "sampling", "seq_rep_4", "value"),
-  "entropy": ("text_metrics", "sampling", "unigram_entropy", "value"),
-  "judge": ("text_metrics", "sampling", "judge_nll", "value"),
-  "seq-rep-4, T=1": ("text_metrics", "untruncated", "seq_rep_4", "value"),
-  "entropy, T=1": ("text_metrics", "untruncated", "unigram_entropy", "value"),
-  "judge, T=1": ("text_metrics", "untruncated", "judge_nll", "value"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-  """A mean over seeds.
-
-  Attributes:
-    mean: over the runs that have the number; nan if none has.
-    stderr: its standard error; nan for less than two runs.
-  """
-
-  mean: float
-  stderr: float
-
-  def __str__(self) -> str:
-    if math.isnan(self.stderr):
-      return f"{self.mean:.3f}"
-    return f"{self.mean:.3f} ± {self.stderr:.3f}"
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-  """Returns the mean of independent runs with its standard error."""
-  if not values:
-    return Estimate(math.nan, math.nan)
-  mean = statistics.fmean(values)
-  if len(values) < 2:
-    return Estimate(mean, math.nan)
-  return Estimate(mean, statistics.stdev(values) / math.sqrt(len(values)))
+# Measures of samples that are compared, by way of sampling, with their titles.
+_TEXT = {"seq_rep_4": "seq-rep-4", "unigram_entropy": "entropy"}
+_TEXT |= {"judge_nll": "judge"}
+_WAYS = {"sampling": "", "untruncated": ", T=1"}
 
 
 def main(_: list[str]) -> int:
@@ -153,30 +115,55 @@ def compare(
 ) -> dict[str, dict[str, Estimate]]:
   """Returns every measure of every variant, and its loss to the first.
 
-  The loss is the difference in NELBO, run by run of the same seed: what the
-  seeds have in common, as the initial parameters, cancels.
+  The loss is the difference in what tells the best checkpoint, run by run of
+  the same seed: what the seeds have in common, as the initial parameters,
+  cancels.
   """
-  base = next(iter(results.values()))
+  base = [_head(run) for run in next(iter(results.values()))]
+  names = _names(results)
   lines = {}
   for variant, runs in results.items():
+    found = [measures(run) for run in runs]
     line = {
-      name: estimate(
-        [v for v in (_find(r, path) for r in runs) if v is not None]
-      )
-      for name, path in MEASURES.items()
+      name: mean([f[name] for f in found if f.get(name) is not None])
+      for name in names
     }
-    differences = [
-      run["nelbo_per_token"] - other["nelbo_per_token"]
-      for run, other in zip(runs, base, strict=True)
-    ]
-    lines[variant] = {"loses": estimate(differences)} | line
+    pairs = zip(map(_head, runs), base, strict=True)
+    differences = mean([run - other for run, other in pairs])
+    lines[variant] = {"loses": differences} | line
   return lines
 
 
-def _find(result: dict, path: Sequence[str]) -> float | None:
-  for part in path:
-    result = result.get(part) if result else None
-  return result
+def _head(run: dict) -> float:
+  """Returns what tells the best checkpoint, made so that less is better."""
+  head = from_json(run).head()
+  return head.value if head.lower_is_better else -head.value
+
+
+def _names(results: Mapping[str, list[dict]]) -> list[str]:
+  """Returns the title of every measure that some run has, in their order."""
+  runs = (run for runs in results.values() for run in runs)
+  return list(dict.fromkeys(name for run in runs for name in measures(run)))
+
+
+def measures(run: dict) -> dict[str, float | None]:
+  """Returns the numbers of a results.json that are compared, by title.
+
+  They are all values of held-out text, both ends of its curves, and some
+  measures of samples.
+  """
+  measured = from_json(run)
+  found = {v.title: v.value for v in measured.all_values().values()}
+  for curve in measured.curves.values():
+    if curve.split == "test":
+      (first, *_, last) = curve.points().items()
+      found |= {curve.point.format(x): y for x, y in (first, last)}
+  text = run.get("text_metrics", {})
+  for way, kind in _WAYS.items():
+    for name, title in _TEXT.items():
+      value = text.get(way, {}).get(name, {}).get("value")
+      found[f"{title}{kind}"] = value
+  return found
 
 
 def _tables(results: Mapping[str, list[dict]]) -> list[Table]:
@@ -197,25 +184,30 @@ def _table(
   for name in names:
     table.add_column(name, justify="right", no_wrap=True)
   for variant, line in lines.items():
-    table.add_row(variant, *(str(line[name]) for name in names))
+    table.add_row(variant, *(_cell(line[name]) for name in names))
   return table
+
+
+def _cell(found: Estimate) -> str:
+  return with_error(found.value, found.stderr)
 
 
 def _write(folder: str, results: Mapping[str, list[dict]]) -> None:
   """Writes ablation.csv, a line a run, and ablation.md, the comparison."""
   file = io.StringIO()
   writer = csv.writer(file, lineterminator="\n")
-  writer.writerow(["variant", "seed", *MEASURES])
+  names = _names(results)
+  writer.writerow(["variant", "seed", *names])
   for variant, runs in results.items():
     for seed, run in enumerate(runs):
-      values = [_find(run, path) for path in MEASURES.values()]
-      writer.writerow([variant, seed, *values])
+      found = measures(run)
+      writer.writerow([variant, seed, *(found.get(name) for name in names)])
   with open(os.path.join(folder, "ablation.csv"), "w") as out:
     out.write(file.getvalue())
   lines = compare(results)
   names = list(next(iter(lines.values())))
   rows = [["variant", *names], ["---"] * (len(names) + 1)]
-  rows += [[v, *map(str, line.values())] for v, line in lines.items()]
+  rows += [[v, *map(_cell, line.values())] for v, line in lines.items()]
   with open(os.path.join(folder, "ablation.md"), "w") as out:
     out.write("".join(f"| {' | '.join(row)} |\n" for row in rows))
 

@@ -18,10 +18,10 @@ from mdm_jax import sample
 from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.progress import console, with_error
+from mdm_jax.core.standard_errors import Clusters
 from mdm_jax.data.prepared import training_texts
 from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
 from mdm_jax.evaluation.running_text import running_texts
-from mdm_jax.evaluation.standard_errors import Clusters
 from mdm_jax.evaluation.text_metrics import measure
 from mdm_jax.measured_text import open_rows
 from mdm_jax.workdir import Workdir

@@ -11,15 +11,22 @@ import itertools
 import math
 import statistics
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mdm_jax.core import strict_json
 from mdm_jax.core.progress import duration
 from mdm_jax.evaluation.pages import markup, plots
+from mdm_jax.objectives.measured import (
+  PERPLEXITY,
+  Chart,
+  Curve,
+  Measured,
+  Value,
+  from_json,
+)
 
-_CE = "nats per masked token"
-_ERRORS = {"validation/nelbo_per_token": "validation/nelbo_stderr"}
+_LEARNING_RATE = Chart("Learning rate", "of an update", low=0)
 _MOST_POINTS = 160  # of a curve; of more, each is the mean of a few
 _TEXTS = {
   "sampling": "the run's sampling",
@@ -44,6 +51,8 @@ class RunReport:
     results: of the last evaluation, as in results.json.
     unmasking: how one text was drawn. Its `steps` are lists of pieces, None
       where masked: the first before any denoiser call, the last the text.
+    asked: what each stage trains on, in the objective's words.
+    charts: what of the log's numbers is drawn over updates, by name.
   """
 
   name: str
@@ -52,20 +61,23 @@ class RunReport:
   data: Json | None
   results: Json | None
   unmasking: Json | None
+  asked: Sequence[str] = ()
+  charts: Mapping[str, Chart] = dataclasses.field(default_factory=dict)
 
 
 def render(report: RunReport) -> str:
   """Returns the page."""
   results, stages = report.results or {}, report.config["stages"]
+  measured = from_json(results) if results else Measured()
   targets, texts = results.get("targets"), results.get("text_metrics")
   parts = {
     "name": markup.join([report.name]),
     "corpus": markup.join([report.config["data"]["corpus"]]),
-    "headline": results and _headline(results),
+    "headline": results and _headline(measured, results),
     "targets": targets and _targets(targets),
-    "stages": _stages(stages),
-    "curves": _curves(report.metrics, stages),
-    "ce": results and _ce_by_mask_rate(results["ce_by_mask_rate"], stages),
+    "stages": _stages(stages, report.asked),
+    "charts": _charts(report.metrics, stages, report.charts),
+    "curves": results and _curves(measured, stages),
     "texts": texts and _text_metrics(texts),
     "data": report.data and _data(report.data, stages),
     "samples": results and _samples(results),
@@ -78,7 +90,7 @@ def render(report: RunReport) -> str:
 
 
 def _missing(name: str) -> "markup.Html":
-  mode = "train" if name in ("curves", "data") else "eval"
+  mode = "train" if name in ("charts", "data") else "eval"
   mode = markup.el("code", f"--mode={mode}")
   return markup.el("p", "Not here yet: ", mode, " gives it.", class_="missing")
 
@@ -86,28 +98,33 @@ def _missing(name: str) -> "markup.Html":
 # MARK: numbers and texts
 
 
-def _headline(results: Json) -> markup.Html:
-  known = {k: math.nan if v is None else v for k, v in results.items()}
-  number = lambda name, form=",.0f": markup.number(known.get(name), form)
-  nelbo, error = (number(f"nelbo_{n}", ".4f") for n in ("per_token", "stderr"))
-  # To first order, bits have the relative error of the nats.
-  share = known["nelbo_stderr"] / (known["nelbo_per_token"] or math.nan)
-  bits_error = markup.number(known["bits_per_byte"] * share, ".4f")
-  rows = f"{number('rows')} rows, {number('tokens')} tokens"
-  seconds = known["wall_seconds"]
+def _headline(measured: Measured, results: Json) -> markup.Html:
+  number = lambda name, form=",.0f": markup.number(results.get(name), form)
+  facts = {
+    found.title: _with_error(found) for found in measured.all_values().values()
+  }
+  seconds = strict_json.number(results["wall_seconds"])
   time = duration(seconds) if math.isfinite(seconds) else markup.number(None)
   speed = number("tokens_per_second") + " a second"
-  facts = {
-    "bits per byte": ("≤ " + number("bits_per_byte", ".4f"), "± " + bits_error),
-    "NELBO, nats per token": (f"{nelbo} ± {error}", rows),
-    "perplexity bound": ("≤ " + number("ppl_bound", ",.2f"), "per token"),
+  facts |= {
     "tokens seen": (number("tokens_seen"), speed),
     "time": (time, number("updates") + " updates"),
-    "checkpoint": (number("checkpoint"), "update, the best bound"),
+    "checkpoint": (
+      number("checkpoint"),
+      f"update, the best by {measured.head().title}",
+    ),
   }
   numbers = [(name, markup.small(*told)) for name, told in facts.items()]
   beside = markup.facts(_beside(results), "inline")
   return markup.join([markup.facts(numbers, "headline"), beside])
+
+
+def _with_error(found: Value) -> tuple[str, str]:
+  """Returns a value, and its error and unit to stand beside it."""
+  form = ",.2f" if found.role == PERPLEXITY else ".4f"
+  number = ("≤ " if found.bound else "") + markup.number(found.value, form)
+  error = markup.number(found.error, form)
+  return number, f"± {error} {found.unit}".rstrip()
 
 
 def _beside(results: Json) -> list[tuple[str, str]]:
@@ -196,18 +213,15 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 # MARK: stages
 
 
-def _stages(stages: list[Json]) -> markup.Html:
+def _stages(stages: list[Json], asked: Sequence[str]) -> markup.Html:
   """Returns the key to the colours of the plots."""
   items = []
-  for stage in stages:
+  for stage, told in itertools.zip_longest(stages, asked, fillvalue=""):
     rows = f"{stage['unit']}, rows of {stage['length']:,} tokens"
-    rates = "mask rate {:g}\u2013{:g}".format(*stage["mask_rate"] or (0, 1))
-    if stage["rehearsal"]:
-      rates += f", any in {stage['rehearsal']:.0%} of rows"
     parts = (
       markup.el("b", stage["name"]),
       markup.el("span", rows),
-      markup.el("span", rates),
+      *([markup.el("span", told)] if told else []),
     )
     items.append(markup.el("li", *parts))
   return markup.el("ol", *items, class_="stages")
@@ -247,7 +261,9 @@ def _figure(title: str, unit: str, *parts: markup.Html) -> markup.Html:
 # MARK: plots
 
 
-def _curves(lines: list[Json], stages: list[Json]) -> markup.Html:
+def _charts(
+  lines: list[Json], stages: list[Json], charts: Mapping[str, Chart]
+) -> markup.Html:
   stage = "train/stage"
   ends = {round(line[stage]): line["step"] for line in lines if stage in line}
   if not ends:
@@ -259,19 +275,20 @@ def _curves(lines: list[Json], stages: list[Json]) -> markup.Html:
   ]
   lost = sum(line.get("train/skipped", 0) > 0 for line in lines)
   told = f"; {lost} points hold updates that were not finite" if lost else ""
-  curves = {
-    "train/loss": ("Training loss", _CE + told, None),
-    "validation/nelbo_per_token": ("Validation NELBO", "nats per token", None),
-    "train/learning_rate": ("Learning rate", "of an update", 0),
-    "train/mask_rate": ("Mask rate", "mean over rows", 0),
-  }
+  drawn = {**charts, "train/learning_rate": _LEARNING_RATE}
   return markup.join(
-    _figure(title, unit, plots.curve(_series(lines, name), bands, low))
-    for name, (title, unit, low) in curves.items()
+    _figure(
+      chart.title,
+      chart.unit + (told if name == "train/loss" else ""),
+      plots.curve(_series(lines, name, chart.error), bands, chart.low),
+    )
+    for name, chart in drawn.items()
   )
 
 
-def _series(lines: list[Json], name: str) -> list[plots.Point]:
+def _series(
+  lines: list[Json], name: str, error_name: str = ""
+) -> list[plots.Point]:
   """Returns one number over updates; of very many, means of neighbours."""
   found = list({line["step"]: line for line in lines if name in line}.values())
   size = math.ceil(len(found) / _MOST_POINTS) or 1
@@ -279,28 +296,38 @@ def _series(lines: list[Json], name: str) -> list[plots.Point]:
   for part in (found[i : i + size] for i in range(0, len(found), size)):
     values = [strict_json.number(line[name]) for line in part]
     step, mean = part[-1]["step"], statistics.fmean(values)
-    error = (part[-1][_ERRORS[name]] or 0) if name in _ERRORS else 0
+    error = part[-1].get(error_name) or 0
     label = f"update {step:,}: {markup.number(mean)}"
     points.append(plots.Point(step, mean, error, label))
   return points
 
 
-def _ce_by_mask_rate(curve: Json, stages: list[Json]) -> markup.Html:
-  points = []
-  for rate, loss in curve.items():
-    known, label = (
-      math.nan if loss is None else loss,
-      markup.number(loss, ".3f"),
-    )
-    points.append(plots.Point(float(rate), known, 0, f"{rate}: {label}"))
-  bands = [
-    (*(s["mask_rate"] or (0, 1)), s["name"], i) for i, s in enumerate(stages)
+def _curves(measured: Measured, stages: list[Json]) -> markup.Html:
+  """Returns the curves of the text that is reported; the rest choose."""
+  drawn = [
+    _curve(curve, stages)
+    for curve in measured.curves.values()
+    if curve.split == "test"
   ]
-  table = markup.table(
-    ("mask rate", "CE"), [p.label.split(": ") for p in points]
-  )
+  return markup.join(drawn)
+
+
+def _curve(curve: Curve, stages: list[Json]) -> markup.Html:
+  names = [stage["name"] for stage in stages]
+  bands = [
+    (low, high, name, names.index(name) if name in names else i)
+    for i, (low, high, name) in enumerate(curve.bands)
+  ]
+  points = [
+    plots.Point(float(x), y, 0, f"{x}: {markup.number(y, '.3f')}")
+    for x, y in curve.points().items()
+  ]
+  rows = [p.label.split(": ") for p in points]
+  table = markup.table((curve.x_title, curve.unit), rows)
   more = markup.el("details", markup.el("summary", "the numbers"), table)
-  return _figure("Cross-entropy", _CE, plots.curve(points, bands, 0), more)
+  note = [markup.el("p", curve.note)] if curve.note else []
+  drawing = plots.curve(points, bands, 0)
+  return _figure(curve.title, curve.unit, *note, drawing, more)
 
 
 def _histogram(difficulty: Json) -> markup.Html:

@@ -18,7 +18,7 @@ Values = Sequence[int | float] | Num[np.ndarray, "N"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Estimate:
   """A number from some texts.
 
   Attributes:
@@ -39,7 +39,7 @@ def ratio(
   parts: Values,
   sizes: Values,
   clusters: Clusters = None,
-) -> Measured:
+) -> Estimate:
   """Measures sum(parts) / sum(sizes).
 
   With P and S the sums over one of G clusters and R the ratio, the squared
@@ -55,21 +55,21 @@ def ratio(
   columns = np.array([parts, sizes], np.float64).T
   part, size = columns.sum(axis=0)
   if not size:
-    return Measured(math.nan, math.nan, len(columns))
+    return Estimate(math.nan, math.nan, len(columns))
   sums, value = summed(columns, clusters), part / size
   stderr, count = math.nan, len(sums)
   if count > 1:
     residual = sums[:, 0] - value * sums[:, 1]
     stderr = math.sqrt(count / (count - 1) * np.square(residual).sum()) / size
-  return Measured(float(value), float(stderr), len(columns))
+  return Estimate(float(value), float(stderr), len(columns))
 
 
-def mean(values: Sequence[float], clusters: Clusters = None) -> Measured:
+def mean(values: Sequence[float], clusters: Clusters = None) -> Estimate:
   """Measures the mean over texts, as `ratio` does with sizes of one."""
   return ratio(values, [1] * len(values), clusters)
 
 
-def jackknife(values: Float64[np.ndarray, "M"], n: int) -> Measured:
+def jackknife(values: Float64[np.ndarray, "M"], n: int) -> Estimate:
   """Measures a pool from its value and those without each cluster in turn.
 
   Where one of those is not defined, nor is the standard error (Efron and Stein
@@ -81,7 +81,7 @@ def jackknife(values: Float64[np.ndarray, "M"], n: int) -> Measured:
   """
   count = len(values) - 1
   stderr = np.sqrt((count - 1) * np.var(values[1:])) if count > 1 else math.nan
-  return Measured(float(values[0]), float(stderr), n)
+  return Estimate(float(values[0]), float(stderr), n)
 
 
 def without_each(
@@ -93,7 +93,7 @@ def without_each(
 
 def pooled_ratio(
   part: int, own: Sequence[int], sizes: Sequence[int], n: int
-) -> Measured:
+) -> Estimate:
   """Measures part / sum(sizes); each cluster has its own part and a size."""
   totals = np.array([part, sum(sizes)], np.int64)
   columns = np.array([own, sizes], np.int64).T
