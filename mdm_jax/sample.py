@@ -170,10 +170,11 @@ class Model:
     if not len(tokens):
       raise UserError("no text is asked for: tokens has no row")
     given = tokens[~free]
-    if given.size and not 0 <= given.min() <= given.max() < self._real:
+    wrong = given[~self.tokenizer.vocab.may_be_text(given)]
+    if wrong.size:
       raise UserError(
-        f"tokens has ids from {given.min()} to {given.max()}; given ones must"
-        f" be in [0, {self._real - 1}]"
+        f"tokens has the id {wrong[0]}, which can't stand in a text; give ids"
+        " that the tokenizer has for text"
       )
     if lengths is None:
       lengths = np.full(len(tokens), tokens.shape[1])
@@ -183,10 +184,6 @@ class Model:
       return self._sampler(canvas.tokens.shape[1]).draw(
         self._model.params, canvas, config, self._curve
       )
-
-  @property
-  def _real(self) -> int:
-    return self.tokenizer.vocab.num_real
 
   def settings(self, **settings: Any) -> SampleConfig:
     """Returns the run's settings with some changed, all checked.

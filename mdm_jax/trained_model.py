@@ -66,7 +66,7 @@ def load_model(
   tokenizer = load_tokenizer(workdir.path)
   workdir.check_tokenizer(tokenizer.sha256)
   vocab = tokenizer.vocab
-  denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
+  denoiser = Denoiser(config.model, vocab)
   mesh = mesh_for_use(config.mesh, config.model)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     if checkpoints is None:

@@ -35,6 +35,7 @@ from mdm_jax.benchmarks import (
 )
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model import flops
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
@@ -140,7 +141,7 @@ def test_all_rates_have_the_heads_positions(mesh):
 
 def test_plain_loss_is_the_librarys_on_the_same_masks(any_mesh):
   model = ModelConfig(num_layers=1, embed_dim=16, num_heads=2)
-  denoiser = Denoiser(model, 128, 100)
+  denoiser = Denoiser(model, Vocabulary(128, forbidden=((100, 128),)))
   params = jax.jit(denoiser.init)(jax.random.key(0))
   by_row = lambda x: jax.device_put(x, RULES.spec("batch"))
   x0 = by_row(jax.random.randint(jax.random.key(1), (8, 16), 0, 100))
@@ -156,7 +157,7 @@ def test_plain_loss_is_the_librarys_on_the_same_masks(any_mesh):
     weight = cross_entropy.row_weights(config, masked, real, inverse_density)
     total, _ = cross_entropy.masked_loss(
       *(denoiser.logits, denoiser.head(params), hidden, x0, masked),
-      *(weight, x0.size, denoiser.num_real),
+      *(weight, x0.size, denoiser.vocab),
     )
     return total
 

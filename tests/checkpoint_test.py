@@ -17,6 +17,7 @@ from mdm_jax.checkpoints import checkpoint as checkpoint_lib
 from mdm_jax.checkpoints import manifest
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.errors import NumericsError, StorageError, UserError
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.trained_model import averaged_params
 from mdm_jax.training.state import TrainState
@@ -407,7 +408,7 @@ def _before(monkeypatch, owner, name, step, folder):
 def test_found_C8_a_step_that_is_deleted_meanwhile_is_passed_over(
   owner, name, tmp_path, tiny_model, monkeypatch, capsys
 ):
-  denoiser = Denoiser(tiny_model, 300, 257)
+  denoiser = Denoiser(tiny_model, Vocabulary(300))
   with Checkpoints(tmp_path) as checkpoints:
     for step in (1, 2):
       params = jax.tree.map(

@@ -482,7 +482,7 @@ def test_fault_35_a_text_can_not_spell_the_mask(kind):
   config = TokenizerConfig(kind=kind, vocab_size=400)
   tokenizer = tokenizers.build(config, [*TOPICS, words * 9])
   ids = tokenizer.encode(words)
-  assert ids.max() < tokenizer.vocab.num_text < tokenizer.vocab.mask
+  assert ids.max() < tokenizer.vocab.end < tokenizer.vocab.mask
   assert tokenizer.decode(ids) == words
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from mdm_jax.core import rng, sharding
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model import layers, placement
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import CAUSAL, Visibility, row_context
@@ -26,7 +27,7 @@ def build(**fields):
 
 @functools.cache
 def _build(config, _mesh):
-  denoiser = Denoiser(config, 16, 12)
+  denoiser = Denoiser(config, Vocabulary(16, forbidden=((12, 16),)))
   return denoiser, jax.jit(denoiser.init)(rng.stream(0, "init"))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mdm_jax.core import rng
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import Rows
 from mdm_jax.evaluation import likelihood
@@ -41,7 +42,7 @@ def model(mesh):
   """A random denoiser, sharp enough that a wrong weight shows."""
   del mesh
   config = ModelConfig(num_layers=1, embed_dim=8, num_heads=2)
-  denoiser = Denoiser(config, vocab_size=8, num_real=V)
+  denoiser = Denoiser(config, Vocabulary(8, forbidden=((V, 8),)))
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
   return denoiser, jax.tree.map(lambda p: p * 3, params)
 

@@ -16,7 +16,7 @@ from mdm_jax.sampling.live import LiveView
 
 BYTES = tokenizers.build(TokenizerConfig(kind="byte"), [])
 V = BYTES.vocab
-M, E, P = V.mask, V.eos, V.pad
+M, E, P = V.mask, V.end, V.pad
 BLOCK = "\u2591"
 
 

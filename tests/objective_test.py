@@ -7,6 +7,7 @@ import pytest
 
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import batch_sharding
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
@@ -14,6 +15,7 @@ from mdm_jax.objectives import corruption, cross_entropy, noise
 from mdm_jax.objectives.config import ObjectiveConfig
 
 V, REAL, MASK = 16, 12, 13
+VOCAB = Vocabulary(V, mask=MASK, forbidden=((REAL, V),))
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def _network(tie_embeddings, _mesh):
   config = ModelConfig(
     num_layers=1, embed_dim=8, num_heads=2, tie_embeddings=tie_embeddings
   )
-  denoiser = Denoiser(config, vocab_size=V, num_real=REAL)
+  denoiser = Denoiser(config, VOCAB)
   return denoiser, jax.jit(denoiser.init)(rng.stream(0, "init"))
 
 
@@ -56,7 +58,7 @@ def losses(denoiser, params, case, hidden=None, capacity=80, smoothing=0.0):
     x0,
     corrupted.masked,
     capacity,
-    REAL,
+    VOCAB,
     smoothing,
   )
 
@@ -113,14 +115,14 @@ def test_training_loss_and_gradient_are_those_of_the_full_array(
   def packed(params):
     head = denoiser.logits, denoiser.head(params)
     total, by_position = cross_entropy.masked_loss(
-      *head, hidden(params), x0, masked, weight, capacity, REAL, smoothing
+      *head, hidden(params), x0, masked, weight, capacity, VOCAB, smoothing
     )
     return 3 * total, by_position
 
   def full(params):
     states = hidden(params).reshape(80, -1)
     logits = denoiser.logits(params, states)
-    loss = cross_entropy.cross_entropy(logits, x0.reshape(-1), REAL, smoothing)
+    loss = cross_entropy.cross_entropy(logits, x0.reshape(-1), VOCAB, smoothing)
     loss = jnp.where(masked, loss.reshape(8, 10), 0.0)
     return 3 * (loss.sum(axis=1) * weight).sum(), loss
 
@@ -148,7 +150,7 @@ def test_training_loss_is_the_weighted_sum_whatever_the_chunks(
   )(
     denoiser.logits,
     denoiser.head(params),
-    *(hidden, x0, corrupted.masked, weight, capacity, REAL),
+    *(hidden, x0, corrupted.masked, weight, capacity, VOCAB),
   )
   by_position = losses(denoiser, params, case, hidden)
   total, along = run(80)
@@ -174,7 +176,7 @@ def test_what_comes_along_has_no_gradient(case, small_chunks):
     def loss(hidden, params):
       found = cross_entropy.masked_loss(
         *(denoiser.logits, denoiser.head(params), hidden, x0),
-        *(corrupted.masked, weight, 80, REAL),
+        *(corrupted.masked, weight, 80, VOCAB),
       )
       return of(*found)
 
@@ -187,15 +189,16 @@ def test_what_comes_along_has_no_gradient(case, small_chunks):
 def test_chunks_follow_the_width_but_are_never_tiny():
   chunks = cross_entropy.num_chunks
   rows = cross_entropy._ROWS_OF_WIDTH * 384
-  assert chunks(rows, 384, 50_000) == 1
-  assert chunks(rows + 1, 384, 50_000) == 2
-  assert chunks(100 * rows, 384, 27) == 1  # all its logits are few
+  assert chunks(rows, 384, Vocabulary(50_000)) == 1
+  assert chunks(rows + 1, 384, Vocabulary(50_000)) == 2
+  assert chunks(100 * rows, 384, Vocabulary(27)) == 1  # its logits are few
 
 
 def test_no_chunks_logits_are_kept(mesh, small_chunks):
   """The gradient's program has room for one chunk's logits, not for all."""
+  vocab = Vocabulary(4096, forbidden=((4000, 4096),))
   denoiser = Denoiser(
-    ModelConfig(num_layers=1, embed_dim=8, num_heads=2), 4096, 4000
+    ModelConfig(num_layers=1, embed_dim=8, num_heads=2), vocab
   )
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
   shapes = (8, 128, 8), (8, 128), (8, 128), (8,)
@@ -210,7 +213,7 @@ def test_no_chunks_logits_are_kept(mesh, small_chunks):
     lambda params, hidden, x0, masked, weight: cross_entropy.masked_loss(
       denoiser.logits,
       denoiser.head(params),
-      *(hidden, x0, masked, weight, 1024, 4000),
+      *(hidden, x0, masked, weight, 1024, vocab),
     ),
     has_aux=True,
   )
@@ -265,7 +268,7 @@ def test_label_smoothing_is_uniform_over_real_tokens():
   logits = jax.random.normal(rng.stream(0, "l"), (5, V))
   logits = jnp.where(jnp.arange(V)[None] < REAL, logits, -jnp.inf)
   targets = jnp.array([0, 3, 5, 11, 2])
-  got = cross_entropy.cross_entropy(logits, targets, REAL, 0.1)
+  got = cross_entropy.cross_entropy(logits, targets, VOCAB, 0.1)
   smoothed = 0.9 * np.eye(V)[np.asarray(targets)]
   smoothed[:, :REAL] += 0.1 / REAL
   logp = np.asarray(jax.nn.log_softmax(logits))[:, :REAL]
@@ -277,7 +280,7 @@ def test_label_smoothing_is_uniform_over_real_tokens():
 def test_half_precision_logits_are_refused():
   with pytest.raises(AssertionError):
     cross_entropy.cross_entropy(
-      jnp.zeros((1, V), jnp.bfloat16), jnp.zeros(1, int), V
+      jnp.zeros((1, V), jnp.bfloat16), jnp.zeros(1, int), VOCAB
     )
 
 

@@ -5,6 +5,7 @@ import pytest
 from mdm_jax import plan
 from mdm_jax.config import Config
 from mdm_jax.core.progress import duration
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.config import StageConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.planning import scaling_laws
@@ -36,7 +37,7 @@ def test_full_coverage_is_no_warning(config):
 
 
 def test_parameters_are_counted(mesh, tiny_model):
-  denoiser = Denoiser(tiny_model, vocab_size=32, num_real=28)
+  denoiser = Denoiser(tiny_model, Vocabulary.after_text(28))
   width, layers, hidden = 16, 2, 64
   attention = 4 * width * width + 2 * (width // 2)
   block = attention + 3 * width * hidden + 2 * width

@@ -297,7 +297,7 @@ def test_the_cache_follows_the_environment(config, tmp_path, monkeypatch):
 def test_held_out_rows_are_the_held_out_text(config, kind):
   config = _change(config, "tokenizer", kind=kind)
   data = prepare(config.rows)
-  eos = data.tokenizer.vocab.eos
+  eos = data.tokenizer.vocab.end
   for side in ("validation", "test"):
     held_out, rows = _split(config)[side], getattr(data, side).rows
     assert held_out
@@ -406,7 +406,7 @@ def test_stages_hold_what_their_config_asks(config):
   held = data.validation.rows, data.test.rows
   assert [rows.length for rows in held] == [64, 64]
   sentences, pairs, running = (list(_pieces(rows)) for rows in data.stages)
-  assert not any(vocab.separator in p or vocab.eos in p for p in sentences)
+  assert not any(vocab.separator in p or vocab.end in p for p in sentences)
   assert all((p == vocab.separator).sum() == 1 for p in pairs)
   assert all(len(data.tokenizer.decode(p).split()) >= 3 for p in sentences)
   assert not any(vocab.separator in p for p in running)

@@ -34,12 +34,12 @@ from mdm_jax.config import Config
 from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import batch_sharding
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import prepared
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
-from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.objectives import corruption, cross_entropy
@@ -162,7 +162,9 @@ UPDATES = (40, 30, 20)
 
 def make_rows(count: int) -> Rows:
   vocab = TOKENIZER.vocab
-  draw = np.random.default_rng(0).integers(0, vocab.num_real, (count, LENGTH))
+  draw = np.random.default_rng(0).integers(
+    0, vocab.predictable, (count, LENGTH)
+  )
   segments = np.ones((count, LENGTH), np.int32)
   segments[::3, 10:] = 0
   return Rows(np.where(segments, draw, vocab.pad), segments)
@@ -348,9 +350,10 @@ def read_eps(config: Config) -> float:
 def read_label_smoothing(config: Config) -> float:
   """The gradient by the logits is softmax - target."""
   num_real, token = 5, 2
+  vocab = Vocabulary(8, forbidden=((num_real, 8),))
   logits = jnp.where(jnp.arange(8) < num_real, jnp.arange(8) * 0.3, -jnp.inf)
   loss = lambda logits: cross_entropy.cross_entropy(
-    logits[None], jnp.array([token]), num_real, config.objective.label_smoothing
+    logits[None], jnp.array([token]), vocab, config.objective.label_smoothing
   ).sum()
   target = np.asarray(jax.nn.softmax(logits) - jax.grad(loss)(logits))
   smoothing = float(target[0]) * num_real
@@ -367,7 +370,7 @@ class Sampled:
 
   def __init__(self, config: SampleConfig):
     self._config = config
-    self._sample = make_sampler(config, self, Vocabulary(self.VOCAB))
+    self._sample = make_sampler(config, self, Vocabulary.after_text(self.VOCAB))
     self._calls: list[None] = []
     self._drawn: list[np.ndarray] = []
 
@@ -745,7 +748,7 @@ def test_the_loss_that_is_trained_is_smoothed(trained):
   b, states, metrics = trained
   tasks, denoiser = b.tasks(0), b.trainer.denoiser
   smoothing = expected("recommended")["objective.label_smoothing"]
-  total, num_real = 0.0, denoiser.num_real
+  total, num_real = 0.0, denoiser.vocab.predictable
   for i in range(2):
     part = jax.tree.map(lambda x, i=i: x[i], tasks)
     hidden = jax.jit(denoiser.hidden)(

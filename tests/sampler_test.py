@@ -15,14 +15,14 @@ from sampling_harness import settings
 
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES, batch_sharding
-from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.sampler import make_sampler
 
-LETTERS = Vocabulary(5)
+LETTERS = Vocabulary.after_text(5)
 MASK = LETTERS.mask
 
 
@@ -105,7 +105,8 @@ def test_calls_and_reveals_follow_the_schedule(mesh, num_steps):
 @functools.cache
 def _network(_mesh):
   denoiser = Denoiser(
-    ModelConfig(num_layers=1, embed_dim=8, num_heads=2), 128, 4
+    ModelConfig(num_layers=1, embed_dim=8, num_heads=2),
+    Vocabulary(128, forbidden=((4, 128),)),
   )
   return denoiser, jax.jit(denoiser.init)(rng.stream(0, "init"))
 
@@ -162,9 +163,9 @@ def test_a_row_does_not_depend_on_the_mesh(fields):
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_no_array_has_a_vocabulary_for_every_position(mesh, num_steps):
   """The greatest array of the whole program, whatever it is."""
-  rows, length, vocab = 4, 16, Vocabulary(1000)
+  rows, length, vocab = 4, 16, Vocabulary.after_text(1000)
   model = ModelConfig(num_layers=1, embed_dim=8, num_heads=2)
-  denoiser = Denoiser(model, vocab.size, vocab.num_real)
+  denoiser = Denoiser(model, vocab)
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
   config = settings(num_steps=num_steps, order="entropy", top_p=0.9)
   x = np.full((rows, length), vocab.mask, np.int32)

@@ -20,13 +20,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import batch_sharding
-from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.sampling import sampler, schedule, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 
-LETTERS = Vocabulary(5)
-EOS, PAD, MASK = LETTERS.eos, LETTERS.pad, LETTERS.mask
+LETTERS = Vocabulary.after_text(5)
+EOS, PAD, MASK = LETTERS.end, LETTERS.pad, LETTERS.mask
 WIDTH = EOS + 1  # of the models' logits
 PLAIN = SampleConfig(
   order="random",

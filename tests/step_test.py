@@ -15,6 +15,7 @@ from mdm_jax.config import Config
 from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import AXES
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import batches
 from mdm_jax.data.config import DataConfig, StageConfig
 from mdm_jax.data.packing import Rows
@@ -64,7 +65,9 @@ class Run:
 
   def __init__(self, config, mesh, schedule=None):
     self.config, self.mesh, self.rows = config, mesh, make_rows()
-    self.denoiser = Denoiser(config.model, V, REAL)
+    self.denoiser = Denoiser(
+      config.model, Vocabulary(V, forbidden=((REAL, V),))
+    )
     self.plan = make_curriculum(config, [len(self.rows)] * len(config.stages))
     if schedule is None:
       schedule = learning_rate_schedule(config.optimizer, self.plan)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from mdm_jax.core import files
 from mdm_jax.core.errors import StorageError, UserError
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
-from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.sampling import trace
 from mdm_jax.sampling.generate import Samples
 from mdm_jax.sampling.order_statistics import order_statistics
@@ -45,7 +45,7 @@ def _simulate(tokenizer, texts=TEXTS, given=3, length=90, steps=STEPS, seed=0):
   step = np.full(shape, -1, np.int32)
   put_back = np.zeros(len(texts), np.int32)
   for b, text in enumerate(texts):
-    ids = np.append(tokenizer.encode(text), v.eos)
+    ids = np.append(tokenizer.encode(text), v.end)
     n = len(ids)
     assert n < length
     step[b, given:n] = rng.integers(2, steps, n - given)
@@ -191,11 +191,12 @@ def test_the_vocabulary_tells_what_was_given():
   path = np.array([[[7, 7]], [[1, 2]]])
   samples = dataclasses.replace(_revealed([0, 1]), path=path)
   adjacent = lambda v: order_statistics(samples, v)["adjacent"].rows[0]
-  assert adjacent(Vocabulary(4)) == 0.5 and Vocabulary(4).mask == 7
+  other = Vocabulary.after_text(4)
+  assert adjacent(other) == 0.5 and other.mask == 7
   held = dataclasses.replace(samples, step=np.array([[-1, 1]]))
   assert adjacent(V) == 0.5
   assert order_statistics(held, V)["adjacent"].rows[0] == 1
-  assert order_statistics(held, Vocabulary(4))["adjacent"].rows[0] == 0
+  assert order_statistics(held, other)["adjacent"].rows[0] == 0
 
 
 def test_random_samples_are_random(samples):
@@ -233,7 +234,7 @@ def test_half_a_character_and_special_ids():
   e = list("\u00e9".encode())
   assert spell([*e, 65], BYTES) == ["", "\u00e9", "A"]
   assert spell([e[0], V.mask, e[1]], BYTES) == ["\ufffd", None, "\ufffd"]
-  found = spell([V.eos, V.separator, V.pad, V.size - 1], BYTES)
+  found = spell([V.end, V.separator, V.pad, V.size - 1], BYTES)
   assert found == ["\u27e8end\u27e9", "\u27e8sep\u27e9", "", "\u27e8?\u27e9"]
 
 

@@ -88,7 +88,7 @@ def _gathered_loss(work: Work) -> Callable[..., jax.Array]:
     head = denoiser.logits, denoiser.head(params)
     weight = jax.device_put(jnp.ones(len(x0)), RULES.spec("batch"))
     total, _ = cross_entropy.masked_loss(
-      *(*head, hidden, x0, masked, weight, capacity, denoiser.num_real)
+      *(*head, hidden, x0, masked, weight, capacity, denoiser.vocab)
     )
     return total
 

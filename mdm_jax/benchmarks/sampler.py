@@ -42,7 +42,7 @@ from mdm_jax.core.sharding import (
   make_mesh,
   padded_rows,
 )
-from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser, Params
@@ -93,13 +93,13 @@ def measure(preset: Preset, repeats: int, only: str = "") -> dict[str, Any]:
     repeats: timed runs of each.
     only: times the ways whose name holds it, and random order.
   """
-  vocab = Vocabulary(preset.vocab)
+  vocab = Vocabulary.after_text(preset.vocab)
   model = ModelConfig(
     num_layers=preset.num_layers,
     embed_dim=preset.embed_dim,
     num_heads=preset.num_heads,
   )
-  denoiser = Denoiser(model, vocab.size, vocab.num_real)
+  denoiser = Denoiser(model, vocab)
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
   parts = _parts(preset, denoiser, params, vocab)
   ways, memory = _ways(preset, denoiser, params, vocab, only)
@@ -229,7 +229,7 @@ def _loop(
   pace = schedule.pace(config, preset.length)
   pace = jax.device_put(pace, NamedSharding(jax.sharding.get_mesh(), P()))
   # A text that ends early would be less work; this id is never predicted.
-  sample = make_sampler(config, denoiser, _Endless(preset.vocab))
+  sample = make_sampler(config, denoiser, dataclasses.replace(vocab, end=None))
   canvas = _canvas(preset, vocab, rows)
   settings = tokens.effective_settings(config)
   return _compiled(sample, params, canvas, pace, settings, _split(row_keys))
@@ -254,14 +254,6 @@ _UNTRUNCATED = SampleConfig(
 
 
 _ONE, _IN_CALLS = "one text", "all texts, in calls"
-
-
-class _Endless(Vocabulary):
-  """A vocabulary whose end-of-text is never drawn."""
-
-  @property
-  def eos(self) -> int:
-    return self.mask
 
 
 def _plain(denoiser: Denoiser, vocab: Vocabulary, steps: int):

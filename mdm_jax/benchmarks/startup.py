@@ -113,7 +113,7 @@ def make_workdir(preset: Preset, folder: str) -> None:
   config = workload.make_config(preset)
   config = dataclasses.replace(config, tokenizer=TokenizerConfig(kind="byte"))
   tokenizer = tokenizers.build(config.tokenizer, [])
-  preset = dataclasses.replace(preset, vocab=tokenizer.vocab.num_text)
+  preset = dataclasses.replace(preset, vocab=sum(map(bool, tokenizer.pieces)))
   data = workload.make_data(preset, workload.make_rows(preset))
   workdir = Workdir(folder)
   workdir.write_config(config, tokenizer.sha256)

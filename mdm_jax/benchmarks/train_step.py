@@ -99,7 +99,7 @@ def library_step(work: Work) -> Any:
 
 def _library(work: Work) -> Way:
   trainer = work.trainer
-  vocab_size = trainer.denoiser.vocab_size
+  vocab_size = trainer.denoiser.vocab.size
   return Way(library_step(work), trainer.init, work.head_positions, vocab_size)
 
 
@@ -111,12 +111,12 @@ def _plain(work: Work) -> Way:
     denoiser, optimizer, schedule, work.rates, work.mask_id
   )
   init = lambda: init_state(denoiser, optimizer, jax.random.key(0))
-  return Way(update, init, work.tokens, denoiser.vocab_size)
+  return Way(update, init, work.tokens, denoiser.vocab.size)
 
 
 def _md4(work: Work) -> Way:
   model, schedule = work.config.model, work.trainer.schedule
-  vocab_size = work.trainer.denoiser.num_real
+  vocab_size = work.trainer.denoiser.vocab.predictable
   optimizer = plain.make_optimizer(schedule)
   update = md4.make_train_step(model, optimizer, schedule, work.rates)
   fresh = jax.jit(lambda: md4.init(jax.random.key(0), model, vocab_size))

@@ -33,7 +33,7 @@ class Rows:
 
 
 def join_sentences(
-  sentences: Iterable[Tokens], length: int, last: int
+  sentences: Iterable[Tokens], length: int, last: int | None
 ) -> list[Tokens]:
   """Joins consecutive sentences of a document into pieces of up to `length`.
 
@@ -43,7 +43,7 @@ def join_sentences(
   Args:
     sentences: a document's sentences, in order.
     length: the longest piece.
-    last: the id that ends the document.
+    last: the id that ends the document, if there is one.
   """
   pieces, current = [], []
 
@@ -53,7 +53,8 @@ def join_sentences(
       current.clear()
 
   room = length
-  for sentence in [*sentences, np.array([last])]:
+  ending = [] if last is None else [np.array([last])]
+  for sentence in [*sentences, *ending]:
     if len(sentence) > room:
       flush()
       room = length

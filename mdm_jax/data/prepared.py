@@ -26,6 +26,7 @@ from rich.progress import Progress
 
 from mdm_jax.core import distributed, safe_files
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import (
   corpora,
   folder_inputs,
@@ -53,7 +54,7 @@ from mdm_jax.data.stage_rows import (
   row_lengths,
   stage_name,
 )
-from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
+from mdm_jax.data.tokenizer import Tokenizer
 
 _FORMAT = 4  # of the cache; rows of another one are made anew
 _MANIFEST = "manifest.json"
@@ -356,9 +357,7 @@ def _read_folder(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
   tokenizer = tokenizers.load_tokenizer(folder)
   indices = [shards.read_index(folder, name) for name in names]
   _check_shards(folder, indices, tokenizer.vocab)
-  rows = [
-    Rows(index.open("tokens"), index.open("segments")) for index in indices
-  ]
+  rows = [Rows(i.open("tokens"), i.open("segments")) for i in indices]
   *stages, validation, test = rows
   tables = [index.texts() for index in indices[-len(HELD_OUT) :]]
   held = [HeldOut(validation, tables[0]), HeldOut(test, tables[1])]

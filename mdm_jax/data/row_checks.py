@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.config import RowsConfig, StageConfig
-from mdm_jax.data.tokenizer import Vocabulary
 
 _CHUNK = 2**22  # tokens looked at at once; more would fill the memory
 _IDS = np.uint16, np.int32
@@ -73,19 +73,19 @@ def _wrong(
   tokens: np.ndarray, segments: np.ndarray, vocab: Vocabulary
 ) -> np.ndarray:
   """Marks the ids that may not be where they are: padding is PAD, only it."""
-  special = tokens >= vocab.num_real
-  return (special != (segments == 0)) | (tokens > vocab.pad) | (tokens < 0)
+  in_text = vocab.may_be_text(tokens)
+  return np.where(segments > 0, ~in_text, tokens != vocab.pad)
 
 
 def _reason(token: int, vocab: Vocabulary) -> str:
   """Says why an id is wrong; PAD is so only in a text."""
   if token == vocab.mask:
     return f"id {token} is the mask, which stands for no text"
-  if 0 <= token < vocab.num_real:
+  if vocab.may_be_text(np.array([token])):
     return f"id {token} in padding, which is {vocab.pad}"
   if token == vocab.pad:
     return f"id {token} is padding, but in a text"
-  return f"id {token} is none of the tokenizer's 0..{vocab.num_real - 1}"
+  return f"id {token} is none of the tokenizer's"
 
 
 def check_enough(config: RowsConfig, index: int, rows: int) -> None:

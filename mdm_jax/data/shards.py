@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from mdm_jax.core import safe_files
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import inputs, row_checks
 from mdm_jax.data.splits import HELD_OUT
-from mdm_jax.data.tokenizer import Vocabulary
 
 PARTS = "tokens", "segments"
 TABLE = "texts"  # beside them, of held-out rows

@@ -95,7 +95,7 @@ def make_held_out(
   widths = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
   pieces, told = [], []
   for unit, encoded in _encoded(units, tokenizer):
-    found = join_sentences(encoded, stage.length, tokenizer.vocab.eos)
+    found = join_sentences(encoded, stage.length, tokenizer.vocab.end)
     sizes = held_out.original_bytes(unit.parts, encoded, found, widths)
     pieces += found
     told += [(unit.document, size) for size in sizes]
@@ -155,13 +155,13 @@ def _encode(
     case "sentences" | "lines":
       return [sentence for (sentence,) in parts]
     case "pairs":
-      between = np.array([vocab.separator], np.int32)
+      between = np.array([vocab.need("separator")], np.int32)
       return [np.concatenate([a, between, b]) for a, b in parts]
     case "paragraphs":
       return [
         piece
         for sentences in parts
-        for piece in join_sentences(sentences, stage.length, vocab.eos)
+        for piece in join_sentences(sentences, stage.length, vocab.end)
       ]
 
 

@@ -1,7 +1,6 @@
-"""Text to token ids and back, exactly, and the one definition of the ids."""
+"""Text to token ids and back, exactly."""
 
 import abc
-import dataclasses
 import hashlib
 import io
 import itertools
@@ -20,6 +19,7 @@ from jaxtyping import Int32, Integer
 
 from mdm_jax.core import safe_files
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import words
 from mdm_jax.data.config import TokenizerConfig
 
@@ -33,54 +33,13 @@ _NOT_OURS = ValueError, KeyError, TypeError, AttributeError, RecursionError
 _PROBE = " A\u00e9\u0301\ufb01  b\t\u3000\uff21\r\n\n<s>\U0001f600 "
 
 
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-  """What each id means; no other place defines one.
-
-  Attributes:
-    num_text: ids below it are pieces of text.
-  """
-
-  num_text: int
-
-  @property
-  def eos(self) -> int:
-    """Ends a document."""
-    return self.num_text
-
-  @property
-  def separator(self) -> int:
-    """Stands between the two sentences of a pair."""
-    return self.num_text + 1
-
-  @property
-  def pad(self) -> int:
-    """Fills a row; never a target, never sampled."""
-    return self.num_text + 2
-
-  @property
-  def mask(self) -> int:
-    """Hides a token; never a target, never sampled."""
-    return self.num_text + 3
-
-  @property
-  def num_real(self) -> int:
-    """Ids below it can be targets and be sampled."""
-    return self.num_text + 2
-
-  @property
-  def size(self) -> int:
-    """Rows of the embedding: every id, rounded up to a multiple of 128."""
-    return -(-(self.num_text + 4) // 128) * 128
-
-
 class Tokenizer(abc.ABC):
-  """Turns text into ids below `vocab.num_text` and back.
+  """Turns text into ids and back.
 
   Attributes:
     kind: "byte", "char" or "sentencepiece".
     filename: what `save` writes inside the folder it is given.
-    pieces: the bytes each text id stands for.
+    pieces: the bytes that each id stands for, none where that is no text.
     content: the file's bytes, all that is needed to build the tokenizer again.
     vocab: the ids.
   """
@@ -88,10 +47,22 @@ class Tokenizer(abc.ABC):
   kind: str
   filename: str = "tokenizer.json"
 
-  def __init__(self, pieces: tuple[bytes, ...], content: bytes):
-    self.pieces = pieces
+  def __init__(
+    self,
+    pieces: tuple[bytes, ...],
+    content: bytes,
+    vocab: Vocabulary | None = None,
+  ):
+    """Makes it of the bytes of the first ids.
+
+    Args:
+      pieces: as the attribute; ids beyond them stand for no text.
+      content: as the attribute.
+      vocab: the ids (None: the special ones come after the pieces).
+    """
+    self.vocab = vocab or Vocabulary.after_text(len(pieces))
+    self.pieces = pieces + (b"",) * (self.vocab.size - len(pieces))
     self.content = content
-    self.vocab = Vocabulary(len(pieces))
 
   @property
   def sha256(self) -> str:
@@ -112,8 +83,7 @@ class Tokenizer(abc.ABC):
     Bytes that are not UTF-8, which only ids that `encode` never gives in this
     order can spell, become U+FFFD.
     """
-    ids = np.asarray(ids, np.int64)
-    text = b"".join(self.pieces[i] for i in ids[ids < len(self.pieces)])
+    text = b"".join(self.pieces[i] for i in ids)
     return text.decode(errors="replace")
 
   def save(self, folder: epath.PathLike) -> None:
@@ -147,12 +117,12 @@ def planned_vocabulary(config: TokenizerConfig) -> Vocabulary:
   """
   match config.kind:
     case "byte":
-      return Vocabulary(256)
+      return Vocabulary.after_text(256)
     case "char":
-      return Vocabulary(256 + 256)
-  return (
-    _given(config.path).vocab if config.path else Vocabulary(config.vocab_size)
-  )
+      return Vocabulary.after_text(256 + 256)
+  if config.path:
+    return _given(config.path).vocab
+  return Vocabulary.after_text(config.vocab_size)
 
 
 def is_saved_in(folder: epath.PathLike) -> bool:

@@ -246,7 +246,7 @@ def _masked_ce(
     tokens,
     corrupted.masked,
     capacity,
-    denoiser.num_real,
+    denoiser.vocab,
   )
   count = jnp.maximum(corrupted.masked.sum(axis=1).astype(losses.dtype), 1)
   of = segments[:, :, None] == jnp.arange(1, num_texts + 1)[None, None]

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.sharding import RULES, vocab_ids
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model import attention, embedding, kernels, layers
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import FULL, Context, starts, visible
@@ -182,10 +183,8 @@ class Block(nnx.Module):
 class Network(nnx.Module):
   """All parameters of the denoiser, and its forward pass."""
 
-  def __init__(
-    self, config: ModelConfig, vocab_size: int, num_real: int, rngs: nnx.Rngs
-  ):
-    self.config, self.num_real = config, num_real
+  def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
+    self.config = config
     width = config.embed_dim
     table = (vocab_size, width)
     self.embedding = layers.normal(
@@ -262,13 +261,11 @@ class Denoiser:
 
   Attributes:
     config: the architecture.
-    vocab_size: rows of the embedding, special ids and padding included.
-    num_real: ids below it can be predicted; all others get a logit of -inf.
+    vocab: the ids; those that can't be predicted get a logit of -inf.
   """
 
   config: ModelConfig
-  vocab_size: int
-  num_real: int
+  vocab: Vocabulary
 
   def attention(self, length: int) -> kernels.Choice:
     """Returns what computes attention here, in rows of `length` tokens."""
@@ -303,7 +300,7 @@ class Denoiser:
   def logits(
     self, params: Params, hidden: Float[Array, "N D"]
   ) -> Float[Array, "N V"]:
-    """Returns float32 logits of any hidden states; -inf at unreal ids.
+    """Returns float32 logits of any hidden states; -inf at forbidden ids.
 
     Inside a `shard_map`, of the ids that this shard has of the vocabulary.
 
@@ -320,12 +317,12 @@ class Denoiser:
       preferred_element_type=jnp.float32,
       out_sharding=RULES.spec("batch", "vocab"),
     )
-    real = vocab_ids(logits.shape[-1]) < self.num_real
-    return jnp.where(real[None], logits, -jnp.inf)
+    possible = self.vocab.is_predictable(vocab_ids(logits.shape[-1]))
+    return jnp.where(possible[None], logits, -jnp.inf)
 
   def _build(self, key: Key[Array, ""]) -> Network:
     rngs = nnx.Rngs(key)
-    return Network(self.config, self.vocab_size, self.num_real, rngs)
+    return Network(self.config, self.vocab.size, rngs)
 
   def _bind(self, params: Params) -> Network:
     abstract = nnx.eval_shape(lambda: self._build(jax.random.key(0)))

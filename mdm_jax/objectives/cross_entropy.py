@@ -25,6 +25,7 @@ from mdm_jax.core.sharding import (
   sum_over_shards,
   vocab_ids,
 )
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.objectives.config import ObjectiveConfig
 
 # Parameters of the vocabulary projection and hidden states, to logits.
@@ -64,13 +65,13 @@ def row_weights(
 def cross_entropy(
   logits: Float[Array, "N V"],
   targets: Int[Array, "N"],
-  num_real: int,
+  vocab: Vocabulary,
   label_smoothing: float = 0.0,
 ) -> Float[Array, "N"]:
   """Returns -log p(target), in float32, against a smoothed target if asked.
 
-  The smoothed target is (1 - s) at the token and s / num_real at each of the
-  ids below `num_real`: never at MASK or PAD, whose logits are -inf.
+  The smoothed target is (1 - s) at the token and s / n at each of the n ids
+  that can be predicted: never at the others, whose logits are -inf.
 
   Inside a `shard_map` every tensor shard has the logits of its own ids.
   """
@@ -84,7 +85,8 @@ def cross_entropy(
   target = total(jnp.where(ids == targets[:, None], logits, 0.0).sum(axis=-1))
   if label_smoothing == 0:
     return log_z - target
-  mean = total(jnp.where(ids < num_real, logits, 0.0).sum(axis=-1)) / num_real
+  possible = jnp.where(vocab.is_predictable(ids), logits, 0.0)
+  mean = total(possible.sum(axis=-1)) / vocab.predictable
   return log_z - (1 - label_smoothing) * target - label_smoothing * mean
 
 
@@ -105,7 +107,7 @@ def masked_cross_entropy(
   x0: Int[Array, "B L"],
   masked: Bool[Array, "B L"],
   capacity: int,
-  num_real: int,
+  vocab: Vocabulary,
   label_smoothing: float = 0.0,
 ) -> Float[Array, "B L"]:
   """Returns the cross-entropy at masked positions, and zeros elsewhere.
@@ -118,11 +120,11 @@ def masked_cross_entropy(
     masked: where the loss is.
     capacity: masked tokens a data shard has at most; a batch with more is a
       bug, and gives NaN rather than a wrong number.
-    num_real: ids that can be targets.
+    vocab: which ids can be targets.
     label_smoothing: see `cross_entropy`.
   """
-  losses = _losses(head, num_real, label_smoothing)
-  chunks = num_chunks(capacity, hidden.shape[-1], num_real)
+  losses = _losses(head, vocab, label_smoothing)
+  chunks = num_chunks(capacity, hidden.shape[-1], vocab)
   states, targets, _, slot = _pack_shards(hidden, x0, masked, capacity, chunks)
 
   def by_chunk(params, *parts):
@@ -141,7 +143,7 @@ def masked_loss(
   masked: Bool[Array, "B L"],
   weight: Float[Array, "B"],
   capacity: int,
-  num_real: int,
+  vocab: Vocabulary,
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
   """Returns the sum of weight * cross-entropy, and `masked_cross_entropy`.
@@ -153,8 +155,8 @@ def masked_loss(
     head: as in `masked_cross_entropy`, and so are all others.
     weight: of every masked token of a row.
   """
-  losses = _losses(head, num_real, label_smoothing)
-  chunks = num_chunks(capacity, hidden.shape[-1], num_real)
+  losses = _losses(head, vocab, label_smoothing)
+  chunks = num_chunks(capacity, hidden.shape[-1], vocab)
   states, targets, position, slot = _pack_shards(
     hidden, x0, masked, capacity, chunks
   )
@@ -170,17 +172,17 @@ def masked_loss(
   return total, _unpack_shards(packed, masked, slot)
 
 
-def _losses(head: Head, num_real: int, label_smoothing: float) -> _Losses:
+def _losses(head: Head, vocab: Vocabulary, label_smoothing: float) -> _Losses:
   def losses(params, states, targets):
     logits = head(params, states)
-    return cross_entropy(logits, targets, num_real, label_smoothing)
+    return cross_entropy(logits, targets, vocab, label_smoothing)
 
   return losses
 
 
-def num_chunks(capacity: int, width: int, num_real: int) -> int:
+def num_chunks(capacity: int, width: int, vocab: Vocabulary) -> int:
   """Returns how many chunks the buffer goes through the vocabulary in."""
-  rows = max(_ROWS_OF_WIDTH * width, _SMALL // num_real)
+  rows = max(_ROWS_OF_WIDTH * width, _SMALL // vocab.predictable)
   return -(-capacity // rows)
 
 

@@ -208,7 +208,7 @@ def _head_bytes(run: Blueprint, stage: StagePlan, mesh: AbstractMesh) -> int:
     microbatches=config.optimizer.accumulation,
   )
   width = config.model.embed_dim
-  chunks = cross_entropy.num_chunks(capacity, width, run.vocab.num_real)
+  chunks = cross_entropy.num_chunks(capacity, width, run.vocab)
   rows = -(-capacity // chunks)
   ids = run.vocab.size // mesh.shape[RULES.vocab]
   table = ids * width * (compute_dtype(config.model).itemsize + _FLOAT32)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mdm_jax.core.sharding import RULES
-from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.context import Context, row_context
 from mdm_jax.sampling.config import SampleConfig
 
@@ -111,7 +111,7 @@ class Call:
       guided = without + (1 + self._guidance) * (logits - without)
       logits = jnp.where(jnp.isfinite(logits), guided, logits)
     may_end = _pick(self._may_end, where)
-    is_end = jnp.arange(logits.shape[-1])[None, None] == self._vocab.eos
+    is_end = self._vocab.is_end(jnp.arange(logits.shape[-1])[None, None])
     return jnp.where(is_end & ~may_end[..., None], -jnp.inf, logits)
 
   def _project(self, hidden, where) -> Float[Array, "B N V"]:

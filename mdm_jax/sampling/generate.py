@@ -18,7 +18,8 @@ from mdm_jax.core.sharding import (
   padded_rows,
   put,
 )
-from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
+from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampling import room, schedule, template, tokens
@@ -249,5 +250,5 @@ def effective(config: SampleConfig) -> dict[str, Any]:
 
 def _until_end(row: Int[np.ndarray, "L"], vocab: Vocabulary):
   """Cuts a text at its first end-of-text token, or at its padding."""
-  ends = np.flatnonzero((row == vocab.eos) | (row == vocab.pad))
+  ends = np.flatnonzero(vocab.is_end(row) | (row == vocab.pad))
   return row[: ends[0]] if len(ends) else row

@@ -103,7 +103,7 @@ class LiveView:
   ) -> Text:
     # A piece of a word begins with its space, so a line may break there.
     words = self._tokenizer.kind == "sentencepiece"
-    drawn, end = Text(), self._tokenizer.vocab.eos
+    drawn, vocab = Text(), self._tokenizer.vocab
     for text, old, i in zip(
       spell(now.tolist(), self._tokenizer), before, now, strict=True
     ):
@@ -111,6 +111,6 @@ class LiveView:
         drawn.append(" \u2591\u2591\u2591" if words else "\u2591", "dim")
       else:
         drawn.append(visible(text), _NEW if i != old else "")
-      if i == end:
+      if vocab.is_end(i):
         break
     return drawn

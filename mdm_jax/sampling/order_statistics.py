@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.sampling.generate import Samples
 
 MEANING = {

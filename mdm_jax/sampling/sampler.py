@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.sharding import RULES
-from mdm_jax.data.tokenizer import Vocabulary
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.sampling import order, remasking, schedule, tokens
 from mdm_jax.sampling.call import Call, Canvas, Predictor, padded
 from mdm_jax.sampling.config import SampleConfig
@@ -124,7 +124,7 @@ def make_sampler(
       state = jax.lax.cond(busy, advance, lambda _, s: s, i, state)
       return state, path.at[i + 1].set(state.x)
 
-    canvas = padded(canvas, vocab.pad)
+    canvas = padded(canvas, vocab.need("pad"))
     state = steps.start(canvas)
     see(jnp.int32(0), state.x)
     path = jnp.broadcast_to(state.x, (config.num_steps + 1, *state.x.shape))
@@ -155,7 +155,7 @@ class _Steps:
     nothing = jnp.zeros_like(canvas.tokens, jnp.float32)
     count = jnp.zeros_like(canvas.lengths)
     return _State(
-      x=jnp.where(canvas.free, self.vocab.mask, canvas.tokens),
+      x=jnp.where(canvas.free, self.vocab.need("mask"), canvas.tokens),
       masked=canvas.free,
       end=canvas.lengths,
       step=none,
@@ -331,7 +331,7 @@ class _Steps:
   def _cut(self, s: _State, i: Int[Array, ""]) -> _State:
     """Ends rows behind an end-of-text token that this step has drawn."""
     positions = jnp.arange(s.x.shape[1])[None]
-    ends = (s.x == self.vocab.eos) & (s.step == i)
+    ends = self.vocab.is_end(s.x) & (s.step == i)
     end = jnp.where(ends, positions + 1, s.x.shape[1]).min(axis=1)
     end = jnp.minimum(s.end, end)
     behind = positions >= end[:, None]
@@ -355,7 +355,7 @@ class _Steps:
   ) -> _State:
     """Masks some tokens again: no given one, none of this step, no end."""
     old = (s.step >= 0) & (s.step < i) & ~s.masked
-    eligible = old & canvas.free & (s.x != self.vocab.eos)
+    eligible = old & canvas.free & ~self.vocab.is_end(s.x)
     chosen = remasking.chosen(
       self.config.remasking, keys, eligible, s.confidence, number
     )

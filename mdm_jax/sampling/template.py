@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from mdm_jax.core.errors import UserError
-from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
+from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.sampling.call import Canvas
 
 _START = re.compile(r"(\\*)\[MASK")
@@ -132,17 +133,18 @@ def canvas(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Canvas:
   Raises:
     PromptError: as `parse` and `fit`, naming the text if there are several.
   """
-  rows = []
+  rows, lengths = [], []
   for number, text in enumerate(texts, start=1):
     try:
-      rows.append(fit(parse(text, tokenizer), length, tokenizer.vocab))
+      found = parse(text, tokenizer)
+      rows.append(fit(found, length, tokenizer.vocab))
+      lengths.append(length if found.grows else len(found.tokens))
     except UserError as error:
       raise PromptError(number, len(texts), str(error)) from None
   tokens = np.array([row.tokens for row in rows], np.int32)
   free = np.array([row.free for row in rows], bool)
   tokens, free = tokens.reshape(-1, length), free.reshape(-1, length)
-  lengths = (tokens != tokenizer.vocab.pad).sum(axis=1, dtype=np.int32)
-  return Canvas(tokens, free, lengths)
+  return Canvas(tokens, free, np.array(lengths, np.int32))
 
 
 def escape(text: str) -> str:

@@ -21,7 +21,8 @@ from etils import epath
 
 from mdm_jax.core import files, strict_json
 from mdm_jax.core.errors import StorageError, UserError
-from mdm_jax.data.tokenizer import Tokenizer, Vocabulary
+from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.sampling.generate import Samples
 from mdm_jax.sampling.order_statistics import (
   MEANING,
@@ -133,13 +134,13 @@ def spell(ids: Sequence[int], tokenizer: Tokenizer) -> list[str | None]:
   U+FFFD.
   """
   vocab = tokenizer.vocab
-  named = {vocab.eos: _END, vocab.separator: _SEPARATOR}
+  named = {vocab.end: _END, vocab.separator: _SEPARATOR}
   named |= {vocab.pad: "", vocab.mask: None}
   decoder = codecs.getincrementaldecoder("utf-8")("replace")
   found: list[str | None] = []
   for i in ids:
-    if i < vocab.num_text:
-      found.append(decoder.decode(tokenizer.pieces[i]))
+    if piece := tokenizer.pieces[i]:
+      found.append(decoder.decode(piece))
       continue
     _finish(decoder, found)
     found.append(named.get(i, _UNUSED))
@@ -276,7 +277,7 @@ def _token(
     before = now
   names = ["token"]
   names += ["given"] if ids[0] not in unreal else []
-  names += ["special"] if ids[-1] in (vocab.eos, vocab.separator) else []
+  names += ["special"] if ids[-1] in (vocab.end, vocab.separator) else []
   written = json.dumps(changes, ensure_ascii=False, separators=(",", ":"))
   data = {"class_": " ".join(names), "data_changes": written}
   if samples.step[row, place] >= 0:

@@ -107,7 +107,7 @@ def make_pass(
       task.corrupted.masked,
       task.weight,
       capacity,
-      denoiser.num_real,
+      denoiser.vocab,
       config.objective.label_smoothing,
     )
     return loss, by_position.sum(axis=1)

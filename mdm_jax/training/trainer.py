@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Int
 from mdm_jax.config import Config
 from mdm_jax.core import rng
 from mdm_jax.core.errors import NumericsError
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import batches
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
-from mdm_jax.data.tokenizer import Vocabulary
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.model.placement import check_vocabulary
 from mdm_jax.training.curriculum import StagePlan, make_curriculum
@@ -57,7 +57,7 @@ class Blueprint:
       rows: that every stage draws from.
     """
     self.config, self.vocab = config, vocab
-    self.denoiser = Denoiser(config.model, vocab.size, vocab.num_real)
+    self.denoiser = Denoiser(config.model, vocab)
     self.curriculum = make_curriculum(config, rows)
     self.schedule = learning_rate_schedule(config.optimizer, self.curriculum)
     self.optimizer: optax.GradientTransformationExtraArgs = make_optimizer(
