@@ -101,6 +101,7 @@ def get_config(arg: str = ""):
     min_lr_ratio=0.05,
     weight_decay=0.01,
     clip_norm=1.0,
+    b2=0.95,
     accumulation=2,
   )
   config.sample.update(

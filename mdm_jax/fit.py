@@ -80,8 +80,8 @@ def describe(run: Blueprint, mesh: AbstractMesh, found: Footprint) -> list[str]:
     f" {_rows_a_shard(rows, mesh)}, microbatches an update"
     f" {config.optimizer.accumulation}",
     "",
-    f"{count:,} parameters; their average, both moments and the gradient lie"
-    " as they do:",
+    f"{count:,} parameters; their average, the optimizer's moments and the"
+    " gradient lie as they do:",
     *map(_line, found.params),
     "",
     "kept from the blocks' forward pass for the backward pass, all layers:",

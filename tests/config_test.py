@@ -23,6 +23,8 @@ OPTIONAL = {
   "data.max_documents": 7,
   "model.num_kv_heads": 4,
   "model.mlp_dim": 128,
+  "optimizer.b2": 0.99,
+  "optimizer.momentum": 0.9,
   "train.keep_every": 1000,
   "train.restore_step": 40,
   "train.recheck_every": 100,

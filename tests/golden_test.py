@@ -19,6 +19,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from absl import flags
 from command_harness import call, check_mistake, environment
@@ -91,7 +92,8 @@ def test_average_and_moments_lie_as_the_parameters_do(name):
     for layout in layouts(tree, mesh)
   ]
   expected = split(state.params)
-  for tree in (state.ema_params, state.opt_state.mu, state.opt_state.nu):
+  moments = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))
+  for tree in (state.ema_params, *moments):
     assert split(tree) == expected
   matrices = [p for p in layouts(state.params, mesh) if "norm" not in p.name]
   assert matrices and all(np.prod(p.shards) == 256 for p in matrices)

@@ -155,7 +155,7 @@ def test_it_says_where_the_state_is_not_finite(mesh, tmp_path):
   assert report["nonfinite"] == {
     "params": {"final_norm/scale": 2},
     "ema_params": {},
-    "opt_state": {"mu/final_norm/scale": 2},
+    "opt_state": {"1/mu/final_norm/scale": 2},
     "guard": {},
   }
   assert report["updates"][0]["loss"] == "nan"
@@ -163,7 +163,7 @@ def test_it_says_where_the_state_is_not_finite(mesh, tmp_path):
 
 def _spoil(path, leaf):
   name = jax.tree_util.keystr(path, simple=True, separator="/")
-  if name in ("params/final_norm/scale", "opt_state/mu/final_norm/scale"):
+  if name in ("params/final_norm/scale", "opt_state/1/mu/final_norm/scale"):
     return leaf.at[:2].set(jnp.array([jnp.nan, jnp.inf]))
   return leaf
 

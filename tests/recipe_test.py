@@ -50,7 +50,7 @@ from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import make_sampler
 from mdm_jax.training import step as step_lib
 from mdm_jax.training.curriculum import make_curriculum
-from mdm_jax.training.optimizer import warmup_updates
+from mdm_jax.training.learning_rate import warmup_updates
 from mdm_jax.training.trainer import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -224,7 +224,7 @@ class Built:
   def update(self, value: float):
     """One update with a gradient of one value: the change, and the state."""
     state = self.trainer.optimizer.init(PARAMS)
-    return self._update(gradient(value), state, PARAMS)
+    return self._update(gradient(value), state, PARAMS, step=0)
 
 
 # Six equal entries; the embedding is not decayed.

@@ -34,6 +34,7 @@ def make_parts(work: Work, against: str) -> dict[str, timing.Timed]:
   if against == "plain":
     heads["plain head"] = functools.partial(plain.losses, trainer.denoiser)
     own = plain.make_optimizer(trainer.schedule)
+    own = optax.with_extra_args_support(own)
     optimizers["plain optimizer"] = own, False
   parts = {"trunk": _trunk(work, params, inputs)}
   for name, loss in heads.items():
@@ -113,7 +114,7 @@ def _optimizer(optimizer, params: Any, with_norms: bool) -> timing.Timed:
   def update(state, grads):
     params, ema, opt_state = state
     norms = optax.tree.norm(grads) if with_norms else 0.0
-    updates, opt_state = optimizer.update(grads, opt_state, params)
+    updates, opt_state = optimizer.update(grads, opt_state, params, step=0)
     new = optax.apply_updates(params, updates)
     if with_norms:
       norms += optax.tree.norm(updates) + optax.tree.norm(new)

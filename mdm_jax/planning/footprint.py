@@ -105,7 +105,7 @@ def _of_stage(
     held={
       "parameters": size,
       "their average": sum(p.bytes for p in layouts(state.ema_params, mesh)),
-      "Adam's moments": sum(p.bytes for p in layouts(state.opt_state, mesh)),
+      "optimizer's state": sum(p.bytes for p in layouts(state.opt_state, mesh)),
     },
     passing={
       "gradients": size * min(microbatches, 2),

@@ -8,9 +8,11 @@ from mdm_jax.core.fields import COUNT, POSITIVE, SHARE, SIZE, field, fixed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW, warm-up, then one cosine cycle a stage."""
+  """An optimizer by name, warm-up, then one cosine cycle a stage."""
 
-  name: Literal["adamw"] = fixed("adamw", "the optimizer")
+  name: str = fixed(
+    "adamw", "the optimizer", registry="mdm_jax.training.optimizer:OPTIMIZERS"
+  )
   learning_rate: float = field(2e-4, "peak of the first stage", "(0, 1]")
   schedule: Literal["cosine_with_restarts"] = field(
     "cosine_with_restarts", "one cosine cycle a stage"
@@ -27,12 +29,33 @@ class OptimizerConfig:
     0.1, "decoupled; not on norms, biases and embeddings", "[0, 1000]"
   )
   clip_norm: float = field(
-    1.0, "global gradient norm, before Adam", "[1e-9, 1e9]"
+    1.0, "longest gradient; a longer one is scaled down to it", "[1e-9, 1e9]"
   )
-  b1: float = field(0.9, "decay of Adam's first moment", "[0, 0.999999]")
-  b2: float = field(0.95, "decay of Adam's second moment", "[0, 0.999999]")
-  eps: float = field(1e-8, "Adam's epsilon", "[1e-30, 1]")
+  b1: float = field(
+    0.9,
+    "decay of the first moment: adamw, lion, muon (where it uses Adam)",
+    "[0, 0.999999]",
+  )
+  b2: float | None = field(
+    None,
+    "decay of the second moment: adamw and muon (None: 0.95), of lion's"
+    " momentum (None: 0.99)",
+    "[0, 0.999999]",
+  )
+  eps: float = field(1e-8, "Adam's epsilon: adamw, muon", "[1e-30, 1]")
+  momentum: float | None = field(
+    None,
+    "decay of the averaged gradient: muon (None: 0.95), adafactor (None: it"
+    " has none)",
+    "[0, 0.999999]",
+  )
   accumulation: int = fixed(1, "microbatches an optimizer update", SIZE)
+  every: int = fixed(
+    1,
+    "updates whose mean gradient makes one step of the optimizer"
+    " (optax.MultiSteps); the others only accumulate",
+    SIZE,
+  )
   ema_decay: float = field(
     0.9999,
     "of the averaged parameters that are evaluated and sampled",

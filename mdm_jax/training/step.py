@@ -23,8 +23,8 @@ from mdm_jax.objectives import corruption, cross_entropy
 from mdm_jax.objectives.corruption import Corrupted
 from mdm_jax.objectives.noise import stage_rates
 from mdm_jax.training.curriculum import StagePlan
+from mdm_jax.training.gated import accumulated, choose
 from mdm_jax.training.guard import make_guard
-from mdm_jax.training.optimizer import choose
 from mdm_jax.training.state import TrainState
 
 # Equal bins of a row's mask rate, in (0, 1].
@@ -181,6 +181,7 @@ def make_train_step(
       "spike": spike.astype(jnp.float32),
       "mask_rate": found.masked.sum() / jnp.maximum(found.real.sum(), 1),
       "tokens": found.real.sum(),
+      **accumulated(opt_state, applied),
     }
     return new, metrics | by_mask_rate(found)
 

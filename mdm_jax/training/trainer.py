@@ -21,7 +21,8 @@ from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.model.placement import check_vocabulary
 from mdm_jax.training.curriculum import StagePlan, make_curriculum
 from mdm_jax.training.guard import make_guard
-from mdm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from mdm_jax.training.learning_rate import learning_rate_schedule
+from mdm_jax.training.optimizer import make_optimizer
 from mdm_jax.training.state import (
   TrainState,
   abstract_state,
