@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
+from clu import parameter_overview
 from rich import box
 from rich.table import Table
 
@@ -68,6 +68,7 @@ class Plan:
     corpus: its text.
     devices: kind and mesh.
     params: parameters of the denoiser.
+    parameters: their names, shapes and shardings, as a table.
     vocabulary: ids, the padding ones too.
     rows_per_update: the effective batch.
     held_out_rows: validation rows that there are.
@@ -83,6 +84,7 @@ class Plan:
   corpus: str
   devices: str
   params: int
+  parameters: str
   vocabulary: int
   rows_per_update: int
   held_out_rows: int
@@ -107,6 +109,7 @@ def plan_run(config: Config) -> dict[str, Any]:
     plan = make_plan(Trainer(config, data, mesh))
   show(plan)
   values = dataclasses.asdict(plan) | {"seconds": plan.seconds}
+  del values["parameters"]  # a table for people
   # JSON has no infinity: a crossover that never comes is null.
   never = {k: None for k, v in values["laws"].items() if v == math.inf}
   return values | {"laws": values["laws"] | never}
@@ -135,6 +138,7 @@ def make_plan(trainer: Trainer, after: int = 0) -> Plan:
     corpus=config.data.corpus,
     devices=f"{mesh.devices.flat[0].device_kind}: {sizes}",
     params=params,
+    parameters=_parameters(trainer.denoiser),
     vocabulary=data.tokenizer.vocab.size,
     rows_per_update=config.rows_per_update,
     held_out_rows=len(data.validation),
@@ -197,8 +201,19 @@ def _forecast(
 
 def num_params(denoiser: Denoiser) -> int:
   """Returns the number of parameters."""
-  shapes = jax.eval_shape(denoiser.init, jax.random.key(0))
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+  return parameter_overview.count_parameters(_shapes(denoiser))
+
+
+def _parameters(denoiser: Denoiser) -> str:
+  """Returns a table of names, shapes, sizes and shardings."""
+  # What reads only shapes: nothing is computed.
+  shapes = _shapes(denoiser)
+  kind = "sharding"
+  return parameter_overview.get_parameter_overview(shapes, include_stats=kind)
+
+
+def _shapes(denoiser: Denoiser):
+  return jax.eval_shape(denoiser.init, jax.random.key(0))
 
 
 def uncovered_rates(config: Config) -> list[str]:
@@ -224,7 +239,8 @@ def uncovered_rates(config: Config) -> list[str]:
 
 
 def show(plan: Plan) -> None:
-  """Prints the stages, the model, the data budget and the warnings."""
+  """Prints the model, the stages, the data budget and the warnings."""
+  console.print(plan.parameters, soft_wrap=True, markup=False, highlight=False)
   console.print(_stage_table(plan))
   for line in (
     *_facts(plan),

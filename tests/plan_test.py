@@ -44,6 +44,19 @@ def test_parameters_are_counted(mesh, tiny_model):
   assert plan.num_params(denoiser) == 32 * width + layers * block + width
 
 
+def test_the_table_of_parameters_has_names_shapes_and_shardings(
+  any_mesh, tiny_model
+):
+  denoiser = Denoiser(tiny_model, vocab_size=32, num_real=28)
+  table = plan._parameters(denoiser)
+  line = next(x for x in table.splitlines() if "mlp/gate" in x)
+  cells = [cell.strip() for cell in line.strip("|").split("|")]
+  shape, dtype, size, split = cells[1:]
+  assert (shape, dtype) == ("(2, 16, 64)", "float32")
+  assert size == f"{2 * 16 * 64:,}" and "fsdp" in split and "tensor" in split
+  assert f"Total: {plan.num_params(denoiser):,}" in table
+
+
 @pytest.mark.parametrize(
   "seconds, text",
   [(0.0, "0:00"), (65.9, "1:05"), (3723.0, "1:02:03"), (-1.0, "0:00")],
@@ -62,7 +75,7 @@ def test_found_A16_a_law_that_expects_less_than_guessing_knows_says_so(
   laws = scaling_laws.forecast(params, tokens, epochs)
   worst = max(laws.diffusion_loss, laws.ar_loss)
   assert laws.losses_in_reach == reach == (worst < math.log(50_257))
-  plan.show(plan.Plan("a", "b", "c", 1, 1, 1, 1, (), 8, 8, laws, (), ()))
+  plan.show(plan.Plan("a", "b", "c", 1, "", 1, 1, 1, (), 8, 8, laws, (), ()))
   told = capsys.readouterr().out
   assert ("by fitted losses diffusion" in told) == reach
   assert (f"{laws.diffusion_loss:.1f} nats for diffusion" in told) != reach
