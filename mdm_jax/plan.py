@@ -201,7 +201,7 @@ def _forecast(
 
 def num_params(denoiser: Denoiser) -> int:
   """Returns the number of parameters."""
-  return parameter_overview.count_parameters(_shapes(denoiser))
+  return int(parameter_overview.count_parameters(_shapes(denoiser)))
 
 
 def _parameters(denoiser: Denoiser) -> str:

@@ -41,13 +41,13 @@ def test_parameters_are_counted(mesh, tiny_model):
   width, layers, hidden = 16, 2, 64
   attention = 4 * width * width + 2 * (width // 2)
   block = attention + 3 * width * hidden + 2 * width
-  assert plan.num_params(denoiser) == 32 * width + layers * block + width
+  assert plan.num_params(denoiser) == 128 * width + layers * block + width
 
 
 def test_the_table_of_parameters_has_names_shapes_and_shardings(
   any_mesh, tiny_model
 ):
-  denoiser = Denoiser(tiny_model, vocab_size=32, num_real=28)
+  denoiser = Denoiser(tiny_model, Vocabulary.after_text(28))
   table = plan._parameters(denoiser)
   line = next(x for x in table.splitlines() if "mlp/gate" in x)
   cells = [cell.strip() for cell in line.strip("|").split("|")]
