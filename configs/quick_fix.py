@@ -36,6 +36,7 @@ def get_config(arg: str = ""):
     weight_decay=0.1,
     clip_norm=1.0,
     accumulation=1,
+    b2=0.95,
   )
   config.sample.update(
     num_steps=20,
