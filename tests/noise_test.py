@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdm_jax.config import Config
 from mdm_jax.data.config import StageConfig
 from mdm_jax.objectives import noise
 from mdm_jax.objectives.config import NoiseConfig
@@ -85,3 +86,14 @@ def test_stage_rates_reads_the_config():
   assert free == noise.ScheduledRates(noise.Cosine())
   poly = NoiseConfig(schedule="polynomial", exponent=3.0)
   assert noise.make_schedule(poly) == noise.Polynomial(3.0)
+
+
+def test_a_schedule_of_a_users_own_is_found_by_its_name():
+  @noise.SCHEDULES.register("steep")
+  def steep(config):
+    return noise.Polynomial(2 * config.exponent)
+
+  config = NoiseConfig(schedule="steep", exponent=3.0)
+  rates = noise.stage_rates(StageConfig(), config)
+  assert rates == noise.ScheduledRates(noise.Polynomial(6.0))
+  assert Config(noise=config).noise.schedule == "steep"

@@ -19,7 +19,20 @@ from mdm_jax.core.sharding import batch_sharding
 from mdm_jax.sampling import order, schedule
 from mdm_jax.sampling.schedule import Pace
 
-ORDERS = "random", "spread", "left_to_right", "confidence", "margin", "entropy"
+
+@order.ORDERS.register("outward")
+@order.Known
+def outward(key, step, length):
+  return -jnp.abs(jnp.linspace(-1, 1, length))
+
+
+@order.ORDERS.register("dullest")
+@order.Asking
+def dullest(logits):
+  return -logits.max(axis=-1)
+
+
+ORDERS = tuple(order.ORDERS)  # a user's own ones are no different
 FIVE, FOUR, ENDING = Joint(length=5), Joint(length=4), Joint((0, 1, EOS), 4)
 
 
@@ -36,7 +49,7 @@ def check_exact(joints, log_q):
 
 @pytest.mark.parametrize(
   "order, block_length",
-  [*((order, None) for order in ORDERS), ("random", 2), ("confidence", 2)],
+  [*((name, None) for name in ORDERS), ("random", 2), ("confidence", 2)],
 )
 def test_one_token_a_step_is_exact_in_any_order(mesh, order, block_length):
   joints = harness.many_joints(FIVE)
@@ -520,7 +533,7 @@ def entropy(p):
 def priorities_of(config, rows):
   """Priorities by the rows' keys; where the order asks, of equal positions."""
   keys = harness.order_keys(rows)
-  name = "spread" if config.order in order.ASKING else config.order
+  name = "spread" if order.asks(config.order) else config.order
   each = [
     order.priority(name, keys, jnp.int32(i), 12)
     for i in range(config.num_steps)

@@ -97,11 +97,15 @@ def resolve(path: str) -> Registry[Any]:
 
 def _same(one: Any, other: Any) -> bool:
   """Whether two pieces are one, or one definition that was run twice."""
-  defined = hasattr(one, "__qualname__") and hasattr(other, "__qualname__")
-  return one == other or (defined and _origin(one) == _origin(other))
+  named = all(
+    hasattr(p, "__qualname__") or hasattr(p, "__wrapped__")
+    for p in (one, other)
+  )
+  return one == other or (named and _origin(one) == _origin(other))
 
 
 def _origin(piece: Any) -> str:
-  """Returns where a piece, or its class, was defined."""
+  """Returns where a piece, what it wraps, or its class was defined."""
+  piece = getattr(piece, "__wrapped__", piece)
   named = piece if hasattr(piece, "__qualname__") else type(piece)
   return f"{named.__module__}.{named.__qualname__}"

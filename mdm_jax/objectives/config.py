@@ -10,8 +10,10 @@ from mdm_jax.core.fields import field, fixed
 class NoiseConfig:
   """The noise schedule alpha(t), used where rates come from t ~ U(0, 1)."""
 
-  schedule: Literal["linear", "cosine", "polynomial"] = fixed(
-    "linear", "shape of alpha(t), from 1 at t=0 to 0 at t=1"
+  schedule: str = fixed(
+    "linear",
+    "shape of alpha(t), from 1 at t=0 to 0 at t=1",
+    registry="mdm_jax.objectives.noise:SCHEDULES",
   )
   exponent: float = fixed(
     2.0, "of the polynomial schedule 1 - t**exponent", "[0.01, 100]"

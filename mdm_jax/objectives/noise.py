@@ -12,11 +12,13 @@ how densely it draws each rate: see `RateDistribution`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mdm_jax.core.registry import Registry
 from mdm_jax.data.config import StageConfig
 from mdm_jax.objectives.config import NoiseConfig
 
@@ -66,15 +68,18 @@ class Polynomial:
     return -self.exponent * t ** (self.exponent - 1)
 
 
+# Each makes a schedule from its settings.
+SCHEDULES: Registry[Callable[[NoiseConfig], NoiseSchedule]] = Registry(
+  "noise schedule", "noise.schedule"
+)
+SCHEDULES.register("linear", lambda config: Linear())
+SCHEDULES.register("cosine", lambda config: Cosine())
+SCHEDULES.register("polynomial", lambda config: Polynomial(config.exponent))
+
+
 def make_schedule(config: NoiseConfig) -> NoiseSchedule:
   """Returns the configured schedule."""
-  match config.schedule:
-    case "linear":
-      return Linear()
-    case "cosine":
-      return Cosine()
-    case "polynomial":
-      return Polynomial(config.exponent)
+  return SCHEDULES[config.schedule](config)
 
 
 def loss_weight(

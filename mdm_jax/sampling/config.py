@@ -1,15 +1,8 @@
 """How text is drawn."""
 
 import dataclasses
-from typing import Literal
 
 from mdm_jax.core.fields import POSITIVE, SHARE, SIZE, field
-
-Order = Literal[
-  "random", "spread", "left_to_right", "confidence", "margin", "entropy"
-]
-Schedule = Literal["linear", "cosine", "optimal"]
-Remasking = Literal["none", "cap", "rescale", "conf", "loop"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,16 +16,21 @@ class SampleConfig:
   num_steps: int = field(
     20, "steps, one denoiser call each, at most", "[1, 65536]"
   )
-  order: Order = field("spread", "which masked tokens are revealed first")
+  order: str = field(
+    "spread",
+    "which masked tokens are revealed first",
+    registry="mdm_jax.sampling.order:ORDERS",
+  )
   block_length: int | None = field(
     None,
     "tokens of a block; each is finished before the next (None: one)",
     SIZE,
   )
-  schedule: Schedule = field(
+  schedule: str = field(
     "linear",
     "tokens a step; optimal: the least divergence by the last evaluation's"
     " loss at every mask rate",
+    registry="mdm_jax.sampling.schedule:SCHEDULES",
   )
   entropy_bound: float | None = field(
     None,
@@ -44,7 +42,11 @@ class SampleConfig:
     "reveal every token whose likeliest candidate has a probability above",
     SHARE,
   )
-  remasking: Remasking = field("none", "which revealed tokens are put back")
+  remasking: str = field(
+    "none",
+    "which revealed tokens are put back",
+    registry="mdm_jax.sampling.remasking:WAYS",
+  )
   remasking_rate: float = field(
     0.05,
     "share of the revealed tokens that a step puts back, at most",

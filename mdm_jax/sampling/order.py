@@ -4,43 +4,79 @@
 ask it, at every step, how sure it is of a position; they look at its
 distribution and never at a token drawn from it, so that one token a step is an
 exact sample under any of them (Hayakawa et al. 2025, arXiv 2510.04525).
+
+An order of your own is a function, registered under a name:
+
+  @ORDERS.register("outward")
+  @Known
+  def outward(key, step, length):
+    return -jnp.abs(jnp.linspace(-1, 1, length))
 """
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mdm_jax.core.registry import Registry
 from mdm_jax.sampling import tokens
-from mdm_jax.sampling.config import Order
 
 _STEPS = 4096.0  # of a probability, or of a nat
 
-ASKING: tuple[Order, ...] = ("confidence", "margin", "entropy")
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """An order that needs no denoiser.
+
+  Attributes:
+    __wrapped__: (the row's key, step, length) -> priorities [length] of a row,
+      float32. A row's key is the same at every step.
+  """
+
+  __wrapped__: Callable[
+    [Key[Array, ""], Int[Array, ""], int], Float[Array, "L"]
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+  """An order by how sure the denoiser is of each position.
+
+  Attributes:
+    __wrapped__: logits [..., V] -> scores [...], float32, higher is surer.
+  """
+
+  __wrapped__: Callable[[Float[Array, "*N V"]], Float[Array, "*N"]]
+
+
+ORDERS: Registry[Known | Asking] = Registry("sampling order", "sample.order")
+
+
+def asks(order: str) -> bool:
+  """Returns whether an order asks the denoiser.
+
+  Raises:
+    UserError: there is no such order.
+  """
+  return isinstance(ORDERS[order], Asking)
 
 
 def priority(
-  order: Order,
+  order: str,
   row_keys: Key[Array, "B"],
   step: Int[Array, ""],
   length: int,
 ) -> Float[Array, "B {length}"]:
-  """Returns the priority of every position under an order that asks nothing.
+  """Returns the priority of every position under an order that asks nothing."""
+  of_row = ORDERS[order].__wrapped__
+  return jax.vmap(lambda key: of_row(key, step, length))(row_keys)
 
-  Random is drawn anew at every step, as a token that was put back has to be
-  drawn for again.
-  """
-  match order:
-    case "random":
-      draw = lambda key: jax.random.uniform(
-        jax.random.fold_in(key, step), length
-      )
-      return jax.vmap(draw)(row_keys)
-    case "spread":
-      return -jax.vmap(lambda key: _spread(key, length))(row_keys)
-    case "left_to_right":
-      position = jnp.arange(length, dtype=jnp.float32)
-      return jax.vmap(lambda _: -position)(row_keys)
-  raise ValueError(f"{order} asks the denoiser")
+
+def score(order: str, logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
+  """Returns how sure the denoiser is of each position, by an asking order."""
+  return ORDERS[order].__wrapped__(logits)
 
 
 def rounded(scores: Float[Array, "*N"]) -> Float[Array, "*N"]:
@@ -50,24 +86,6 @@ def rounded(scores: Float[Array, "*N"]) -> Float[Array, "*N"]:
   depend on the size of the batch and on the mesh.
   """
   return jnp.round(scores * _STEPS) / _STEPS
-
-
-def score(order: Order, logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-  """Returns how sure the denoiser is of each position.
-
-  confidence: the largest probability (Chang et al. 2022, arXiv 2202.04200).
-  margin: its lead over the second (Kim et al. 2025, arXiv 2502.06768).
-  entropy: minus the entropy, in nats.
-  """
-  match order:
-    case "confidence":
-      return tokens.top_two(logits)[0]
-    case "margin":
-      first, second = tokens.top_two(logits)
-      return first - second
-    case "entropy":
-      return -tokens.entropy(logits)
-  raise ValueError(f"{order} does not ask the denoiser")
 
 
 def rank(
@@ -84,8 +102,24 @@ def rank(
   return jax.vmap(row)(masked, first, then)
 
 
-def _spread(key: Key[Array, ""], length: int) -> Float[Array, "{length}"]:
-  """Ranks that keep any first few positions far apart: bit reversal, shifted.
+# MARK: orders that need no denoiser
+
+
+@ORDERS.register("random")
+@Known
+def _random(
+  key: Key[Array, ""], step: Int[Array, ""], length: int
+) -> Float[Array, "{length}"]:
+  """Drawn anew at every step, as a token that was put back needs a new draw."""
+  return jax.random.uniform(jax.random.fold_in(key, step), length)
+
+
+@ORDERS.register("spread")
+@Known
+def _spread(
+  key: Key[Array, ""], step: Int[Array, ""], length: int
+) -> Float[Array, "{length}"]:
+  """Keeps any first few positions far apart: bit reversal, shifted.
 
   Source: van der Corput; for decoding, Luxembourg et al. 2025, arXiv 2506.19037
   (dilated unmasking).
@@ -94,4 +128,37 @@ def _spread(key: Key[Array, ""], length: int) -> Float[Array, "{length}"]:
   shift = jax.random.randint(key, (), 0, 2**bits)
   at = (jnp.arange(length) + shift) % 2**bits
   reverse = sum(((at >> n) & 1) << (bits - 1 - n) for n in range(bits))
-  return reverse.astype(jnp.float32)
+  return -reverse.astype(jnp.float32)
+
+
+@ORDERS.register("left_to_right")
+@Known
+def _left_to_right(
+  key: Key[Array, ""], step: Int[Array, ""], length: int
+) -> Float[Array, "{length}"]:
+  return -jnp.arange(length, dtype=jnp.float32)
+
+
+# MARK: orders that ask the denoiser
+
+
+@ORDERS.register("confidence")
+@Asking
+def _confidence(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
+  """The largest probability (Chang et al. 2022, arXiv 2202.04200)."""
+  return tokens.top_two(logits)[0]
+
+
+@ORDERS.register("margin")
+@Asking
+def _margin(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
+  """Its lead over the second (Kim et al. 2025, arXiv 2502.06768)."""
+  first, second = tokens.top_two(logits)
+  return first - second
+
+
+@ORDERS.register("entropy")
+@Asking
+def _entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
+  """Minus the entropy, in nats."""
+  return -tokens.entropy(logits)

@@ -17,15 +17,57 @@ too. What `conf` puts back depends on what was drawn: likely tokens become more
 frequent, however many a step draws.
 """
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int, Int32, Key
 
-from mdm_jax.sampling.config import Remasking
+from mdm_jax.core.registry import Registry
 
 # The paper's loop: up to a share, rest there, and reveal what is left.
 _LOOP_SHARE, _LOOP_FROM, _LOOP_UNTIL = 0.9, 0.45, 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+  """How many tokens go back, and which.
+
+  Attributes:
+    share: (rate, tokens before a step, after it, at most) -> how many go back
+      on average. Counts are arrays [steps, free tokens of a row].
+    unlikely_first: tokens that were unlikely when drawn go back rather.
+    rests: the schedule rests for half of the steps.
+  """
+
+  share: Callable[[float, Any, Any, Any], Any]
+  unlikely_first: bool = False
+  rests: bool = False
+
+
+WAYS: Registry[Way] = Registry("way of remasking", "sample.remasking")
+
+
+def _capped(rate: float, before: Any, after: Any, most: Any) -> Any:
+  return np.minimum(rate * before, most)
+
+
+WAYS.register("none", Way(lambda rate, before, after, most: 0 * most))
+WAYS.register("cap", Way(_capped))
+WAYS.register("rescale", Way(lambda rate, before, after, most: rate * most))
+WAYS.register("conf", Way(_capped, unlikely_first=True))
+WAYS.register(
+  "loop",
+  Way(
+    lambda rate, before, after, most: np.where(
+      before == after, np.minimum(rate * before, most), 0
+    ),
+    rests=True,
+  ),
+)
 
 
 def rest(shares: Float64[np.ndarray, "S"]) -> Float64[np.ndarray, "S"]:
@@ -37,33 +79,25 @@ def rest(shares: Float64[np.ndarray, "S"]) -> Float64[np.ndarray, "S"]:
 
 
 def counts(
-  remasking: Remasking, rate: float, table: Int32[np.ndarray, "S N"]
+  remasking: str, rate: float, table: Int32[np.ndarray, "S N"]
 ) -> Int32[np.ndarray, "S-1 N"]:
   """Returns how many of n tokens each step of a schedule puts back.
 
   Args:
-    remasking: the way.
+    remasking: the way, by its name.
     rate: as in the table above.
     table: of a schedule; entry [i, n] is revealed before step i.
   """
   before, after = table[:-1].astype(float), table[1:]
   most = np.minimum(before, table[-1] - after)
-  match remasking:
-    case "none":
-      share = 0 * most
-    case "rescale":
-      share = rate * most
-    case "cap" | "conf":
-      share = np.minimum(rate * before, most)
-    case "loop":
-      share = np.where(before == after, np.minimum(rate * before, most), 0)
+  share = WAYS[remasking].share(rate, before, after, most)
   # Less than a token a step adds up to one in some.
   summed = np.floor(np.cumsum(share, axis=0) + 1e-9)
   return np.minimum(np.diff(summed, axis=0, prepend=0), most).astype(np.int32)
 
 
 def chosen(
-  remasking: Remasking,
+  remasking: str,
   row_keys: Key[Array, "B"],
   eligible: Bool[Array, "B L"],
   confidence: Float[Array, "B L"],
@@ -71,12 +105,12 @@ def chosen(
 ) -> Bool[Array, "B L"]:
   """Draws which `number` of the eligible tokens are put back.
 
-  All alike, or under `conf` with weights exp(-confidence), one after the other
-  (the paper's softmax).
+  All alike, or where unlikely ones go first with weights exp(-confidence), one
+  after the other (the paper's softmax).
   """
   draw = lambda key: jax.random.gumbel(key, eligible.shape[1:])
   score = jax.vmap(draw)(row_keys)
-  if remasking == "conf":
+  if WAYS[remasking].unlikely_first:
     score = score - confidence
   score = jnp.where(eligible, score, -jnp.inf)
   place = jnp.argsort(jnp.argsort(-score, axis=1), axis=1)

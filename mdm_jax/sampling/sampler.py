@@ -223,10 +223,10 @@ class _Steps:
     config, length = self.config, s.x.shape[1]
     size = config.block_length or length
     block = jnp.arange(length) // size
-    if config.order in order.ASKING or self._has_budget():
+    if order.asks(config.order) or self._has_budget():
       scores = self._scores(call, size, s)
     keys = _fold(row_keys, _ORDER)
-    if config.order in order.ASKING:
+    if order.asks(config.order):
       first = order.rounded(scores[config.order])
       then = order.priority("spread", keys, i, length)
     else:
@@ -255,7 +255,7 @@ class _Steps:
     self, call: Call, block_length: int, s: _State
   ) -> dict[str, Float[Array, "B L"]]:
     """Asks how sure the denoiser is of the next positions, left to right."""
-    names = {self.config.order} & set(order.ASKING)
+    names = {self.config.order} if order.asks(self.config.order) else set()
     if self._has_budget():
       names |= {"entropy" if self.config.threshold is None else "confidence"}
     nothing = jnp.zeros_like(s.confidence)

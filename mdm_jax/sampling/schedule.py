@@ -21,6 +21,7 @@ from it by dynamic programming.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,17 +30,25 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int32, Int64
 
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.registry import Registry
 from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampling import remasking
 from mdm_jax.sampling.config import SampleConfig
 
+# (steps, tokens of a row, loss by masked share if it was measured) -> the share
+# of the tokens that is revealed before each step, and 1 after the last.
+Shares = Callable[[int, int, Curve | None], Float64[np.ndarray, "S"]]
+SCHEDULES: Registry[Shares] = Registry("sampling schedule", "sample.schedule")
 
-def linear(num_steps: int) -> Float64[np.ndarray, "S"]:
+
+@SCHEDULES.register("linear")
+def linear(num_steps: int, *_: Any) -> Float64[np.ndarray, "S"]:
   """Returns the share revealed before each step, the same in every step."""
   return np.arange(num_steps + 1) / num_steps
 
 
-def cosine(num_steps: int) -> Float64[np.ndarray, "S"]:
+@SCHEDULES.register("cosine")
+def cosine(num_steps: int, *_: Any) -> Float64[np.ndarray, "S"]:
   """Returns the share revealed before each step, slow at first.
 
   Source: Chang et al. 2022, arXiv 2202.04200 (MaskGIT).
@@ -136,8 +145,8 @@ def pace(
   Raises:
     UserError: the optimal schedule has no curve to follow from.
   """
-  shares = _shares(config, length, curve)
-  if config.remasking == "loop":
+  shares = SCHEDULES[config.schedule](config.num_steps, length, curve)
+  if remasking.WAYS[config.remasking].rests:
     counts = table(remasking.rest(shares), length)
   else:
     even = table(shares, length)
@@ -149,21 +158,17 @@ def pace(
   return Pace(counts, back)
 
 
-def _shares(config: SampleConfig, length: int, curve: Curve | None):
-  match config.schedule:
-    case "linear":
-      return linear(config.num_steps)
-    case "cosine":
-      return cosine(config.num_steps)
-    case "optimal":
-      if curve is None:
-        raise UserError(
-          "sample.schedule=optimal follows the curve of the loss by the masked"
-          " share of the text, and this run has none: --mode=eval"
-          " --config.sample.schedule=linear measures it, if the objective does"
-        )
-      losses = losses_by_revealed(curve, length)
-      return optimal(losses, config.num_steps)
+@SCHEDULES.register("optimal")
+def _optimal(
+  num_steps: int, length: int, curve: Curve | None
+) -> Float64[np.ndarray, "S"]:
+  if curve is None:
+    raise UserError(
+      "sample.schedule=optimal follows the curve of the loss by the masked"
+      " share of the text, and this run has none: --mode=eval"
+      " --config.sample.schedule=linear measures it, if the objective does"
+    )
+  return optimal(losses_by_revealed(curve, length), num_steps)
 
 
 def table(
