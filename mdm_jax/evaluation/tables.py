@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from mdm_jax.core.progress import console, with_error
+from mdm_jax.core.tables import for_terminal
 from mdm_jax.objectives.measured import BITS, PERPLEXITY, Measured, Value
 
 _POINTS = 6  # of a curve
@@ -25,20 +25,11 @@ def show(measured: Measured, results: Mapping[str, Any]) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _table(title: str, *columns: str) -> Table:
-  """A table of one column of words and others of numbers."""
-  table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-  table.add_column(columns[0])
-  for name in columns[1:]:
-    table.add_column(name, justify="right")
-  return table
-
-
 def _measured_table(measured: Measured, results: Mapping[str, Any]) -> Table:
   text = results["text"]
   whose = text["split"] if text["own"] else text["corpus"]
   title = f"{whose} text, update {results['checkpoint']:,}"
-  table = _table(title, "measure", "value")
+  table = for_terminal(["measure", "value"], title=title)
   for value in measured.all_values().values():
     table.add_row(value.heading, _number(value))
   for found in results["baselines"].values():
@@ -84,7 +75,7 @@ def _text_table(metrics: Mapping[str, Any]) -> Table:
   count = metrics["sampling"]["seq_rep_1"]["n"]
   title = f"{count} samples, judged by {metrics['judge']}"
   names = "samples", "samples, T = 1", "test text"
-  table = _table(title, "measure", *names)
+  table = for_terminal(["measure", *names], title=title)
   for name in metrics["sampling"]:
     found = (metrics[source][name] for source in sources)
     table.add_row(name, *(with_error(m["value"], m["stderr"]) for m in found))
@@ -92,7 +83,9 @@ def _text_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def _target_table(lines: list[Mapping[str, Any]]) -> Table:
-  table = _table("the guide's targets", "target", "measured", "text", "")
+  table = for_terminal(
+    ["target", "measured", "text", ""], title="the guide's targets"
+  )
   number = lambda x: "-" if x is None else f"{x:.3f}"
   for t in lines:
     table.add_row(

@@ -8,8 +8,6 @@ follow its colon to what that changes; the first is what the others are
 compared with.
 """
 
-import csv
-import io
 import os
 import runpy
 import shlex
@@ -18,11 +16,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from absl import flags
-from rich import box
 from rich.table import Table
 
 from mdm_jax import command_line
-from mdm_jax.core import log_lines
+from mdm_jax.core import log_lines, tables
 from mdm_jax.core.errors import Exit, Failure, StorageError, UserError, nearest
 from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console, with_error
@@ -179,13 +176,11 @@ def _tables(results: Mapping[str, list[dict]]) -> list[Table]:
 def _table(
   lines: Mapping[str, Mapping[str, Estimate]], names: Sequence[str]
 ) -> Table:
-  table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-  table.add_column("variant", no_wrap=True)
-  for name in names:
-    table.add_column(name, justify="right", no_wrap=True)
-  for variant, line in lines.items():
-    table.add_row(variant, *(_cell(line[name]) for name in names))
-  return table
+  rows = (
+    (variant, *(_cell(line[name]) for name in names))
+    for variant, line in lines.items()
+  )
+  return tables.for_terminal(["variant", *names], rows)
 
 
 def _cell(found: Estimate) -> str:
@@ -194,22 +189,19 @@ def _cell(found: Estimate) -> str:
 
 def _write(folder: str, results: Mapping[str, list[dict]]) -> None:
   """Writes ablation.csv, a line a run, and ablation.md, the comparison."""
-  file = io.StringIO()
-  writer = csv.writer(file, lineterminator="\n")
   names = _names(results)
-  writer.writerow(["variant", "seed", *names])
-  for variant, runs in results.items():
-    for seed, run in enumerate(runs):
-      found = measures(run)
-      writer.writerow([variant, seed, *(found.get(name) for name in names)])
+  rows = [
+    [variant, seed, *(found.get(name) for name in names)]
+    for variant, runs in results.items()
+    for seed, found in enumerate(map(measures, runs))
+  ]
   with open(os.path.join(folder, "ablation.csv"), "w") as out:
-    out.write(file.getvalue())
+    out.write(tables.as_csv(["variant", "seed", *names], rows))
   lines = compare(results)
   names = list(next(iter(lines.values())))
-  rows = [["variant", *names], ["---"] * (len(names) + 1)]
-  rows += [[v, *map(_cell, line.values())] for v, line in lines.items()]
+  cells = ([v, *map(_cell, line.values())] for v, line in lines.items())
   with open(os.path.join(folder, "ablation.md"), "w") as out:
-    out.write("".join(f"| {' | '.join(row)} |\n" for row in rows))
+    out.write(tables.as_markdown(["variant", *names], cells))
 
 
 def _define_flags() -> None:

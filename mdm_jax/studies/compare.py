@@ -6,16 +6,12 @@ means much without the other, nor without the calls it took: a way is better if
 the judge likes its texts more at the same entropy and the same calls.
 """
 
-import csv
 import dataclasses
-import io
 from typing import Any
-
-from rich import box
-from rich.table import Table
 
 from mdm_jax import sample
 from mdm_jax.config import Config
+from mdm_jax.core import tables
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.progress import console, with_error
 from mdm_jax.core.standard_errors import Clusters
@@ -120,8 +116,11 @@ def compare_workdir(
   name = "validation text"
   rows.append(_way(name, 0, 0.0, judge, own.texts, own.documents))
   # First: it may be that nothing can be stored.
-  console.print(_table(rows, judge.name))
-  workdir.write_ways(_as_csv(rows), _as_markdown(rows))
+  title = f"{rows[0].n} texts each, judged by {judge.name}"
+  cells = list(map(_cells, rows))
+  console.print(tables.for_terminal(_COLUMNS, cells, title))
+  table = tables.as_markdown(_COLUMNS, cells)
+  workdir.write_ways(_as_csv(rows), table)
   return [dataclasses.asdict(row) for row in rows]
 
 
@@ -162,12 +161,8 @@ def _way(
 
 
 def _as_csv(rows: list[Way]) -> str:
-  file = io.StringIO()
   names = [field.name for field in dataclasses.fields(Way)]
-  writer = csv.DictWriter(file, names, lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(dataclasses.asdict(row) for row in rows)
-  return file.getvalue()
+  return tables.as_csv(names, map(dataclasses.astuple, rows))
 
 
 def _cells(row: Way) -> tuple[str, ...]:
@@ -180,19 +175,3 @@ def _cells(row: Way) -> tuple[str, ...]:
 
 
 _COLUMNS = "way to draw", "calls", "nats a byte", "entropy, nats"
-
-
-def _as_markdown(rows: list[Way]) -> str:
-  lines = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1))]
-  lines += [_cells(row) for row in rows]
-  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _table(rows: list[Way], judge: str) -> Table:
-  title = f"{rows[0].n} texts each, judged by {judge}"
-  table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-  for i, name in enumerate(_COLUMNS):
-    table.add_column(name, justify="right" if i else "left")
-  for row in rows:
-    table.add_row(*_cells(row))
-  return table

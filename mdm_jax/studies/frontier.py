@@ -4,15 +4,13 @@ A low temperature buys likely text with monotony, so neither number means much
 without the other. Held-out text shows where both should be.
 """
 
-import csv
 import dataclasses
 import io
 from typing import Any
 
-from rich.table import Table
-
 from mdm_jax import sample
 from mdm_jax.config import Config
+from mdm_jax.core import tables
 from mdm_jax.core.progress import console, with_error
 from mdm_jax.core.standard_errors import Clusters
 from mdm_jax.data.prepared import PreparedData, training_texts
@@ -91,12 +89,8 @@ def _point(
 
 
 def _as_csv(points: list[Point]) -> str:
-  file = io.StringIO()
   names = [field.name for field in dataclasses.fields(Point)]
-  writer = csv.DictWriter(file, names, lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(dataclasses.asdict(point) for point in points)
-  return file.getvalue()
+  return tables.as_csv(names, map(dataclasses.astuple, points))
 
 
 def _as_png(points: list[Point], judge: str) -> bytes:
@@ -135,13 +129,13 @@ def _as_png(points: list[Point], judge: str) -> bytes:
 
 
 def _show(points: list[Point], judge: str) -> None:
-  table = Table(title=f"judged by {judge}")
-  for name in ("drawn", "judge, nats a byte", "unigram entropy, nats"):
-    table.add_column(name)
-  for p in points:
-    table.add_row(
+  names = "drawn", "judge, nats a byte", "unigram entropy, nats"
+  rows = (
+    (
       p.drawn,
       with_error(p.judge_nll, p.judge_nll_stderr),
       with_error(p.unigram_entropy, p.unigram_entropy_stderr),
     )
-  console.print(table)
+    for p in points
+  )
+  console.print(tables.for_terminal(names, rows, f"judged by {judge}"))

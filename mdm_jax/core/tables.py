@@ -1,0 +1,37 @@
+"""The same rows as CSV, as Markdown and as a table for a terminal."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def as_csv(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+  """Returns a line of names and one for each row; None is an empty cell."""
+  file = io.StringIO()
+  writer = csv.writer(file, lineterminator="\n")
+  writer.writerow(names)
+  writer.writerows(rows)
+  return file.getvalue()
+
+
+def as_markdown(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """Returns a table whose first column holds words, the others numbers."""
+  lines = [names, ["---", *["---:"] * (len(names) - 1)], *rows]
+  escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+  return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def for_terminal(
+  names: Sequence[str], rows: Iterable[Sequence[Any]] = (), title: str = ""
+) -> Table:
+  """Returns a table whose first column holds words, the others numbers."""
+  table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
+  for i, name in enumerate(names):
+    table.add_column(name, justify="right" if i else "left", no_wrap=not title)
+  for row in rows:
+    table.add_row(*row)
+  return table
