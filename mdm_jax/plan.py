@@ -169,7 +169,21 @@ def _notes(trainer: Trainer) -> list[str]:
       f"{rows} rows a microbatch on {data_shards(trainer.mesh)} data shards:"
       f" {padded - rows} rows of padding go along, computed and not counted"
     )
+  lines += _accumulation(trainer)
   return [*lines, determinism.promise(jax.default_backend())]
+
+
+def _accumulation(trainer: Trainer) -> list[str]:
+  """Says which updates make a step, where not every one does."""
+  every = trainer.config.optimizer.every
+  if every == 1:
+    return []
+  steps, left = divmod(trainer.curriculum.updates, every)
+  return [
+    f"optimizer.every={every}: {steps:,} steps, each by the mean gradient of"
+    f" {every} updates and with the last one's learning rate"
+    + (f"; the run's last {left} updates make none" if left else "")
+  ]
 
 
 def _forecast(

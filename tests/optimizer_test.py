@@ -9,6 +9,7 @@ from absl import logging
 from conftest import make_mesh
 
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.training.config import OptimizerConfig
@@ -214,7 +215,7 @@ MODEL = ModelConfig(num_layers=3, embed_dim=16, num_heads=4, num_kv_heads=2)
 
 def network():
   """Parameters of a small denoiser, on the current mesh."""
-  return jax.jit(Denoiser(MODEL, 32, 28).init)(jax.random.key(0))
+  return jax.jit(Denoiser(MODEL, Vocabulary(32)).init)(jax.random.key(0))
 
 
 def test_muons_stacked_weights_are_stepped_as_each_layers_matrix(
@@ -257,7 +258,7 @@ def _check_matrices():
       np.testing.assert_allclose(got, want["w"], rtol=1e-6, atol=1e-9)
 
 
-def test_muon_leaves_all_else_to_adam(mesh, stock_promotion):
+def test_muon_leaves_all_else_to_adam(mesh):
   params = network()
   muon, adamw = (
     run(make_optimizer(OptimizerConfig(name=name), lambda _: 0.1), params)[0]
@@ -280,7 +281,7 @@ def users_chain(config, schedule):
 
 
 @pytest.fixture(params=["adamw", "lion", "muon", "adafactor", "every", "users"])
-def any_config(request, monkeypatch, stock_promotion):
+def any_config(request, monkeypatch):
   """Every optimizer by name, one that accumulates, and a user's own."""
   monkeypatch.setattr(OPTIMIZERS, "_pieces", dict(OPTIMIZERS._pieces))
   OPTIMIZERS.register("users", users_chain)
@@ -360,7 +361,7 @@ def test_our_chain_gates_its_parts_and_optaxs_does_not():
 # MARK: accumulation
 
 
-def test_a_step_every_two_updates_is_one_of_their_mean(stock_promotion):
+def test_a_step_every_two_updates_is_one_of_their_mean():
   one = make_optimizer(fields(), lambda _: 0.1)
   two = make_optimizer(fields(every=2), lambda _: 0.1)
   params = random_like(PARAMS, 0)
@@ -373,7 +374,7 @@ def test_a_step_every_two_updates_is_one_of_their_mean(stock_promotion):
   assert_trees_close(got, want, rtol=1e-5, atol=1e-7)
 
 
-def test_an_update_that_is_not_applied_does_not_count(stock_promotion):
+def test_an_update_that_is_not_applied_does_not_count():
   """Two good updates make a step, whatever lies between them."""
   two = make_optimizer(fields(every=2), lambda _: 0.1)
   params = random_like(PARAMS, 0)

@@ -215,7 +215,16 @@ GUARDED = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("config", [CONFIG, GUARDED], ids=["plain", "guarded"])
+EVERY_2 = dataclasses.replace(
+  CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, every=2)
+)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [CONFIG, GUARDED, EVERY_2],
+  ids=["plain", "guarded", "accumulating"],
+)
 def test_six_updates_equal_three_a_resume_and_three(mesh, tmp_path, config):
   run = shared(config, mesh)
   whole, losses = run.train(run.init(), 0, 6)
@@ -230,6 +239,18 @@ def test_six_updates_equal_three_a_resume_and_three(mesh, tmp_path, config):
   state, second = again.train(state, 3, 6)
   assert_trees_equal(state, whole)
   assert first + second == losses
+
+
+def test_an_update_that_only_accumulates_says_so(mesh):
+  run = shared(EVERY_2, mesh)
+  _, metrics = run.train(run.init(), 0, 6)
+  assert run.step._cache_size() == 1
+  assert [m["accumulated"] for m in metrics] == [1, 0] * 3
+  assert [m["update_norm"] == 0 for m in metrics] == [True, False] * 3
+  assert not any(m["skipped"] for m in metrics)
+  plain = shared(CONFIG, mesh)
+  (metrics,) = plain.train(plain.init(), 0, 1)[1]
+  assert "accumulated" not in metrics
 
 
 @pytest.mark.parametrize("lost", ["ema_params", "opt_state", "step"])
@@ -338,6 +359,18 @@ def test_a_checkpoint_of_another_model_is_refused(mesh, tmp_path):
     with pytest.raises(
       UserError, match=r"key is float32\[2, 16, 2, 8\].*\[2, 32, 2, 16\]"
     ):
+      checkpoints.restore(0, like)
+
+
+def test_a_checkpoint_of_another_optimizer_says_what_to_do(mesh, tmp_path):
+  """As before the optimizer was a chain: moments alone, not in a tuple."""
+  run = shared(CONFIG, mesh)
+  like = run.abstract()
+  adam = optax.scale_by_adam().init(run.init().params)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(0, dataclasses.replace(run.init(), opt_state=adam), {})
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError, match="no opt_state/1/count.*init_from"):
       checkpoints.restore(0, like)
 
 

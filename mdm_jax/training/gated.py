@@ -9,6 +9,7 @@ gate    makes any other transformation so, by a choice between the state before
         and after: that needs room for both
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,17 +54,21 @@ def gate(transformation: optax.GradientTransformation) -> Gated:
   if isinstance(transformation, Gated):
     return transformation
   inner = optax.with_extra_args_support(transformation)
+  # Optax mixes dtypes, which JAX can be told to refuse.
+  promote = functools.partial(jax.numpy_dtype_promotion, "standard")
 
   def init(params: optax.Params) -> optax.OptState:
     shapes = jax.tree.map(
       lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params
     )
-    specs = _state_specs(jax.eval_shape(inner.init, shapes), params)
-    return _with_auto_axes(inner.init, specs)(params)
+    with promote():
+      specs = _state_specs(jax.eval_shape(inner.init, shapes), params)
+      return _with_auto_axes(inner.init, specs)(params)
 
   def update(grads, state, params=None, *, applied=True, **extra):
     def run(grads, state, params, applied, extra):
-      return inner.update(grads, state, params, applied=applied, **extra)
+      with promote():
+        return inner.update(grads, state, params, applied=applied, **extra)
 
     if not jax.tree.leaves(state):  # there is nothing to keep
       return run(grads, state, params, applied, extra)
