@@ -107,9 +107,13 @@ RESULTS = {
   "sampling": SAMPLING,
   "samples": ["We the people.", NASTY],
   "text_metrics": {
-    "sampling": {"distinct_2": TEXT_METRIC},
-    "untruncated": {"distinct_2": TEXT_METRIC | {"value": 0.7411}},
-    "held_out": {"self_bleu": TEXT_METRIC | {"value": 0.1234, "n": 99}},
+    "sampling": {"d": TEXT_METRIC | {"title": "distinct 2"}},
+    "untruncated": {
+      "d": TEXT_METRIC | {"title": "distinct 2", "value": 0.7411}
+    },
+    "held_out": {
+      "b": TEXT_METRIC | {"title": "self bleu", "value": 0.1234, "n": 99}
+    },
     "judge": "5-grams",
   },
   "targets": [

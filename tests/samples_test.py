@@ -88,5 +88,6 @@ def test_all_measures_of_a_text_are_there():
 
 @pytest.mark.parametrize("value, plain", [(0.5, 0.5), (float("nan"), None)])
 def test_plain_values_are_json(value, plain):
-  found = samples.as_plain({"x": Estimate(value, 0.1, 4)})
-  assert found == {"x": {"value": plain, "stderr": 0.1, "n": 4}}
+  found = samples.as_plain({"judge_nll": Estimate(value, 0.1, 4)})
+  told = {"title": "judge, nats per byte", "value": plain}
+  assert found == {"judge_nll": told | {"stderr": 0.1, "n": 4}}

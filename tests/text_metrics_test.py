@@ -7,9 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdm_jax.core.standard_errors import Estimate
+from mdm_jax.core.errors import UserError
+from mdm_jax.core.standard_errors import Estimate, mean
 from mdm_jax.data import ngrams, segments
-from mdm_jax.evaluation.text_metrics import CopyIndex, measure, tokens
+from mdm_jax.evaluation.samples import as_plain
+from mdm_jax.evaluation.text_metrics import (
+  METRICS,
+  CopyIndex,
+  measure,
+  metric,
+  tokens,
+)
 
 NAMES = [f"seq_rep_{n}" for n in (1, 2, 3, 4)]
 NAMES += ["distinct_1", "distinct_2", "self_bleu_4", "unigram_entropy"]
@@ -385,3 +393,43 @@ def test_no_other_language_has_a_grade():
   text = "The cat sat. It ran. It is here."
   assert measure([text])["grade"].reason is None
   assert "English" in measure([text], "fr")["grade"].reason
+
+
+# MARK: one's own
+
+
+@pytest.fixture
+def own():
+  """A metric that is not of the package."""
+
+  @metric("mean_words", "words of a text", "words")
+  def mean_words(texts):
+    return mean([len(text.split()) for text in texts], texts.documents)
+
+  yield mean_words
+  del METRICS._pieces["mean_words"]
+
+
+def test_a_metric_of_ones_own_is_measured_with_the_others(own):
+  texts = ["one", "two words", "and three words"]
+  found = measure(texts, documents=[1, 1, 2])
+  assert list(found) == [*NAMES, "mean_words"]
+  assert found["mean_words"] == mean([1, 2, 3], [1, 1, 2])
+  plain = as_plain(found)["mean_words"]
+  assert plain["title"] == "words of a text, words" and plain["value"] == 2
+  metric("mean_words", "words of a text", "words")(own)  # a module run again
+  with pytest.raises(UserError, match="mean_words"):
+    metric("mean_words", "another", "")(lambda texts: None)
+
+
+def test_metrics_without_what_they_need_are_left_out():
+  class Judge:
+    name = "a judge"
+
+    def nats(self, text):
+      return 2.0 * len(text)
+
+  assert list(measure(["a b"])) == NAMES
+  found = measure(["a b"], judge=Judge(), copies=CopyIndex(["a b c"]))
+  assert found["judge_nll"].value == 2
+  assert list(found)[-2:] == ["copied_8gram", "judge_nll"]

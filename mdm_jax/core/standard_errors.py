@@ -64,7 +64,7 @@ def ratio(
   return Estimate(float(value), float(stderr), len(columns))
 
 
-def mean(values: Sequence[float], clusters: Clusters = None) -> Estimate:
+def mean(values: Values, clusters: Clusters = None) -> Estimate:
   """Measures the mean over texts, as `ratio` does with sizes of one."""
   return ratio(values, [1] * len(values), clusters)
 

@@ -1,6 +1,6 @@
 """What samples are like, beside held-out text of the same length.
 
-Estimate three times with the same measures: samples as the run's settings draw
+Measured three times with the same measures: samples as the run's settings draw
 them, samples of the model itself (T = 1, nothing cut off), and held-out text.
 """
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from mdm_jax.core.standard_errors import Clusters, Estimate
 from mdm_jax.data.ngrams import Ngrams
-from mdm_jax.evaluation.judge import Judge, nll_per_byte
-from mdm_jax.evaluation.text_metrics import CopyIndex, measure
+from mdm_jax.evaluation.judge import Judge
+from mdm_jax.evaluation.text_metrics import METRICS, CopyIndex, measure
 from mdm_jax.sampling.config import SampleConfig
 
 
@@ -38,10 +38,7 @@ class TextMeasures:
       texts: to be measured.
       documents: that each is from (None: each is a draw of its own).
     """
-    return measure(texts, self._language, documents) | {
-      "copied_8gram": self._copies.share(texts, documents),
-      "judge_nll": nll_per_byte(self._judge, texts, documents),
-    }
+    return measure(texts, self._language, documents, self._judge, self._copies)
 
 
 def untruncated(config: SampleConfig) -> SampleConfig:
@@ -57,10 +54,11 @@ def untruncated(config: SampleConfig) -> SampleConfig:
 
 
 def as_plain(measured: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
-  """Returns JSON values; None for what could not be measured, and why."""
+  """Returns JSON values and titles; None for what could not be measured."""
   number = lambda x: None if x != x else float(x)
   return {
-    name: {"value": number(m.value), "stderr": number(m.stderr), "n": m.n}
+    name: {"title": METRICS[name].heading}
+    | {"value": number(m.value), "stderr": number(m.stderr), "n": m.n}
     | ({"reason": m.reason} if m.reason else {})
     for name, m in measured.items()
   }

@@ -72,13 +72,14 @@ def _some(points: list[Any]) -> list[Any]:
 
 def _text_table(metrics: Mapping[str, Any]) -> Table:
   sources = "sampling", "untruncated", "held_out"
-  count = metrics["sampling"]["seq_rep_1"]["n"]
+  count = next(iter(metrics["sampling"].values()))["n"]
   title = f"{count} samples, judged by {metrics['judge']}"
   names = "samples", "samples, T = 1", "test text"
   table = for_terminal(["measure", *names], title=title)
-  for name in metrics["sampling"]:
+  for name, measured in metrics["sampling"].items():
     found = (metrics[source][name] for source in sources)
-    table.add_row(name, *(with_error(m["value"], m["stderr"]) for m in found))
+    cells = (with_error(m["value"], m["stderr"]) for m in found)
+    table.add_row(measured["title"], *cells)
   return table
 
 

@@ -9,11 +9,15 @@ numbers change with length: compare only texts that are cut to the same one.
 """
 
 import collections
+import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from mdm_jax.core.registry import Registry
 from mdm_jax.core.standard_errors import (
   Clusters,
   Estimate,
@@ -27,6 +31,7 @@ from mdm_jax.core.standard_errors import (
 from mdm_jax.data import ngrams, readability, segments
 from mdm_jax.data import words as words_lib
 from mdm_jax.data.ngrams import Ngrams, tokens
+from mdm_jax.evaluation.judge import Judge, nll_per_byte
 
 Counts = collections.Counter
 
@@ -35,10 +40,102 @@ _NO_MATCH = 0.1  # what method 1 of Chen and Cherry counts for no match at all
 _FEWEST_SENTENCES = 3  # for a grade
 
 
+@dataclasses.dataclass(frozen=True)
+class Texts(Sequence[str]):
+  """Some texts, and what is needed to measure them.
+
+  Attributes:
+    texts: to be measured.
+    documents: that each is from (None: each is a draw of its own); what a
+      standard error is over.
+    language: that they are in.
+    judge: who says how likely they are, if there is one.
+    copies: of the training text, if that is known.
+  """
+
+  texts: Sequence[str]
+  documents: Clusters = None
+  language: str = "en"
+  judge: Judge | None = None
+  copies: "CopyIndex | None" = None
+
+  def __len__(self) -> int:
+    return len(self.texts)
+
+  def __getitem__(self, index: Any) -> Any:
+    return self.texts[index]
+
+  @functools.cached_property
+  def words(self) -> list[list[str]]:
+    """The lower-case words of each text."""
+    return [words_lib.words(text.lower()) for text in self.texts]
+
+  @functools.cached_property
+  def grams(self) -> dict[int, list[Counts]]:
+    """By n, how often each text has each n-gram of `tokens`."""
+    found = [tokens(text) for text in self.texts]
+    return {n: [_ngrams(t, n) for t in found] for n in _BLEU_ORDERS}
+
+
+class Metric:
+  """A number of some texts, with its title.
+
+  Attributes:
+    title: what it is called, for a reader.
+    unit: of the number, in words; "" where the title says it.
+  """
+
+  def __init__(
+    self, title: str, unit: str, of: Callable[[Texts], Estimate | None]
+  ):
+    """Names what `of` measures."""
+    self.title, self.unit, self._of = title, unit, of
+    functools.update_wrapper(self, of)  # a registry tells by it what is what
+
+  def __call__(self, texts: Texts) -> Estimate | None:
+    """Measures texts; None where they can't be, as without a judge."""
+    return self._of(texts)
+
+  @property
+  def heading(self) -> str:
+    """Title and unit."""
+    return f"{self.title}, {self.unit}" if self.unit else self.title
+
+
+METRICS: Registry[Metric] = Registry("text metric", "text_metrics")
+
+
+def metric(name: str, title: str, unit: str = "") -> Callable[..., Any]:
+  """Registers a function of `Texts` as a metric.
+
+    @metric("mean_words", "words of a text", "words")
+    def mean_words(texts: Texts) -> Estimate:
+      return mean([len(text.split()) for text in texts], texts.documents)
+
+  It is then measured of samples and of held-out text, and stands in
+  results.json, the table and the report.
+
+  Args:
+    name: in results.json.
+    title: what it is called, for a reader.
+    unit: of the number, in words.
+  """
+
+  def register(of: Callable[[Texts], Estimate | None]):
+    METRICS.register(name, Metric(title, unit, of))
+    return of
+
+  return register
+
+
 def measure(
-  texts: Sequence[str], language: str = "en", documents: Clusters = None
+  texts: Sequence[str],
+  language: str = "en",
+  documents: Clusters = None,
+  judge: Judge | None = None,
+  copies: "CopyIndex | None" = None,
 ) -> dict[str, Estimate]:
-  """Measures the repetition, the diversity and the grade of texts.
+  """Measures texts by every metric that they can have, by name.
 
   Without any text every value is nan.
 
@@ -46,38 +143,12 @@ def measure(
     texts: to be measured.
     language: that they are in.
     documents: that each is from (None: each is a draw of its own).
-
-  Returns:
-    In this order:
-    seq_rep_1 to seq_rep_4: 1 - distinct / all n-grams of a text, averaged;
-      0 for a text without any (Welleck et al. 2019, arXiv 1908.04319).
-    distinct_1, distinct_2: distinct / all n-grams of the pool of texts, nan
-      without any (Li et al. 2016, arXiv 1510.03055).
-    self_bleu_4: BLEU-4 of a text against all others, averaged; nan for a
-      single text (Zhu et al. 2018, arXiv 1802.01886). Smoothed as there, by
-      method 1 of Chen and Cherry (2014): 0.1 matches where there is none.
-    unigram_entropy: of the tokens of a text, in nats, averaged.
-    unique_starts@1, unique_starts@5: distinct first k words / texts; of a text
-      with fewer, all of them.
-    grade: Flesch and Kincaid's, of the pool; nan below 3 sentences, and with a
-      reason for other languages and scripts than English and Latin.
+    judge: who says how likely they are, if there is one.
+    copies: of the training text, if that is known.
   """
-  found = [tokens(text) for text in texts]
-  grams = [[_ngrams(t, n) for t in found] for n in _BLEU_ORDERS]
-  measured = {
-    f"seq_rep_{n}": mean([_repetition(c) for c in counts], documents)
-    for n, counts in zip(_BLEU_ORDERS, grams, strict=True)
-  }
-  measured |= {
-    f"distinct_{n}": _distinct(grams[n - 1], documents) for n in (1, 2)
-  }
-  measured["self_bleu_4"] = mean(_self_bleu(grams), documents)
-  entropies = [_entropy(c) for c in grams[0]]
-  measured["unigram_entropy"] = mean(entropies, documents)
-  words = [words_lib.words(text.lower()) for text in texts]
-  for k in (1, 5):
-    measured[f"unique_starts@{k}"] = _starts(words, k, documents)
-  return measured | {"grade": _grade(texts, words, language, documents)}
+  given = Texts(texts, documents, language, judge, copies)
+  found = {name: METRICS[name](given) for name in METRICS}
+  return {name: m for name, m in found.items() if m is not None}
 
 
 # MARK: n-grams
@@ -87,13 +158,34 @@ def _ngrams(of_text: list[str], n: int) -> Counts:
   return Counts(zip(*(of_text[i:] for i in range(n)), strict=False))
 
 
+def _seq_rep(n: int, texts: Texts) -> Estimate:
+  """Measures 1 - distinct / all n-grams of a text, averaged.
+
+  0 for a text without any (Welleck et al. 2019, arXiv 1908.04319).
+  """
+  return mean([_repetition(c) for c in texts.grams[n]], texts.documents)
+
+
 def _repetition(counts: Counts) -> float:
   return 1 - len(counts) / counts.total() if counts else 0.0
+
+
+def _unigram_entropy(texts: Texts) -> Estimate:
+  """Measures the entropy of the tokens of a text, averaged."""
+  return mean([_entropy(c) for c in texts.grams[1]], texts.documents)
 
 
 def _entropy(counts: Counts) -> float:
   found, total = np.array(list(counts.values())), counts.total()
   return float((found * np.log(total / found)).sum() / max(total, 1))
+
+
+def _pool(n: int, texts: Texts) -> Estimate:
+  """Measures distinct / all n-grams of the pool of texts.
+
+  nan without any (Li et al. 2016, arXiv 1510.03055).
+  """
+  return _distinct(texts.grams[n], texts.documents)
 
 
 def _distinct(grams: list[Counts], documents: Clusters) -> Estimate:
@@ -111,11 +203,22 @@ def _joined(parts: list[Counts]) -> Counts:
   return pool
 
 
-def _starts(words: list[list[str]], k: int, documents: Clusters) -> Estimate:
-  return _distinct([Counts([tuple(w[:k])]) for w in words], documents)
+def _starts(k: int, texts: Texts) -> Estimate:
+  """Measures distinct first k words / texts; of a text with fewer, all."""
+  starts = [Counts([tuple(words[:k])]) for words in texts.words]
+  return _distinct(starts, texts.documents)
 
 
 # MARK: self-BLEU
+
+
+def _self_bleu_4(texts: Texts) -> Estimate:
+  """Measures BLEU-4 of a text against all others, averaged.
+
+  nan for a single text (Zhu et al. 2018, arXiv 1802.01886). Smoothed as there,
+  by method 1 of Chen and Cherry (2014): 0.1 matches where there is none.
+  """
+  return mean(_self_bleu(list(texts.grams.values())), texts.documents)
 
 
 def _self_bleu(grams: list[list[Counts]]) -> list[float]:
@@ -167,14 +270,13 @@ def _bleu(matches: tuple[int, ...], length: int, reference: int) -> float:
 # MARK: grade
 
 
-def _grade(
-  texts: Sequence[str],
-  words: list[list[str]],
-  language: str,
-  documents: Clusters,
-) -> Estimate:
-  """Measures the pool's grade; blank sentences don't count."""
-  if not readability.applies("".join(texts), language):
+def _grade(texts: Texts) -> Estimate:
+  """Measures Flesch and Kincaid's grade of the pool.
+
+  Blank sentences don't count; nan below 3 sentences, and with a reason for
+  other languages and scripts than English and Latin.
+  """
+  if not readability.applies("".join(texts), texts.language):
     reason = "the grade is of English text in Latin letters"
     return Estimate(math.nan, math.nan, len(texts), reason)
   counts = [
@@ -183,9 +285,9 @@ def _grade(
       sum(not s.isspace() for s in segments.sentences(text)),
       sum(map(readability.syllables, of_text)),
     )
-    for text, of_text in zip(texts, words, strict=True)
+    for text, of_text in zip(texts, texts.words, strict=True)
   ]
-  own = summed(np.array(counts, np.int64).reshape(-1, 3), documents)
+  own = summed(np.array(counts, np.int64).reshape(-1, 3), texts.documents)
   pools = without_each(own.sum(axis=0), own)
   defined = (pools[:, 0] > 0) & (pools[:, 1] >= _FEWEST_SENTENCES)
   # Ones where it isn't defined: no division by zero.
@@ -216,3 +318,29 @@ class CopyIndex:
     own = summed(np.array(counts, np.int64).reshape(-1, 2), documents)
     copied, sizes = own.T.tolist()
     return pooled_ratio(sum(copied), copied, sizes, len(texts))
+
+
+def _copied(texts: Texts) -> Estimate | None:
+  return texts.copies and texts.copies.share(texts, texts.documents)
+
+
+def _judged(texts: Texts) -> Estimate | None:
+  return texts.judge and nll_per_byte(texts.judge, texts, texts.documents)
+
+
+# MARK: all of them, in the order of the tables
+
+for _n in _BLEU_ORDERS:
+  _of = functools.partial(_seq_rep, _n)
+  metric(f"seq_rep_{_n}", f"repeated {_n}-grams")(_of)
+for _n in (1, 2):
+  _of = functools.partial(_pool, _n)
+  metric(f"distinct_{_n}", f"distinct {_n}-grams")(_of)
+metric("self_bleu_4", "self-BLEU-4")(_self_bleu_4)
+metric("unigram_entropy", "unigram entropy", "nats")(_unigram_entropy)
+for _k, _words in {1: "first word", 5: "first 5 words"}.items():
+  _of = functools.partial(_starts, _k)
+  metric(f"unique_starts@{_k}", f"unique {_words}")(_of)
+metric("grade", "reading grade")(_grade)
+metric("copied_8gram", "copied 8-grams")(_copied)
+metric("judge_nll", "judge", "nats per byte")(_judged)

@@ -158,10 +158,10 @@ def _targets(targets: list[Json]) -> markup.Html:
 
 def _text_metrics(found: Json) -> markup.Html:
   columns = [found.get(text, {}) for text in _TEXTS]
-  names = dict.fromkeys(name for column in columns for name in column)
+  titles = {k: m["title"] for column in columns for k, m in column.items()}
   rows = [
-    (name.replace("_", " "), *[_measured(c.get(name)) for c in columns])
-    for name in names
+    (title, *[_measured(c.get(name)) for c in columns])
+    for name, title in titles.items()
   ]
   facts = [(k, v) for k, v in found.items() if k not in _TEXTS]
   table = markup.table(("measure", *_TEXTS.values()), rows)
