@@ -20,6 +20,9 @@ from mdm_jax.core.errors import Exit, Failure, UserError, nearest
 from mdm_jax.core.fields import at_home
 from mdm_jax.workdir import Workdir
 
+# --config.objective=NAME is short for its name.
+_OBJECTIVE = re.compile(r"^(--?config\.objective)(?==|$)")
+
 
 def read_config(num_samples: int | None = None) -> Config:
   """Returns the config that the parsed flags ask for.
@@ -51,6 +54,7 @@ def parse(argv: list[str]) -> list[str]:
   """Parses all flags; a mistake is one line on stderr and exit code 2."""
   take_any_text()
   argv = [re.sub(r"(?<=-config=)~.*", lambda p: at_home(p[0]), a) for a in argv]
+  argv = [_OBJECTIVE.sub(r"\1.name", given) for given in argv]
   path = _config_path(argv)
   try:
     flags.FLAGS(argv, known_only=True)  # --workdir decides how config is read
@@ -107,7 +111,7 @@ def _check_overrides(argv: list[str]) -> None:
   for given in argv[1:]:
     field = re.match(r"--?(?:no)?config\.([^=]+)", given)
     if field:
-      coercion.check_field(field[1], Config)
+      coercion.check_field(field[1], config_lib.form())
 
 
 def _define_config(path: str | None) -> None:
@@ -122,7 +126,7 @@ def _define_config(path: str | None) -> None:
     saved = config_lib.from_dict(
       Workdir(flags.FLAGS.workdir).read_config_dict()
     )
-    config_flags.DEFINE_config_dict("config", coercion.to_config_dict(saved))
+    config_flags.DEFINE_config_dict("config", config_lib.to_config_dict(saved))
     return
   if path and not os.path.isfile(path):
     others = glob.glob(os.path.join(os.path.dirname(path), "*.py"))

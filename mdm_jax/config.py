@@ -5,6 +5,11 @@ here they are put together. A config file starts from `default_config()`, a
 locked `ConfigDict` with the same names, and changes what it wants;
 `from_config_dict` turns the result into validated dataclasses. Nothing below
 the programs ever sees a `ConfigDict`.
+
+What an objective is told, of the run and of each stage, is its own (see
+`objectives/config.py`). Files and flags are written in one form that has the
+fields of all objectives, None where one isn't given; `from_dict` keeps those of
+the chosen objective.
 """
 
 import dataclasses
@@ -13,9 +18,10 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from mdm_jax.core import coercion, config_checks
+from mdm_jax.core import coercion, fields
 from mdm_jax.core.config_arguments import apply_arg as apply_arg
 from mdm_jax.core.config_arguments import quick as quick
+from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import field, fixed
 from mdm_jax.core.sharding import MeshConfig
 from mdm_jax.data.config import (
@@ -26,9 +32,16 @@ from mdm_jax.data.config import (
 )
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.objectives.config import NoiseConfig, ObjectiveConfig
+from mdm_jax.objectives.config import (
+  OBJECTIVES,
+  MaskedConfig,
+  NoiseConfig,
+  ObjectiveConfig,
+)
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
+
+_MOST_ROWS = 2**24  # of an update, which are numbered one by one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,7 @@ class Config:
   tokenizer: TokenizerConfig = TokenizerConfig()
   model: ModelConfig = ModelConfig()
   noise: NoiseConfig = NoiseConfig()
-  objective: ObjectiveConfig = ObjectiveConfig()
+  objective: ObjectiveConfig = MaskedConfig()
   stages: tuple[StageConfig, ...] = (StageConfig(),)
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
@@ -57,7 +70,59 @@ class Config:
   sample: SampleConfig = SampleConfig()
 
   def __post_init__(self):
-    config_checks.check(self)
+    kind = OBJECTIVES[self.objective.name]
+    stages = tuple(
+      s if s.objective else dataclasses.replace(s, objective=kind.stage())
+      for s in self.stages
+    )
+    object.__setattr__(self, "stages", stages)
+    fields.check(self)
+
+  def check(self, path: str) -> None:
+    """Raises UserError if sections don't go together."""
+    del path  # this is the top
+    if self.init_from and self.tokenizer.path:
+      raise UserError(
+        f"tokenizer.path={self.tokenizer.path!r} and init_from="
+        f"{self.init_from!r}: a run to start from brings its own tokenizer;"
+        " give one of the two"
+      )
+    if self.rows_per_update > _MOST_ROWS:
+      raise UserError(
+        f"data.batch_size={self.data.batch_size} x"
+        f" optimizer.accumulation={self.optimizer.accumulation} ="
+        f" {self.rows_per_update:,} rows an update; at most {_MOST_ROWS:,}"
+      )
+    if not self.stages:
+      raise UserError("stages is empty; give at least one")
+    for i, part in enumerate(self.stages):
+      self._check_rates(part, f"stages[{i}]")
+      self._check_objective(part, f"stages[{i}]")
+
+  def _check_rates(self, part: StageConfig, path: str) -> None:
+    """No update may overshoot: learning rate, and what decays."""
+    rate = self.optimizer.learning_rate * part.lr_factor
+    decay = rate * self.optimizer.weight_decay
+    if rate > 1 or decay > 1:
+      raise UserError(
+        f"optimizer.learning_rate={self.optimizer.learning_rate:g} x"
+        f" {path}.lr_factor={part.lr_factor:g} = {rate:g}, and {decay:g} with"
+        f" optimizer.weight_decay={self.optimizer.weight_decay:g}: both"
+        " products must be in (0, 1]; more would overshoot every update"
+      )
+
+  def _check_objective(self, part: StageConfig, path: str) -> None:
+    kind, name = OBJECTIVES[self.objective.name], self.objective.name
+    for given, wanted in (
+      (self.objective, kind.config),
+      (part.objective, kind.stage),
+    ):
+      if type(given) is not wanted:
+        raise UserError(
+          f"objective.name={name} takes a {wanted.__name__}, not a"
+          f" {type(given).__name__}"
+        )
+    self.objective.check_stage(part.objective, path)
 
   @property
   def rows_per_update(self) -> int:
@@ -84,14 +149,36 @@ class Config:
 # MARK: from and to other forms
 
 
+def form() -> type:
+  """Returns the config as it is written, with the fields of all objectives."""
+  kinds = {name: OBJECTIVES[name] for name in OBJECTIVES}
+  objective = coercion.union(
+    ObjectiveConfig, {name: kind.config for name, kind in kinds.items()}
+  )
+  part = coercion.union(
+    StageConfig, {name: kind.stage for name, kind in kinds.items()}
+  )
+  types = {
+    "objective": (objective, objective()),
+    "stages": (tuple[part, ...], (part(),)),
+  }
+  return coercion.with_types(Config, types)
+
+
 def default_config() -> config_dict.ConfigDict:
   """Returns every field at its default, locked: a typo in a file fails."""
-  return coercion.to_config_dict(Config())
+  return coercion.to_config_dict(form()())
 
 
 def stage(**fields: Any) -> config_dict.ConfigDict:
   """Returns one stage for a config file's `config.stages` tuple."""
-  return coercion.to_config_dict(from_dict(fields, StageConfig, "stages[.]"))
+  part = type(form()().stages[0])
+  return coercion.to_config_dict(coercion.coerce(fields, part, "stages[.]"))
+
+
+def to_config_dict(config: Config) -> config_dict.ConfigDict:
+  """Returns a config as a config file makes it."""
+  return coercion.to_config_dict(coercion.coerce(to_dict(config), form(), ""))
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> Config:
@@ -99,11 +186,50 @@ def from_config_dict(config: config_dict.ConfigDict) -> Config:
   return from_dict(json.loads(config.to_json()))
 
 
-def from_dict(raw: Any, cls: type = Config, path: str = "") -> Any:
-  """Builds `cls` from plain JSON values; a wrong name or type is named."""
-  return coercion.coerce(raw, cls, path)
+def from_dict(raw: Any) -> Config:
+  """Returns the config of plain JSON values.
+
+  Raises:
+    UserError: a name or a type is wrong, a value can't work, or a field is not
+      the chosen objective's.
+  """
+  written = coercion.coerce(raw, form(), "")
+  kind = OBJECTIVES[written.objective.name]
+  parts = []
+  for i, part in enumerate(written.stages):
+    told = _owned(part, kind.stage, f"stages[{i}]", written)
+    own = {n: getattr(part, n) for n in _STAGE_FIELDS}
+    parts.append(StageConfig(**own, objective=told))
+  values = {f.name: getattr(written, f.name) for f in _fields(Config)}
+  values["objective"] = _owned(
+    written.objective, kind.config, "objective", written
+  )
+  return Config(**values | {"stages": tuple(parts)})
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Config) -> dict[str, Any]:
   """Returns plain JSON values: lists, dicts, numbers and strings."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+  raw = json.loads(json.dumps(dataclasses.asdict(config)))
+  for part in raw["stages"]:
+    part |= part.pop("objective")
+  return raw
+
+
+def _owned(written: Any, cls: type, path: str, whole: Any) -> Any:
+  """Returns the chosen objective's part of what is given in a section."""
+  names = [f.name for f in _fields(cls)]
+  given = {}
+  for at in _fields(written):
+    value, owners = getattr(written, at.name), at.metadata.get("of")
+    if at.name in names:
+      given |= {} if value is None and owners else {at.name: value}
+    elif owners and value is not None:
+      raise UserError(
+        f"{path}.{at.name}={value!r} is of objective.name="
+        f"{' or '.join(owners)}; this run's is {whole.objective.name}"
+      )
+  return cls(**given)
+
+
+_fields = dataclasses.fields
+_STAGE_FIELDS = [f.name for f in _fields(StageConfig) if f.name != "objective"]

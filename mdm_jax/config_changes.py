@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mdm_jax.config import Config
+from mdm_jax.core import fields
 from mdm_jax.core.errors import UserError
 
 # Only their product, the rows of an update, decides what is learned.
@@ -88,10 +89,12 @@ def _changes(
 ) -> Iterator[tuple[Change, bool]]:
   """Yields every changed field under two sections, and whether it is fixed."""
   for field in dataclasses.fields(before):
+    if not hasattr(after, field.name):
+      continue  # of another objective; that is told by its name
     old, new = getattr(before, field.name), getattr(after, field.name)
-    path = f"{prefix}{field.name}"
+    path = fields.path_of(prefix, field)
     if dataclasses.is_dataclass(old):
-      yield from _changes(old, new, f"{path}.")
+      yield from _changes(old, new, path)
     elif path == "stages":
       yield from _stage_changes(old, new)
     elif old != new:
@@ -104,7 +107,7 @@ def _stage_changes(
   if len(before) != len(after):
     yield Change(_COUNT, len(before), len(after)), True
   for i, (old, new) in enumerate(zip(before, after, strict=False)):
-    yield from _changes(old, new, f"stages[{i}].")
+    yield from _changes(old, new, f"stages[{i}]")
 
 
 def _allowed(change: Change, saved: Config, now: Config) -> bool:

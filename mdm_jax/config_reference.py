@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from mdm_jax.config import Config
+from mdm_jax.config import form
 from mdm_jax.core import registry
 
 _INTRO = """\
@@ -32,8 +32,11 @@ def reference() -> str:
   return "\n".join(parts)
 
 
-def sections(cls: type = Config, path: str = "") -> Iterator[tuple[str, type]]:
-  """Yields every dataclass under `cls` and where it is, in order."""
+def sections(
+  cls: type | None = None, path: str = ""
+) -> Iterator[tuple[str, type]]:
+  """Yields every section under one, or of the config, and where it is."""
+  cls = cls or form()
   yield path, cls
   prefix = f"{path}." if path else ""
   for field in dataclasses.fields(cls):
@@ -55,8 +58,8 @@ def _section(path: str, cls: type) -> str:
         f"`{prefix}{field.name}`",
         f"`{_type_name(field)}`",
         field.metadata["bounds"],
-        f"`{field.default!r}`",
-        field.metadata["doc"].replace("<", "\\<"),
+        f"`{field.metadata.get('default', field.default)!r}`",
+        _doc(field).replace("<", "\\<"),
       )
       lines.append("| " + " | ".join(map(_cell, cells)) + " |")
   return "\n".join(lines) + "\n"
@@ -72,8 +75,13 @@ def _inner(hint: Any) -> tuple[type | None, bool]:
   return None, False
 
 
+def _doc(field: dataclasses.Field[Any]) -> str:
+  owners = ", ".join(field.metadata.get("of", ()))
+  return (owners and f"{owners}: ") + field.metadata["doc"]
+
+
 def _type_name(field: dataclasses.Field[Any]) -> str:
-  hint = field.type
+  hint = field.metadata.get("type", field.type)
   if "registry" in field.metadata:
     return " | ".join(map(repr, registry.resolve(field.metadata["registry"])))
   if typing.get_origin(hint) is typing.Literal:

@@ -38,7 +38,7 @@ class StageForecast:
     name: of the stage.
     unit: what it reads.
     length: tokens a row.
-    mask_rate: the rates it draws, in words.
+    asked: what the objective asks in it, in a few words.
     rows: prepared rows it draws from.
     tokens: in these rows.
     epochs: passes over them.
@@ -50,7 +50,7 @@ class StageForecast:
   name: str
   unit: str
   length: int
-  mask_rate: str
+  asked: str
   rows: int
   tokens: int
   epochs: float
@@ -147,7 +147,9 @@ def make_plan(trainer: Trainer, after: int = 0) -> Plan:
     tokens=round(tokens),
     laws=scaling_laws.forecast(params, unique, tokens / unique),
     notes=tuple(_notes(trainer)),
-    warnings=tuple(uncovered_rates(config)),
+    warnings=tuple(
+      config.objective.warnings([s.objective for s in config.stages])
+    ),
   )
 
 
@@ -198,12 +200,11 @@ def _forecast(
   tokens = counts[f"stage_{stage.index + 1}"]["tokens"]
   epochs = stage.updates * config.rows_per_update / stage.rows
   left = stage.end - max(stage.start, after)
-  rates = "U(0, 1)" if s.mask_rate is None else "{:g}-{:g}".format(*s.mask_rate)
   return StageForecast(
     name=s.name,
     unit=s.unit,
     length=s.length,
-    mask_rate=rates + (f" +{s.rehearsal:.0%}" if s.rehearsal else ""),
+    asked=s.objective.describe(),
     rows=stage.rows,
     tokens=tokens,
     epochs=epochs,
@@ -230,25 +231,6 @@ def _shapes(denoiser: Denoiser):
   return jax.eval_shape(denoiser.init, jax.random.key(0))
 
 
-def uncovered_rates(config: Config) -> list[str]:
-  """Returns a sentence if the sampler meets mask rates no stage trains."""
-  if any(s.mask_rate is None or s.rehearsal > 0 for s in config.stages):
-    return []
-  gaps, reached = [], 0.0
-  for low, high in sorted(s.mask_rate for s in config.stages):
-    if low > reached:
-      gaps.append(f"{reached:.2f}-{low:.2f}")
-    reached = max(reached, high)
-  if reached < 1:
-    gaps.append(f"{reached:.2f}-1.00")
-  if not gaps:
-    return []
-  return [
-    f"no stage trains mask rates {', '.join(gaps)}, but sampling passes through"
-    " them; set stages[i].rehearsal"
-  ]
-
-
 # MARK: printing
 
 
@@ -269,14 +251,14 @@ def _stage_table(plan: Plan) -> Table:
   table = Table(
     title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
   )
-  for name in ("stage", "rate (+any)"):
+  for name in ("stage", "asks"):
     table.add_column(name, no_wrap=True)
   for name in ("length", "rows", "epochs", "updates", "time"):
     table.add_column(name, justify="right", no_wrap=True)
   for s in plan.stages:
     time = "done" if s.seconds is None else duration(s.seconds)
     numbers = f"{s.length}", f"{s.rows:,}", f"{s.epochs:.2f}", f"{s.updates:,}"
-    table.add_row(s.name, s.mask_rate, *numbers, time)
+    table.add_row(s.name, s.asked, *numbers, time)
   return table
 
 

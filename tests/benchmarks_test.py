@@ -40,7 +40,7 @@ from mdm_jax.model import flops
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import corruption, cross_entropy
-from mdm_jax.objectives.config import ObjectiveConfig
+from mdm_jax.objectives.config import MaskedConfig
 from mdm_jax.objectives.noise import RateRange
 from mdm_jax.training.state import state_from
 
@@ -151,7 +151,7 @@ def test_plain_loss_is_the_librarys_on_the_same_masks(any_mesh):
   rate = by_row((jnp.arange(8) % 4 + 1) / 4)  # of 16 tokens: whole numbers
   inverse_density = 0.5 + rate  # any
   masked = corruption.corrupt(keys, x0, real, rate, 102).masked
-  config = ObjectiveConfig(weighting="nelbo")
+  config = MaskedConfig(weighting="nelbo")
 
   def library(params, hidden):
     weight = cross_entropy.row_weights(config, masked, real, inverse_density)

@@ -15,8 +15,15 @@ from mdm_jax import config as config_lib
 from mdm_jax.config import Config
 from mdm_jax.core import coercion, errors, fields
 from mdm_jax.core.errors import UserError
-from mdm_jax.data.config import StageConfig
+from mdm_jax.data.config import ObjectiveStage, StageConfig
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.objectives.config import (
+  OBJECTIVES,
+  Kind,
+  MaskedConfig,
+  MaskedStage,
+  ObjectiveConfig,
+)
 from mdm_jax.workdir import Workdir
 
 OPTIONAL = {
@@ -63,7 +70,8 @@ def _nested(path, value):
 def _section(config, path):
   section, _, name = path.rpartition(".")
   if section == "stages[0]":
-    return config.stages[0], name
+    stage = config.stages[0]
+    return (stage if hasattr(stage, name) else stage.objective), name
   return getattr(config, section), name
 
 
@@ -76,7 +84,7 @@ def test_defaults_survive_every_form():
   plain = config_lib.to_dict(Config())
   assert config_lib.from_dict(plain) == Config()
   assert config_lib.from_dict(json.loads(json.dumps(plain))) == Config()
-  saved = coercion.to_config_dict(config_lib.from_dict(plain))
+  saved = config_lib.to_config_dict(config_lib.from_dict(plain))
   assert config_lib.from_config_dict(saved) == Config()
 
 
@@ -86,7 +94,7 @@ def test_optional_values_survive_every_form(path):
   section, name = _section(config, path)
   assert getattr(section, name) == OPTIONAL[path]
   assert config_lib.from_dict(config_lib.to_dict(config)) == config
-  raw = coercion.to_config_dict(config)
+  raw = config_lib.to_config_dict(config)
   assert config_lib.from_config_dict(raw) == config
 
 
@@ -99,7 +107,9 @@ def test_optional_values_survive_every_form(path):
       length=st.integers(1, 4096),
       epochs=st.floats(0.01, 100),
       updates=st.none() | st.integers(1, 10),
-      mask_rate=st.none() | st.just((0.25, 0.5)),
+      objective=st.builds(
+        MaskedStage, mask_rate=st.none() | st.just((0.25, 0.5))
+      ),
     ),
     min_size=1,
     max_size=3,
@@ -108,7 +118,7 @@ def test_optional_values_survive_every_form(path):
 def test_any_stages_survive_every_form(stages):
   config = Config(stages=tuple(stages))
   assert config_lib.from_dict(config_lib.to_dict(config)) == config
-  raw = coercion.to_config_dict(config)
+  raw = config_lib.to_config_dict(config)
   assert config_lib.from_config_dict(raw) == config
 
 
@@ -130,11 +140,11 @@ def test_optional_names_every_optional_field():
     f"{prefix}{field.name}"
     for prefix, cls in [
       *((f"{f.name}.", f.type) for f in dataclasses.fields(Config)),
-      ("stages[0].", StageConfig),
+      *(("stages[0].", cls) for cls in (StageConfig, MaskedStage)),
     ]
     if dataclasses.is_dataclass(cls)
     for field in dataclasses.fields(cls)
-    if "None" in str(field.type)
+    if "None" in str(field.type) and not field.metadata.get("flat")
   }
   assert found == set(OPTIONAL)
 
@@ -176,20 +186,17 @@ def test_a_typo_is_told_with_the_nearest_name(raw, wrong, right):
   ],
 )
 def test_a_flag_for_no_field_is_told(path, wrong, nearest):
-  message = _error(coercion.check_field, path, config_lib.Config)
+  message = _error(coercion.check_field, path, config_lib.form())
   assert f"unknown field {wrong};" in message
   assert nearest is None or repr(nearest) in message
 
 
 def test_every_field_may_be_a_flag():
-  def walk(cls, prefix):
+  form = config_lib.form()
+  for path, cls in config_reference.sections():
     for field in dataclasses.fields(cls):
-      coercion.check_field(f"{prefix}{field.name}", config_lib.Config)
-      if dataclasses.is_dataclass(field.type):
-        walk(field.type, f"{prefix}{field.name}.")
-
-  walk(Config, "")
-  walk(StageConfig, "stages[12].")
+      name = f"{path}.{field.name}".lstrip(".").replace("[i]", "[12]")
+      coercion.check_field(name, form)
 
 
 def test_names_far_from_any_are_told_them_all():
@@ -224,8 +231,10 @@ def test_int_becomes_float_and_list_becomes_tuple():
     {"optimizer": {"clip_norm": 2}, "stages": [{"mask_rate": [0, 1]}]}
   )
   assert type(config.optimizer.clip_norm) is float
-  assert config.stages[0].mask_rate == (0.0, 1.0)
-  assert all(type(rate) is float for rate in config.stages[0].mask_rate)
+  assert config.stages[0].objective.mask_rate == (0.0, 1.0)
+  assert all(
+    type(rate) is float for rate in config.stages[0].objective.mask_rate
+  )
 
 
 def test_a_config_can_not_be_changed():
@@ -385,12 +394,14 @@ def test_stages_must_not_be_empty():
   "rates", [(0.5, 0.5), (0.6, 0.4), (-0.1, 0.5), (0.5, 1.1), (0.0, 0.0)]
 )
 def test_mask_rates_must_be_a_range(rates):
-  message = _error(Config, stages=(StageConfig(), StageConfig(mask_rate=rates)))
+  told = StageConfig(objective=MaskedStage(mask_rate=rates))
+  message = _error(Config, stages=(StageConfig(), told))
   assert "stages[1].mask_rate" in message
 
 
 def test_rehearsal_needs_a_range():
-  message = _error(Config, stages=(StageConfig(rehearsal=0.5),))
+  told = StageConfig(objective=MaskedStage(rehearsal=0.5))
+  message = _error(Config, stages=(told,))
   assert "stages[0].rehearsal" in message and "mask_rate" in message
 
 
@@ -432,8 +443,9 @@ def test_stages_take_their_fields():
     config_lib.stage(name="b"),
   )
   stages = config_lib.from_config_dict(config).stages
-  assert stages[0] == StageConfig(name="a", length=32, mask_rate=(0.5, 0.6))
-  assert stages[1] == StageConfig(name="b")
+  told = MaskedStage(mask_rate=(0.5, 0.6))
+  assert stages[0] == StageConfig(name="a", length=32, objective=told)
+  assert stages[1] == StageConfig(name="b", objective=MaskedStage())
 
 
 def test_the_effective_batch_and_sample_length():
@@ -465,7 +477,7 @@ def test_quick_keeps_the_stages_and_shrinks_the_rest():
   assert max(s.length for s in after.stages) <= 128
   assert after.eval.every <= 12 and after.eval.final_rows <= 16
   assert after.sample_length == after.stages[-1].length
-  for kept in ("name", "unit", "lr_factor", "mask_rate", "easiest"):
+  for kept in ("name", "unit", "lr_factor", "objective", "easiest"):
     assert [getattr(s, kept) for s in after.stages] == [
       getattr(s, kept) for s in before.stages
     ]
@@ -494,3 +506,119 @@ def test_the_result_is_locked(arg):
   for section in (config, config.data, config.stages[0]):
     with pytest.raises((AttributeError, KeyError)):
       section.no_such_field = 1
+
+
+# MARK: an objective's own fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig(ObjectiveConfig):
+  """A toy."""
+
+  strength: float = fields.field(0.5, "of the toy", "[0, 1]")
+  label_smoothing: float = fields.field(0.25, "as it is elsewhere", "[0, 0.9]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyStage(ObjectiveStage):
+  """A toy's stage."""
+
+  block: int | None = fields.fixed(None, "tokens of a block", "[1, 64]")
+
+  def check(self, path):
+    if self.block == 13:
+      raise UserError(f"{path}.block=13 is bad luck")
+
+
+@pytest.fixture
+def toy(monkeypatch):
+  monkeypatch.setattr(OBJECTIVES, "_pieces", dict(OBJECTIVES._pieces))
+  OBJECTIVES.register("toy", Kind(ToyConfig, ToyStage, "builtins:dict"))
+
+
+def test_an_objective_brings_its_own_fields(toy):
+  raw = config_lib.default_config()
+  raw.objective.update(name="toy", strength=1.0)
+  raw.stages = (config_lib.stage(length=32, block=4), config_lib.stage())
+  config = config_lib.from_config_dict(raw)
+  assert config.objective == ToyConfig(name="toy", strength=1.0)
+  assert [s.objective for s in config.stages] == [ToyStage(block=4), ToyStage()]
+  saved = config_lib.to_dict(config)
+  assert saved["objective"] == {
+    "name": "toy",
+    "strength": 1.0,
+    "label_smoothing": 0.25,
+  }
+  assert saved["stages"][0]["block"] == 4 and "mask_rate" not in str(saved)
+  assert config_lib.from_dict(json.loads(json.dumps(saved))) == config
+  again = config_lib.from_config_dict(config_lib.to_config_dict(config))
+  assert again == config
+
+
+def test_without_a_name_the_objective_is_masked(toy):
+  raw = {"objective": {"label_smoothing": 0.1}, "stages": [{"rehearsal": 0.0}]}
+  config = config_lib.from_dict(raw)
+  assert config.objective == MaskedConfig(label_smoothing=0.1)
+  assert config.stages[0].objective == MaskedStage()
+
+
+@pytest.mark.parametrize(
+  "raw, message",
+  [
+    (
+      {"objective": {"name": "toy", "weighting": "nelbo"}},
+      "objective.weighting='nelbo' is of objective.name=masked; this run's is"
+      " toy",
+    ),
+    (
+      {"stages": [{}, {"block": 4}]},
+      "stages[1].block=4 is of objective.name=toy; this run's is masked",
+    ),
+    (
+      {"objective": {"name": "toy"}, "stages": [{"blok": 4}]},
+      "unknown field stages[0].blok; did you mean 'block'?",
+    ),
+    (
+      {"objective": {"name": "toy"}, "stages": [{"block": 99}]},
+      "stages[0].block=99 must be in [1, 64]",
+    ),
+    (
+      {"objective": {"name": "toy"}, "stages": [{"block": 13}]},
+      "stages[0].block=13 is bad luck",
+    ),
+    (
+      {"objective": {"name": "toys"}},
+      "objective.name='toys' is no objective; did you mean 'toy'?",
+    ),
+  ],
+)
+def test_a_field_of_another_objective_is_refused(toy, raw, message):
+  assert _error(config_lib.from_dict, raw) == message
+
+
+def test_parts_must_be_the_chosen_objectives(toy):
+  message = _error(Config, objective=MaskedConfig(name="toy"))
+  assert "takes a ToyConfig, not a MaskedConfig" in message
+  told = (StageConfig(objective=ToyStage()),)
+  assert "takes a MaskedStage, not a ToyStage" in _error(Config, stages=told)
+
+
+def test_fields_of_one_name_have_one_type(toy):
+  wrong = dataclasses.make_dataclass(
+    "WrongStage",
+    [("block", float, fields.field(1.0, "a block"))],
+    bases=(ObjectiveStage,),
+    frozen=True,
+    kw_only=True,
+  )
+  OBJECTIVES.register("wrong", Kind(ObjectiveConfig, wrong, "builtins:dict"))
+  message = _error(config_lib.default_config)
+  assert "WrongStage.block" in message
+
+
+def test_the_reference_says_whose_a_field_is(toy):
+  page = config_reference.reference()
+  assert (
+    "| `objective.strength` | `float` | [0, 1] | `0.5` | toy: of the" in page
+  )
+  assert "masked, toy" in page

@@ -22,7 +22,7 @@ from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
 from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.objectives.config import ObjectiveConfig
+from mdm_jax.objectives.config import MaskedConfig, MaskedStage
 from mdm_jax.training.config import OptimizerConfig
 from mdm_jax.training.trainer import Trainer
 
@@ -33,10 +33,12 @@ CONFIG = Config(
   data=DataConfig(batch_size=8),
   tokenizer=TokenizerConfig(kind="byte"),
   model=ModelConfig(num_layers=2, embed_dim=16, num_heads=2, dropout=0.1),
-  objective=ObjectiveConfig(weighting="nelbo", label_smoothing=0.1),
+  objective=MaskedConfig(weighting="nelbo", label_smoothing=0.1),
   stages=(
     StageConfig(
-      length=32, updates=UPDATES, mask_rate=(0.4, 0.6), rehearsal=0.25
+      length=32,
+      updates=UPDATES,
+      objective=MaskedStage(mask_rate=(0.4, 0.6), rehearsal=0.25),
     ),
   ),
   # A large eps: near zero gradients Adam would turn rounding into steps.

@@ -17,6 +17,7 @@ from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.objectives import cross_entropy
+from mdm_jax.objectives.config import MaskedStage
 from mdm_jax.training import incident
 from mdm_jax.training.config import OptimizerConfig
 from mdm_jax.training.trainer import Trainer
@@ -28,7 +29,12 @@ CONFIG = Config(
   model=ModelConfig(num_layers=1, embed_dim=16, num_heads=2, dropout=0.1),
   stages=(
     StageConfig(name="early", length=16, updates=2),
-    StageConfig(name="late", length=16, updates=2, mask_rate=(0.2, 0.4)),
+    StageConfig(
+      name="late",
+      length=16,
+      updates=2,
+      objective=MaskedStage(mask_rate=(0.2, 0.4)),
+    ),
   ),
   optimizer=OptimizerConfig(warmup_steps=1, accumulation=2),
 )

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from mdm_jax.config import Config
-from mdm_jax.data.config import StageConfig
 from mdm_jax.objectives import noise
-from mdm_jax.objectives.config import NoiseConfig
+from mdm_jax.objectives.config import MaskedStage, NoiseConfig
 
 SCHEDULES = [noise.Linear(), noise.Cosine(), noise.Polynomial(3.0)]
 RANGES = [
@@ -79,10 +78,10 @@ def test_no_rehearsal_stays_inside_the_range():
 
 
 def test_stage_rates_reads_the_config():
-  stage = StageConfig(mask_rate=(0.4, 0.6), rehearsal=0.1)
+  stage = MaskedStage(mask_rate=(0.4, 0.6), rehearsal=0.1)
   got = noise.stage_rates(stage, NoiseConfig())
   assert got == noise.RateRange(0.4, 0.6, 0.1)
-  free = noise.stage_rates(StageConfig(), NoiseConfig(schedule="cosine"))
+  free = noise.stage_rates(MaskedStage(), NoiseConfig(schedule="cosine"))
   assert free == noise.ScheduledRates(noise.Cosine())
   poly = NoiseConfig(schedule="polynomial", exponent=3.0)
   assert noise.make_schedule(poly) == noise.Polynomial(3.0)
@@ -94,6 +93,6 @@ def test_a_schedule_of_a_users_own_is_found_by_its_name():
     return noise.Polynomial(2 * config.exponent)
 
   config = NoiseConfig(schedule="steep", exponent=3.0)
-  rates = noise.stage_rates(StageConfig(), config)
+  rates = noise.stage_rates(MaskedStage(), config)
   assert rates == noise.ScheduledRates(noise.Polynomial(6.0))
   assert Config(noise=config).noise.schedule == "steep"

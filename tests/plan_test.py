@@ -8,18 +8,26 @@ from mdm_jax.core.progress import duration
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.config import StageConfig
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.objectives.config import MaskedStage
 from mdm_jax.planning import scaling_laws
+
+
+def uncovered_rates(config):
+  return config.objective.warnings([s.objective for s in config.stages])
 
 
 def stages(*rates, rehearsal=0.0):
   return Config(
-    stages=tuple(StageConfig(mask_rate=r, rehearsal=rehearsal) for r in rates)
+    stages=tuple(
+      StageConfig(objective=MaskedStage(mask_rate=r, rehearsal=rehearsal))
+      for r in rates
+    )
   )
 
 
 def test_rates_that_no_stage_trains_are_named():
   config = stages((0.75, 0.9), (0.4, 0.6), (0.05, 0.2))
-  (warning,) = plan.uncovered_rates(config)
+  (warning,) = uncovered_rates(config)
   assert "0.00-0.05, 0.20-0.40, 0.60-0.75, 0.90-1.00" in warning
   assert "rehearsal" in warning
 
@@ -33,7 +41,7 @@ def test_rates_that_no_stage_trains_are_named():
   ],
 )
 def test_full_coverage_is_no_warning(config):
-  assert plan.uncovered_rates(config) == []
+  assert uncovered_rates(config) == []
 
 
 def test_parameters_are_counted(mesh, tiny_model):

@@ -174,7 +174,7 @@ def measure_data(mesh: Any) -> dict[str, Any]:
   trainer = _trainer(mesh)
   config, stage = trainer.config, trainer.curriculum.stages[0]
   mask = trainer.data.tokenizer.vocab.mask
-  rates = stage_rates(stage.config, config.noise)
+  rates = stage_rates(stage.config.objective, config.noise)
   tasks = jax.jit(
     lambda step, batch: step_lib._make_tasks(config, rates, mask, step, batch)
   )

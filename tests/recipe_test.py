@@ -28,7 +28,6 @@ from ml_collections.config_flags import config_path
 import mdm_jax.main  # noqa: F401 (defines the flags)
 from mdm_jax import command_line
 from mdm_jax import config as config_lib
-from mdm_jax import plan as plan_lib
 from mdm_jax.benchmarks.workload import one_byte_a_token
 from mdm_jax.config import Config
 from mdm_jax.core import rng
@@ -197,7 +196,7 @@ class Built:
   def tasks(self, stage: int):
     """What a stage's first update asks the denoiser."""
     plan = self.stages[stage]
-    rates = stage_rates(plan.config, self.config.noise)
+    rates = stage_rates(plan.config.objective, self.config.noise)
     make = functools.partial(
       step_lib._make_tasks, self.config, rates, TOKENIZER.vocab.mask
     )
@@ -246,7 +245,7 @@ def read_epochs(config: Config, stage: int) -> float:
 
 def read_mask_rate(config: Config, stage: int) -> tuple[float, float]:
   """Where rows are masked more often than by rates from all of (0, 1)."""
-  rates = stage_rates(config.stages[stage], config.noise)
+  rates = stage_rates(config.stages[stage].objective, config.noise)
   u = corruption.stratified_uniforms(rng.stream(0, "rate"), MASKED_ROWS)
   masked = np.asarray(draw_masks(rates.rate(u), MASKED_LENGTH)).sum(axis=1)
   rows = np.bincount(masked, minlength=MASKED_LENGTH + 1)
@@ -529,7 +528,7 @@ def test_any_set_of_priorities_can_be_asked_for(arg, name):
   config, want = parse(f"recommended.py:{arg}"), adopt(tuple(arg.split(",")))
   assert values_of(config, want) == want
   assert config.name == f"recommended_{name}"
-  assert not any(stage.rehearsal for stage in config.stages)
+  assert not any(stage.objective.rehearsal for stage in config.stages)
 
 
 def values_of(config: Config, fields: Iterable[str]) -> dict[str, Any]:
@@ -632,7 +631,8 @@ def refusal(file: str, capsys) -> str:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_plan_warns_where_there_is_no_rehearsal(preset):
-  warned = plan_lib.uncovered_rates(preset_config(preset))
+  config = preset_config(preset)
+  warned = config.objective.warnings([s.objective for s in config.stages])
   assert bool(warned) == (preset != "recommended")
 
 
@@ -739,7 +739,7 @@ def test_a_run_uses_its_schedule_and_its_stages_rates(trained):
   used = [float(m["learning_rate"]) for m in metrics]
   np.testing.assert_allclose(used, b.learning_rates, rtol=1e-6)
   for update, measured in enumerate(metrics):
-    low, high = b.stages[update // 2].config.mask_rate
+    low, high = b.stages[update // 2].config.objective.mask_rate
     mean = (1 - REHEARSAL) * (low + high) / 2 + REHEARSAL / 2
     assert float(measured["mask_rate"]) == pytest.approx(mean, abs=0.1)
 
@@ -780,7 +780,7 @@ def test_an_update_draws_one_rate_of_each_stratum(preset, stage):
   config = preset_config(preset)
   low, high = expected(preset)[f"stages[{stage}].mask_rate"]
   rehearsal = REHEARSAL if preset == "recommended" else 0.0
-  rates = stage_rates(config.stages[stage], config.noise)
+  rates = stage_rates(config.stages[stage].objective, config.noise)
   rows = config.rows_per_update
   for update in range(20):
     key = rng.stream(config.seed, "rate", update)
@@ -795,7 +795,7 @@ def test_an_update_draws_one_rate_of_each_stratum(preset, stage):
 
 def test_every_row_has_a_mask_at_the_lowest_rates():
   config = preset_config("recommended_strict")
-  rates = stage_rates(config.stages[2], config.noise)
+  rates = stage_rates(config.stages[2].objective, config.noise)
   u = corruption.stratified_uniforms(rng.stream(0, "rate"), MASKED_ROWS)
   sizes = 1 + jnp.arange(MASKED_ROWS) % 20
   masked = np.asarray(draw_masks(rates.rate(u), sizes))
@@ -807,7 +807,7 @@ def test_every_row_has_a_mask_at_the_lowest_rates():
 def test_nelbo_weighs_by_the_density_of_range_and_rehearsal(stage):
   config = parse("recommended.py", "--config.objective.weighting=nelbo")
   tasks = built(config).tasks(stage)
-  low, high = config.stages[stage].mask_rate
+  low, high = config.stages[stage].objective.mask_rate
   rate, masked, real = (
     np.asarray(x).reshape(16, -1)
     for x in (tasks.rate, tasks.corrupted.masked, tasks.segments > 0)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mdm_jax import config_reference
-from mdm_jax.config import Config
+from mdm_jax.config import form
 from mdm_jax.core import coercion
 
 FILE = pathlib.Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -46,7 +46,7 @@ def test_every_name_is_one_that_a_flag_can_set():
   for path, cls in config_reference.sections():
     for field in dataclasses.fields(cls):
       name = f"{path}.{field.name}" if path else field.name
-      coercion.check_field(name.replace("[i]", "[0]"), Config)
+      coercion.check_field(name.replace("[i]", "[0]"), form())
       if not config_reference._inner(field.type)[0]:
         assert text.count(f"| `{name}` |") == 1
 

@@ -23,7 +23,7 @@ from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import cross_entropy
-from mdm_jax.objectives.config import ObjectiveConfig
+from mdm_jax.objectives.config import MaskedConfig, MaskedStage
 from mdm_jax.objectives.noise import stage_rates
 from mdm_jax.training import optimizer as optimizer_lib
 from mdm_jax.training import step as step_lib
@@ -43,9 +43,13 @@ V, REAL, MASK, PAD = 32, 28, 30, 29
 CONFIG = Config(
   data=DataConfig(batch_size=8),
   model=ModelConfig(num_layers=2, embed_dim=16, num_heads=2, dropout=0.1),
-  objective=ObjectiveConfig(label_smoothing=0.1),
+  objective=MaskedConfig(label_smoothing=0.1),
   stages=(
-    StageConfig(length=16, updates=6, mask_rate=(0.4, 0.6), rehearsal=0.25),
+    StageConfig(
+      length=16,
+      updates=6,
+      objective=MaskedStage(mask_rate=(0.4, 0.6), rehearsal=0.25),
+    ),
   ),
   optimizer=OptimizerConfig(
     learning_rate=1e-2, warmup_steps=1, accumulation=2, ema_decay=0.9
@@ -119,7 +123,7 @@ class Run:
 
   @functools.cached_property
   def _make_tasks(self):
-    rates = stage_rates(self.config.stages[0], self.config.noise)
+    rates = stage_rates(self.config.stages[0].objective, self.config.noise)
     make = functools.partial(step_lib._make_tasks, self.config, rates, MASK)
     return jax.jit(make)
 
@@ -158,7 +162,8 @@ def test_the_loss_falls_and_is_compiled_once(mesh):
 
 def test_microbatches_and_updates_never_share_masks(mesh):
   """At one rate, rows that drew from one key would have the same mask."""
-  stage = StageConfig(length=16, mask_rate=(0.499, 0.5))
+  rates = MaskedStage(mask_rate=(0.499, 0.5))
+  stage = StageConfig(length=16, objective=rates)
   run = Run(dataclasses.replace(CONFIG, stages=(stage,)), mesh)
   masks = []
   for update in range(2):
@@ -292,7 +297,7 @@ def test_three_devices_update_as_one_does(mesh, weighting):
   """Of 3 x 3 rows a microbatch the last one is padding, and counts nowhere."""
   config = dataclasses.replace(
     CONFIG,
-    objective=ObjectiveConfig(weighting=weighting, label_smoothing=0.1),
+    objective=MaskedConfig(weighting=weighting, label_smoothing=0.1),
     optimizer=dataclasses.replace(CONFIG.optimizer, eps=1e-3),
   )
   one = Run(config, mesh)
@@ -603,7 +608,7 @@ def test_loss_is_the_weighted_mean_it_says(mesh, weighting):
   config = dataclasses.replace(
     CONFIG,
     model=dataclasses.replace(CONFIG.model, dropout=0.0),
-    objective=ObjectiveConfig(weighting=weighting),
+    objective=MaskedConfig(weighting=weighting),
   )
   run = shared(config, mesh)
   state, tasks = run.init(), run.tasks(0)

@@ -17,6 +17,7 @@ from mdm_jax.data import batches
 from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
 from mdm_jax.data.prepared import prepare
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.objectives.config import MaskedStage
 from mdm_jax.planning import calibration
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
 from mdm_jax.training.curriculum import make_curriculum
@@ -41,9 +42,14 @@ def config(tmp_path_factory):
         length=64,
         easiest=0.5,
         updates=3,
-        mask_rate=(0.75, 0.9),
+        objective=MaskedStage(mask_rate=(0.75, 0.9)),
       ),
-      StageConfig(name="second", length=32, updates=2, mask_rate=(0.05, 0.2)),
+      StageConfig(
+        name="second",
+        length=32,
+        updates=2,
+        objective=MaskedStage(mask_rate=(0.05, 0.2)),
+      ),
     ),
     optimizer=OptimizerConfig(warmup_steps=1, accumulation=2),
   )

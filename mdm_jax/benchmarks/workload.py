@@ -19,7 +19,7 @@ from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.objectives import corruption
-from mdm_jax.objectives.config import ObjectiveConfig
+from mdm_jax.objectives.config import MaskedConfig, MaskedStage
 from mdm_jax.objectives.noise import RateDistribution, stage_rates
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
 from mdm_jax.training.trainer import Trainer
@@ -76,8 +76,9 @@ def make_config(
   preset: Preset, rates: str = "uniform", checkpoint_every: int = _UPDATES
 ) -> Config:
   """Returns the config of a run that never comes to its end."""
-  stage = StageConfig(length=preset.length, updates=_UPDATES, **RATES[rates])
-  unbiased = stage.mask_rate is None or stage.rehearsal > 0
+  told = MaskedStage(**RATES[rates])
+  stage = StageConfig(length=preset.length, updates=_UPDATES, objective=told)
+  unbiased = told.mask_rate is None or told.rehearsal > 0
   return Config(
     name="benchmark",
     data=DataConfig(batch_size=preset.batch),
@@ -89,7 +90,7 @@ def make_config(
       attention=preset.attention,
       remat=preset.remat,
     ),
-    objective=ObjectiveConfig(weighting="nelbo" if unbiased else "masked_ce"),
+    objective=MaskedConfig(weighting="nelbo" if unbiased else "masked_ce"),
     stages=(stage,),
     optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
     train=TrainConfig(checkpoint_every=checkpoint_every),
@@ -175,5 +176,5 @@ def make_work(
   """Returns the run, and its first batch."""
   trainer = Trainer(config, data, mesh)
   stage = trainer.curriculum.stages[0]
-  rates = stage_rates(stage.config, config.noise)
+  rates = stage_rates(stage.config.objective, config.noise)
   return Work(trainer, rates, trainer.batch(stage, 0))

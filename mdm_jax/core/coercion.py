@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from ml_collections import config_dict
@@ -72,13 +73,82 @@ def to_config_dict(value: Any) -> config_dict.ConfigDict:
     options = [t for t in typing.get_args(field.type) if t is not type(None)]
     if type(None) in typing.get_args(field.type):
       # A typed placeholder can be set from the command line, None included.
-      kind = typing.get_origin(options[0]) or options[0]
-      holder = config_dict.placeholder(kind)
+      holder = config_dict.placeholder(_plain_type(options[0]))
       if item is not None:
         holder.set(item)
       item = holder
     result[field.name] = item
   return result.lock()
+
+
+def _plain_type(hint: Any) -> type:
+  origin = typing.get_origin(hint)
+  return type(typing.get_args(hint)[0]) if origin is Literal else origin or hint
+
+
+def union(base: type, parts: Mapping[str, type]) -> type:
+  """Returns a section that also has the fields of all parts.
+
+  One of a part's fields is None where it isn't given; its metadata say what it
+  is `of`, and what that takes as `default`.
+
+  Args:
+    base: has the fields that all share. A part that inherits from it brings
+      only what it adds.
+    parts: by the names of what they belong to.
+
+  Raises:
+    UserError: fields of one name have different types.
+  """
+  found = {f.name: (f.type, _copy(f)) for f in _own_fields(base)}
+  for name, part in parts.items():
+    inherited = _names(base) if issubclass(part, base) else []
+    for at in dataclasses.fields(part):
+      if at.name in inherited:
+        continue
+      hint, metadata = at.type | None, dict(at.metadata)
+      known = found.setdefault(at.name, (hint, None))
+      if known[0] != hint:
+        raise UserError(
+          f"{part.__name__}.{at.name} is a {at.type}, elsewhere a {known[0]};"
+          " give it another name"
+        )
+      of = known[1].metadata["of"] if known[1] else ()
+      metadata |= {"of": (*of, name), "default": at.default, "type": at.type}
+      made = dataclasses.field(default=None, metadata=metadata)
+      found[at.name] = hint, made
+  return _made(base, found)
+
+
+def with_types(cls: type, types: Mapping[str, tuple[Any, Any]]) -> type:
+  """Returns a section with other types and defaults for some fields."""
+  found = {f.name: (f.type, _copy(f)) for f in dataclasses.fields(cls)}
+  for name, (hint, default) in types.items():
+    found[name] = hint, dataclasses.field(default=default)
+  return _made(cls, found)
+
+
+def _made(cls: type, fields: Mapping[str, tuple[Any, Any]]) -> type:
+  items = [(name, hint, made) for name, (hint, made) in fields.items()]
+  return dataclasses.make_dataclass(
+    cls.__name__,
+    items,
+    namespace={"__doc__": cls.__doc__},
+    frozen=True,
+    kw_only=True,
+  )
+
+
+def _own_fields(cls: type) -> list[dataclasses.Field[Any]]:
+  return [f for f in dataclasses.fields(cls) if not f.metadata.get("flat")]
+
+
+def _names(cls: type) -> list[str]:
+  return [f.name for f in dataclasses.fields(cls)]
+
+
+def _copy(at: dataclasses.Field[Any]) -> Any:
+  return dataclasses.field(default=at.default, metadata=at.metadata)
 
 
 def check_field(path: str, cls: type) -> None:

@@ -3,7 +3,11 @@
 Bounds are written as in mathematics: "[0, 1]" has both ends, "(0, 1)" none of
 them, "-1 or [1, 64]" one number more. Of a field with several numbers they are
 those of each. A registry is written as "package.module:NAME"; the field's value
-is then the name of a piece in it.
+is then the name of a piece in it. A section that is `flat` is written without a
+name of its own: its fields stand beside it.
+
+What the fields of a section must be together is in its method `check(path)`,
+which is called once each of them can be right.
 """
 
 import dataclasses
@@ -44,7 +48,8 @@ def field(default: Any, doc: str, bounds: str = "", **more: Any) -> Any:
     doc: one line.
     bounds: of a number, or of each of several.
     **more: `path=True`, a file or folder, which may begin with ~;
-      `registry="package.module:NAME"`, where its possible values are listed.
+      `registry="package.module:NAME"`, where its possible values are listed;
+      `flat=True`, a section whose fields stand beside it.
   """
   metadata = {"doc": doc, "bounds": bounds, **more}
   return dataclasses.field(default=default, metadata=metadata)
@@ -61,14 +66,23 @@ def at_home(path: str) -> str:
 
 
 def check(value: Any, path: str = "") -> None:
-  """Checks every field under a section against its bounds and its registry.
+  """Checks every field under a section, and what they are together.
 
   Raises:
-    UserError: a number is out of bounds, or a name isn't registered.
+    UserError: a number is out of bounds, a name isn't registered, or fields
+      don't go together.
   """
   for at in dataclasses.fields(value):
-    name = f"{path}.{at.name}" if path else at.name
-    _check(getattr(value, at.name), name, at)
+    _check(getattr(value, at.name), path_of(path, at), at)
+  if hasattr(value, "check"):
+    value.check(path)
+
+
+def path_of(parent: str, at: dataclasses.Field[Any]) -> str:
+  """Returns the dotted path of a section's field."""
+  if at.metadata.get("flat"):
+    return parent
+  return f"{parent}.{at.name}" if parent else at.name
 
 
 def _check(value: Any, path: str, at: dataclasses.Field[Any]) -> None:

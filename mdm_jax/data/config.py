@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from mdm_jax.core import languages
+from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import COUNT, MANY, POSITIVE, SHARE, SIZE, field, fixed
 
 
@@ -55,6 +57,16 @@ class DataConfig:
     16.0, "text a shard of --mode=prepare holds", "(0, 1048576]"
   )
 
+  def check(self, path: str) -> None:
+    """Raises UserError if too little is left to train on."""
+    languages.check(f"{path}.language", self.language)
+    if self.eval_fraction + self.test_fraction > 0.9:
+      raise UserError(
+        f"{path}.eval_fraction={self.eval_fraction} and {path}.test_fraction="
+        f"{self.test_fraction} leave too little to train on; hold out at most"
+        " 0.9 in all"
+      )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -69,6 +81,15 @@ class TokenizerConfig:
   path: str = fixed(
     "", "a given SentencePiece .model instead of training one", path=True
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveStage:
+  """What an objective is told of a stage: a dataclass of its own fields."""
+
+  def describe(self) -> str:
+    """Returns what is asked in the stage, in a few words."""
+    return ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,17 +113,20 @@ class StageConfig:
   updates: int | None = fixed(
     None, "optimizer updates instead of epochs (None: from epochs)", POSITIVE
   )
-  mask_rate: tuple[float, float] | None = fixed(
-    None,
-    "each row's rate r ~ U(range) (None: t ~ U(0,1) through `noise`)",
-    SHARE,
-  )
-  rehearsal: float = fixed(
-    0.0, "share of the rows whose rate is r ~ U(0, 1) instead", SHARE
+  objective: ObjectiveStage | None = field(
+    None, "what the objective is told (None: its defaults)", flat=True
   )
   lr_factor: float = field(
     1.0, "multiplies the peak of the stage's cosine cycle", "(0, 1000]"
   )
+
+  def check(self, path: str) -> None:
+    """Raises UserError if no text is left."""
+    if self.max_words is not None and self.max_words < self.min_words:
+      raise UserError(
+        f"{path}.min_words={self.min_words} is more than"
+        f" {path}.max_words={self.max_words}: no text is left"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import SIZE, field, fixed
 
 
@@ -49,3 +50,22 @@ class ModelConfig:
   def mlp_size(self) -> int:
     """SwiGLU's hidden width."""
     return self.mlp_dim or -(-8 * self.embed_dim // (3 * 64)) * 64
+
+  def check(self, path: str) -> None:
+    """Raises UserError if heads don't fit the width, or each other."""
+    if self.embed_dim % self.num_heads:
+      raise UserError(
+        f"{path}.num_heads={self.num_heads} does not divide"
+        f" {path}.embed_dim={self.embed_dim}"
+      )
+    if (self.embed_dim // self.num_heads) % 2:
+      raise UserError(
+        f"{path}.embed_dim / {path}.num_heads ="
+        f" {self.embed_dim // self.num_heads} is odd; rotary positions need an"
+        " even head size"
+      )
+    if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+      raise UserError(
+        f"{path}.num_kv_heads={self.num_kv_heads} does not divide"
+        f" {path}.num_heads={self.num_heads}"
+      )

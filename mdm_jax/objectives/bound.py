@@ -29,14 +29,14 @@ CHARTS = {
 def describe(stage: StageConfig) -> str:
   """Returns which mask rates a stage trains on, in words."""
   told = "mask rate {:g}\u2013{:g}".format(*rates(stage))
-  if stage.rehearsal:
-    told += f", any in {stage.rehearsal:.0%} of rows"
+  if stage.objective.rehearsal:
+    told += f", any in {stage.objective.rehearsal:.0%} of rows"
   return told
 
 
 def rates(stage: StageConfig) -> tuple[float, float]:
   """Returns the range of mask rates that a stage is made for."""
-  return stage.mask_rate or (0.0, 1.0)
+  return stage.objective.mask_rate or (0.0, 1.0)
 
 
 def bands(

@@ -1,9 +1,25 @@
-"""What an update minimises, and on which noise."""
+"""What an update minimises, and on which noise; every objective's own fields.
+
+An objective registers the fields it adds to the section `objective` and to a
+stage, and what makes it of them:
+
+  OBJECTIVES.register("mine", Kind(MyConfig, MyStage, build))
+
+In a config file all registered fields stand side by side; those of another
+objective than the chosen one must be left alone (`mdm_jax/config_forms.py`).
+"""
 
 import dataclasses
-from typing import Literal
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
-from mdm_jax.core.fields import field, fixed
+from mdm_jax.core.errors import UserError
+from mdm_jax.core.fields import SHARE, field, fixed
+from mdm_jax.core.registry import Registry
+from mdm_jax.data.config import ObjectiveStage
+
+_NARROWEST = 1e-6  # range of mask rates that float32 can draw from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +38,60 @@ class NoiseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-  """What a training step minimises."""
+  """What a training step minimises; the rest is the chosen objective's."""
+
+  name: str = fixed(
+    "masked", "the objective", registry="mdm_jax.objectives.config:OBJECTIVES"
+  )
+
+  def check_stage(self, stage: ObjectiveStage, path: str) -> None:
+    """Raises UserError if a stage does not go with these settings.
+
+    Args:
+      stage: what the objective is told of it.
+      path: of the stage, as `stages[0]`.
+    """
+
+  def warnings(self, stages: Sequence[ObjectiveStage]) -> list[str]:
+    """Returns sentences about what the stages together leave out."""
+    del stages
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """An objective: its fields, and what makes it.
+
+  Attributes:
+    config: its section, a frozen dataclass; all fields have defaults.
+    stage: what it is told of a stage, too. A field that may be None is None by
+      default, in both.
+    build: (config, stage, noise, vocabulary, plan) -> the objective of a stage;
+      see `masked.build`. "module:function" is imported when it is needed.
+  """
+
+  config: type[ObjectiveConfig]
+  stage: type[ObjectiveStage]
+  build: str | Callable[..., Any]
+
+
+OBJECTIVES: Registry[Kind] = Registry("objective", "objective.name")
+
+
+def build(config: ObjectiveConfig, *args: Any) -> Any:
+  """Returns the chosen objective of a stage; arguments as in `Kind.build`."""
+  made = OBJECTIVES[config.name].build
+  if isinstance(made, str):
+    made = pkgutil.resolve_name(made)
+  return made(config, *args)
+
+
+# MARK: masked
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedConfig(ObjectiveConfig):
+  """The masked objective: what stood where a token is masked?"""
 
   weighting: Literal["masked_ce", "nelbo"] = fixed(
     "masked_ce",
@@ -31,3 +100,71 @@ class ObjectiveConfig:
   label_smoothing: float = field(
     0.0, "training loss only; uniform over real tokens", "[0, 0.9]"
   )
+
+  def check_stage(self, stage: "MaskedStage", path: str) -> None:
+    """Raises UserError if the bound lacks mask rates in a stage."""
+    rates = stage.mask_rate
+    covers = rates is None or rates == (0.0, 1.0) or stage.rehearsal > 0
+    if self.weighting == "nelbo" and not covers:
+      raise UserError(
+        f"objective.weighting=nelbo, but {path}.mask_rate={rates} never"
+        " draws the other rates, so no weight can make the bound unbiased; set"
+        f" {path}.rehearsal > 0 or weighting=masked_ce"
+      )
+
+  def warnings(self, stages: Sequence["MaskedStage"]) -> list[str]:
+    """Returns a sentence if sampling meets mask rates that no stage trains."""
+    if any(s.mask_rate is None or s.rehearsal > 0 for s in stages):
+      return []
+    gaps, reached = [], 0.0
+    for low, high in sorted(s.mask_rate for s in stages):
+      if low > reached:
+        gaps.append(f"{reached:.2f}-{low:.2f}")
+      reached = max(reached, high)
+    if reached < 1:
+      gaps.append(f"{reached:.2f}-1.00")
+    if not gaps:
+      return []
+    return [
+      f"no stage trains mask rates {', '.join(gaps)}, but sampling passes"
+      " through them; set stages[i].rehearsal"
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedStage(ObjectiveStage):
+  """How much of a row the stage masks."""
+
+  mask_rate: tuple[float, float] | None = fixed(
+    None,
+    "each row's rate r ~ U(range) (None: t ~ U(0,1) through `noise`)",
+    SHARE,
+  )
+  rehearsal: float = fixed(
+    0.0, "share of the rows whose rate is r ~ U(0, 1) instead", SHARE
+  )
+
+  def describe(self) -> str:
+    """Returns the mask rates, and how many rows rehearse all of them."""
+    rates = self.mask_rate
+    told = "U(0, 1)" if rates is None else "{:g}-{:g}".format(*rates)
+    return told + (f" +{self.rehearsal:.0%}" if self.rehearsal else "")
+
+  def check(self, path: str) -> None:
+    """Raises UserError if the two don't go together."""
+    rates = self.mask_rate
+    if rates and not rates[1] - rates[0] >= _NARROWEST:
+      raise UserError(
+        f"{path}.mask_rate={rates} must be a range inside [0, 1], at least"
+        f" {_NARROWEST:g} wide"
+      )
+    if rates is None and self.rehearsal:
+      raise UserError(
+        f"{path}.rehearsal={self.rehearsal} needs a mask_rate range;"
+        " t ~ U(0, 1) covers every rate already"
+      )
+
+
+OBJECTIVES.register(
+  "masked", Kind(MaskedConfig, MaskedStage, "mdm_jax.objectives.masked:build")
+)

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mdm_jax.core.registry import Registry
-from mdm_jax.data.config import StageConfig
-from mdm_jax.objectives.config import NoiseConfig
+from mdm_jax.objectives.config import MaskedStage, NoiseConfig
 
 
 @runtime_checkable
@@ -148,7 +147,7 @@ class ScheduledRates:
     return -self.schedule.dalpha(u)
 
 
-def stage_rates(stage: StageConfig, noise: NoiseConfig) -> RateDistribution:
+def stage_rates(stage: MaskedStage, noise: NoiseConfig) -> RateDistribution:
   """Returns the distribution of mask rates a stage trains on."""
   if stage.mask_rate is None:
     return ScheduledRates(make_schedule(noise))

@@ -201,7 +201,7 @@ def _head_bytes(run: Blueprint, stage: StagePlan, mesh: AbstractMesh) -> int:
   """The table of a tensor shard, its gradient, and a chunk of logits."""
   config = run.config
   capacity = corruption.max_masked(
-    stage_rates(stage.config, config.noise),
+    stage_rates(stage.config.objective, config.noise),
     config.rows_per_update,
     stage.config.length,
     shards=data_shards(mesh),

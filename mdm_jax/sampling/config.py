@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import POSITIVE, SHARE, SIZE, field
 
 
@@ -71,3 +72,27 @@ class SampleConfig:
     0.9, "then the fewest that reach this mass", SHARE
   )
   seed: int = field(0, "of the samples", "[0, 4294967295]")
+
+  def check(self, path: str) -> None:
+    """Raises UserError if two settings exclude each other."""
+    temperatures = self.temperature_range
+    if temperatures and not temperatures[0] <= temperatures[1]:
+      raise UserError(f"{path}.temperature_range={temperatures} must rise")
+    given = lambda *names: [n for n in names if getattr(self, n) is not None]
+    budgets = given("entropy_bound", "threshold")
+    if len(budgets) == 2:
+      raise UserError(
+        f"{path}.entropy_bound and {path}.threshold both say how much a step"
+        " reveals; set one of them to None"
+      )
+    other = given("block_length") + budgets
+    if other and self.schedule != "linear":
+      raise UserError(
+        f"{path}.schedule={self.schedule} has no meaning beside"
+        f" {path}.{other[0]}; set {path}.schedule=linear"
+      )
+    if budgets and self.remasking != "none":
+      raise UserError(
+        f"{path}.remasking={self.remasking} needs a fixed number of tokens a"
+        f" step; set {path}.{budgets[0]}=None or {path}.remasking=none"
+      )

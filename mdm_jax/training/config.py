@@ -1,8 +1,10 @@
 """The configuration of the optimizer and of the training loop."""
 
 import dataclasses
+import re
 from typing import Literal
 
+from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import COUNT, POSITIVE, SHARE, SIZE, field, fixed
 
 
@@ -123,3 +125,26 @@ class TrainConfig:
   max_attempts: int = field(
     3, "starts in a row that may die before they save anything new", POSITIVE
   )
+
+  def check(self, path: str) -> None:
+    """Raises UserError if `skip_updates` can't be read."""
+    del path
+    update_ranges(self.skip_updates)
+
+
+def update_ranges(text: str) -> tuple[tuple[int, int], ...]:
+  """Reads `train.skip_updates`: half-open ranges of updates, counted from 0.
+
+  Raises:
+    UserError: a part of it is not START:END with START < END.
+  """
+  ranges = []
+  for part in text.split(",") if text else ():
+    found = re.fullmatch(r"\s*([0-9]+):([0-9]+)\s*", part)
+    if not found or int(found[1]) >= int(found[2]):
+      raise UserError(
+        f"train.skip_updates={text!r}: {part!r} is no range START:END with"
+        " START < END; a valid one: '1200:1500,1800:1810'"
+      )
+    ranges.append((int(found[1]), int(found[2])))
+  return tuple(ranges)

@@ -5,9 +5,9 @@ import dataclasses
 import math
 
 from mdm_jax.config import Config
-from mdm_jax.core.config_checks import update_ranges
 from mdm_jax.core.errors import UserError
 from mdm_jax.data.config import StageConfig
+from mdm_jax.training.config import update_ranges
 
 _MOST_UPDATES = 2**31 - 1  # an update's number has 32 bits
 

@@ -85,7 +85,7 @@ def make_pass(
   the weight that falls to it, so 2 x 8 rows give the update of 1 x 16.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  rates = stage_rates(stage.config, config.noise)
+  rates = stage_rates(stage.config.objective, config.noise)
   capacity = corruption.max_masked(
     rates,
     config.rows_per_update,
