@@ -532,7 +532,8 @@ def test_any_set_of_priorities_can_be_asked_for(arg, name):
 
 
 def values_of(config: Config, fields: Iterable[str]) -> dict[str, Any]:
-  return {field: config_path.get_value(field, config) for field in fields}
+  written = config_lib.to_config_dict(config)
+  return {field: config_path.get_value(field, written) for field in fields}
 
 
 @pytest.mark.parametrize("preset, field", EVERY)
@@ -597,7 +598,7 @@ def test_a_preset_combines_with_quick(preset):
   config, whole = parse(file + quick), parse(file)
   assert config.name == f"{preset}_quick"
   assert config.model.num_layers == 2
-  for name in ("mask_rate", "rehearsal", "lr_factor"):
+  for name in ("objective", "lr_factor"):
     assert [getattr(s, name) for s in config.stages] == [
       getattr(s, name) for s in whole.stages
     ]
