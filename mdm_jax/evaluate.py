@@ -14,8 +14,8 @@ from mdm_jax.core import strict_json
 from mdm_jax.core.progress import console
 from mdm_jax.data import splits
 from mdm_jax.data.held_out import HeldOut
-from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData, training_ngrams, training_texts
+from mdm_jax.data.rows import Rows
 from mdm_jax.evaluation import baselines, tables, targets
 from mdm_jax.evaluation import samples as samples_lib
 from mdm_jax.evaluation.judge import NgramJudge, make_judge

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from mdm_jax.core.sharding import AXES, RULES, batch_sharding, data_shards
 from mdm_jax.data import batches
 from mdm_jax.data.batches import make_batch, row_numbers, stage_seed
-from mdm_jax.data.packing import Rows
+from mdm_jax.data.rows import Rows
 
 ROWS = Rows(
   np.arange(40 * 6, dtype=np.uint16).reshape(40, 6),

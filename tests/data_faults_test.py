@@ -24,6 +24,7 @@ from mdm_jax import config as config_lib
 from mdm_jax.core import sharding
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import MeshConfig
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import corpora, splits
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
@@ -194,7 +195,7 @@ def _pieces(rows):
 def test_fault_32_a_document_of_any_length_is_whole(size):
   ids = np.arange(size, dtype=np.int32)
   pieces = join_sentences([ids] if size else [], LENGTH, EOS)
-  rows = pack(pieces, LENGTH, PAD)
+  rows = pack(pieces, LENGTH, Vocabulary.after_text(256))
   assert [len(p) for p in pieces] == (
     [LENGTH] * (size // LENGTH) + [n for n in (size % LENGTH + 1,) if n]
   )
@@ -235,7 +236,11 @@ def test_fault_32_texts_of_all_lengths_are_packed_or_counted(
 
 
 def test_fault_32_padding_is_never_masked():
-  rows = pack([np.arange(size) for size in (1, 9, 15, 16)], LENGTH, PAD)
+  rows = pack(
+    [np.arange(size) for size in (1, 9, 15, 16)],
+    LENGTH,
+    Vocabulary.after_text(256),
+  )
   sizes = (rows.segments > 0).sum(axis=1)
   real = jnp.asarray(rows.segments > 0)
   x0 = jnp.asarray(rows.tokens.astype(np.int32))

@@ -13,8 +13,8 @@ from mdm_jax.benchmarks.workload import one_byte_a_token
 from mdm_jax.config import Config
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
-from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
+from mdm_jax.data.rows import Rows
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.objectives import cross_entropy
 from mdm_jax.objectives.config import MaskedStage

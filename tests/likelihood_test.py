@@ -10,7 +10,7 @@ import pytest
 from mdm_jax.core import rng
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.held_out import HeldOut
-from mdm_jax.data.packing import Rows
+from mdm_jax.data.rows import Rows
 from mdm_jax.evaluation import likelihood
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.evaluation.likelihood import Evaluator

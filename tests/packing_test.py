@@ -5,10 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.packing import join_sentences, pack
 
 PAD = 999
 LAST = 777
+
+
+def _vocab(pad):
+  return Vocabulary(pad + 1, pad=pad, forbidden=((pad, pad + 1),))
+
+
+VOCAB = _vocab(PAD)
 
 
 @st.composite
@@ -48,7 +56,7 @@ def _first_fit(sizes, length):
 @settings(deadline=None)
 def test_every_text_is_one_segment_once_and_whole(case):
   texts, length = case
-  rows = pack(texts, length, PAD)
+  rows = pack(texts, length, VOCAB)
   found = []
   for row, places in _segments(rows):
     assert (np.diff(places) == 1).all()
@@ -59,7 +67,8 @@ def test_every_text_is_one_segment_once_and_whole(case):
 @given(_texts())
 @settings(deadline=None)
 def test_padding_and_segment_zero_are_the_same_and_come_last(case):
-  rows = pack(*case, PAD * 1000)
+  vocab = _vocab(PAD * 1000)
+  rows = pack(*case, vocab)
   padding = rows.segments == 0
   assert ((rows.tokens == PAD * 1000) == padding).all()
   assert (np.diff(padding.astype(int), axis=1) >= 0).all()
@@ -69,7 +78,7 @@ def test_padding_and_segment_zero_are_the_same_and_come_last(case):
 @given(_texts())
 @settings(deadline=None)
 def test_segments_count_up_from_one(case):
-  rows = pack(*case, PAD)
+  rows = pack(*case, VOCAB)
   for row in rows.segments:
     real = row[row > 0].astype(int)
     assert real[0] == 1
@@ -81,7 +90,7 @@ def test_segments_count_up_from_one(case):
 def test_rows_are_as_few_as_first_fit_decreasing_makes_them(case):
   texts, length = case
   sizes = sorted(map(len, texts), reverse=True)
-  rows = pack(texts, length, PAD)
+  rows = pack(texts, length, VOCAB)
   fewest = -(-sum(sizes) // length)
   assert fewest <= len(rows) <= _first_fit(sizes, length) + 1
 
@@ -89,7 +98,7 @@ def test_rows_are_as_few_as_first_fit_decreasing_makes_them(case):
 @given(_texts())
 @settings(deadline=None)
 def test_no_two_rows_fit_into_one(case):
-  rows = pack(*case, PAD)
+  rows = pack(*case, VOCAB)
   filled = sorted((rows.segments > 0).sum(axis=1))
   assert len(filled) < 2 or filled[0] + filled[1] > rows.length
 
@@ -97,19 +106,19 @@ def test_no_two_rows_fit_into_one(case):
 def test_real_sizes_leave_little_padding():
   rng = np.random.default_rng(0)
   sizes = np.clip(rng.lognormal(3, 0.6, 2000).astype(int), 1, 64)
-  rows = pack([np.ones(n, np.int32) for n in sizes], 64, PAD)
+  rows = pack([np.ones(n, np.int32) for n in sizes], 64, VOCAB)
   assert (rows.segments > 0).mean() > 0.99
 
 
 def test_the_same_texts_give_the_same_rows():
   texts = [np.full(n, n, np.int32) for n in (3, 1, 3, 2, 5, 1)]
-  first, second = pack(texts, 6, PAD), pack(texts, 6, PAD)
+  first, second = pack(texts, 6, VOCAB), pack(texts, 6, VOCAB)
   assert (first.tokens == second.tokens).all()
   assert (first.segments == second.segments).all()
 
 
 def test_no_texts_give_no_rows():
-  rows = pack([], 8, PAD)
+  rows = pack([], 8, VOCAB)
   assert len(rows) == 0 and rows.length == 8
   assert rows.tokens.shape == rows.segments.shape == (0, 8)
 
@@ -117,12 +126,12 @@ def test_no_texts_give_no_rows():
 @pytest.mark.parametrize("size", [0, 9])
 def test_a_text_that_does_not_fit_is_an_error(size):
   with pytest.raises(ValueError, match=f"{size} tokens in rows of 8"):
-    pack([np.ones(size, np.int32)], 8, PAD)
+    pack([np.ones(size, np.int32)], 8, VOCAB)
 
 
 @pytest.mark.parametrize("pad, dtype", [(65535, np.uint16), (65536, np.int32)])
 def test_ids_fit_their_type(pad, dtype):
-  rows = pack([np.array([pad - 1])], 2, pad)
+  rows = pack([np.array([pad - 1])], 2, _vocab(pad))
   assert rows.tokens.dtype == dtype
   assert rows.tokens.tolist() == [[pad - 1, pad]]
 

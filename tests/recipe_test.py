@@ -37,8 +37,8 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import prepared
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
-from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
+from mdm_jax.data.rows import Rows
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.objectives import corruption, cross_entropy

@@ -18,7 +18,7 @@ from mdm_jax.core.sharding import AXES
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import batches
 from mdm_jax.data.config import DataConfig, StageConfig
-from mdm_jax.data.packing import Rows
+from mdm_jax.data.rows import Rows
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser

@@ -317,7 +317,9 @@ def test_rows_are_checked_by_what_may_stand_in_a_text():
   vocab = VOCABULARIES["ranges in the middle"]
   tokens = np.array([[16, 7, 2, 8, 31, 4]], np.uint16)
   segments = np.array([[1, 1, 1, 1, 1, 0]], np.uint16)
-  check = lambda t, s: row_checks.find_wrong(t, s, 6, vocab)
+  check = lambda t, s: row_checks.find_wrong(
+    {"tokens": t, "segments": s}, 6, vocab
+  )
   assert check(tokens, segments) is None
   for place, token, reason in [
     (1, 17, "is the mask"),

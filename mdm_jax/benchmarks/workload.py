@@ -13,8 +13,8 @@ from mdm_jax.core.sharding import data_shards
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.config import DataConfig, StageConfig
 from mdm_jax.data.held_out import HeldOut
-from mdm_jax.data.packing import Rows
 from mdm_jax.data.prepared import PreparedData
+from mdm_jax.data.rows import Rows
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.model.config import ModelConfig
@@ -110,12 +110,12 @@ def make_rows(preset: Preset, count: int = _ROWS) -> Rows:
 
 def on_disk(rows: Rows, folder: epath.PathLike) -> Rows:
   """Writes rows as `data/prepared.py` does, and returns them memory-mapped."""
-  parts = []
-  for field in dataclasses.fields(rows):
-    path = epath.Path(folder) / f"stage_1.{field.name}.npy"
-    np.save(path, getattr(rows, field.name))
-    parts.append(np.load(path, mmap_mode="r", allow_pickle=False))
-  return Rows(*parts)
+  mapped = {}
+  for name, array in rows.fields.items():
+    path = epath.Path(folder) / f"stage_1.{name}.npy"
+    np.save(path, array)
+    mapped[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+  return Rows(**mapped)
 
 
 @dataclasses.dataclass(frozen=True)

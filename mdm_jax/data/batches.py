@@ -4,7 +4,6 @@ Nothing is iterated and nothing is remembered, so resuming needs one integer,
 and any number of hosts sees the same rows.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,29 +11,40 @@ from typing import Any
 import jax
 import numpy as np
 from grain.experimental import index_shuffle
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from mdm_jax.core.sharding import batch_sharding, padded_rows
-from mdm_jax.data.packing import Rows
+from mdm_jax.data.rows import Fields, Rows, field
 
 _SHUFFLE_ROUNDS = 4
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
+@jax.tree_util.register_pytree_with_keys_class
+class Batch(Fields):
   """The rows of one update: A microbatches of B packed rows of L tokens.
 
-  Of B, the last ones are padding where shards could not have as many each.
-  Both are integers of shape [A, B, L], or shapes where nothing is computed.
-
-  Attributes:
-    tokens: x0.
-    segments: number of the text each token belongs to in its row; 0: padding.
+  Of B, the last ones are padding where shards could not have as many each. Each
+  field has the shape [A, B, L]. It is a pytree, without the absent fields.
   """
 
-  tokens: Any
-  segments: Any
+  @property
+  def answer(self) -> Any:
+    """Where a token may be asked for: in all of the text, unless it is said."""
+    found = self.fields.get("answer")
+    return self.segments > 0 if found is None else found
+
+  def tree_flatten_with_keys(self):
+    """Returns the values with their names, for JAX."""
+    key = jax.tree_util.GetAttrKey
+    leaves = [(key(name), v) for name, v in self.fields.items()]
+    return leaves, tuple(self.fields)
+
+  @classmethod
+  def tree_unflatten(cls, names, leaves) -> "Batch":
+    """Returns the batch of some values, for JAX."""
+    batch = object.__new__(cls)
+    batch.fields = dict(zip(names, leaves, strict=True))
+    return batch
 
 
 def row_numbers(
@@ -80,34 +90,34 @@ def make_batch(
   """
   grid = numbers.reshape(accumulation, -1)
   if mesh.size == 1:
-    read = lambda values: values[grid].astype(np.int32)
-    return Batch(
-      *_to_one_device(mesh)((read(rows.tokens), read(rows.segments)))
-    )
+    read = lambda name, v: v[grid].astype(field(name).device)
+    local = Batch(**{name: read(name, v) for name, v in rows.fields.items()})
+    return _to_one_device(mesh)(local)
   sharding = batch_sharding(mesh, rank=3, axis=1)
-  return Batch(
-    _place(rows.tokens, grid, sharding), _place(rows.segments, grid, sharding)
-  )
+  place = lambda name, v: _place(v, grid, sharding, field(name).device)
+  return Batch(**{name: place(name, v) for name, v in rows.fields.items()})
 
 
 def _place(
   values: Any,
   grid: Int[np.ndarray, "A N"],
   sharding: jax.sharding.NamedSharding,
-) -> Int[Array, "A B L"]:
+  dtype: type = np.int32,
+) -> Shaped[Array, "A B L"]:
   """Gives every device of this process its shard's rows, however they lie.
 
   Args:
-    values: tokens or segments of all rows; only those asked for are read.
+    values: of a field of all rows; only those asked for are read.
     grid: numbers of the rows of each microbatch.
     sharding: of the result.
+    dtype: of the result.
   """
 
   rows = padded_rows(grid.shape[1], sharding.mesh)
 
   @functools.cache  # the devices of a tensor axis have the same rows
   def read(first: int, end: int) -> np.ndarray:
-    real = values[grid[:, first:end]].astype(np.int32)
+    real = values[grid[:, first:end]].astype(dtype)
     missing = end - first - real.shape[1]
     return np.pad(real, ((0, 0), (0, missing), (0, 0)))
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
-from mdm_jax.data.packing import Rows, Tokens
+from mdm_jax.data.packing import Tokens
+from mdm_jax.data.rows import Rows
 
 # Columns of the table of texts.
 ROW, SEGMENT, DOCUMENT, BYTES, PIECE = range(5)
@@ -53,7 +54,7 @@ class HeldOut:
     if count is None or count >= len(self):
       return self
     picked = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
-    rows = Rows(self.rows.tokens[picked], self.rows.segments[picked])
+    rows = self.rows.take(picked)
     new = np.searchsorted(picked, self.texts[:, ROW])
     kept = picked[np.minimum(new, count - 1)] == self.texts[:, ROW]
     texts = self.texts[kept]

@@ -1,35 +1,16 @@
 """Token sequences into rows of one length, several texts a row if they fit."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from mdm_jax.data.shards import Shards
+from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data import rows
+from mdm_jax.data.rows import Rows
 
 Tokens = Integer[np.ndarray, "_"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """Packed rows.
-
-  Attributes:
-    tokens: token ids, padded with the pad id.
-    segments: 1, 2, ... for the texts of a row, 0 at padding.
-  """
-
-  tokens: Integer[np.ndarray, "N L"] | Shards
-  segments: Integer[np.ndarray, "N L"] | Shards
-
-  def __len__(self) -> int:
-    return len(self.tokens)
-
-  @property
-  def length(self) -> int:
-    """Tokens a row."""
-    return self.tokens.shape[1]
+Values = Sequence[np.ndarray]  # of each text, one a token
 
 
 def join_sentences(
@@ -67,35 +48,46 @@ def join_sentences(
   return pieces
 
 
-def pack(texts: Sequence[Tokens], length: int, pad: int) -> Rows:
+def pack(
+  texts: Sequence[Tokens], length: int, vocab: Vocabulary, **others: Values
+) -> Rows:
   """Packs texts of at most `length` tokens into rows, longest first, best fit.
 
   Args:
     texts: token sequences; longer ones are an error.
     length: tokens a row.
-    pad: the id that fills a row up.
+    vocab: of the ids, of which one fills rows up.
+    **others: further fields of `rows.FIELDS`: of each text, a value a token.
   """
-  return pack_and_tell(texts, length, pad)[0]
+  return pack_and_tell(texts, length, vocab, **others)[0]
 
 
 def pack_and_tell(
-  texts: Sequence[Tokens], length: int, pad: int
+  texts: Sequence[Tokens], length: int, vocab: Vocabulary, **others: Values
 ) -> tuple[Rows, Int64[np.ndarray, "N 2"]]:
   """Returns what `pack` does, and the row and segment of each text."""
   bins = _best_fit([len(text) for text in texts], length)
-  small = pad < 2**16
-  tokens = np.full((len(bins), length), pad, np.uint16 if small else np.int32)
-  segments = np.zeros((len(bins), length), np.uint16)
+  empty = lambda name: _empty(name, (len(bins), length), vocab)
+  given = {"tokens": texts} | others
+  fields = {name: empty(name) for name in given}
+  segments = empty("segments")
   places = np.zeros((len(texts), 2), np.int64)
   for row, members in enumerate(bins):
     start = 0
     for segment, index in enumerate(members, start=1):
       end = start + len(texts[index])
-      tokens[row, start:end] = texts[index]
+      for name, values in given.items():
+        fields[name][row, start:end] = values[index]
       segments[row, start:end] = segment
       places[index] = row, segment
       start = end
-  return Rows(tokens, segments), places
+  return Rows(segments=segments, **fields), places
+
+
+def _empty(name: str, shape: tuple[int, int], vocab: Vocabulary) -> np.ndarray:
+  """Returns rows of padding."""
+  field = rows.field(name)
+  return np.full(shape, field.filler(vocab), field.dtype(vocab))
 
 
 def _best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:

@@ -36,8 +36,8 @@ from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.coverage import Coverage
-from mdm_jax.data.packing import Rows
 from mdm_jax.data.ranking import Cut
+from mdm_jax.data.rows import Rows
 from mdm_jax.data.segments import Selection, Unit, UnitWords
 from mdm_jax.data.splits import HELD_OUT, TEST, TRAIN, Shares, Sides, Split
 from mdm_jax.data.stage_rows import make_held_out, make_rows, stage_name
@@ -288,11 +288,11 @@ def _put_rows(
 ) -> dict[str, Any]:
   """Writes a shard; returns its counts and its line of the index."""
   shard: dict[str, Any] = {"rows": len(rows)}
-  parts = {part: getattr(rows, part) for part in shards.PARTS} | beside
+  parts = rows.fields | beside
   for part, array in parts.items():
     path = job.folder / shards.shard_name(name, block.number, part)
     shard[part] = journal.put_array(path, array)
-  dtype = {part: getattr(rows, part).dtype.name for part in shards.PARTS}
+  dtype = {part: array.dtype.name for part, array in rows.fields.items()}
   return {"counts": counts, "shard": shard, "dtype": dtype}
 
 

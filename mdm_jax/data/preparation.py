@@ -373,7 +373,8 @@ def _merge(a: dict[str, Any] | None, b: dict[str, Any]) -> dict[str, Any]:
   """Adds up the counts of two runs of blocks."""
   if a is None:
     return b
-  merged = {k: a[k] + b[k] for k in a if isinstance(a[k], int)}
+  join = lambda k: max(a[k], b[k]) if k.startswith("most_") else a[k] + b[k]
+  merged = {k: join(k) for k in a if isinstance(a[k], int)}
   merged["difficulty"] = b["difficulty"] and {
     "histogram": [
       x + y

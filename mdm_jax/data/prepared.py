@@ -44,7 +44,7 @@ from mdm_jax.data.coverage import Coverage
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.inputs import file_sha256, given_tokenizer, row_inputs
 from mdm_jax.data.ngrams import Ngrams
-from mdm_jax.data.packing import Rows
+from mdm_jax.data.rows import Rows, names, required
 from mdm_jax.data.segments import Unit
 from mdm_jax.data.shards import Index
 from mdm_jax.data.splits import HELD_OUT
@@ -221,13 +221,12 @@ def _fill(
       stage, texts, tokenizer, config.data.language
     )
     coverage.add(read)
-    _save(folder, name, rows)
+    _save(folder, name, rows.fields)
   for name in HELD_OUT:
     step(name)
     held = [document.text for document in sides[name]]
     made, counts[name] = make_held_out(held, config, tokenizer)
-    _save(folder, name, made.rows)
-    np.save(folder / _table_name(name), made.texts, allow_pickle=False)
+    _save(folder, name, made.rows.fields | {shards.TABLE: made.texts})
   manifest = {
     "inputs": inputs,
     "documents": told["documents"] | {"bad": inputs["bad_records"]},
@@ -244,10 +243,9 @@ def _fill(
   (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
-def _save(folder: epath.Path, name: str, rows: Rows) -> None:
-  both = zip(_array_names(name), (rows.tokens, rows.segments), strict=True)
-  for file, array in both:
-    np.save(folder / file, array, allow_pickle=False)
+def _save(folder: epath.Path, name: str, parts: dict[str, np.ndarray]) -> None:
+  for part, array in parts.items():
+    np.save(folder / _array_name(name, part), array, allow_pickle=False)
 
 
 def _stage_rows(
@@ -265,11 +263,11 @@ def _stage_rows(
 def _read(folder: epath.Path, config: RowsConfig) -> PreparedData:
   """Returns what a folder holds, once all of it is what it should be."""
   lengths = row_lengths(config)
-  arrays = {file for name in lengths for file in _array_names(name)}
-  arrays |= {_table_name(name) for name in HELD_OUT}
+  arrays = {_array_name(n, part) for n in lengths for part in required()}
+  arrays |= {_array_name(name, shards.TABLE) for name in HELD_OUT}
   manifest = _read_manifest(folder, [*lengths], arrays)
   tokenizer = tokenizers.load_tokenizer(folder)
-  read = lambda n: _read_rows(folder, n, lengths[n], tokenizer.vocab)
+  read = lambda n: _read_rows(folder, n, lengths[n], tokenizer.vocab, manifest)
   stages = tuple(read(stage_name(i)) for i in range(len(config.stages)))
   held = [_read_held_out(folder, name, read(name)) for name in HELD_OUT]
   return PreparedData(tokenizer, stages, *held, manifest)
@@ -299,21 +297,24 @@ def _read_manifest(
 
 
 def _read_rows(
-  folder: epath.Path, name: str, length: int, vocab: Vocabulary
+  folder: epath.Path,
+  name: str,
+  length: int,
+  vocab: Vocabulary,
+  manifest: dict[str, Any],
 ) -> Rows:
-  """Maps the two arrays of some rows into memory, once they are looked at."""
-  arrays = [_load(folder, file) for file in _array_names(name)]
-  wrong = row_checks.find_wrong(*arrays, length, vocab)
-  if wrong:
+  """Maps the fields of some rows into memory, once they are looked at."""
+  there = [n for n in names() if _array_name(name, n) in manifest["files"]]
+  fields = {n: _load(folder, _array_name(name, n)) for n in there}
+  if wrong := row_checks.find_wrong(fields, length, vocab):
     raise _damaged(folder, f"{folder / name}, {wrong}")
-  return Rows(*arrays)
+  return Rows(**fields)
 
 
 def _read_held_out(folder: epath.Path, name: str, rows: Rows) -> HeldOut:
-  texts = _load(folder, _table_name(name))
-  wrong = row_checks.find_wrong_texts(rows.segments, texts)
-  if wrong:
-    raise _damaged(folder, f"{folder / _table_name(name)}, {wrong}")
+  texts = _load(folder, file := _array_name(name, shards.TABLE))
+  if wrong := row_checks.find_wrong_texts(rows.segments, texts):
+    raise _damaged(folder, f"{folder / file}, {wrong}")
   return HeldOut(rows, np.array(texts))
 
 
@@ -324,12 +325,8 @@ def _load(folder: epath.Path, file: str) -> np.ndarray:
     raise _damaged(folder, folder / file) from None
 
 
-def _array_names(name: str) -> tuple[str, str]:
-  return f"{name}.tokens.npy", f"{name}.segments.npy"
-
-
-def _table_name(name: str) -> str:
-  return f"{name}.texts.npy"
+def _array_name(name: str, part: str) -> str:
+  return f"{name}.{part}.npy"
 
 
 def _damaged(folder: os.PathLike, what: Any) -> UserError:
@@ -357,8 +354,7 @@ def _read_folder(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
   tokenizer = tokenizers.load_tokenizer(folder)
   indices = [shards.read_index(folder, name) for name in names]
   _check_shards(folder, indices, tokenizer.vocab)
-  rows = [Rows(i.open("tokens"), i.open("segments")) for i in indices]
-  *stages, validation, test = rows
+  *stages, validation, test = (index.open() for index in indices)
   tables = [index.texts() for index in indices[-len(HELD_OUT) :]]
   held = [HeldOut(validation, tables[0]), HeldOut(test, tables[1])]
   return PreparedData(tokenizer, tuple(stages), *held, manifest)

@@ -5,6 +5,7 @@ they were written wrong: an index past the end of an array is clamped on a
 device, silently, so that a wrong id trains the embedding of another one.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,35 +13,57 @@ import numpy as np
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.config import RowsConfig, StageConfig
+from mdm_jax.data.rows import Field, Values, field
 
 _CHUNK = 2**22  # tokens looked at at once; more would fill the memory
-_IDS = np.uint16, np.int32
 
 
-def find_wrong(
-  tokens: np.ndarray, segments: np.ndarray, length: int, vocab: Vocabulary
-) -> str | None:
+def find_wrong(values: Values, length: int, vocab: Vocabulary) -> str | None:
   """Returns what is wrong first with what should be packed rows, if anything.
 
   Args:
-    tokens: ids; may be memory-mapped, and are never read as a whole.
-    segments: beside them, as in `Rows`.
+    values: of each field of the rows; may be memory-mapped, and are never read
+      as a whole.
     length: tokens a row should have.
     vocab: of the tokenizer that the ids are of.
   """
-  shapes = tokens.shape, segments.shape
-  if shapes[0] != shapes[1] or shapes[0][1:] != (length,):
-    return f"rows of {length} tokens have shapes {shapes[0]} and {shapes[1]}"
-  if tokens.dtype not in _IDS or segments.dtype != np.uint16:
-    return f"ids and segments are {tokens.dtype} and {segments.dtype}"
+  shapes = {name: array.shape for name, array in values.items()}
+  rows = len(next(iter(values.values())))
+  if any(shape != (rows, length) for shape in shapes.values()):
+    return f"rows of {length} tokens have shapes {_listed(shapes)}"
+  fields = [field(name) for name in values]
+  types = {f.name: values[f.name].dtype for f in fields}
+  if any(types[f.name] not in map(np.dtype, f.stored) for f in fields):
+    return f"dtypes that are never written: {_listed(types)}"
   step = max(_CHUNK // length, 1)
-  for i in range(0, len(tokens), step):
-    wrong = _wrong(tokens[i : i + step], segments[i : i + step], vocab)
-    if wrong.any():
-      row, place = map(int, np.argwhere(wrong)[0])
-      reason = _reason(int(tokens[i + row, place]), vocab)
-      return f"row {i + row}, token {place}: {reason}"
+  for i in range(0, rows, step):
+    part = {name: array[i : i + step] for name, array in values.items()}
+    for f in fields:
+      if wrong := _first_wrong(f, part, i, vocab):
+        return wrong
   return None
+
+
+def _first_wrong(
+  f: Field, part: Values, before: int, vocab: Vocabulary
+) -> str | None:
+  """Returns which value of a field is wrong first, and why.
+
+  Args:
+    f: the field.
+    part: some rows.
+    before: rows before them.
+    vocab: of the ids.
+  """
+  if f.wrong is None or not (wrong := f.wrong(part, vocab)).any():
+    return None
+  row, place = map(int, np.argwhere(wrong)[0])
+  reason = f.why(part[f.name][row, place].item(), vocab)
+  return f"row {before + row}, token {place}: {reason}"
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+  return " and ".join(f"{fact} ({name})" for name, fact in facts.items())
 
 
 def find_wrong_texts(segments: np.ndarray, texts: np.ndarray) -> str | None:
@@ -67,25 +90,6 @@ def find_wrong_texts(segments: np.ndarray, texts: np.ndarray) -> str | None:
   if (texts[:, 0] != row).any() or (texts[:, 1] != segment).any():
     return "rows or segments that are not those of the rows"
   return "a number below 0" if (texts < 0).any() else None
-
-
-def _wrong(
-  tokens: np.ndarray, segments: np.ndarray, vocab: Vocabulary
-) -> np.ndarray:
-  """Marks the ids that may not be where they are: padding is PAD, only it."""
-  in_text = vocab.may_be_text(tokens)
-  return np.where(segments > 0, ~in_text, tokens != vocab.pad)
-
-
-def _reason(token: int, vocab: Vocabulary) -> str:
-  """Says why an id is wrong; PAD is so only in a text."""
-  if token == vocab.mask:
-    return f"id {token} is the mask, which stands for no text"
-  if vocab.may_be_text(np.array([token])):
-    return f"id {token} in padding, which is {vocab.pad}"
-  if token == vocab.pad:
-    return f"id {token} is padding, but in a text"
-  return f"id {token} is none of the tokenizer's"
 
 
 def check_enough(config: RowsConfig, index: int, rows: int) -> None:

@@ -1,6 +1,6 @@
 """Rows in many files, of which a process reads those it is asked for.
 
-A set of rows is a run of shards, each a pair of arrays as NumPy writes them,
+A set of rows is a run of shards, each an array a field as NumPy writes it,
 and an index: how many rows each has, its sizes and its hashes.
 """
 
@@ -17,9 +17,9 @@ from jaxtyping import Int64
 from mdm_jax.core import safe_files
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import inputs, row_checks
+from mdm_jax.data.rows import Fields, Rows
 from mdm_jax.data.splits import HELD_OUT
 
-PARTS = "tokens", "segments"
 TABLE = "texts"  # beside them, of held-out rows
 _MAPPED = 512  # files mapped at a time; the system allows about 65,000
 
@@ -100,7 +100,7 @@ class Index:
     folder: that they are in.
     name: of these rows.
     length: tokens a row.
-    dtype: of ids and of segments, by the name of the part.
+    dtype: of the fields that these rows have, by their names.
     shards: of each, `rows`, and by the name of the part `bytes` and `sha256`.
   """
 
@@ -112,15 +112,18 @@ class Index:
 
   @property
   def parts(self) -> tuple[str, ...]:
-    """Of each shard."""
-    return (*PARTS, TABLE) if self.name in HELD_OUT else PARTS
+    """Of each shard: the fields of its rows, and what is beside them."""
+    return (*self.dtype, TABLE) if self.name in HELD_OUT else (*self.dtype,)
 
   def path(self, number: int, part: str) -> pathlib.Path:
     """Returns where a part of a shard is."""
     return self.folder / shard_name(self.name, number, part)
 
-  def open(self, part: str) -> Shards:
-    """Returns the rows' tokens or segments; reads nothing yet."""
+  def open(self) -> Rows:
+    """Returns the rows; reads nothing yet."""
+    return Rows(**{name: self._open(name) for name in self.dtype})
+
+  def _open(self, part: str) -> Shards:
     paths = [self.path(i, part) for i in range(len(self.shards))]
     rows = [shard["rows"] for shard in self.shards]
     return Shards(paths, rows, self.length, self.dtype[part])
@@ -149,21 +152,22 @@ class Index:
       path = self.path(number, part)
       if inputs.file_sha256(path) != shard[part]["sha256"]:
         return str(path)
-    arrays = []
+    arrays = {}
     for part in self.parts:
       path = self.path(number, part)
       try:
-        arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
+        arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False)
       except (ValueError, EOFError):
         return str(path)
-    if len(arrays[0]) != shard["rows"]:
-      return f"{path}: {len(arrays[0])} rows, not {shard['rows']}"
-    wrong = row_checks.find_wrong(*arrays[:2], self.length, vocab)
-    if wrong:
-      return f"{self.path(number, PARTS[0])}, {wrong}"
-    for table in arrays[2:]:
-      wrong = row_checks.find_wrong_texts(arrays[1], table)
-      if wrong:
+    path, found = self.path(number, "tokens"), len(arrays["tokens"])
+    if found != shard["rows"]:
+      return f"{path}: {found} rows, not {shard['rows']}"
+    fields = {name: arrays[name] for name in self.dtype}
+    if wrong := row_checks.find_wrong(fields, self.length, vocab):
+      return f"{path}, {wrong}"
+    if TABLE in arrays:
+      segments, table = arrays["segments"], arrays[TABLE]
+      if wrong := row_checks.find_wrong_texts(segments, table):
         return f"{self.path(number, TABLE)}, {wrong}"
     return None
 
@@ -198,8 +202,8 @@ def read_index(folder: pathlib.Path, name: str) -> Index:
     for shard in index.shards:
       for number in (shard["rows"], *(shard[p]["bytes"] for p in index.parts)):
         int(number)
-    for part in PARTS:
-      np.dtype(index.dtype[part])
+    for dtype in Fields(**index.dtype).fields.values():
+      np.dtype(dtype)
     return index
   except (KeyError, TypeError, ValueError) as error:
     raise safe_files.UnsafeFile(f"{path} is no index of shards") from error

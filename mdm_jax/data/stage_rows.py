@@ -8,13 +8,8 @@ import numpy as np
 from mdm_jax.data import held_out, segments
 from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.held_out import HeldOut
-from mdm_jax.data.packing import (
-  Rows,
-  Tokens,
-  join_sentences,
-  pack,
-  pack_and_tell,
-)
+from mdm_jax.data.packing import Tokens, join_sentences, pack, pack_and_tell
+from mdm_jax.data.rows import Rows
 from mdm_jax.data.segments import Found, Selection, Unit
 from mdm_jax.data.splits import HELD_OUT
 from mdm_jax.data.tokenizer import Tokenizer
@@ -62,7 +57,7 @@ def make_rows(
   if stage.unit != "paragraphs":
     both = zip(selected, pieces, strict=True)
     read = [unit for unit, piece in both if len(piece) <= stage.length]
-  rows = pack(fitting, stage.length, tokenizer.vocab.pad)
+  rows = pack(fitting, stage.length, tokenizer.vocab)
   counts = {
     "units_found": len(found.units),
     "units_selected": len(selected),
@@ -99,7 +94,7 @@ def make_held_out(
     sizes = held_out.original_bytes(unit.parts, encoded, found, widths)
     pieces += found
     told += [(unit.document, size) for size in sizes]
-  rows, places = pack_and_tell(pieces, stage.length, tokenizer.vocab.pad)
+  rows, places = pack_and_tell(pieces, stage.length, tokenizer.vocab)
   table = np.array(told, np.int64).reshape(-1, 2)
   _, first, of = np.unique(table[:, 0], return_index=True, return_inverse=True)
   number = np.arange(len(table)) - first[of]
@@ -116,11 +111,15 @@ def make_held_out(
 
 
 def _sizes(rows: Rows) -> dict[str, int]:
-  return {
+  sizes = {
     "rows": len(rows),
     "tokens": int((rows.segments > 0).sum()),
     "capacity": int(rows.tokens.size),
+    "most_segments": int(rows.segments.max(initial=0)),
   }
+  if "answer" in rows.fields:
+    sizes["most_asked"] = int(rows.answer.sum(axis=1).max(initial=0))
+  return sizes
 
 
 def _difficulty(selection: Selection | None) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from mdm_jax.core.sharding import (
 )
 from mdm_jax.core.standard_errors import ratio
 from mdm_jax.data.held_out import DOCUMENT, ROW, SEGMENT, HeldOut
-from mdm_jax.data.packing import Rows
+from mdm_jax.data.rows import Rows
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser, Params

@@ -96,8 +96,7 @@ def _rows(trainer: Trainer, update: int) -> str:
     line = {
       "update": update,
       "row": number,
-      "tokens": rows.tokens[number].tolist(),
-      "segments": rows.segments[number].tolist(),
+      **{name: v[number].tolist() for name, v in rows.fields.items()},
     }
     lines += json.dumps(line) + "\n"
   return lines

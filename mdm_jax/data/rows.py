@@ -1,0 +1,185 @@
+"""The named fields of a row, listed once.
+
+Whatever handles rows follows the list: packing, files and their hashes, the
+index of shards, the checks at the start, batches on devices, the reports of
+updates that failed. A further field is a line in `FIELDS`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from mdm_jax.core.vocabulary import Vocabulary
+
+# Values of all fields of some rows, by name.
+Values = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """A number for each position of a row.
+
+  Attributes:
+    name: of the field; its files and its argument of `Rows` have it too.
+    stored: dtypes it may have on disk. Of several, it is written in the first
+      that can hold every id.
+    device: dtype in a batch.
+    pad: what fills a row up: a number, or the name of a special id.
+    wrong: marks the values that can't be, given all fields of the rows.
+    why: says why a value is wrong.
+    optional: rows may be without it. It is then in no file and no batch.
+  """
+
+  name: str
+  stored: tuple[type[np.generic], ...]
+  device: type
+  pad: int | str = 0
+  wrong: Callable[[Values, Vocabulary], Bool[np.ndarray, "N L"]] | None = None
+  why: Callable[[int, Vocabulary], str] = lambda value, _: f"{value} can't be"
+  optional: bool = False
+
+  def dtype(self, vocab: Vocabulary) -> np.dtype:
+    """Returns the dtype that is written."""
+    first, *wider = map(np.dtype, self.stored)
+    for dtype in wider:
+      if np.iinfo(first).max < vocab.size - 1:
+        first = dtype
+    return first
+
+  def filler(self, vocab: Vocabulary) -> int:
+    """Returns what fills a row up."""
+    return vocab.need(self.pad) if isinstance(self.pad, str) else self.pad
+
+
+def _wrong_tokens(values: Values, vocab: Vocabulary) -> np.ndarray:
+  """Padding is the pad id and nothing else is; text has no special id."""
+  tokens, segments = values["tokens"], values["segments"]
+  in_text = vocab.may_be_text(tokens)
+  return np.where(segments > 0, ~in_text, tokens != vocab.pad)
+
+
+def _why_token(token: int, vocab: Vocabulary) -> str:
+  """The pad id is wrong only in a text."""
+  if token == vocab.mask:
+    return f"id {token} is the mask, which stands for no text"
+  if vocab.may_be_text(np.array([token])):
+    return f"id {token} in padding, which is {vocab.pad}"
+  if token == vocab.pad:
+    return f"id {token} is padding, but in a text"
+  return f"id {token} is none of the tokenizer's"
+
+
+def _wrong_answer(values: Values, _: Vocabulary) -> np.ndarray:
+  answer, segments = values["answer"], values["segments"]
+  return (answer > 1) | ((answer > 0) & (segments == 0))
+
+
+def _why_answer(value: int, _: Vocabulary) -> str:
+  if value == 1:
+    return "padding is marked as an answer"
+  return f"answer is {value}, not 0 or 1"
+
+
+FIELDS = (
+  # The ids of the text.
+  Field(
+    "tokens",
+    (np.uint16, np.int32),
+    np.int32,
+    pad="pad",
+    wrong=_wrong_tokens,
+    why=_why_token,
+  ),
+  # 1, 2, ... for the texts of a row, 0 at padding.
+  Field("segments", (np.uint16,), np.int32),
+  # 1 where a token may be asked for; without it, that is all of the text.
+  Field(
+    "answer",
+    (np.uint8,),
+    np.bool_,
+    wrong=_wrong_answer,
+    why=_why_answer,
+    optional=True,
+  ),
+)
+
+
+def field(name: str) -> Field:
+  """Returns a field by its name."""
+  return next(f for f in FIELDS if f.name == name)
+
+
+def names() -> tuple[str, ...]:
+  """Returns the names of all fields."""
+  return tuple(f.name for f in FIELDS)
+
+
+def required() -> tuple[str, ...]:
+  """Returns the names of the fields that all rows have."""
+  return tuple(f.name for f in FIELDS if not f.optional)
+
+
+class Fields:
+  """Some of the fields, by name: of rows on disk, or of a batch.
+
+  Attributes:
+    fields: values by name, in the order of `FIELDS`; an optional field that is
+      absent has no entry.
+  """
+
+  fields: dict[str, Any]
+
+  def __init__(self, tokens: Any, segments: Any, **others: Any):
+    given = {"tokens": tokens, "segments": segments} | others
+    self.fields = {f.name: given.pop(f.name) for f in FIELDS if f.name in given}
+    if given or not self.fields.keys() >= set(required()):
+      raise TypeError(f"{[*self.fields, *given]}: rows have {names()}")
+
+  @property
+  def tokens(self) -> Any:
+    """Ids of the text, the pad id behind it."""
+    return self.fields["tokens"]
+
+  @property
+  def segments(self) -> Any:
+    """1, 2, ... for the texts of a row, 0 at padding."""
+    return self.fields["segments"]
+
+
+class Rows(Fields):
+  """Packed rows: arrays [N, L], or what reads them from many files."""
+
+  def __len__(self) -> int:
+    return len(self.tokens)
+
+  @property
+  def length(self) -> int:
+    """Tokens a row."""
+    return self.tokens.shape[1]
+
+  @property
+  def answer(self) -> Bool[np.ndarray, "N L"]:
+    """Where a token may be asked for: in all of the text, unless it is said."""
+    return self.fields.get("answer", self.segments) > 0
+
+  def take(self, numbers: np.ndarray) -> "Rows":
+    """Returns some of the rows, in this order."""
+    return Rows(**{name: v[numbers] for name, v in self.fields.items()})
+
+
+def most_segments(counts: Mapping[str, Any], length: int) -> int:
+  """Returns how many texts a row has at most.
+
+  Args:
+    counts: of the rows, as in their manifest; older ones do not say it.
+    length: tokens a row, which bounds it.
+  """
+  return counts.get("most_segments", length)
+
+
+def most_asked(counts: Mapping[str, Any], length: int) -> int:
+  """Returns how many tokens of a row may be asked for at most; see above."""
+  return counts.get("most_asked", length)
