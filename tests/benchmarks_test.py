@@ -25,6 +25,7 @@ from mdm_jax.benchmarks import (
   input,
   loop,
   md4,
+  optimizer,
   parts,
   plain,
   sampler,
@@ -325,6 +326,15 @@ def test_parts_are_timed(mesh, unchecked):
   seconds = timing.interleave(pieces, 1)
   names = {"trunk", "head", "optimizer", "plain head", "plain optimizer"}
   assert set(seconds) == names
+
+
+@pytest.mark.slow
+def test_optimizers_are_timed(mesh, unchecked):
+  trainer = _work(TINY).trainer
+  params = trainer.init().params
+  results = optimizer.measure(trainer.config.optimizer, params, 1)
+  assert {"adamw", "muon", "4 gradients, MultiSteps"} < set(results)
+  assert all(found["seconds"]["median"] > 0 for found in results.values())
 
 
 @pytest.mark.slow

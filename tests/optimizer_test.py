@@ -8,6 +8,7 @@ import pytest
 from absl import logging
 from conftest import make_mesh
 
+from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.config import ModelConfig
@@ -346,6 +347,17 @@ def test_meshes_agree_and_a_state_lies_as_it_began(any_config):
   large = [x for x in jax.tree.leaves(state) if x.size > MODEL.embed_dim]
   assert large and all(x.sharding.spec == shapes[x.shape] for x in large)
   assert_trees_close(*found, rtol=1e-4, atol=2e-5)
+
+
+def test_a_state_comes_back_from_a_checkpoint(mesh, any_config, tmp_path):
+  optimizer = make_optimizer(any_config, lambda _: 0.1)
+  _, state = run(optimizer, network(), steps=1)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {})
+  with Checkpoints(tmp_path) as checkpoints:
+    restored = checkpoints.restore(1, jax.eval_shape(lambda: state))
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  assert_same_bits(restored, state)
 
 
 def test_our_chain_gates_its_parts_and_optaxs_does_not():

@@ -39,6 +39,7 @@ SUITES: dict[str, tuple[Command, ...]] = {
     ("input", "--preset=char", "--batch=64", "--nosteps"),
     ("input", "--preset=gpt2", "--batch=16", "--nosteps"),  # recommended's
     ("loop", "--preset=char"),
+    ("optimizer", "--preset=char"),
     ("startup",),
     ("sampler", "--preset=large_vocab"),
     ("sampler", "--preset=small_vocab"),
