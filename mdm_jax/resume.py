@@ -30,6 +30,13 @@ class Origin:
     """Updates that need not be made."""
     return self.update or 0
 
+  def told(self) -> str | None:
+    """Returns what has changed since, in words, or None."""
+    if not self.changes:
+      return None
+    table = config_changes.table(self.changes)
+    return f"other settings from update {self.update} on:\n{table}"
+
   def check_not_beyond(
     self, updates: int, workdir: Workdir, checkpoints: Checkpoints
   ) -> None:

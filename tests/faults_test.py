@@ -173,7 +173,7 @@ def test_fault_01_06_in_every_variant(name, place):
 # MARK: signals where nothing polls
 
 SLEEPS = {
-  "preparing": ("mdm_jax.train", "prepare_on_all"),
+  "preparing": ("mdm_jax.start", "prepare_on_all"),
   "restoring": ("mdm_jax.checkpoints.checkpoint.Checkpoints", "_restore"),
   "evaluating": ("mdm_jax.evaluate.Measures", "validation"),
   "sampling": ("mdm_jax.evaluate.Measures", "sample"),

@@ -38,10 +38,13 @@ MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
 SIDEWAYS = {
-  ("train.py", "evaluate.py"): "training ends with the evaluation",
-  ("train.py", "plan.py"): "training begins by telling its plan",
-  ("train.py", "preview.py"): "training begins by telling what it reads",
-  ("train.py", "resume.py"): "training begins where an attempt before ended",
+  ("train.py", "start.py"): "training begins with its start",
+  ("start.py", "evaluate.py"): "training ends with the evaluation",
+  ("start.py", "plan.py"): "training begins by telling its plan",
+  ("start.py", "preview.py"): "training begins by telling what it reads",
+  ("start.py", "resume.py"): "training begins where an attempt before ended",
+  ("start.py", "validation.py"): "training is evaluated on its way",
+  ("validation.py", "evaluate.py"): "as at its end, on fewer rows",
   ("evaluate.py", "measured_text.py"): "which text results are of",
   ("studies", "measured_text.py"): "which text results are of",
   ("studies", "sample.py"): "it draws as a user of the library does",
@@ -115,7 +118,7 @@ def _edges():
 def test_the_edges_are_found():
   names = {(a.as_posix(), b.as_posix()) for a, b in _edges()}
   assert ("mdm_jax/main.py", "mdm_jax/train.py") in names
-  assert ("mdm_jax/train.py", "mdm_jax/runtime/session.py") in names
+  assert ("mdm_jax/start.py", "mdm_jax/runtime/session.py") in names
   assert len(names) > 50
 
 

@@ -62,9 +62,9 @@ def _log(trainer, folder, updates, progress=None, after=0, numbers=_numbers):
     Attempt(path, "", 3) as attempt,
   ):
     log = RunLog(trainer, writers, line, attempt, progress)
-    log.start_stage(trainer.curriculum.stages[0], after)
+    log.on_stage(trainer.curriculum.stages[0], after)
     for update in updates:
-      log.add(update, numbers(update))
+      log.on_metrics(update, numbers(update))
     log.flush()
     kept = json.loads(json.dumps(log.progress(), allow_nan=False))
   points = [json.loads(x) for x in (folder / "metrics.jsonl").open()]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 
 import jax
 import jaxtyping
@@ -11,17 +12,19 @@ import pytest
 from mdm_jax import train
 from mdm_jax.benchmarks import workload
 from mdm_jax.checkpoints.checkpoint import Checkpoints
-from mdm_jax.core.progress import ProgressLine
+from mdm_jax.core.errors import Stopped
+from mdm_jax.resume import Origin
 from mdm_jax.runtime.session import Session
+from mdm_jax.start import Run
 from mdm_jax.training import run_log
-from mdm_jax.training.run_log import RunLog
+from mdm_jax.training.hooks import Hook, Hooks
 from mdm_jax.training.trainer import Trainer
-from mdm_jax.training.writers import Writers
 from mdm_jax.workdir import Workdir
 
 TINY = workload.PRESETS["tiny"]
 LOG_EVERY = 4
 FIRST_STAGE = 10  # updates, two and a half windows
+TIMED = re.compile("perf/|goodput/|memory/|.*seconds|.*per_second|health/")
 NAMES = "loss", "tokens", "skipped"
 
 
@@ -86,27 +89,26 @@ def trainer(mesh):
 
 
 @contextlib.contextmanager
-def _run(trainer, folder):
-  """A function that goes on with a run, and the run."""
+def _run(trainer, folder, hooks=()):
+  """Yields a function that goes on with a run."""
   workdir = Workdir(folder)
+  workdir.create()
   with (
     Checkpoints(workdir.path) as checkpoints,
-    Writers(workdir.path, after=0) as writers,
-    ProgressLine(trainer.curriculum.updates) as line,
     Session(workdir.path) as session,
   ):
-    run = train.Run(trainer, workdir, checkpoints, session)
-    log = RunLog(trainer, writers, line, session.attempt)
-    yield (lambda state, until: run.advance(state, until, log), run)
+    run = Run(trainer.config, trainer, workdir, checkpoints, session, Origin())
+    with run.subscribed(hooks) as subscribed:
+      yield lambda state, until: train.train(trainer, state, until, *subscribed)
 
 
 def _logged(folder, *parts, trainer):
-  with _run(trainer, folder) as (advance, run):
+  with _run(trainer, folder) as advance:
     state = trainer.init()
     for until in parts:
       state = advance(state, until)
       assert int(state.step) == until
-    return run.workdir.read_metrics()
+    return Workdir(folder).read_metrics()
 
 
 def test_a_point_is_the_mean_of_its_updates(trainer, tmp_path):
@@ -131,10 +133,9 @@ def test_a_run_in_parts_logs_the_same(trainer, tmp_path):
   whole = _logged(tmp_path / "whole", 24, trainer=trainer)
   # Between two points, or the window that is open would be lost.
   parts = _logged(tmp_path / "parts", 8, 12, 24, trainer=trainer)
-  timings = {"train/tokens_per_second", "train/update_seconds"}
-  keep = lambda line: {k: v for k, v in line.items() if k not in timings}
+  keep = lambda line: {k: v for k, v in line.items() if not TIMED.match(k)}
   kept = list(map(keep, parts))
-  assert kept == list(map(keep, whole))
+  assert len(kept) == 6 and kept == list(map(keep, whole))
 
 
 def test_an_update_is_dispatched_before_the_last_ones_numbers_are_read(
@@ -164,3 +165,85 @@ def test_an_update_that_was_not_applied_is_told(trainer, tmp_path, monkeypatch):
   assert text.endswith(f"not applied; rows {rows} of stage train")
   assert ("dispatched", 6) in before and ("dispatched", 7) not in before
   assert [line["train/skipped"] for line in lines] == [0.0, 0.25]
+
+
+class _Listener(Hook):
+  """Writes down what it hears, and asks for what it was told to ask for."""
+
+  def __init__(self, heard, wants=(), stops=None):
+    self._heard, self._wants, self._stops = heard, wants, stops
+
+  @contextlib.contextmanager
+  def during(self, cause, update):
+    self._heard.append(f"<{cause} {update}")
+    yield
+    self._heard.append(f"{cause}>")
+
+  def on_stage(self, stage, update):
+    self._heard.append(f"stage {stage.index} at {update}")
+
+  def on_metrics(self, done, metrics):
+    self._heard.append(f"metrics {done}")
+
+  def on_update(self, done, state):
+    assert int(state.step) == done
+    self._heard.append(f"update {done}")
+
+  def wants_state(self, done):
+    return done in self._wants
+
+  def should_stop(self, done):
+    return "enough" if done == self._stops else None
+
+  def on_save(self, done, state, kept):
+    kept["mine"] = done
+    self._heard.append(f"save {done}")
+
+  def on_evaluate(self, done, state):
+    self._heard.append(f"evaluate {done}")
+
+  def on_end(self, state):
+    self._heard.append("end")
+
+
+def _heard(trainer, folder, until, **asks):
+  """What a hook hears from the ninth update on."""
+  heard = []
+  with _run(trainer, folder, [_Listener(heard, **asks)]) as advance:
+    state = dataclasses.replace(trainer.init(), step=np.int32(9))
+    with contextlib.suppress(Stopped):
+      advance(state, until)
+  return heard
+
+
+def test_hooks_hear_of_everything_in_its_order(trainer, tmp_path):
+  update = "<data 9,data>,<train 9,metrics 10,train>,update 10"
+  saved = "<save 9,save 10,save>,<eval 9,evaluate 10,eval>"
+  later = "stage 1 at 10,<data 10,data>,<train 10,metrics 11,train>,update 11"
+  expected = f"stage 0 at 9,{update},{saved},{later},end"
+  assert ",".join(_heard(trainer, tmp_path, 11, wants=[10])) == expected
+  with Checkpoints(tmp_path) as checkpoints:  # saved before it was evaluated
+    assert checkpoints.progress(10)["mine"] == 10
+
+
+def test_a_hook_stops_the_run_where_all_is_saved(trainer, tmp_path):
+  heard = _heard(trainer, tmp_path, 20, wants=[10], stops=10)
+  # A state that is wanted is saved; whoever wanted it has it after a resume.
+  assert heard[-5:] == ["<save 9", "save 10", "save>", "<save 9", "save>"]
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest() == 10
+
+
+def test_one_hook_that_stops_does_not_keep_others_from_being_asked():
+  asked = []
+
+  class Asked(Hook):
+    def should_stop(self, done):
+      asked.append(done)
+
+    wants_state = should_stop
+
+  first = _Listener([], wants=[1], stops=1)
+  hooks = Hooks(first, Asked())
+  assert hooks.should_stop(1) == "enough" and hooks.wants_state(1)
+  assert asked == [1, 1]

@@ -41,16 +41,16 @@ from mdm_jax.benchmarks.workload import PRESETS, Preset
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import log_lines
-from mdm_jax.core.progress import ProgressLine, console
+from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.data.prepared import PreparedData
+from mdm_jax.resume import Origin
 from mdm_jax.runtime.session import Session
+from mdm_jax.start import Run
 from mdm_jax.training.curriculum import StagePlan
-from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.step import TrainStep
 from mdm_jax.training.trainer import Trainer
-from mdm_jax.training.writers import Writers
 from mdm_jax.workdir import Workdir
 
 _METRICS = (
@@ -183,13 +183,11 @@ class _Turn:
     keep = self._trainer.config.train.keep_latest
     checkpoints = enter(Checkpoints(workdir.path, keep))
     session = enter(Session(workdir.path))
-    self.run = train.Run(self._trainer, workdir, checkpoints, session)
-    self._log = RunLog(
-      self._trainer,
-      enter(Writers(workdir.path, after=0)),
-      enter(ProgressLine(self._trainer.curriculum.updates)),
-      session.attempt,
+    run = Run(
+      *(self._trainer.config, self._trainer, workdir),
+      *(checkpoints, session, Origin()),
     )
+    self._hooks = enter(run.subscribed())
     self.state = self._trainer.init()
     # A checkpoint then falls into the middle of a turn, and is written in it.
     self._until = self._updates // 2
@@ -200,7 +198,9 @@ class _Turn:
 
   def __call__(self) -> None:
     self._until += self._updates
-    self.state = self.run.advance(self.state, self._until, self._log)
+    self.state = train.train(
+      self._trainer, self.state, self._until, *self._hooks
+    )
 
 
 def _saves(preset: Preset, data: PreparedData, repeats: int) -> dict[str, Any]:

@@ -5,11 +5,12 @@ point are kept beside a checkpoint, so that a resumed run's next point is the
 mean over the same updates.
 """
 
+import contextlib
 import math
 import resource
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,10 @@ from mdm_jax.core.progress import ProgressLine
 from mdm_jax.model import flops
 from mdm_jax.runtime import goodput
 from mdm_jax.runtime.attempt import Attempt
+from mdm_jax.runtime.goodput import Cause
 from mdm_jax.training.curriculum import StagePlan
+from mdm_jax.training.hooks import Hook
+from mdm_jax.training.state import TrainState
 from mdm_jax.training.trainer import Trainer
 from mdm_jax.training.writers import Writers
 
@@ -29,7 +33,7 @@ _COUNTED = "nonfinite", "skipped"
 _GIB = 2**30
 
 
-class RunLog:
+class RunLog(Hook):
   """Collects what updates return, one behind; writes it point by point.
 
   Attributes:
@@ -65,7 +69,7 @@ class RunLog:
     """Seconds of the run, over all its attempts."""
     return self._seconds_before + time.monotonic() - self._started
 
-  def start_stage(self, stage: StagePlan, update: int) -> None:
+  def on_stage(self, stage: StagePlan, update: int) -> None:
     """Names the stage of what follows `update`; its points are its own."""
     self.flush()
     if update == stage.start:
@@ -73,10 +77,28 @@ class RunLog:
     self._stage = stage
     self._restart()
 
-  def add(self, update: int, metrics: dict[str, jax.Array]) -> None:
+  def on_metrics(self, done: int, metrics: dict[str, jax.Array]) -> None:
     """Takes the numbers of an update just dispatched; reads those before."""
     self.flush()
-    self._pending = update, metrics
+    self._pending = done, metrics
+
+  def on_save(self, done: int, state: TrainState, kept: dict[str, Any]) -> None:
+    """Writes all there is, and keeps what the next point needs."""
+    self.flush()
+    self.writers.flush()
+    kept |= self.progress()
+
+  def on_end(self, state: TrainState) -> None:
+    self.flush()
+
+  @contextlib.contextmanager
+  def during(self, cause: Cause, update: int) -> Iterator[None]:
+    """Excludes the time of an evaluation from the updates' throughput."""
+    began = time.monotonic()
+    yield
+    if cause == Cause.EVAL:
+      self._since += time.monotonic() - began
+      self._last = time.monotonic()
 
   def flush(self) -> None:
     """Reads the numbers that are still on the device."""
@@ -94,11 +116,6 @@ class RunLog:
     self._window.append(values)
     if update % self._trainer.config.train.log_every == 0:
       self._write_point(update)
-
-  def not_counted(self, began: float) -> None:
-    """Leaves what was done since `began` out of the updates' time."""
-    self._since += time.monotonic() - began
-    self._last = time.monotonic()
 
   def progress(self) -> dict[str, Any]:
     """What a checkpoint has to remember beside the state."""
@@ -158,7 +175,7 @@ class RunLog:
     self._durations, self._data_before = [], self._data_seconds()
 
   def _data_seconds(self) -> float:
-    return self._attempt.ledger.seconds()[goodput.Cause.DATA]
+    return self._attempt.ledger.seconds()[Cause.DATA]
 
   def _speed(
     self, seconds: float, made: int, positions: float

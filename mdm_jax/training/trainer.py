@@ -143,6 +143,15 @@ class Trainer(Blueprint):
       )
     return first
 
+  def checked_update(
+    self, state: TrainState, update: int, batch: Batch
+  ) -> tuple[TrainState, Metrics]:
+    """Does an update, and every `train.recheck_every`-th of them twice."""
+    every = self.config.train.recheck_every
+    twice = every and (update + 1) % every == 0
+    make = self.update_twice if twice else self.update
+    return make(state, update, batch)
+
   def passes_over(self, update: int) -> bool:
     """Returns whether the config skips an update on purpose."""
     return self.curriculum.passes_over(update)

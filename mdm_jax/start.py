@@ -1,0 +1,272 @@
+"""How a run starts, or goes on: all that happens before the first update.
+
+take the workdir -> choose the checkpoint to go on from -> prepare the data
+-> build the trainer -> tell the plan -> restore or initialise
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+
+from mdm_jax import config as config_lib
+from mdm_jax import evaluate as evaluate_lib
+from mdm_jax import plan as plan_lib
+from mdm_jax import preview
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.config import Config
+from mdm_jax.core import determinism, distributed
+from mdm_jax.core.progress import ProgressLine, console
+from mdm_jax.data.prepared import PreparedData, prepare_on_all
+from mdm_jax.model.placement import training_mesh
+from mdm_jax.resume import Origin, find_origin
+from mdm_jax.runtime.goodput import Cause
+from mdm_jax.runtime.session import ROLL_SECONDS, Session
+from mdm_jax.trained_model import averaged_params
+from mdm_jax.training.hooks import Hook, Hooks
+from mdm_jax.training.run_log import RunLog
+from mdm_jax.training.saving import Saving
+from mdm_jax.training.skip_limit import SkipLimit
+from mdm_jax.training.state import TrainState
+from mdm_jax.training.supervision import Supervision
+from mdm_jax.training.trainer import Trainer
+from mdm_jax.training.writers import Writers
+from mdm_jax.validation import WRITTEN, Validation, is_evaluated_at
+from mdm_jax.workdir import Workdir
+
+
+@contextlib.contextmanager
+def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
+  """Yields a run that nobody else works on, with its mesh as the current one.
+
+  Raises:
+    UserError: the config, the data or the workdir can't be used.
+    StorageError: the workdir can't be written, or is damaged.
+    CrashLoop: the last attempts all died without saving anything new.
+    Aborted: another process is gone.
+    Stopped: a signal came.
+  """
+  workdir.create()
+  train = config.train
+  with (
+    Session(
+      workdir.path, _sha256(config), train.max_attempts, train.watchdog_seconds
+    ) as session,
+    Checkpoints(
+      workdir.path,
+      train.keep_latest,
+      train.keep_every,
+      on_sealed=session.attempt.commit,
+    ) as checkpoints,
+  ):
+    with session.attempt.ledger.spend(Cause.RESTORE):
+      latest = distributed.first_alone(checkpoints.latest)
+      session.attempt.begin(latest or 0)
+      origin = distributed.first_alone(
+        lambda: find_origin(config, workdir, checkpoints, latest)
+      )
+      distributed.agree("the checkpoint to go on from", origin.update)
+      session.attempt.begin(origin.done)
+    data = prepare_on_all(config.rows, workdir.path)
+    distributed.agree("the prepared data", data.manifest["files"])
+    workdir.check_tokenizer(data.tokenizer.sha256)
+    if origin.update is not None:
+      workdir.check_data(data.manifest)
+    determinism.check(train.deterministic == "true")
+    mesh = training_mesh(config.mesh, config.model)
+    session.check()
+    with jax.set_mesh(mesh), distributed.naming_peers(ROLL_SECONDS):
+      trainer = Trainer(config, data, mesh)
+      run = Run(config, trainer, workdir, checkpoints, session, origin)
+      origin.check_not_beyond(run.updates, workdir, checkpoints)
+      yield run
+
+
+class Run:
+  """One attempt at a run: what it is made of, and where it goes on from.
+
+  Attributes:
+    trainer: its pure parts.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    trainer: Trainer,
+    workdir: Workdir,
+    checkpoints: Checkpoints,
+    session: Session,
+    origin: Origin,
+  ):
+    self.trainer = trainer
+    self._config, self._data = config, trainer.data
+    self._workdir, self._checkpoints = workdir, checkpoints
+    self._session, self._attempt = session, session.attempt
+    self._origin = origin
+    self._measures = evaluate_lib.Measures(
+      *(config, trainer.data, trainer.denoiser, trainer.mesh, session.check)
+    )
+
+  @property
+  def done(self) -> int:
+    """Updates that were made before this attempt."""
+    return self._origin.done
+
+  @property
+  def updates(self) -> int:
+    """Updates of all stages."""
+    return self.trainer.curriculum.updates
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether all updates are made and evaluated."""
+    return self.done == self.updates and self._origin.measured
+
+  @property
+  def is_evaluated_late(self) -> bool:
+    """Whether an earlier attempt saved its last update, unmeasured."""
+    due = self._origin.update is not None and is_evaluated_at(
+      self.done, self.updates, self._config.eval.every
+    )
+    return due and not self._origin.measured
+
+  # MARK: the start
+
+  def restore_or_init(self) -> TrainState:
+    """Says what is going to happen, and returns the state to go on from.
+
+    Raises:
+      UserError: the checkpoint is of another architecture or optimizer.
+    """
+    # First what is only looked at: a config that can't resume the run must
+    # leave it as it is, and the calibration's state must be gone before ours.
+    update = self._origin.update
+    if update is not None:
+      self._checkpoints.check(update, self.trainer.abstract())
+    preview.show(self._config, self._data)
+    with self._spend(Cause.COMPILE):
+      plan_lib.show(plan_lib.make_plan(self.trainer, self.done))
+    self._session.check()
+    with self._spend(Cause.RESTORE):
+      self._checkpoints.set_aside_after(update)
+      state = self._init() if update is None else self._restore(update)
+    self._write_what_it_is()
+    self._attempt.changes = self._origin.told()
+    return state
+
+  def _restore(self, update: int) -> TrainState:
+    console.print(f"resuming {self._workdir.path} at update {update}")
+    return self._checkpoints.restore(update, self.trainer.abstract())
+
+  def _init(self) -> TrainState:
+    source = self._config.init_from
+    if not source:
+      return self.trainer.init()
+    with Checkpoints(source) as finished:
+      step, params = averaged_params(finished, self.trainer.denoiser)
+    console.print(f"starting from the parameters of {source}, update {step}")
+    return self.trainer.init_from(params)
+
+  def _write_what_it_is(self) -> None:
+    tokenizer = self._data.tokenizer
+    self._workdir.write_config(self._config, tokenizer.sha256)
+    self._workdir.write_data(self._data.manifest)
+    if distributed.is_first():
+      tokenizer.save(self._workdir.path)
+
+  # MARK: who hears of the updates
+
+  @contextlib.contextmanager
+  def subscribed(
+    self, hooks: Iterable[Hook] = ()
+  ) -> Iterator[tuple[Hook, Saving]]:
+    """Yields all hooks as one, the given ones last, and the one that saves."""
+    train, trainer = self._config.train, self.trainer
+    with self._writers() as writers, ProgressLine(self.updates) as line:
+      log = RunLog(trainer, writers, line, self._attempt, self._progress())
+      saving = Saving(self._checkpoints, train)
+      yield (
+        Hooks(
+          Supervision(self._session, trainer),
+          log,
+          _Beginning(self._config, self._data, self._origin, log),
+          SkipLimit(
+            *(train.max_skipped, log, trainer),
+            *(self._checkpoints, self._workdir.path),
+          ),
+          saving,
+          Validation(
+            *(self._measures, self._checkpoints, log),
+            *(self.updates, self._config.eval.every),
+          ),
+          *hooks,
+        ),
+        saving,
+      )
+
+  def _writers(self) -> Writers:
+    update = self._origin.update
+    if update is None:
+      return Writers(self._workdir.path, after=-1)
+    redo = WRITTEN if self.is_evaluated_late else ()
+    return Writers(self._workdir.path, after=update, redo=redo)
+
+  def _progress(self) -> dict[str, Any] | None:
+    update = self._origin.update
+    return None if update is None else self._checkpoints.progress(update)
+
+  # MARK: the results
+
+  def read_results(self) -> dict[str, Any] | None:
+    """Returns the results, if they are what the final evaluation would give."""
+    told = f"{self._workdir.path} is finished: nothing to train"
+    results = self._measures.read_final(self._workdir, self._checkpoints)
+    if results is None:
+      told += "; its results are of another update, text or setting, or missing"
+      self._write_what_it_is()
+    console.print(told, soft_wrap=True)
+    return results
+
+  def measure_best(self) -> dict[str, Any]:
+    """Measures the best checkpoint and writes the results."""
+    with self._spend(Cause.EVAL):
+      step, params = averaged_params(self._checkpoints, self.trainer.denoiser)
+      return evaluate_lib.evaluate_params(
+        self._workdir, self._measures, self._checkpoints, step, params
+      )
+
+  def _spend(self, cause: Cause):
+    return self._attempt.ledger.spend(cause)
+
+
+class _Beginning(Hook):
+  """Logs what the run is, or what has changed since it began."""
+
+  def __init__(
+    self, config: Config, data: PreparedData, origin: Origin, log: RunLog
+  ):
+    self._config, self._data = config, data
+    self._origin, self._log = origin, log
+
+  def on_start(self, state: TrainState) -> None:
+    update, write = self._origin.update, self._log.writers.write_texts
+    if update is None:
+      write(0, {"config": _as_text(self._config)})
+      texts = preview.describe(self._config, self._data)
+      write(0, {f"data/{name}": text for name, text in texts.items()})
+    elif told := self._origin.told():
+      self._log.line.say(f"warning: {told}")
+      write(update, {"config_changes": told})
+
+
+def _as_text(config: Config) -> str:
+  return "\n".join(f"{k}: {v}" for k, v in dataclasses.asdict(config).items())
+
+
+def _sha256(config: Config) -> str:
+  plain = json.dumps(config_lib.to_dict(config), sort_keys=True)
+  return hashlib.sha256(plain.encode()).hexdigest()[:16]

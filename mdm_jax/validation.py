@@ -1,0 +1,60 @@
+"""The evaluation of states while the training goes on, as a hook."""
+
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.core.progress import duration
+from mdm_jax.evaluate import Measures
+from mdm_jax.evaluation import tables
+from mdm_jax.objectives.measured import evaluation
+from mdm_jax.training.hooks import Hook
+from mdm_jax.training.run_log import RunLog
+from mdm_jax.training.state import TrainState
+
+WRITTEN = "validation/", "samples/"  # names of what an evaluation writes
+
+
+def is_evaluated_at(done: int, updates: int, every: int) -> bool:
+  """Returns whether a state is evaluated: every so many updates, and the last.
+
+  Args:
+    done: updates that it is the state after.
+    updates: of the whole run.
+    every: so many (0: the last one only).
+  """
+  return done == updates or bool(every and done and done % every == 0)
+
+
+class Validation(Hook):
+  """Measures the averaged parameters on a few validation rows.
+
+  What it finds is logged, and kept beside the checkpoint: it tells the best.
+  """
+
+  def __init__(
+    self,
+    measures: Measures,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    updates: int,
+    every: int,
+  ):
+    self._measures, self._checkpoints, self._log = measures, checkpoints, log
+    self._updates, self._every = updates, every
+
+  def wants_state(self, done: int) -> bool:
+    return is_evaluated_at(done, self._updates, self._every)
+
+  def on_evaluate(self, done: int, state: TrainState) -> None:
+    measured, sizes = self._measures.validation(state.ema_params)
+    samples = self._measures.sample(state.ema_params)
+    found = measured.scalars() | sizes
+    scalars = {f"validation/{name}": x for name, x in found.items()}
+    texts = {f"samples/{i}": text for i, text in enumerate(samples.texts)}
+    log = self._log
+    log.writers.write_scalars(done, scalars)
+    log.writers.write_texts(done, texts)
+    log.writers.flush()
+    self._checkpoints.record(done, evaluation(measured) | sizes)
+    log.line.say(
+      f"update {done}: validation {tables.in_a_line(measured)}"
+      f" ({duration(log.seconds)})"
+    )
