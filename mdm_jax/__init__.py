@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from mdm_jax.sample import Model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(workdir: str, step: int | None = None) -> "Model":

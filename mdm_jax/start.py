@@ -51,6 +51,9 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
     Stopped: a signal came.
   """
   workdir.create()
+  for path in (workdir.path, config.init_from):
+    if path:
+      Workdir(path).check_format()
   train = config.train
   with (
     Session(

@@ -1,7 +1,7 @@
 """The files of a run's folder, beside checkpoints and metrics.
 
 config.json     the run's config; what eval, sample and a resume read
-versions.json   the packages it was started with
+versions.json   the packages it was started with, and the format of its files
 data.json       what its stages read: counts, difficulty, examples
 results.json    the last evaluation
 unmasking.json  one of its samples, step by step
@@ -23,12 +23,15 @@ from typing import Any
 
 from etils import epath
 
+import mdm_jax
 from mdm_jax import config as config_lib
 from mdm_jax.config import Config
 from mdm_jax.core import distributed, files
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.core.fields import at_home
 
+# Of the files of a workdir, all together; 1 until mdm_jax 0.1.
+FORMAT = 2
 _PACKAGES = (
   "mdm_jax",
   "jax",
@@ -71,8 +74,25 @@ class Workdir:
     """Whether a run was started here."""
     return files.exists(self.path / "config.json")
 
+  def check_format(self) -> None:
+    """Raises UserError if another version's run was started here."""
+    saved = self._read("versions.json") or {"format": FORMAT}
+    found = saved.get("format", 1)
+    if found != FORMAT:
+      by = saved["packages"]["mdm_jax"]
+      raise UserError(
+        f"workdir {self.path} was started by mdm_jax {by} (format {found}); this"
+        f" is mdm_jax {mdm_jax.__version__} (format {FORMAT}): use that version"
+        f" for it, or give another --workdir to start anew"
+      )
+
   def read_config_dict(self) -> dict[str, Any]:
-    """Returns the saved config as plain values; no code is run."""
+    """Returns the saved config as plain values; no code is run.
+
+    Raises:
+      UserError: there is none, or it is of another version.
+    """
+    self.check_format()
     try:
       return json.loads(files.read_text(self.path / "config.json"))
     except FileNotFoundError:
@@ -88,7 +108,11 @@ class Workdir:
     packages = {p: importlib.metadata.version(p) for p in _PACKAGES}
     self._write(
       "versions.json",
-      {"packages": packages, "tokenizer_sha256": tokenizer_sha256},
+      {
+        "format": FORMAT,
+        "packages": packages,
+        "tokenizer_sha256": tokenizer_sha256,
+      },
     )
 
   def tokenizer_sha256(self) -> str | None:
@@ -98,7 +122,6 @@ class Workdir:
 
   def check_tokenizer(self, sha256: str) -> None:
     """Raises UserError if the run was started with another tokenizer."""
-    self._check_splits()
     saved = self.tokenizer_sha256()
     if saved not in (None, sha256):
       raise UserError(
@@ -109,22 +132,12 @@ class Workdir:
 
   def check_data(self, manifest: dict[str, Any], advice: str = "") -> None:
     """Raises UserError, with some advice, if it was started with other rows."""
-    self._check_splits()
     saved = (self.read_data() or manifest)["files"]
     changed = [n for n in saved if saved[n] != manifest["files"].get(n)]
     if changed:
       raise UserError(
         f"workdir {self.path} was started with another text: {changed[0]} has"
         f" changed since; bring the text back, or use another workdir{advice}"
-      )
-
-  def _check_splits(self) -> None:
-    if "held_out" in (self.read_data() or {}).get("rows", ()):
-      raise UserError(
-        f"workdir {self.path} was started by an older version, which held out"
-        " one part of the text; this one holds out a part for validation and"
-        " one for the results: finish the run with that version, or give"
-        " another workdir"
       )
 
   def write_data(self, manifest: dict[str, Any]) -> None:

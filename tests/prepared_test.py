@@ -188,20 +188,6 @@ def test_found_B10_a_corpus_that_moved_is_the_same(config, cache, tmp_path):
     workdir.check_data(prepare(moved.rows).manifest)
 
 
-def test_rows_of_a_run_with_two_splits_are_told(config, tmp_path):
-  data = prepare(config.rows)
-  workdir = Workdir(tmp_path / "run")
-  workdir.create()
-  workdir.write_config(config, data.tokenizer.sha256)
-  workdir.write_data(data.manifest | {"rows": {"stage_1": {}, "held_out": {}}})
-  for check in (
-    lambda: workdir.check_tokenizer(data.tokenizer.sha256),
-    lambda: workdir.check_data(data.manifest),
-  ):
-    with pytest.raises(UserError, match="started by an older version"):
-      check()
-
-
 def test_a_given_tokenizer_is_known_by_its_bytes(config, cache, tmp_path):
   path = tmp_path / "given.model"
   for size in (400, 420):

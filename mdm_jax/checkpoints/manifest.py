@@ -17,7 +17,7 @@ from mdm_jax.core import files, strict_json
 from mdm_jax.core.errors import UserError
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # 1: until mdm_jax 0.1
 _SELF = "sha256"
 
 
@@ -46,16 +46,18 @@ def read(folder: epath.Path) -> dict[str, Any] | None:
   """Returns the manifest of a folder; None if it is missing or damaged.
 
   Raises:
-    UserError: it is of a newer format.
+    UserError: it is of another format than this version's.
   """
   content = files.read_json(folder / NAME)
   if not isinstance(content, dict) or _digest(content) != content.get(_SELF):
     return None
-  if content["format"] > FORMAT:
+  if content["format"] != FORMAT:
+    newer = content["format"] > FORMAT
+    advice = "newer one" if newer else "older one for it, or start a new run"
     raise UserError(
       f"checkpoint {folder} was written by {content['written_by']} (format"
       f" {content['format']}); this is mdm_jax {mdm_jax.__version__} (format"
-      f" {FORMAT}): install the newer one"
+      f" {FORMAT}): use the {advice}"
     )
   return content
 
@@ -64,7 +66,7 @@ def problem(folder: epath.Path) -> str | None:
   """Returns what is wrong with a checkpoint's files, reading them all.
 
   Raises:
-    UserError: it is of a newer format.
+    UserError: it is of another format than this version's.
   """
   content = read(folder)
   if content is None:

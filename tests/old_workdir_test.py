@@ -1,0 +1,76 @@
+"""A run's folder of mdm_jax 0.1 is refused in one line that says what to do.
+
+`golden/workdir_0.1` is what that version wrote for two updates of a tiny model,
+without its arrays, curves and pages.
+"""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from mdm_jax import command_line, sample, train
+from mdm_jax.checkpoints.checkpoint import Checkpoints
+from mdm_jax.config import Config
+from mdm_jax.core.errors import UserError
+from mdm_jax.trained_model import load_model
+from mdm_jax.workdir import Workdir
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "workdir_0.1"
+BY = r"by mdm_jax 0\.1\.0 \(format 1\); this is mdm_jax .* \(format 2\): use"
+
+
+@pytest.fixture
+def old(tmp_path):
+  return Workdir(shutil.copytree(GOLDEN, tmp_path / "old"))
+
+
+def _latest(workdir):
+  with Checkpoints(workdir.path) as checkpoints:
+    return checkpoints.latest()
+
+
+def _start_from(workdir):
+  config = Config(init_from=str(workdir.path))
+  return train.train_and_evaluate(config, Workdir(workdir.path.parent / "new"))
+
+
+REFUSALS = {
+  "resume": lambda workdir: train.train_and_evaluate(Config(), workdir),
+  "init_from": _start_from,
+  "load": lambda workdir: sample.load(str(workdir.path)),
+  "load_model": load_model,
+  "config": Workdir.read_config_dict,
+  "checkpoints": _latest,
+}
+
+
+@pytest.mark.parametrize("way", REFUSALS)
+def test_a_folder_of_before_is_refused_in_one_line(way, old):
+  before = {p: p.read_bytes() for p in old.path.rglob("*") if p.is_file()}
+  with pytest.raises(UserError, match=BY) as refused:
+    REFUSALS[way](old)
+  assert "\n" not in str(refused.value)
+  after = {p: p.read_bytes() for p in old.path.rglob("*") if p.is_file()}
+  assert {p: after[p] for p in before} == before
+  assert not (old.path / "checkpoints" / "set_aside").exists()
+
+
+def test_the_command_line_refuses_it(old, capsys):
+  with pytest.raises(SystemExit) as ended:
+    command_line.parse(["main", "--mode=sample", f"--workdir={old.path}"])
+  assert ended.value.code == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: workdir ") and error.count("\n") == 1
+
+
+def test_a_folder_of_now_says_its_format(tmp_path):
+  workdir = Workdir(tmp_path)
+  workdir.write_config(Config(), "0")
+  assert workdir.read_config_dict()["seed"] == 0
+  path = tmp_path / "versions.json"
+  written = json.loads(path.read_text())
+  path.write_text(json.dumps(written | {"format": 3}))
+  with pytest.raises(UserError, match="format 3"):
+    workdir.read_config_dict()
