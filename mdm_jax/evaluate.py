@@ -71,7 +71,7 @@ class Measures:
       "checkpoint": step,
       "updates": latest,
       "text": describe(self.data, config, splits.TEST),
-      "settings": {"eval": settings, "sample": to_dict(config.sample)},
+      "settings": {"eval": settings, "sample": to_dict(config)["sample"]},
     }
 
   def read_final(

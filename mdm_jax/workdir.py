@@ -81,9 +81,9 @@ class Workdir:
     if found != FORMAT:
       by = saved["packages"]["mdm_jax"]
       raise UserError(
-        f"workdir {self.path} was started by mdm_jax {by} (format {found}); this"
-        f" is mdm_jax {mdm_jax.__version__} (format {FORMAT}): use that version"
-        f" for it, or give another --workdir to start anew"
+        f"workdir {self.path} was started by mdm_jax {by} (format {found});"
+        f" this is mdm_jax {mdm_jax.__version__} (format {FORMAT}): use that"
+        " version for it, or give another --workdir to start anew"
       )
 
   def read_config_dict(self) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_fault_24_a_newer_format_says_so(tmp_path, monkeypatch):
   _save(tmp_path, 1)
   monkeypatch.undo()
   with Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(UserError, match=r"written by mdm_jax .*format 3.*newer one"):
+    with pytest.raises(UserError, match=r"by mdm_jax .*format 3.*newer one"):
       checkpoints.latest()
 
 
