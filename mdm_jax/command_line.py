@@ -15,11 +15,16 @@ from ml_collections.config_flags import tuple_parser
 
 from mdm_jax import config as config_lib
 from mdm_jax.config import Config
-from mdm_jax.core import coercion
+from mdm_jax.core import coercion, modules
 from mdm_jax.core.errors import Exit, Failure, UserError, nearest
 from mdm_jax.core.fields import at_home
 from mdm_jax.workdir import Workdir
 
+flags.DEFINE_list(
+  "modules",
+  [],
+  "Python modules to import first; they register pieces of your own.",
+)
 # --config.objective=NAME is short for its name.
 _OBJECTIVE = re.compile(r"^(--?config\.objective)(?==|$)")
 
@@ -41,6 +46,9 @@ def read_config(num_samples: int | None = None) -> Config:
     )
   if num_samples is not None:
     value.sample.num_samples = num_samples
+  named = dict.fromkeys([*value.modules, *flags.FLAGS.modules])
+  modules.load(named)  # a config file's, or of a folder and checked before
+  value.modules = tuple(named)
   return config_lib.from_config_dict(value)
 
 
@@ -58,6 +66,7 @@ def parse(argv: list[str]) -> list[str]:
   path = _config_path(argv)
   try:
     flags.FLAGS(argv, known_only=True)  # --workdir decides how config is read
+    modules.load(flags.FLAGS.modules)  # they may add fields
     _check_overrides(argv)
     _define_config(path)
     flags.FLAGS.unparse_flags()

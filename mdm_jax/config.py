@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from mdm_jax.core import coercion, fields
+from mdm_jax.core import modules as own_modules
 from mdm_jax.core.config_arguments import apply_arg as apply_arg
 from mdm_jax.core.config_arguments import quick as quick
 from mdm_jax.core.errors import UserError
@@ -57,6 +58,9 @@ class Config:
     "folder of a run whose best parameters and tokenizer to start from",
     path=True,
   )
+  modules: tuple[str, ...] = field(
+    (), "Python modules to import first: they register pieces of your own"
+  )
   data: DataConfig = DataConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()
   model: ModelConfig = ModelConfig()
@@ -70,6 +74,7 @@ class Config:
   sample: SampleConfig = SampleConfig()
 
   def __post_init__(self):
+    own_modules.check_loaded(self.modules)
     kind = OBJECTIVES[self.objective.name]
     stages = tuple(
       s if s.objective else dataclasses.replace(s, objective=kind.stage())
@@ -138,6 +143,7 @@ class Config:
       stages=self.stages,
       init_from=self.init_from,
       accumulation=self.optimizer.accumulation,
+      modules=self.modules,
     )
 
   @property
@@ -190,9 +196,11 @@ def from_dict(raw: Any) -> Config:
   """Returns the config of plain JSON values.
 
   Raises:
-    UserError: a name or a type is wrong, a value can't work, or a field is not
-      the chosen objective's.
+    UserError: a name or a type is wrong, a value can't work, a field is not the
+      chosen objective's, or a module of `modules` was not imported before.
   """
+  if isinstance(raw, dict) and isinstance(raw.get("modules"), list):
+    own_modules.check_loaded(map(str, raw["modules"]))  # they may add fields
   written = coercion.coerce(raw, form(), "")
   kind = OBJECTIVES[written.objective.name]
   parts = []

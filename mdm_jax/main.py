@@ -29,6 +29,7 @@ from mdm_jax.core.errors import Exit, Failure, Stopped, UserError
 from mdm_jax.core.progress import console
 from mdm_jax.workdir import Workdir
 
+flags.adopt_module_key_flags(command_line)
 _LAST_SECONDS = 20.0  # that the interpreter may take to end
 
 _MODE = flags.DEFINE_enum(

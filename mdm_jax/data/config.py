@@ -139,6 +139,7 @@ class RowsConfig:
     stages: how each of them reads it.
     init_from: folder of a run whose tokenizer is taken, or nothing.
     accumulation: microbatches of an update; a stage has rows for one update.
+    modules: what a process that makes rows has to import first.
   """
 
   data: DataConfig
@@ -146,3 +147,4 @@ class RowsConfig:
   stages: tuple[StageConfig, ...] = (StageConfig(),)
   init_from: str = ""
   accumulation: int = 1
+  modules: tuple[str, ...] = ()

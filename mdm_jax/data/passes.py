@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mdm_jax.core import modules
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import (
   blocks,
@@ -107,6 +108,7 @@ class Job:
 
 def run(name: Pass, job: Job, block: Block) -> None:
   """Does a pass over a block, if it is not done."""
+  modules.load(job.config.modules)  # this process may know none of them yet
   if not job.record(name, block).exists():
     _PASSES[name](job, block)
 

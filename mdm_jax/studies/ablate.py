@@ -95,6 +95,8 @@ def _train(variant: str, seed: int, workdir: str) -> int:
     f"--config.seed={seed}",
     f"--workdir={workdir}",
   ]
+  if flags.FLAGS.modules:
+    command.append(f"--modules={','.join(flags.FLAGS.modules)}")
   console.rule(shlex.join(command))
   return subprocess.run([sys.executable, *command[1:]]).returncode
 

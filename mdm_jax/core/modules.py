@@ -1,0 +1,47 @@
+"""A user's own modules, which register pieces: imported only when asked to.
+
+Importing a module runs its code. So it happens only for modules that a config
+file or the command line names; those that a saved config names are never
+imported for that reason alone, as the folder may come from somebody else.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterable
+
+from mdm_jax.core.errors import UserError
+
+
+def load(names: Iterable[str]) -> None:
+  """Imports modules that the user has named.
+
+  Raises:
+    UserError: there is no such module, or its code fails.
+  """
+  for name in names:
+    try:
+      importlib.import_module(name)
+    except UserError:
+      raise
+    except Exception as error:  # whatever the module's own code raises
+      raise UserError(f"module {name}: {_told(name, error)}") from error
+
+
+def check_loaded(names: Iterable[str]) -> None:
+  """Raises UserError if a config needs modules that nobody has imported."""
+  missing = [name for name in names if name not in sys.modules]
+  if missing:
+    given = ",".join(missing)
+    raise UserError(
+      f"modules={given}: the run's own pieces are defined there, and a saved"
+      " config is no reason to run code. If you trust what Python finds by"
+      f" that name, import it, or give --modules={given}"
+    )
+
+
+def _told(name: str, error: Exception) -> str:
+  missing = isinstance(error, ModuleNotFoundError) and error.name
+  if missing and (name == missing or name.startswith(f"{missing}.")):
+    return f"Python finds no module {missing}; is its folder in PYTHONPATH?"
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text}"
