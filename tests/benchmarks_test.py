@@ -158,7 +158,8 @@ def test_plain_loss_is_the_librarys_on_the_same_masks(any_mesh):
     weight = cross_entropy.row_weights(config, masked, real, inverse_density)
     total, _ = cross_entropy.masked_loss(
       *(denoiser.logits, denoiser.head(params), hidden, x0, masked),
-      *(weight, x0.size, denoiser.vocab),
+      *(jnp.broadcast_to(weight[:, None], x0.shape), x0.size),
+      denoiser.vocab,
     )
     return total
 

@@ -77,6 +77,12 @@ def test_loss_is_the_cross_entropy_at_masked_positions(case):
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def position_weights():
+  """Another weight at every position, at some of them none."""
+  draw = np.random.default_rng(1).uniform(-0.5, 2, (8, 10))
+  return np.maximum(draw, 0).astype(np.float32)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
   """A chunk has 16 rows for a width of 8."""
@@ -103,9 +109,7 @@ def test_training_loss_and_gradient_are_those_of_the_full_array(
   shards = any_mesh.shape["replica"] * any_mesh.shape["fsdp"]
   capacity = int(masked.reshape(shards, -1).sum(axis=1).max()) + 1
   masked = jax.device_put(masked, rows)
-  weight = jax.device_put(
-    np.linspace(0.5, 2, 8, dtype=np.float32), batch_sharding(any_mesh, 1)
-  )
+  weight = jax.device_put(position_weights(), rows)
   xt = jnp.where(masked, MASK, x0)
 
   def hidden(params):
@@ -124,7 +128,7 @@ def test_training_loss_and_gradient_are_those_of_the_full_array(
     logits = denoiser.logits(params, states)
     loss = cross_entropy.cross_entropy(logits, x0.reshape(-1), VOCAB, smoothing)
     loss = jnp.where(masked, loss.reshape(8, 10), 0.0)
-    return 3 * (loss.sum(axis=1) * weight).sum(), loss
+    return 3 * (loss * weight).sum(), loss
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
@@ -142,8 +146,7 @@ def test_training_loss_is_the_weighted_sum_whatever_the_chunks(
     params, corrupted.xt, row_context(real.astype(jnp.int32))
   )
   weight = jax.device_put(
-    np.linspace(0.5, 2, 8, dtype=np.float32),
-    batch_sharding(x0.sharding.mesh, 1),
+    position_weights(), batch_sharding(x0.sharding.mesh, 2)
   )
   run = lambda capacity: jax.jit(
     cross_entropy.masked_loss, static_argnums=(0, 6, 7)
@@ -154,9 +157,7 @@ def test_training_loss_is_the_weighted_sum_whatever_the_chunks(
   )
   by_position = losses(denoiser, params, case, hidden)
   total, along = run(80)
-  np.testing.assert_allclose(
-    total, (by_position.sum(axis=1) * weight).sum(), rtol=1e-5
-  )
+  np.testing.assert_allclose(total, (by_position * weight).sum(), rtol=1e-5)
   np.testing.assert_allclose(along, by_position, rtol=1e-6)
   shards = x0.sharding.mesh.shape["fsdp"] * x0.sharding.mesh.shape["replica"]
   most = np.asarray(corrupted.masked).reshape(shards, -1).sum(axis=1).max()
@@ -170,7 +171,7 @@ def test_what_comes_along_has_no_gradient(case, small_chunks):
   mesh = x0.sharding.mesh
   draw = jax.random.normal(rng.stream(0, "h"), (8, 10, 8))
   hidden = jax.device_put(draw, batch_sharding(mesh, 3))
-  weight = jax.device_put(jnp.ones(8), batch_sharding(mesh, 1))
+  weight = jax.device_put(jnp.ones((8, 10)), batch_sharding(mesh, 2))
 
   def gradient(of):
     def loss(hidden, params):
@@ -201,7 +202,7 @@ def test_no_chunks_logits_are_kept(mesh, small_chunks):
     ModelConfig(num_layers=1, embed_dim=8, num_heads=2), vocab
   )
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
-  shapes = (8, 128, 8), (8, 128), (8, 128), (8,)
+  shapes = (8, 128, 8), (8, 128), (8, 128), (8, 128)
   dtypes = jnp.float32, jnp.int32, bool, jnp.float32
   args = (
     jax.ShapeDtypeStruct(

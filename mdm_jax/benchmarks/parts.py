@@ -87,7 +87,7 @@ def _gathered_loss(work: Work) -> Callable[..., jax.Array]:
 
   def loss(params, hidden, x0, masked):
     head = denoiser.logits, denoiser.head(params)
-    weight = jax.device_put(jnp.ones(len(x0)), RULES.spec("batch"))
+    weight = jnp.ones_like(x0, jnp.float32)
     total, _ = cross_entropy.masked_loss(
       *(*head, hidden, x0, masked, weight, capacity, denoiser.vocab)
     )

@@ -141,7 +141,7 @@ def masked_loss(
   hidden: Float[Array, "B L D"],
   x0: Int[Array, "B L"],
   masked: Bool[Array, "B L"],
-  weight: Float[Array, "B"],
+  weight: Float[Array, "B L"],
   capacity: int,
   vocab: Vocabulary,
   label_smoothing: float = 0.0,
@@ -153,7 +153,7 @@ def masked_loss(
 
   Args:
     head: as in `masked_cross_entropy`, and so are all others.
-    weight: of every masked token of a row.
+    weight: of every masked token; read at no other position.
   """
   losses = _losses(head, vocab, label_smoothing)
   chunks = num_chunks(capacity, hidden.shape[-1], vocab)
@@ -341,14 +341,13 @@ def _pack(
 
 
 def _pack_weights(
-  weight: Float[Array, "B"],
+  weight: Float[Array, "B L"],
   masked: Bool[Array, "B L"],
   position: Int[Array, "S"],
   chunks: int,
 ) -> Float[Array, "C N"]:
   """Puts one shard's weights in the slots; NaN where there are too few."""
-  flat = jnp.broadcast_to(weight[:, None], masked.shape).reshape(-1)
-  weights = flat.at[position].get(mode="fill", fill_value=0)
+  weights = weight.reshape(-1).at[position].get(mode="fill", fill_value=0)
   overflow = masked.sum() > position.size
   return jnp.where(overflow, jnp.nan, weights).reshape(chunks, -1)
 

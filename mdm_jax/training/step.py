@@ -45,7 +45,7 @@ class _Task:
   segments: Int[Array, "*A B L"]
   corrupted: Corrupted
   rate: Float[Array, "*A B"]
-  weight: Float[Array, "*A B"]
+  weight: Float[Array, "*A B L"]
   dropout_keys: Key[Array, "*A B"]
 
 
@@ -264,7 +264,9 @@ def _make_tasks(config, rates, mask_id, step, batch: Batch) -> _Task:
     config.objective, corrupted.masked, real, rates.inverse_density(u)
   )
   return _Task(
-    batch.tokens, batch.segments, corrupted, rate, weight, keys("dropout")
+    *(batch.tokens, batch.segments, corrupted, rate),
+    jnp.broadcast_to(weight[..., None], batch.tokens.shape),
+    keys("dropout"),
   )
 
 
