@@ -41,7 +41,6 @@ from mdm_jax.model import flops
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import corruption, cross_entropy
-from mdm_jax.objectives.config import MaskedConfig
 from mdm_jax.objectives.noise import RateRange
 from mdm_jax.training.state import state_from
 
@@ -92,7 +91,7 @@ def test_flops_are_those_of_the_program(mesh, name, rates):
   count = flops.update_flops(
     work.config.model,
     TINY.batch,
-    TINY.length,
+    work.reads,
     way.head_positions,
     way.vocab_size,
   )
@@ -122,10 +121,14 @@ def test_flops_by_hand():
   config = dataclasses.replace(config, mlp_dim=24)
   query_out, key_value, mlp, attention = 2 * 64, 2 * 32, 3 * 8 * 24, 2 * 16 * 8
   token = 2 * (query_out + key_value + mlp + attention)
-  assert flops.trunk_flops(config, 5, 16) == 3 * token * 5 * 16
+  assert flops.trunk_flops(config, 5, ((16, 16),)) == 3 * token * 5 * 16
   assert flops.head_flops(config, 7, 128) == 2 * 7 * 8 * 128
-  whole = flops.update_flops(config, 5, 16, 7, 128)
+  whole = flops.update_flops(config, 5, ((16, 16),), 7, 128)
   assert whole == 3 * (3 * token * 5 * 16 + 2 * 7 * 8 * 128)
+  # A second call whose positions also see those of the first.
+  twice = flops.trunk_flops(config, 5, ((16, 16), (16, 32)))
+  more = 3 * 2 * attention * 5 * 16
+  assert twice == 2 * flops.trunk_flops(config, 5, ((16, 16),)) + more
 
 
 def test_all_rates_have_the_heads_positions(mesh):
@@ -152,10 +155,9 @@ def test_plain_loss_is_the_librarys_on_the_same_masks(any_mesh):
   rate = by_row((jnp.arange(8) % 4 + 1) / 4)  # of 16 tokens: whole numbers
   inverse_density = 0.5 + rate  # any
   masked = corruption.corrupt(keys, x0, real, rate, 102).masked
-  config = MaskedConfig(weighting="nelbo")
 
   def library(params, hidden):
-    weight = cross_entropy.row_weights(config, masked, real, inverse_density)
+    weight = row_weights("nelbo", masked, real, inverse_density)
     total, _ = cross_entropy.masked_loss(
       *(denoiser.logits, denoiser.head(params), hidden, x0, masked),
       *(jnp.broadcast_to(weight[:, None], x0.shape), x0.size),
@@ -214,7 +216,7 @@ def test_md4_has_the_weights_that_are_counted(preset):
     size(block) - size(block["modulation"]) for block in params["blocks"]
   )
   of_attention = 4 * model.num_layers * model.embed_dim  # has no weights
-  assert 2 * blocks == flops.trunk_flops(model, 1, 1) - of_attention
+  assert 2 * blocks == flops.trunk_flops(model, 1, ((1, 1),)) - of_attention
   assert 2 * params["head"].size == flops.head_flops(model, 1, vocab)
   assert len(params["embedding"]) == vocab + 1  # and the mask
 

@@ -16,7 +16,7 @@ from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.rows import Rows
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.objectives import cross_entropy
+from mdm_jax.objectives import masked
 from mdm_jax.objectives.config import MaskedStage
 from mdm_jax.training import incident
 from mdm_jax.training.config import OptimizerConfig
@@ -58,9 +58,9 @@ def make_trainer(mesh):
 @pytest.fixture
 def infinite(monkeypatch):
   """Every row weighs infinitely much in what is compiled from here on."""
-  weights = cross_entropy.row_weights
+  weights = masked.row_weights
   monkeypatch.setattr(
-    cross_entropy,
+    masked,
     "row_weights",
     lambda *args: np.float32(np.inf) * weights(*args),
   )
@@ -105,11 +105,18 @@ def test_the_report_is_of_the_updates_that_failed(any_mesh, infinite, tmp_path):
     size = before.params["blocks"]["mlp"]["down"].size
     assert 0 < told["gradient_nonfinite"]["blocks/mlp/down"] <= size
     # Without the weight all is finite, and as it was.
-    bins = told["mask_rates"]
-    sums = [b["cross_entropy"] for b in bins]
-    np.testing.assert_allclose(sums, metrics["bin_loss"], rtol=1e-5)
-    assert [b["masked"] for b in bins] == metrics["bin_count"].tolist()
-    assert [b["up_to"] for b in bins] == [i / 10 for i in range(1, 11)]
+    summaries = told["summaries"]
+    share = summaries.pop("train/mask_rate")
+    assert share["total"] == sum(row["masked"] for row in told["rows"])
+    assert list(summaries) == [
+      f"mask_bins/ce_{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)
+    ]
+    bins = list(summaries.values())
+    want = jax.device_get(metrics["mask_bins"])
+    np.testing.assert_allclose(
+      [b["total"] for b in bins], want.total, rtol=1e-5
+    )
+    assert [b["count"] for b in bins] == want.count.tolist()
     check_rows(trainer, update, told, bins)
   check_tokens(trainer, report, rows)
 
@@ -117,14 +124,14 @@ def test_the_report_is_of_the_updates_that_failed(any_mesh, infinite, tmp_path):
 def check_rows(trainer, update, told, bins):
   numbers = [row["row"] for row in told["rows"]]
   assert numbers == trainer.row_numbers(update).tolist()
-  masked, sums = np.zeros(10), np.zeros(10)
+  counts, sums = np.zeros(10), np.zeros(10)
   for row in told["rows"]:
     real = (trainer.data.stages[update // 2].segments[row["row"]] > 0).sum()
     assert row["masked"] == math.ceil(row["mask_rate"] * real * (1 - 1e-6))
-    masked[math.ceil(row["mask_rate"] * 10) - 1] += row["masked"]
+    counts[math.ceil(row["mask_rate"] * 10) - 1] += row["masked"]
     sums[math.ceil(row["mask_rate"] * 10) - 1] += row["cross_entropy"]
-  np.testing.assert_array_equal([b["masked"] for b in bins], masked)
-  got = [b["cross_entropy"] for b in bins]
+  np.testing.assert_array_equal([b["count"] for b in bins], counts)
+  got = [b["total"] for b in bins]
   np.testing.assert_allclose(got, sums, rtol=1e-5)
 
 

@@ -12,7 +12,7 @@ from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import corruption, cross_entropy, noise
-from mdm_jax.objectives.config import MaskedConfig
+from mdm_jax.objectives.masked import row_weights
 
 V, REAL, MASK = 16, 12, 13
 VOCAB = Vocabulary(V, mask=MASK, forbidden=((REAL, V),))
@@ -288,9 +288,7 @@ def test_half_precision_logits_are_refused():
 def test_masked_ce_weighs_every_masked_token_the_same():
   masked = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
   real = jnp.ones((2, 4), bool)
-  weights = cross_entropy.row_weights(
-    MaskedConfig(), masked, real, jnp.array([9.0, 9.0])
-  )
+  weights = row_weights("masked_ce", masked, real, jnp.array([9.0, 9.0]))
   np.testing.assert_allclose(weights, 1 / 4)
 
 
@@ -310,8 +308,8 @@ def test_nelbo_weights_are_unbiased_for_any_density(rates):
   r = rates.rate(u)
   count = corruption.num_masked(r, jnp.full(rows, length))
   masked = jnp.arange(length)[None] < count[:, None]
-  weights = cross_entropy.row_weights(
-    MaskedConfig(weighting="nelbo"),
+  weights = row_weights(
+    "nelbo",
     masked,
     jnp.ones((rows, length), bool),
     rates.inverse_density(u),

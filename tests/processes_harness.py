@@ -168,24 +168,27 @@ def measure_data(mesh: Any) -> dict[str, Any]:
   import jax
 
   from mdm_jax.core import distributed
-  from mdm_jax.objectives.noise import stage_rates
-  from mdm_jax.training import step as step_lib
+  from mdm_jax.objectives.base import Draws
 
   trainer = _trainer(mesh)
-  config, stage = trainer.config, trainer.curriculum.stages[0]
-  mask = trainer.data.tokenizer.vocab.mask
-  rates = stage_rates(stage.config.objective, config.noise)
-  tasks = jax.jit(
-    lambda step, batch: step_lib._make_tasks(config, rates, mask, step, batch)
-  )
+  stage = trainer.curriculum.stages[0]
   found: dict[str, Any] = {"tokens": [], "masks": []}
   with jax.set_mesh(mesh):
+    objective, plan = trainer.objective(stage), trainer.plan(stage)
+
+    @jax.jit
+    def pose(step, batch):
+      padded = batch.tokens.shape[1]
+      draws = Draws(trainer.config.seed, step, plan, padded)
+      return objective.examples(batch, draws)
+
     for update in range(_UPDATES):
       batch = trainer.batch(stage, update)
-      made = tasks(update, batch)
-      whole = distributed.fetch([batch, made.corrupted, made.rate])
+      made = pose(update, batch)
+      rate = made.context.condition
+      whole = distributed.fetch([batch, made.asked, made.tokens, rate])
       found["tokens"].append(sha256(whole[0].tokens, whole[0].segments))
-      found["masks"].append(sha256(whole[1].masked, whole[1].xt, whole[2]))
+      found["masks"].append(sha256(*whole[1:]))
   held = {s.index[1].indices(8)[:2] for s in batch.tokens.addressable_shards}
   return found | {"own_rows": sorted(held)}
 

@@ -40,14 +40,13 @@ from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.rows import Rows
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.context import row_context
 from mdm_jax.objectives import corruption, cross_entropy
+from mdm_jax.objectives.base import Draws
 from mdm_jax.objectives.noise import stage_rates
 from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import make_sampler
-from mdm_jax.training import step as step_lib
 from mdm_jax.training.curriculum import make_curriculum
 from mdm_jax.training.learning_rate import warmup_updates
 from mdm_jax.training.trainer import Trainer
@@ -193,14 +192,19 @@ class Built:
     plan = self.stages[stage]
     return self.trainer.batch(plan, plan.start)
 
-  def tasks(self, stage: int):
+  def examples(self, stage: int):
     """What a stage's first update asks the denoiser."""
-    plan = self.stages[stage]
-    rates = stage_rates(plan.config.objective, self.config.noise)
-    make = functools.partial(
-      step_lib._make_tasks, self.config, rates, TOKENIZER.vocab.mask
-    )
-    return jax.jit(make)(jnp.asarray(plan.start), self.batch(stage))
+    with jax.set_mesh(self.trainer.mesh):
+      stage_plan = self.stages[stage]
+      objective = self.trainer.objective(stage_plan)
+      plan, batch = self.trainer.plan(stage_plan), self.batch(stage)
+
+    @jax.jit
+    def pose(step, batch):
+      draws = Draws(self.config.seed, step, plan, batch.tokens.shape[1])
+      return objective.examples(batch, draws)
+
+    return pose(jnp.asarray(stage_plan.start), batch)
 
   @functools.cached_property
   def learning_rates(self) -> np.ndarray:
@@ -747,22 +751,21 @@ def test_a_run_uses_its_schedule_and_its_stages_rates(trained):
 
 def test_the_loss_that_is_trained_is_smoothed(trained):
   b, states, metrics = trained
-  tasks, denoiser = b.tasks(0), b.trainer.denoiser
+  examples, denoiser = b.examples(0), b.trainer.denoiser
   smoothing = expected("recommended")["objective.label_smoothing"]
   total, num_real = 0.0, denoiser.vocab.predictable
   for i in range(2):
-    part = jax.tree.map(lambda x, i=i: x[i], tasks)
-    hidden = jax.jit(denoiser.hidden)(
-      states[0].params, part.corrupted.xt, row_context(part.segments)
-    )
+    part = jax.tree.map(lambda x, i=i: x[i], examples)
+    context = dataclasses.replace(part.context, keys=None)
+    hidden = jax.jit(denoiser.hidden)(states[0].params, part.tokens, context)
     params = jax.tree.map(jnp.asarray, states[0].params)
     logits = denoiser.logits(params, hidden.reshape(-1, 16))
     log_p = np.asarray(jax.nn.log_softmax(logits))[:, :num_real]
-    masked = np.asarray(part.corrupted.masked).reshape(-1)
-    token = np.eye(num_real)[np.asarray(part.x0).reshape(-1)[masked]]
+    masked = np.asarray(part.asked).reshape(-1)
+    token = np.eye(num_real)[np.asarray(part.targets).reshape(-1)[masked]]
     target = (1 - smoothing) * token + smoothing / num_real
     total -= (target * log_p[masked]).sum()
-  want = total / np.asarray(tasks.corrupted.masked).sum()
+  want = total / np.asarray(examples.asked).sum()
   assert float(metrics[0]["loss"]) == pytest.approx(want, rel=1e-4)
 
 
@@ -807,19 +810,24 @@ def test_every_row_has_a_mask_at_the_lowest_rates():
 @pytest.mark.parametrize("stage", range(3))
 def test_nelbo_weighs_by_the_density_of_range_and_rehearsal(stage):
   config = parse("recommended.py", "--config.objective.weighting=nelbo")
-  tasks = built(config).tasks(stage)
+  examples = built(config).examples(stage)
   low, high = config.stages[stage].objective.mask_rate
   rate, masked, real = (
     np.asarray(x).reshape(16, -1)
-    for x in (tasks.rate, tasks.corrupted.masked, tasks.segments > 0)
+    for x in (
+      *(examples.context.condition, examples.asked),
+      examples.context.segments > 0,
+    )
   )
   inside = (rate[:, 0] >= low) & (rate[:, 0] <= high)
   assert 0 < inside.sum() < 16
   density = REHEARSAL + inside * (1 - REHEARSAL) / (high - low)
   w = np.minimum(1 / density, 1 / REHEARSAL)
   want = w * real.sum(axis=1) / masked.sum(axis=1) / real.sum()
-  got = np.asarray(tasks.weight).reshape(16)
-  np.testing.assert_allclose(got, want, rtol=1e-5)
+  got = np.asarray(examples.weights).reshape(16, -1)
+  np.testing.assert_allclose(
+    got, np.broadcast_to(want[:, None], got.shape), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p != "recommended"])

@@ -13,6 +13,7 @@ from etils import epath
 
 from mdm_jax.benchmarks import workload
 from mdm_jax.core.progress import ProgressLine
+from mdm_jax.objectives.base import Ratio
 from mdm_jax.runtime.attempt import Attempt
 from mdm_jax.training import run_log
 from mdm_jax.training.run_log import RunLog
@@ -37,19 +38,21 @@ def trainer(mesh):
   return Trainer(workload.make_config(TINY), data, mesh)
 
 
+COUNTS = np.array([0, 5, 5, 0, 3, 1, 9, 0, 0, 2], np.float32)
+
+
 def _numbers(update, **changed):
   """What a step returns, different for every update."""
   rng = np.random.default_rng(update)
   return {
     "loss": np.float32(rng.uniform(1, 9)),
     "grad_norm": np.float32(rng.uniform()),
-    "mask_rate": np.float32(0.5),
+    "mask_rate": Ratio(np.float32(rng.integers(1, 99)), np.float32(128)),
     "tokens": np.float32(128),
     "skipped": np.float32(0),
     "nonfinite": np.float32(0),
     "spike": np.float32(0),
-    "bin_loss": rng.uniform(1, 9, 10).astype(np.float32),
-    "bin_count": np.array([0, 5, 5, 0, 3, 1, 9, 0, 0, 2], np.float32),
+    "mask_bins": Ratio(rng.uniform(1, 9, 10).astype(np.float32), COUNTS),
   } | changed
 
 
@@ -92,13 +95,16 @@ def test_a_point_begun_before_a_resume_is_the_same(trainer, tmp_path):
 
 def test_what_is_kept_comes_back_bit_for_bit():
   odd = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45, 3e38, 0.1], np.float32)
-  values = {"loss": math.nan, "x": 0.1, "bin_loss": odd}
+  one = Ratio(np.float32(0.1), np.float32(3))
+  values = {"loss": math.nan, "x": 0.1, "y": one, "z": Ratio(odd, odd[::-1])}
   text = json.dumps(run_log._to_plain(values), allow_nan=False)
   back = run_log._from_plain(json.loads(text))
   assert math.isnan(back["loss"]) and back["x"] == 0.1
-  np.testing.assert_array_equal(
-    back["bin_loss"].view(np.int32), odd.view(np.int32)
-  )
+  bits = lambda x: np.asarray(x).view(np.int32)
+  for name in "yz":
+    for got, want in zip(back[name], values[name], strict=True):
+      assert got.dtype == want.dtype and got.shape == want.shape
+      np.testing.assert_array_equal(bits(got), bits(want))
 
 
 def test_bins_are_means_over_tokens_and_empty_ones_are_left_out(
@@ -111,14 +117,17 @@ def test_bins_are_means_over_tokens_and_empty_ones_are_left_out(
   assert list(found) == [
     f"mask_bins/ce_0.{i}-{(i + 1) / 10:.1f}" for i in (1, 2, 4, 5, 6, 9)
   ]
-  loss = sum(u["bin_loss"][4].astype(float) for u in updates)
+  loss = sum(u["mask_bins"].total[4].astype(float) for u in updates)
   assert found["mask_bins/ce_0.4-0.5"] == pytest.approx(loss / (3 * every))
+  masked = sum(u["mask_rate"].total for u in updates)
+  assert points[0]["train/mask_rate"] == pytest.approx(masked / (128 * every))
 
 
 def test_what_is_not_finite_is_in_no_mean_but_counted(trainer, tmp_path):
   bad = {"loss": np.float32(np.nan), "skipped": np.float32(1)}
   bad |= {"nonfinite": np.float32(1), "grad_norm": np.float32(np.inf)}
-  bad["bin_loss"] = np.array([1, np.nan, *[1] * 8], np.float32)
+  losses = np.array([1, np.nan, *[1] * 8], np.float32)
+  bad["mask_bins"] = Ratio(losses, COUNTS)
   numbers = lambda u: _numbers(u, **(bad if u in (2, 3) else {}))
   every = trainer.config.train.log_every
   points, kept, log = _log(

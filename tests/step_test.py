@@ -14,17 +14,17 @@ from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.sharding import AXES
+from mdm_jax.core.sharding import AXES, data_shards
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import batches
 from mdm_jax.data.config import DataConfig, StageConfig
 from mdm_jax.data.rows import Rows
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import cross_entropy
+from mdm_jax.objectives import masked as masked_lib
+from mdm_jax.objectives.base import Draws, Plan
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage
-from mdm_jax.objectives.noise import stage_rates
 from mdm_jax.training import optimizer as optimizer_lib
 from mdm_jax.training import step as step_lib
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
@@ -40,6 +40,7 @@ from mdm_jax.training.state import (
 from mdm_jax.training.step import make_train_step
 
 V, REAL, MASK, PAD = 32, 28, 30, 29
+VOCAB = Vocabulary(V, mask=MASK, pad=PAD, forbidden=((REAL, V),))
 CONFIG = Config(
   data=DataConfig(batch_size=8),
   model=ModelConfig(num_layers=2, embed_dim=16, num_heads=2, dropout=0.1),
@@ -70,17 +71,17 @@ class Run:
 
   def __init__(self, config, mesh, schedule=None):
     self.config, self.mesh, self.rows = config, mesh, make_rows()
-    self.denoiser = Denoiser(
-      config.model, Vocabulary(V, forbidden=((REAL, V),))
-    )
+    self.denoiser = Denoiser(config.model, VOCAB)
     self.plan = make_curriculum(config, [len(self.rows)] * len(config.stages))
     if schedule is None:
       schedule = learning_rate_schedule(config.optimizer, self.plan)
     self.optimizer = make_optimizer(config.optimizer, schedule)
     self.guard, self.schedule = make_guard(config.train), schedule
-    self.step = make_train_step(
-      config, self.plan.stages[0], self.denoiser, self.optimizer, schedule, MASK
+    self.parts = step_lib.Parts(
+      *(config.seed, self.denoiser, self.optimizer, schedule, self.guard),
+      config.optimizer.ema_decay,
     )
+    self.step = make_train_step(self.parts, *self.asks)
 
   def init(self):
     """Returns new arrays every time: a step takes them."""
@@ -106,26 +107,41 @@ class Run:
     metrics = []
     for update in range(start, end):
       state, values = self.step(state, self.batch(update))
-      metrics.append({k: np.asarray(v).tolist() for k, v in values.items()})
+      metrics.append(jax.tree.map(lambda v: np.asarray(v).tolist(), values))
     return state, metrics
 
   def diagnosis(self, update):
-    diagnose = step_lib.make_diagnosis(
-      self.config, self.plan.stages[0], self.denoiser, MASK
-    )
+    diagnose = step_lib.make_diagnosis(self.parts, *self.asks)
     number = jnp.asarray(update, jnp.int32)
     return jax.device_get(
       diagnose(self.init().params, number, self.batch(update))
     )
 
-  def tasks(self, update):
-    return self._make_tasks(jnp.asarray(update), self.batch(update))
+  @functools.cached_property
+  def asks(self):
+    """The objective of the first stage, and its plan."""
+    config, stage = self.config, self.config.stages[0]
+    shards, length = data_shards(self.mesh), stage.length
+    plan = Plan(
+      *(config.optimizer.accumulation, config.data.batch_size, length),
+      *(shards, length, length),
+    )
+    objective = masked_lib.build(
+      *(config.objective, stage.objective, config.noise, VOCAB, plan)
+    )
+    return objective, plan
+
+  def examples(self, update):
+    return self._examples(jnp.asarray(update), self.batch(update))
 
   @functools.cached_property
-  def _make_tasks(self):
-    rates = stage_rates(self.config.stages[0].objective, self.config.noise)
-    make = functools.partial(step_lib._make_tasks, self.config, rates, MASK)
-    return jax.jit(make)
+  def _examples(self):
+    return jax.jit(functools.partial(pose, *self.asks, self.config.seed))
+
+
+def pose(objective, plan, seed, step, batch):
+  draws = Draws(seed, step, plan, batch.tokens.shape[1])
+  return objective.examples(batch, draws)
 
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -167,24 +183,24 @@ def test_microbatches_and_updates_never_share_masks(mesh):
   run = Run(dataclasses.replace(CONFIG, stages=(stage,)), mesh)
   masks = []
   for update in range(2):
-    tasks = run.tasks(update)
-    full = np.asarray((tasks.segments > 0).all(axis=-1))
-    masks += [tuple(row) for row in np.asarray(tasks.corrupted.masked)[full]]
+    examples = run.examples(update)
+    full = np.asarray((examples.context.segments > 0).all(axis=-1))
+    masks += [tuple(row) for row in np.asarray(examples.asked)[full]]
   assert {sum(mask) for mask in masks} == {8} and len(masks) > 16
   assert len(set(masks)) == len(masks)
 
 
 def test_padding_is_never_masked_and_every_row_has_a_mask(mesh):
-  tasks = shared(CONFIG, mesh).tasks(3)
-  masked = tasks.corrupted.masked
-  assert not (masked & (tasks.segments == 0)).any()
+  examples = shared(CONFIG, mesh).examples(3)
+  masked = examples.asked
+  assert not (masked & (examples.context.segments == 0)).any()
   assert (masked.sum(axis=-1) >= 1).all()
 
 
 def test_rates_are_stratified_over_the_update_and_each_microbatch(mesh):
   config = dataclasses.replace(CONFIG, stages=(StageConfig(length=16),))
-  tasks = shared(config, mesh).tasks(0)
-  rates = np.asarray(tasks.rate)
+  examples = shared(config, mesh).examples(0)
+  rates = np.asarray(examples.context.condition)
   assert sorted(np.ceil(rates.reshape(-1) * 16) - 1) == list(range(16))
   for microbatch in rates:
     assert sorted(np.ceil(microbatch * 8) - 1) == list(range(8))
@@ -202,8 +218,8 @@ def test_two_microbatches_of_8_equal_one_of_16(mesh):
   )
   a, b = Run(two, mesh), Run(one, mesh)
   np.testing.assert_array_equal(
-    np.asarray(a.tasks(0).corrupted.masked).reshape(16, 16),
-    np.asarray(b.tasks(0).corrupted.masked).reshape(16, 16),
+    np.asarray(a.examples(0).asked).reshape(16, 16),
+    np.asarray(b.examples(0).asked).reshape(16, 16),
   )
   (state_a, metrics_a), (state_b, metrics_b) = (
     r.train(r.init(), 0, 1) for r in (a, b)
@@ -275,19 +291,20 @@ def test_meshes_draw_the_same_masks_and_agree(tmp_path):
     context, make = on(name)
     with context:
       run = make()
-      tasks = run.tasks(0)
-      tasks = np.asarray(tasks.corrupted.xt), np.asarray(tasks.rate)
+      examples = run.examples(0)
+      rate = examples.context.condition
+      examples = np.asarray(examples.tokens), np.asarray(rate)
       state, metrics = run.train(run.init(), 0, 3)
-      results[name] = tasks, jax.device_get(state), metrics
+      results[name] = examples, jax.device_get(state), metrics
   (tasks_a, state_a, metrics_a), (tasks_b, state_b, metrics_b) = (
     results.values()
   )
   for a, b in zip(tasks_a, tasks_b, strict=True):
     np.testing.assert_array_equal(a, b)
   for a, b in zip(metrics_a, metrics_b, strict=True):
-    for name in ("loss", "bin_loss", "mask_rate"):
+    for name in ("loss", "mask_bins", "mask_rate"):
       np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
-    assert a["bin_count"] == b["bin_count"] and a["skipped"] == 0
+    assert a["mask_bins"].count == b["mask_bins"].count and a["skipped"] == 0
   # Adam divides by the gradient's size: a tiny one's rounding shows.
   assert_trees_close(state_a.params, state_b.params, atol=2e-4)
 
@@ -302,13 +319,13 @@ def test_three_devices_update_as_one_does(mesh, weighting):
   )
   one = Run(config, mesh)
   state_one, (told_one,) = one.train(one.init(), 0, 1)
-  masks = jax.device_get(one.tasks(0).corrupted.masked)
+  masks = jax.device_get(one.examples(0).asked)
   diagnosis = one.diagnosis(0)
   three = jax.make_mesh((3, 1, 1), AXES, devices=jax.devices()[:3])
   with jax.set_mesh(three):
     run = Run(config, three)
     assert run.batch(0).tokens.shape == (2, 9, 16)
-    now = jax.device_get(run.tasks(0).corrupted.masked)
+    now = jax.device_get(run.examples(0).asked)
     np.testing.assert_array_equal(now[:, :8], masks)
     assert not now[:, 8].any()
     state, (told,) = run.train(run.init(), 0, 1)
@@ -384,23 +401,24 @@ def test_a_checkpoint_of_another_optimizer_says_what_to_do(mesh, tmp_path):
 
 def weigh_by(factor):
   """Every row's weight in the loss, so that loss and gradient are `factor`."""
-  weights = cross_entropy.row_weights
-  return "row_weights", lambda *args: factor * weights(*args)
+  weights = masked_lib.row_weights
+  return masked_lib, "row_weights", lambda *args: factor * weights(*args)
 
 
 def nan_gradient():
   """Adds nothing whose derivative is 0 * inf: the loss stays as it is."""
   loss = cross_entropy.masked_loss
   nothing = lambda h: 0 * jnp.sqrt(0 * h)
-  return "masked_loss", lambda head, params, hidden, *args: loss(
+  changed = lambda head, params, hidden, *args: loss(
     head, params, hidden + nothing(hidden), *args
   )
+  return cross_entropy, "masked_loss", changed
 
 
-def broken(run, monkeypatch, name, function):
+def broken(run, monkeypatch, module, name, function):
   """The run with an update that was traced with part of the objective bad."""
   other = Run(run.config, run.mesh)
-  monkeypatch.setattr(cross_entropy, name, function)
+  monkeypatch.setattr(module, name, function)
   jax.block_until_ready(other.step(run.init(), run.batch(0)))  # traced now
   monkeypatch.undo()
   return other
@@ -572,7 +590,7 @@ def test_a_row_that_is_not_finite_shows_in_its_mask_rate_alone(
   mesh, monkeypatch
 ):
   run = shared(CONFIG, mesh)
-  tasks = run.tasks(0)
+  examples = run.examples(0)
   row = np.asarray(run.batch(0).tokens)[0, 3]
   loss = cross_entropy.masked_loss
 
@@ -581,11 +599,12 @@ def test_a_row_that_is_not_finite_shows_in_its_mask_rate_alone(
     hidden = jnp.where(here[:, None, None], jnp.nan, hidden)
     return loss(head, params, hidden, x0, *args)
 
-  bad = broken(run, monkeypatch, "masked_loss", spoil)
+  bad = broken(run, monkeypatch, cross_entropy, "masked_loss", spoil)
   _, (metrics,) = bad.train(run.init(), 0, 1)
   assert metrics["nonfinite"] == 1
-  (where,) = np.nonzero(np.isnan(metrics["bin_loss"]))
-  assert where.tolist() == [int(np.ceil(float(tasks.rate[0, 3]) * 10)) - 1]
+  (where,) = np.nonzero(np.isnan(metrics["mask_bins"].total))
+  rate = float(examples.context.condition[0, 3])
+  assert where.tolist() == [int(np.ceil(rate * 10)) - 1]
 
 
 def test_averaged_parameters_follow_the_parameters(mesh):
@@ -611,35 +630,34 @@ def test_loss_is_the_weighted_mean_it_says(mesh, weighting):
     objective=MaskedConfig(weighting=weighting),
   )
   run = shared(config, mesh)
-  state, tasks = run.init(), run.tasks(0)
+  state, examples = run.init(), run.examples(0)
   total, sums, counts = 0.0, np.zeros(10), np.zeros(10)
   for i in range(2):
-    part = jax.tree.map(lambda x, i=i: x[i], tasks)
-    hidden = jax.jit(run.denoiser.hidden)(
-      state.params, part.corrupted.xt, row_context(part.segments)
-    )
+    part = jax.tree.map(lambda x, i=i: x[i], examples)
+    context = dataclasses.replace(part.context, keys=None)
+    hidden = jax.jit(run.denoiser.hidden)(state.params, part.tokens, context)
     logits = run.denoiser.logits(state.params, hidden.reshape(-1, 16))
     logp = np.asarray(jax.nn.log_softmax(logits)).reshape(8, 16, V)
-    x0 = np.minimum(np.asarray(part.x0), REAL - 1)[..., None]
+    x0 = np.minimum(np.asarray(part.targets), REAL - 1)[..., None]
     ce = -np.take_along_axis(logp, x0, axis=-1)[..., 0]
-    ce = np.where(part.corrupted.masked, ce, 0)
-    count = np.asarray(part.corrupted.masked).sum(axis=1)
-    length = np.asarray(part.segments > 0).sum(axis=1)
-    bins = np.searchsorted(np.linspace(0, 1, 11), part.rate) - 1
+    ce = np.where(part.asked, ce, 0)
+    count = np.asarray(part.asked).sum(axis=1)
+    length = np.asarray(part.context.segments > 0).sum(axis=1)
+    bins = np.searchsorted(np.linspace(0, 1, 11), part.context.condition) - 1
     np.add.at(sums, bins, ce.sum(axis=1))
     np.add.at(counts, bins, count)
     if weighting == "masked_ce":
-      total += ce.sum() / np.asarray(tasks.corrupted.masked).sum()
+      total += ce.sum() / np.asarray(examples.asked).sum()
     else:
-      rate = np.asarray(part.rate)
+      rate = np.asarray(part.context.condition)
       density = 0.25 + 0.75 / 0.2 * ((rate >= 0.4) & (rate <= 0.6))
       total += (length / density * ce.sum(axis=1) / count).sum() / np.asarray(
-        tasks.segments > 0
+        examples.context.segments > 0
       ).sum()
   _, metrics = run.train(state, 0, 1)
   np.testing.assert_allclose(metrics[0]["loss"], total, rtol=1e-4)
-  np.testing.assert_allclose(metrics[0]["bin_loss"], sums, rtol=1e-4)
-  np.testing.assert_array_equal(metrics[0]["bin_count"], counts)
+  np.testing.assert_allclose(metrics[0]["mask_bins"].total, sums, rtol=1e-4)
+  np.testing.assert_array_equal(metrics[0]["mask_bins"].count, counts)
   assert (counts > 0).sum() >= 4  # the test sees several bins
 
 

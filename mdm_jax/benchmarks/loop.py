@@ -54,7 +54,7 @@ from mdm_jax.training.trainer import Trainer
 from mdm_jax.workdir import Workdir
 
 _METRICS = (
-  *("loss", "mask_rate", "tokens", "param_norm", "update_norm", "skipped"),
+  *("loss", "tokens", "param_norm", "update_norm", "skipped"),
   *("grad_norm", "learning_rate"),
 )
 _ROWS = 50_000

@@ -46,7 +46,6 @@ from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.model import flops
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import compute_dtype
-from mdm_jax.training import step
 from mdm_jax.training.state import TrainState, init_state, state_from
 
 _TURN = 0.2  # seconds
@@ -87,14 +86,7 @@ class _Stepper:
 def library_step(work: Work) -> Any:
   """Returns the jitted update of a run's only stage, as the run has it."""
   trainer = work.trainer
-  return step.make_train_step(
-    trainer.config,
-    trainer.curriculum.stages[0],
-    trainer.denoiser,
-    trainer.optimizer,
-    trainer.schedule,
-    work.mask_id,
-  )
+  return trainer.step(trainer.curriculum.stages[0])
 
 
 def _library(work: Work) -> Way:
@@ -240,7 +232,7 @@ def _numbers(
   count = flops.update_flops(
     config.model,
     config.rows_per_update,
-    config.stages[0].length,
+    work.reads,
     way.head_positions,
     way.vocab_size,
   )

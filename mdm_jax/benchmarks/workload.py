@@ -9,7 +9,6 @@ from etils import epath
 from jaxtyping import Int32
 
 from mdm_jax.config import Config
-from mdm_jax.core.sharding import data_shards
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.config import DataConfig, StageConfig
 from mdm_jax.data.held_out import HeldOut
@@ -18,7 +17,6 @@ from mdm_jax.data.rows import Rows
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.objectives import corruption
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage
 from mdm_jax.objectives.noise import RateDistribution, stage_rates
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
@@ -142,15 +140,18 @@ class Work:
     return self.config.rows_per_update * self.config.stages[0].length
 
   @property
+  def reads(self) -> tuple[tuple[int, int], ...]:
+    """What every way to train computes of a row: all of it, once."""
+    length = self.config.stages[0].length
+    return ((length, length),)
+
+  @property
   def head_positions(self) -> int:
     """Positions that go through the head in an update: the whole buffer."""
-    mesh = self.trainer.mesh
-    parts = self.config.optimizer.accumulation
-    shards = data_shards(mesh)
-    length = self.config.stages[0].length
-    rows = self.config.rows_per_update
-    most = corruption.max_masked(self.rates, rows, length, shards, parts)
-    return parts * shards * most
+    stage = self.trainer.curriculum.stages[0]
+    plan = self.trainer.plan(stage)
+    asked = self.trainer.objective(stage).cost().asked
+    return plan.accumulation * plan.shards * asked
 
 
 def make_data(preset: Preset, rows: Rows) -> PreparedData:

@@ -6,24 +6,29 @@ are softmaxes, norms, time conditioning and the optimizer: this is the work the
 model asks for.
 """
 
+from collections.abc import Sequence
+
 from mdm_jax.core import accelerators
 from mdm_jax.model.config import ModelConfig
 
+Reads = Sequence[tuple[int, int]]
 
-def trunk_flops(config: ModelConfig, rows: int, length: int) -> float:
+
+def trunk_flops(config: ModelConfig, rows: int, reads: Reads) -> float:
   """Returns FLOPs of one forward pass of the blocks.
 
   Args:
     config: the denoiser.
     rows: B.
-    length: L; attention is over all of it, whatever is packed.
+    reads: for every call of the model, the positions of a row that it computes
+      and how many these attend to: all of them, whatever is packed.
   """
   width, hidden = config.embed_dim, config.mlp_size
   heads = config.num_heads
   shared = width // heads * (config.num_kv_heads or heads)
   weights = 2 * width * width + 2 * width * shared + 3 * width * hidden
-  token = 2 * weights + 4 * length * width
-  return float(config.num_layers * token * rows * length)
+  row = sum(q * (2 * weights + 4 * keys * width) for q, keys in reads)
+  return float(config.num_layers * row * rows)
 
 
 def head_flops(config: ModelConfig, positions: int, vocab_size: int) -> float:
@@ -32,18 +37,18 @@ def head_flops(config: ModelConfig, positions: int, vocab_size: int) -> float:
 
 
 def update_flops(
-  config: ModelConfig, rows: int, length: int, positions: int, vocab_size: int
+  config: ModelConfig, rows: int, reads: Reads, positions: int, vocab_size: int
 ) -> float:
   """Returns FLOPs of an update.
 
   Args:
     config: the denoiser.
     rows: of the whole update.
-    length: tokens a row.
+    reads: as of `trunk_flops`.
     positions: that go through the head, all rows together.
     vocab_size: rows of the embedding, padding included.
   """
-  trunk = trunk_flops(config, rows, length)
+  trunk = trunk_flops(config, rows, reads)
   return 3 * (trunk + head_flops(config, positions, vocab_size))
 
 

@@ -26,7 +26,6 @@ from mdm_jax.core.sharding import (
   vocab_ids,
 )
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.objectives.config import ObjectiveConfig
 
 # Parameters of the vocabulary projection and hidden states, to logits.
 Head = Callable[[Any, Float[Array, "N D"]], Float[Array, "N V"]]
@@ -37,29 +36,6 @@ _Losses = Callable[[Any, Float[Array, "N D"], Int[Array, "N"]], Array]
 # that is a small array.
 _ROWS_OF_WIDTH = 2
 _SMALL = 2**24  # logits
-
-
-def row_weights(
-  config: ObjectiveConfig,
-  masked: Bool[Array, "*B L"],
-  real: Bool[Array, "*B L"],
-  inverse_density: Float[Array, "*B"],
-) -> Float[Array, "*B"]:
-  """Returns what each masked token of a row weighs; all rows together sum to 1.
-
-  `masked_ce`: the mean over masked tokens, every one weighing the same.
-  `nelbo`: the bound per real token. For a row of n real tokens, k of them
-  masked, with a rate drawn from the density p, the estimate of its bound is
-  n / p(r) times the mean cross-entropy of the k.
-  """
-  count = masked.sum(axis=-1).astype(jnp.float32)
-  length = real.sum(axis=-1).astype(jnp.float32)
-  match config.weighting:
-    case "masked_ce":
-      return jnp.ones_like(count) / jnp.maximum(count.sum(), 1)
-    case "nelbo":
-      share = length / jnp.maximum(length.sum(), 1)
-      return share * inverse_density / jnp.maximum(count, 1)
 
 
 def cross_entropy(

@@ -20,8 +20,7 @@ from jax.sharding import PartitionSpec as P
 from mdm_jax.core.sharding import RULES, data_shards, padded_rows
 from mdm_jax.data.batches import Batch
 from mdm_jax.model.denoiser import compute_dtype
-from mdm_jax.objectives import corruption, cross_entropy
-from mdm_jax.objectives.noise import stage_rates
+from mdm_jax.objectives import cross_entropy
 from mdm_jax.training.curriculum import StagePlan
 from mdm_jax.training.trainer import Blueprint
 
@@ -200,13 +199,7 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
 def _head_bytes(run: Blueprint, stage: StagePlan, mesh: AbstractMesh) -> int:
   """The table of a tensor shard, its gradient, and a chunk of logits."""
   config = run.config
-  capacity = corruption.max_masked(
-    stage_rates(stage.config.objective, config.noise),
-    config.rows_per_update,
-    stage.config.length,
-    shards=data_shards(mesh),
-    microbatches=config.optimizer.accumulation,
-  )
+  capacity = run.objective(stage).cost().asked
   width = config.model.embed_dim
   chunks = cross_entropy.num_chunks(capacity, width, run.vocab)
   rows = -(-capacity // chunks)

@@ -11,6 +11,7 @@ the same rows, masks and dropout.
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,8 +19,9 @@ import numpy as np
 from etils import epath
 
 from mdm_jax.core import files
+from mdm_jax.objectives.base import Ratio
 from mdm_jax.training.state import TrainState
-from mdm_jax.training.step import RATE_BINS, count_nonfinite
+from mdm_jax.training.step import count_nonfinite
 from mdm_jax.training.trainer import Trainer
 
 
@@ -60,31 +62,36 @@ def write_report(
 
 
 def _describe(trainer: Trainer, state: TrainState, update: int) -> dict:
+  stage = trainer.curriculum.stage_at(update)
   found = trainer.diagnose(state.params, update)
-  by_row = ("mask_rate", "masked", "cross_entropy")
-  columns = [np.reshape(found[name], -1).tolist() for name in by_row]
   numbers = trainer.row_numbers(update).tolist()
-  bins = zip(found["bin_loss"], found["bin_count"], strict=True)
+  columns = {k: np.reshape(v, -1).tolist() for k, v in found["by_row"].items()}
   return {
     "update": update,
-    "stage": trainer.curriculum.stage_at(update).config.name,
+    "stage": stage.config.name,
     "learning_rate": float(trainer.schedule(update)),
     "loss": float(found["loss"]),
     "gradient_norm": _by_path(found["grad_norm"]),
     "gradient_nonfinite": _some(found["grad_nonfinite"]),
-    "mask_rates": [
-      {
-        "up_to": (i + 1) / RATE_BINS,
-        "masked": int(masked),
-        "cross_entropy": float(total),
-      }
-      for i, (total, masked) in enumerate(bins)
-    ],
+    "summaries": _summaries(found["summaries"], trainer.objective(stage).tags),
     "rows": [
-      {"row": n, "mask_rate": r, "masked": int(m), "cross_entropy": s}
-      for n, r, m, s in zip(numbers, *columns, strict=True)
+      {"row": n, **{name: column[i] for name, column in columns.items()}}
+      for i, n in enumerate(numbers)
     ],
   }
+
+
+def _summaries(
+  ratios: Mapping[str, Ratio], tags: Mapping[str, tuple[str, ...]]
+) -> dict[str, dict[str, float]]:
+  """Returns totals and counts by the names they are logged under."""
+  told = {}
+  for name, ratio in ratios.items():
+    parts = zip(*(np.ravel(part).tolist() for part in ratio), strict=True)
+    names = tags.get(name, (f"train/{name}",))
+    for tag, (total, count) in zip(names, parts, strict=True):
+      told[tag] = {"total": total, "count": count}
+  return told
 
 
 def _rows(trainer: Trainer, update: int) -> str:

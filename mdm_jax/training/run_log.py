@@ -19,6 +19,7 @@ from absl import logging
 
 from mdm_jax.core.progress import ProgressLine
 from mdm_jax.model import flops
+from mdm_jax.objectives.base import Objective, Ratio
 from mdm_jax.runtime import goodput
 from mdm_jax.runtime.attempt import Attempt
 from mdm_jax.runtime.goodput import Cause
@@ -28,7 +29,6 @@ from mdm_jax.training.state import TrainState
 from mdm_jax.training.trainer import Trainer
 from mdm_jax.training.writers import Writers
 
-_BINS = "bin_loss", "bin_count"
 _COUNTED = "nonfinite", "skipped"
 _GIB = 2**30
 
@@ -60,6 +60,7 @@ class RunLog(Hook):
     self._window = [_from_plain(v) for v in progress.get("window", [])]
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._stage: StagePlan | None = None
+    self._objective: Objective | None = None
     self._started = self._since = self._last = time.monotonic()
     self._durations: list[float] = []
     self._data_before = self._data_seconds()
@@ -75,6 +76,7 @@ class RunLog(Hook):
     if update == stage.start:
       self._window = []
     self._stage = stage
+    self._objective = self._trainer.objective(stage)
     self._restart()
 
   def on_metrics(self, done: int, metrics: dict[str, jax.Array]) -> None:
@@ -106,8 +108,7 @@ class RunLog(Hook):
       return
     update, metrics = self._pending
     self._pending = None
-    values = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
-    values = {k: v if v.ndim else float(v) for k, v in values.items()}
+    values = {k: _fetched(v) for k, v in jax.device_get(metrics).items()}
     now = time.monotonic()
     self._durations.append(now - self._last)
     self._last = now
@@ -136,7 +137,7 @@ class RunLog(Hook):
     # Rows and masks follow from the number, so that this is all one needs.
     rows = ", ".join(map(str, self._trainer.row_numbers(update - 1)))
     if values.get("nonfinite", 1):
-      why = f"not finite (at mask rates {_bad_bins(values)})"
+      why = f"not finite ({self._named_bad(values)})"
     else:
       why = f"a spike (gradient norm {values['grad_norm']:.3g})"
     logging.warning(
@@ -144,22 +145,31 @@ class RunLog(Hook):
       *(update, why, rows, self._stage.config.name if self._stage else "?"),
     )
 
+  def _named_bad(self, values: dict[str, Any]) -> str:
+    """Names the objective's summaries that are not finite."""
+    tags = self._objective.tags if self._objective else {}
+    bad = []
+    for name, value in values.items():
+      if isinstance(value, Ratio):
+        (where,) = np.nonzero(~np.isfinite(np.atleast_1d(value.total)))
+        bad += [tags[name][i] if name in tags else name for i in where]
+    return ", ".join(bad) or "the gradient alone"
+
   def _write_point(self, update: int) -> None:
     """Writes means since the last time, and moves the progress line."""
     seconds = max(time.monotonic() - self._since, 1e-9)
     made = max(len(self._durations), 1)
     means = _means(self._window)
     tokens = means.pop("tokens") * made
-    positions = means.get("mask_rate", 0.0) * tokens / made
     scalars = {f"train/{name}": value for name, value in means.items()}
-    scalars |= _by_mask_rate(self._window)
+    scalars |= _ratios(self._window, self._objective.tags)
     scalars |= {
       "train/tokens_per_second": tokens / seconds,
       "train/tokens_seen": self._tokens,
       "train/stage": self._stage.index + 1,
       "train/update_seconds": seconds / made,
     }
-    scalars |= self._speed(seconds, made, positions) | _memory()
+    scalars |= self._speed(seconds, made) | _memory()
     scalars |= self._health()
     self.writers.write_scalars(update, scalars)
     left = _seconds_left(self._trainer, self._stage, update, seconds / made)
@@ -177,16 +187,15 @@ class RunLog(Hook):
   def _data_seconds(self) -> float:
     return self._attempt.ledger.seconds()[Cause.DATA]
 
-  def _speed(
-    self, seconds: float, made: int, positions: float
-  ) -> dict[str, float]:
-    config, stage = self._trainer.config, self._stage.config
+  def _speed(self, seconds: float, made: int) -> dict[str, float]:
+    config, plan = self._trainer.config, self._trainer.plan(self._stage)
+    cost = self._objective.cost()
     work = flops.update_flops(
       config.model,
-      config.rows_per_update,
-      stage.length,
-      round(positions),
-      self._trainer.data.tokenizer.vocab.size,
+      plan.rows,
+      cost.reads,
+      cost.asked * plan.shards * plan.accumulation,
+      self._trainer.vocab.size,
     )
     speed = work * made / seconds
     peak = flops.peak_flops(jax.devices()[0].device_kind)
@@ -214,11 +223,16 @@ class RunLog(Hook):
     )
 
 
+def _fetched(value: Any) -> float | Ratio:
+  """Keeps float32 for ratios: a resume has to add up the same numbers."""
+  return Ratio(*value) if isinstance(value, Ratio) else float(value)
+
+
 def _means(window: list[dict[str, Any]]) -> dict[str, float]:
   """Means of the numbers, over the updates where they are finite."""
   means = {}
-  for name in window[0]:
-    if name not in _BINS:
+  for name, value in window[0].items():
+    if not isinstance(value, Ratio):
       found = [values[name] for values in window]
       found = [value for value in found if math.isfinite(value)]
       if found:
@@ -226,36 +240,28 @@ def _means(window: list[dict[str, Any]]) -> dict[str, float]:
   return means
 
 
-def _by_mask_rate(window: list[dict[str, Any]]) -> dict[str, float]:
-  """Cross-entropy per masked token by mask rate; bins without any left out."""
-  if "bin_loss" not in window[0]:
-    return {}
-  loss, count = (
-    np.sum([np.where(_finite(v), v[name], 0) for v in window], axis=0)
-    for name in _BINS
+def _ratios(
+  window: list[dict[str, Any]], tags: Mapping[str, tuple[str, ...]]
+) -> dict[str, float]:
+  """Sums over updates, divided; what counts nothing is left out."""
+  scalars = {}
+  for name, value in window[0].items():
+    if isinstance(value, Ratio):
+      total, count = map(np.atleast_1d, _summed([v[name] for v in window]))
+      names = tags.get(name, (f"train/{name}",))
+      for i in np.flatnonzero(count):
+        scalars[names[i]] = float(total[i] / count[i])
+  return scalars
+
+
+def _summed(ratios: list[Ratio]) -> Ratio:
+  """Adds up entries, each over the updates where it is finite."""
+  finite = [np.isfinite(r.total) & np.isfinite(r.count) for r in ratios]
+  add = lambda parts: np.sum(
+    [np.where(f, x, np.float32(0)) for f, x in zip(finite, parts, strict=True)],
+    axis=0,
   )
-  size = len(count)
-  return {
-    f"mask_bins/ce_{i / size:.1f}-{(i + 1) / size:.1f}": float(
-      loss[i] / count[i]
-    )
-    for i in range(size)
-    if count[i]
-  }
-
-
-def _finite(values: dict[str, Any]) -> np.ndarray:
-  return np.isfinite(values["bin_loss"])
-
-
-def _bad_bins(values: dict[str, Any]) -> str:
-  """Names the mask rates whose loss is not finite."""
-  if "bin_loss" not in values:
-    return "?"
-  size = len(values["bin_loss"])
-  bad = np.flatnonzero(~_finite(values))
-  named = (f"{i / size:.1f}-{(i + 1) / size:.1f}" for i in bad)
-  return ", ".join(named) or "none: the gradient alone"
+  return Ratio(add([r.total for r in ratios]), add([r.count for r in ratios]))
 
 
 def _memory() -> dict[str, float]:
@@ -290,16 +296,21 @@ def _seconds_left(
 def _to_plain(values: dict[str, Any]) -> dict[str, Any]:
   """Returns numbers as JSON has them: what is not finite as a word."""
   spell = lambda x: x if math.isfinite(x) else repr(x)
+
+  def plain(value: Any) -> Any:
+    if isinstance(value, Ratio):
+      return [np.asarray(part).tolist() for part in value]
+    return value
+
   return {
-    name: [spell(float(x)) for x in value] if np.ndim(value) else spell(value)
-    for name, value in values.items()
+    name: jax.tree.map(spell, plain(value)) for name, value in values.items()
   }
 
 
 def _from_plain(values: dict[str, Any]) -> dict[str, Any]:
-  return {
-    name: np.array([float(x) for x in value], np.float32)
-    if isinstance(value, list)
-    else float(value)
-    for name, value in values.items()
-  }
+  def read(value: Any) -> float | Ratio:
+    if isinstance(value, list):
+      return Ratio(*(np.array(part, np.float32) for part in value))
+    return float(value)
+
+  return {name: read(value) for name, value in values.items()}

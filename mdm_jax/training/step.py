@@ -1,52 +1,55 @@
 """One optimizer update, jitted once a stage.
 
-corrupt all rows -> for each microbatch: denoiser, objective, gradient
+pose the questions of all rows -> for each microbatch: loss and gradient
 -> optimizer with the sum of the gradients -> average the parameters
+
+What is asked and how it is scored is up to the objective
+(`objectives/base.py`), of which nothing is known here.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from mdm_jax.config import Config
-from mdm_jax.core import rng
-from mdm_jax.core.sharding import RULES, data_shards
+from mdm_jax.core.errors import UserError
 from mdm_jax.data.batches import Batch
-from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.objectives import corruption, cross_entropy
-from mdm_jax.objectives.corruption import Corrupted
-from mdm_jax.objectives.noise import stage_rates
-from mdm_jax.training.curriculum import StagePlan
+from mdm_jax.objectives.base import Draws, Objective, Plan, Ratio
 from mdm_jax.training.gated import accumulated, choose
-from mdm_jax.training.guard import make_guard
+from mdm_jax.training.guard import SpikeGuard
 from mdm_jax.training.state import TrainState
 
-# Equal bins of a row's mask rate, in (0, 1].
-RATE_BINS = 10
-
-Metrics = dict[str, Float[Array, "*_"]]
+# By name: what all updates have, and what the objective says of this one.
+Metrics = Mapping[str, Float[Array, ""] | Ratio]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 # Parameters, the update's number and its rows, to numbers about it.
 Diagnosis = Callable[[Params, Int[Array, ""], Batch], dict[str, Any]]
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Task:
-  """What the denoiser is asked, for one or all microbatches."""
+class Parts:
+  """What every update of a run is made of, whatever its stage.
 
-  x0: Int[Array, "*A B L"]
-  segments: Int[Array, "*A B L"]
-  corrupted: Corrupted
-  rate: Float[Array, "*A B"]
-  weight: Float[Array, "*A B L"]
-  dropout_keys: Key[Array, "*A B"]
+  Attributes:
+    seed: of all that is drawn.
+    model: the denoiser.
+    optimizer: what turns gradients into updates.
+    schedule: the learning rate of each update, for the log.
+    guard: what tells spikes of the gradient.
+    ema_decay: of the averaged parameters.
+  """
+
+  seed: int
+  model: Denoiser
+  optimizer: optax.GradientTransformationExtraArgs
+  schedule: optax.Schedule
+  guard: SpikeGuard
+  ema_decay: float
 
 
 @jax.tree_util.register_dataclass
@@ -57,95 +60,58 @@ class Pass:
   Attributes:
     loss: the weighted mean that is differentiated.
     grads: of the parameters, summed over microbatches.
-    rate: each row's mask rate.
-    real: each row's tokens without padding.
-    masked: how many of them are masked.
-    cross_entropy: each row's sum over masked tokens, in nats, as it is trained:
-      smoothed if the objective is.
+    examples: what was asked.
+    aux: what the objective returned beside the loss, of every microbatch.
   """
 
   loss: Float[Array, ""]
   grads: Params
-  rate: Float[Array, "A B"]
-  real: Float[Array, "A B"]
-  masked: Float[Array, "A B"]
-  cross_entropy: Float[Array, "A B"]
+  examples: Any
+  aux: Any
 
 
 # Parameters, the update's number and its rows.
 _Pass = Callable[[Params, Int[Array, ""], Batch], Pass]
 
 
-def make_pass(
-  config: Config, stage: StagePlan, denoiser: Denoiser, mask_id: int
-) -> _Pass:
+def make_pass(parts: Parts, objective: Objective, plan: Plan) -> _Pass:
   """Returns an update's forward and backward pass in one stage.
 
-  The mean loss is over the whole update: every microbatch knows the share of
-  the weight that falls to it, so 2 x 8 rows give the update of 1 x 16.
+  The weights are those of the whole update: every microbatch knows the share
+  that falls to it, so 2 x 8 rows give the update of 1 x 16.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  rates = stage_rates(stage.config.objective, config.noise)
-  capacity = corruption.max_masked(
-    rates,
-    config.rows_per_update,
-    stage.config.length,
-    shards=data_shards(mesh),
-    microbatches=config.optimizer.accumulation,
-  )
 
-  def loss_fn(params: Params, task: _Task):
-    context = row_context(
-      task.segments, condition=task.rate, keys=task.dropout_keys
-    )
-    hidden = denoiser.hidden(params, task.corrupted.xt, context)
-    loss, by_position = cross_entropy.masked_loss(
-      denoiser.logits,
-      denoiser.head(params),
-      hidden,
-      task.x0,
-      task.corrupted.masked,
-      task.weight,
-      capacity,
-      denoiser.vocab,
-      config.objective.label_smoothing,
-    )
-    return loss, by_position.sum(axis=1)
+  def loss_fn(params: Params, part: Any):
+    return objective.loss(parts.model, params, part)
 
   def forward_backward(
     params: Params, step: Int[Array, ""], batch: Batch
   ) -> Pass:
-    tasks = _make_tasks(config, rates, mask_id, step, batch)
+    draws = Draws(parts.seed, step, plan, batch.tokens.shape[1])
+    examples = objective.examples(batch, draws)
 
-    def add(total, task):
+    def add(total, part):
       value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-      (loss, by_row), grads = value_and_grad(params, task)
-      return jax.tree.map(jnp.add, total, (loss, grads)), by_row
+      (loss, aux), grads = value_and_grad(params, part)
+      return jax.tree.map(jnp.add, total, (loss, grads)), aux
 
     start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    (loss, grads), by_row = jax.lax.scan(add, start, tasks)
-    count = lambda where: where.sum(axis=-1).astype(jnp.float32)
-    real, masked = count(tasks.segments > 0), count(tasks.corrupted.masked)
-    return Pass(loss, grads, tasks.rate, real, masked, by_row)
+    (loss, grads), aux = jax.lax.scan(add, start, examples)
+    return Pass(loss, grads, examples, aux)
 
   return forward_backward
 
 
 def make_train_step(
-  config: Config,
-  stage: StagePlan,
-  denoiser: Denoiser,
-  optimizer: optax.GradientTransformationExtraArgs,
-  schedule: optax.Schedule,
-  mask_id: int,
+  parts: Parts, objective: Objective, plan: Plan
 ) -> TrainStep:
   """Returns the jitted update of one stage; it consumes the state it is given.
 
   An update that is not finite, or a spike, leaves every bit of the parameters,
   their average and the optimizer's state as it was; only `step` goes on.
   """
-  forward_backward = make_pass(config, stage, denoiser, mask_id)
-  guard = make_guard(config.train)
+  forward_backward = make_pass(parts, objective, plan)
+  optimizer, guard = parts.optimizer, parts.guard
 
   @jax.jit(donate_argnums=0)
   def train_step(state: TrainState, batch: Batch):
@@ -161,7 +127,7 @@ def make_train_step(
     )
     params = optax.apply_updates(state.params, updates)
     params = choose(applied, params, state.params)
-    decay = _ema_decay(config.optimizer.ema_decay, state.step)
+    decay = _ema_decay(parts.ema_decay, state.step)
     average = optax.incremental_update(params, state.ema_params, 1 - decay)
     new = TrainState(
       step=state.step + 1,
@@ -175,44 +141,41 @@ def make_train_step(
       "grad_norm": norm,
       "param_norm": optax.tree.norm(params),
       "update_norm": optax.tree.norm(updates),
-      "learning_rate": schedule(state.step),
+      "learning_rate": parts.schedule(state.step),
       "skipped": 1.0 - applied.astype(jnp.float32),
       "nonfinite": 1.0 - finite.astype(jnp.float32),
       "spike": spike.astype(jnp.float32),
-      "mask_rate": found.masked.sum() / jnp.maximum(found.real.sum(), 1),
-      "tokens": found.real.sum(),
+      "tokens": _count_tokens(batch),
       **accumulated(opt_state, applied),
     }
-    return new, metrics | by_mask_rate(found)
+    return new, _joined(metrics, _summaries(objective, found))
 
   return train_step
 
 
-def make_diagnosis(
-  config: Config, stage: StagePlan, denoiser: Denoiser, mask_id: int
-) -> Diagnosis:
+def make_diagnosis(parts: Parts, objective: Objective, plan: Plan) -> Diagnosis:
   """Returns a jitted second look at an update, which changes nothing.
 
-  Its numbers are whole on every device: those of `Pass` by row, those by mask
-  rate, and for each parameter the gradient's norm and its count of entries that
-  are not finite.
+  Its numbers are whole on every device: the loss, the objective's summaries and
+  columns by row, and for each parameter the gradient's norm and its count of
+  entries that are not finite.
   """
-  forward_backward = make_pass(config, stage, denoiser, mask_id)
+  forward_backward = make_pass(parts, objective, plan)
 
   @jax.jit
   def diagnose(params: Params, step: Int[Array, ""], batch: Batch):
     found = forward_backward(params, step, batch)
     whole = lambda x: jax.reshard(x, jax.P(*[None] * x.ndim))
-    by_row = lambda x: whole(x)[:, : config.data.batch_size]
+    columns = objective.by_row(found.examples, found.aux)
+    without_padding = lambda x: whole(x)[:, : plan.batch]
     numbers = {
       "loss": found.loss,
-      "mask_rate": by_row(found.rate),
-      "masked": by_row(found.masked),
-      "cross_entropy": by_row(found.cross_entropy),
+      "summaries": _summaries(objective, found),
+      "by_row": jax.tree.map(without_padding, columns),
       "grad_norm": jax.tree.map(optax.tree.norm, found.grads),
       "grad_nonfinite": count_nonfinite(found.grads),
     }
-    return jax.tree.map(whole, numbers | by_mask_rate(found))
+    return jax.tree.map(whole, numbers)
 
   return diagnose
 
@@ -222,52 +185,34 @@ def count_nonfinite(tree: Any) -> Any:
   return jax.tree.map(lambda x: (~jnp.isfinite(x)).sum(), tree)
 
 
-def by_mask_rate(found: Pass) -> dict[str, Float[Array, "10"]]:
-  """Sums cross-entropy and masked tokens over rows of about one mask rate."""
-  number = jnp.ceil(found.rate * RATE_BINS).astype(jnp.int32) - 1
-  number = jnp.clip(number, 0, RATE_BINS - 1)
-  inside = number[None] == jnp.arange(RATE_BINS)[:, None, None]
-  # Chosen, not multiplied: a row that is NaN is so in its own bin only.
-  total = lambda x: jnp.where(inside, x[None], 0.0).sum(axis=(1, 2))
-  return {
-    "bin_loss": total(found.cross_entropy),
-    "bin_count": total(found.masked),
-  }
+def _count_tokens(batch: Batch) -> Float[Array, ""]:
+  """Counts the tokens that are not padding; exact by row, then in float32."""
+  by_row = (batch.segments > 0).sum(axis=-1)
+  return by_row.astype(jnp.float32).sum()
 
 
-def _make_tasks(config, rates, mask_id, step, batch: Batch) -> _Task:
-  """Draws rates and masks for the whole update; rows keep their own keys.
+def _summaries(objective: Objective, found: Pass) -> dict[str, Ratio]:
+  """Returns what the objective says of an update, each entry with a name."""
+  summaries = objective.summaries(found.examples, found.aux)
+  for name, (total, count) in summaries.items():
+    tags = objective.tags.get(name)
+    expected = () if tags is None else (len(tags),)
+    if not total.shape == count.shape == expected:
+      raise UserError(
+        f"summary {name!r} of {type(objective).__name__} has the shapes"
+        f" {total.shape} and {count.shape}; its tags ask for {expected}"
+      )
+  return summaries
 
-  Rows of padding, that a microbatch may end with, have nothing to mask.
-  """
-  grid = config.optimizer.accumulation, config.data.batch_size
-  padding = ((0, 0), (0, batch.tokens.shape[1] - grid[1]))
-  count = config.rows_per_update
-  # Numbered behind all others, so that they take no other row's key.
-  rows = jnp.pad(
-    jnp.arange(count).reshape(grid), padding, constant_values=count
-  )
-  spread = lambda x: jax.reshard(x, RULES.spec(None, "batch"))
-  keys = lambda name: spread(
-    rng.per_row(rng.stream(config.seed, name, step), rows)
-  )
-  u = corruption.stratified_uniforms(
-    rng.stream(config.seed, "rate", step), count
-  )
-  u = spread(jnp.pad(u.reshape(grid), padding, constant_values=1.0))
-  real = batch.segments > 0
-  rate = rates.rate(u)
-  corrupted = corruption.corrupt(
-    keys("mask"), batch.tokens, real, rate, mask_id
-  )
-  weight = cross_entropy.row_weights(
-    config.objective, corrupted.masked, real, rates.inverse_density(u)
-  )
-  return _Task(
-    *(batch.tokens, batch.segments, corrupted, rate),
-    jnp.broadcast_to(weight[..., None], batch.tokens.shape),
-    keys("dropout"),
-  )
+
+def _joined(metrics: Metrics, summaries: Metrics) -> Metrics:
+  twice = metrics.keys() & summaries.keys()
+  if twice:
+    raise UserError(
+      f"{', '.join(sorted(twice))}: every update logs this already; give the"
+      " objective's summary another name"
+    )
+  return {**metrics, **summaries}
 
 
 def _ema_decay(longest: float, step: Int[Array, ""]) -> Float[Array, ""]:

@@ -13,12 +13,15 @@ from jaxtyping import Array, Bool, Int
 from mdm_jax.config import Config
 from mdm_jax.core import rng
 from mdm_jax.core.errors import NumericsError
+from mdm_jax.core.sharding import data_shards
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import batches
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.model.placement import check_vocabulary
+from mdm_jax.objectives.base import Objective, Plan
+from mdm_jax.objectives.config import build
 from mdm_jax.training.curriculum import StagePlan, make_curriculum
 from mdm_jax.training.guard import make_guard
 from mdm_jax.training.learning_rate import learning_rate_schedule
@@ -32,6 +35,7 @@ from mdm_jax.training.state import (
 from mdm_jax.training.step import (
   Diagnosis,
   Metrics,
+  Parts,
   TrainStep,
   make_diagnosis,
   make_train_step,
@@ -47,6 +51,7 @@ class Blueprint:
     schedule: the learning rate of each update.
     optimizer: what turns gradients into updates.
     guard: what tells spikes of the gradient.
+    parts: what every update is made of.
   """
 
   def __init__(self, config: Config, vocab: Vocabulary, rows: list[int]):
@@ -65,21 +70,42 @@ class Blueprint:
       config.optimizer, self.schedule
     )
     self.guard = make_guard(config.train)
+    self.parts = Parts(
+      seed=config.seed,
+      model=self.denoiser,
+      optimizer=self.optimizer,
+      schedule=self.schedule,
+      guard=self.guard,
+      ema_decay=config.optimizer.ema_decay,
+    )
 
   def abstract(self) -> TrainState:
     """Returns shapes, dtypes and shardings of the state."""
     return abstract_state(self.denoiser, self.optimizer, self.guard)
 
+  def plan(self, stage: StagePlan) -> Plan:
+    """Returns what is known of a stage's updates, on the current mesh."""
+    length = stage.config.length
+    return Plan(
+      accumulation=self.config.optimizer.accumulation,
+      batch=self.config.data.batch_size,
+      length=length,
+      shards=data_shards(jax.sharding.get_abstract_mesh()),
+      most_asked=length,
+      most_segments=length,
+    )
+
+  def objective(self, stage: StagePlan) -> Objective:
+    """Returns what a stage trains on, for the current mesh."""
+    config = self.config
+    return build(
+      *(config.objective, stage.config.objective, config.noise),
+      *(self.vocab, self.plan(stage)),
+    )
+
   def step(self, stage: StagePlan) -> TrainStep:
     """Returns a stage's compiled update, for the current mesh."""
-    return make_train_step(
-      self.config,
-      stage,
-      self.denoiser,
-      self.optimizer,
-      self.schedule,
-      self.vocab.mask,
-    )
+    return make_train_step(self.parts, self.objective(stage), self.plan(stage))
 
 
 class Trainer(Blueprint):
@@ -189,12 +215,8 @@ class Trainer(Blueprint):
     )
 
   def _make_diagnosis(self, index: int) -> Diagnosis:
-    return make_diagnosis(
-      self.config,
-      self.curriculum.stages[index],
-      self.denoiser,
-      self.vocab.mask,
-    )
+    stage = self.curriculum.stages[index]
+    return make_diagnosis(self.parts, self.objective(stage), self.plan(stage))
 
 
 @jax.jit
