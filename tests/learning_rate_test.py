@@ -23,7 +23,9 @@ STAGES = tuple(
 
 def curriculum(stages=STAGES):
   config = Config(stages=stages, data=DataConfig(batch_size=8))
-  return make_curriculum(config, [100] * len(stages))
+  return make_curriculum(
+    config.stages, [100] * len(stages), config.rows_per_update
+  )
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_a_warmup_longer_than_the_run_is_cut():
 def test_updates_follow_from_epochs():
   stages = (StageConfig(epochs=2.5), StageConfig(epochs=0.01))
   config = Config(stages=stages, data=DataConfig(batch_size=8))
-  plan = make_curriculum(config, [100, 100])
+  plan = make_curriculum(config.stages, [100, 100], config.rows_per_update)
   assert [(s.start, s.end) for s in plan.stages] == [(0, 32), (32, 33)]
   assert plan.stage_at(31).index == 0
   assert plan.stage_at(32).index == plan.stage_at(99).index == 1

@@ -689,12 +689,18 @@ def test_a_long_warmup_is_cut_to_a_quarter_and_says_so(monkeypatch):
   monkeypatch.setattr(logging, "warning", lambda *a: said.append(a[0] % a[1:]))
   config = preset_config("recommended")
   rows = [config.rows_per_update] * 3  # an update an epoch
-  short = make_curriculum(config, rows)
+  short = make_curriculum(config.stages, rows, config.rows_per_update)
   assert short.updates == 75 + 150 + 300
   assert warmup_updates(config.optimizer, short) == 525 // 4
   assert len(said) == 1 and "1500" in said[0] and "131" in said[0]
   rows = [12 * config.rows_per_update] * 3
-  assert warmup_updates(config.optimizer, make_curriculum(config, rows)) == 1500
+  assert (
+    warmup_updates(
+      config.optimizer,
+      make_curriculum(config.stages, rows, config.rows_per_update),
+    )
+    == 1500
+  )
   assert len(said) == 1
 
 

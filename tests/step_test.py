@@ -72,7 +72,11 @@ class Run:
   def __init__(self, config, mesh, schedule=None):
     self.config, self.mesh, self.rows = config, mesh, make_rows()
     self.denoiser = Denoiser(config.model, VOCAB)
-    self.plan = make_curriculum(config, [len(self.rows)] * len(config.stages))
+    self.plan = make_curriculum(
+      config.stages,
+      [len(self.rows)] * len(config.stages),
+      config.rows_per_update,
+    )
     if schedule is None:
       schedule = learning_rate_schedule(config.optimizer, self.plan)
     self.optimizer = make_optimizer(config.optimizer, schedule)

@@ -358,4 +358,6 @@ def test_more_updates_than_can_be_counted(config, stages):
     config, stages=tuple(StageConfig(epochs=e) for e in stages)
   )
   with pytest.raises(UserError, match=r"stages\[.\] is .* 2,147,483,647"):
-    make_curriculum(config, [100_000] * len(stages))
+    make_curriculum(
+      config.stages, [100_000] * len(stages), config.rows_per_update
+    )

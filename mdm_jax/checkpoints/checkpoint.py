@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mdm_jax.checkpoints.retention import Retention
 from mdm_jax.checkpoints.staging import Staging
 from mdm_jax.checkpoints.step_folders import StepFolders
 from mdm_jax.core import distributed, files
@@ -55,7 +56,7 @@ class Checkpoints:
     """
     path = epath.Path(workdir)
     path = path.resolve() if files.is_local(path) else path
-    self._folders = StepFolders(path, keep_latest, keep_every)
+    self._folders = StepFolders(path, Retention(keep_latest, keep_every))
     self._staging = Staging(path)
     self._on_sealed = on_sealed
     self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())

@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from mdm_jax.checkpoints import manifest
+from mdm_jax.checkpoints.retention import Retention
 from mdm_jax.core import files, strict_json
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.core.progress import console
@@ -31,11 +32,9 @@ class StepFolders:
     workdir: the run's folder.
   """
 
-  def __init__(
-    self, workdir: epath.Path, keep_latest: int, keep_every: int | None
-  ):
+  def __init__(self, workdir: epath.Path, retention: Retention):
     self.workdir = workdir
-    self._keep_latest, self._keep_every = keep_latest, keep_every
+    self._retention = retention
     self._folder = workdir / "checkpoints"
     self._log = workdir / "checkpoints.jsonl"
     self._problems: dict[int, str | None] = {}  # what is known of each
@@ -196,15 +195,10 @@ class StepFolders:
     files.write_json(self.path(step) / _EVALUATION, measured)
 
   def prune(self) -> None:
-    """Deletes whole steps that are neither new, best nor to be kept.
-
-    Damaged ones are not counted as kept, and not deleted either.
-    """
+    """Deletes the whole steps that are not to be kept."""
     whole = [s for s in self.steps() if manifest.has_its_files(self.path(s))]
-    keep = set(whole[-self._keep_latest :]) | set(self._ranked(whole)[:1])
-    every = self._keep_every
-    keep |= {s for s in whole if every and s % every == 0}
-    for step in set(whole) - keep:
+    kept = self._retention.kept(whole, self._ranked(whole))
+    for step in set(whole) - kept:
       # Without its manifest first: half a deletion must not look like damage.
       files.delete(self.path(step) / manifest.NAME)
       files.delete_folder(self.path(step))

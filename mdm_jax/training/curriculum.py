@@ -3,8 +3,8 @@
 import bisect
 import dataclasses
 import math
+from collections.abc import Sequence
 
-from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.data.config import StageConfig
 from mdm_jax.training.config import update_ranges
@@ -64,16 +64,27 @@ class Curriculum:
     return any(start <= update < end for start, end in self.passed_over)
 
 
-def make_curriculum(config: Config, rows: list[int]) -> Curriculum:
-  """Lays the stages out in updates, given the rows prepared for each.
+def make_curriculum(
+  stages: Sequence[StageConfig],
+  rows: Sequence[int],
+  rows_per_update: int,
+  skip_updates: str = "",
+) -> Curriculum:
+  """Lays the stages out in updates.
+
+  Args:
+    stages: in the order they are run.
+    rows: prepared for each.
+    rows_per_update: the effective batch.
+    skip_updates: updates to pass over, as `1200:1500,1800:1810`.
 
   Raises:
     UserError: they are more updates than can be counted.
   """
   plans, start = [], 0
-  for index, (stage, count) in enumerate(zip(config.stages, rows, strict=True)):
+  for index, (stage, count) in enumerate(zip(stages, rows, strict=True)):
     updates = stage.updates or max(
-      1, math.ceil(stage.epochs * count / config.rows_per_update)
+      1, math.ceil(stage.epochs * count / rows_per_update)
     )
     plans.append(StagePlan(index, stage, count, start, start + updates))
     start += updates
@@ -83,4 +94,4 @@ def make_curriculum(config: Config, rows: list[int]) -> Curriculum:
         f" {count:,} rows, updates={stage.updates}); the stages together may"
         f" have {_MOST_UPDATES:,}"
       )
-  return Curriculum(tuple(plans), update_ranges(config.train.skip_updates))
+  return Curriculum(tuple(plans), update_ranges(skip_updates))

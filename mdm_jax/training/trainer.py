@@ -64,7 +64,9 @@ class Blueprint:
     """
     self.config, self.vocab = config, vocab
     self.denoiser = Denoiser(config.model, vocab)
-    self.curriculum = make_curriculum(config, rows)
+    self.curriculum = make_curriculum(
+      config.stages, rows, config.rows_per_update, config.train.skip_updates
+    )
     self.schedule = learning_rate_schedule(config.optimizer, self.curriculum)
     self.optimizer: optax.GradientTransformationExtraArgs = make_optimizer(
       config.optimizer, self.schedule
