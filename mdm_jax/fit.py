@@ -18,7 +18,8 @@ from mdm_jax.core.accelerators import GIB, Accelerator
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.data.tokenizer import planned_vocabulary
-from mdm_jax.model import kernels, placement
+from mdm_jax.model import kernel_choice, placement
+from mdm_jax.model.kernels import Case, Place
 from mdm_jax.planning.footprint import Footprint, Layout, footprint
 from mdm_jax.training.trainer import Blueprint
 
@@ -55,7 +56,7 @@ def blueprint(config: Config, mesh: AbstractMesh) -> Blueprint:
   Raises:
     UserError: it does not split.
   """
-  auto = {"dtype": "bfloat16", "attention": "fused"}
+  auto = {"dtype": "bfloat16", "attention": "xla"}
   chosen = {k: v for k, v in auto.items() if getattr(config.model, k) == "auto"}
   model = dataclasses.replace(config.model, **chosen)
   config = dataclasses.replace(config, model=model)
@@ -125,11 +126,13 @@ def _attention(config: Config, device: Accelerator) -> list[str]:
   model = config.model
   if model.attention != "auto" or device.capability is None:
     return []
-  place = kernels.Place("gpu", device.capability)
+  place = Place("gpu", device.capability)
   dtype = "bfloat16" if model.dtype == "auto" else model.dtype
   size = model.embed_dim // model.num_heads
   choices = {
-    kernels.choose("auto", place, dtype, size, stage.length)
+    kernel_choice.choose(
+      "auto", place, Case(dtype, size, stage.length, stage.length)
+    )
     for stage in config.stages
   }
   lines = sorted(f"on {device.name}, {choice}" for choice in choices)

@@ -131,19 +131,19 @@ def test_grouped_queries_equal_repeated_heads(mesh):
 
 
 @pytest.mark.parametrize("groups", [4, 2])
-def test_fused_attention_equals_the_reference(mesh, groups):
+def test_xlas_attention_equals_the_reference(mesh, groups):
   segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0]])
   denoiser, params = build(num_kv_heads=groups)
-  fused, _ = build(num_kv_heads=groups, attention="fused")
+  other, _ = build(num_kv_heads=groups, attention="xla")
   np.testing.assert_allclose(
     run(denoiser, params, segments=segments),
-    run(fused, params, segments=segments),
+    run(other, params, segments=segments),
     rtol=1e-4,
     atol=1e-6,
   )
 
 
-@pytest.mark.parametrize("attention", ["reference", "fused"])
+@pytest.mark.parametrize("attention", ["reference", "xla"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2)], ids=str)
 def test_found_C10_a_batch_of_one_row_works_however_it_is_split(
   shape, attention

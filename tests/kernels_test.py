@@ -1,12 +1,27 @@
 """What `model.attention=auto` takes where; no GPU is needed to say it."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from mdm_jax.core import accelerators
+from mdm_jax.core import accelerators, rng
 from mdm_jax.core.errors import UserError
-from mdm_jax.model import kernels
-from mdm_jax.model.kernels import Choice, Place
+from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.model import kernel_choice, kernels
+from mdm_jax.model.context import (
+  CAUSAL,
+  FULL,
+  Context,
+  Visibility,
+  row_context,
+  visible,
+)
+from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.model.kernel_choice import Choice
+from mdm_jax.model.kernels import KERNELS, Case, Kernel, Place
 
 H100, A100 = Place("gpu", "9.0"), Place("gpu", "8.0")
 
@@ -15,47 +30,155 @@ H100, A100 = Place("gpu", "9.0"), Place("gpu", "8.0")
   "place, dtype, head, length, name, why",
   [
     (Place("cpu"), "float32", 64, 128, "reference", "CPU"),
-    (Place("tpu"), "bfloat16", 64, 128, "fused", "on a tpu"),
+    (Place("tpu"), "bfloat16", 64, 128, "xla", "on a tpu"),
     (H100, "bfloat16", 64, 512, "cudnn", "bfloat16, heads of 64"),
     (H100, "bfloat16", 256, 512, "cudnn", "heads of 256"),
     (A100, "bfloat16", 128, 64, "cudnn", "heads of 128"),
-    (A100, "bfloat16", 256, 64, "fused", "only multiples of 8 up to 128"),
-    (H100, "float32", 64, 512, "fused", "no float32"),
-    (H100, "bfloat16", 36, 512, "fused", "heads of 36, only multiples of 8"),
-    (H100, "bfloat16", 64, 511, "fused", "511 tokens, an odd number"),
-    (Place("gpu", "7.0"), "bfloat16", 64, 512, "fused", "capability 7.0"),
-    (Place("gpu", "gfx90a"), "bfloat16", 64, 512, "fused", "gfx90a"),
-    (Place("gpu"), "bfloat16", 64, 512, "fused", "capability None"),
+    (A100, "bfloat16", 256, 64, "xla", "only multiples of 8 up to 128"),
+    (H100, "float32", 64, 512, "xla", "no float32"),
+    (H100, "bfloat16", 36, 512, "xla", "heads of 36, only multiples of 8"),
+    (H100, "bfloat16", 64, 511, "xla", "511 tokens, an odd number"),
+    (Place("gpu", "7.0"), "bfloat16", 64, 512, "xla", "capability 7.0"),
+    (Place("gpu", "gfx90a"), "bfloat16", 64, 512, "xla", "gfx90a"),
+    (Place("gpu"), "bfloat16", 64, 512, "xla", "capability None"),
   ],
 )
 def test_auto_takes_cudnn_wherever_it_is_right(
   place, dtype, head, length, name, why
 ):
-  found = kernels.choose("auto", place, jnp.dtype(dtype), head, length)
+  case = Case(dtype, head, length, length)
+  found = kernel_choice.choose("auto", place, case)
   assert found.name == name and why in found.why
-  asked = kernels.choose("fused", place, jnp.dtype(dtype), head, length)
-  assert asked.name == "fused"
+  asked = kernel_choice.choose("xla", place, case)
+  assert asked.name == "xla"
 
 
 def test_what_jax_can_not_take_is_not_taken(monkeypatch):
   """There is no cuDNN here, whatever the GPU is said to be."""
-  monkeypatch.setattr(kernels, "here", lambda: H100)
-  found = kernels.chosen("auto", jnp.dtype("bfloat16"), 64, 128)
-  assert found.name == "fused" and "JAX says of cuDNN's: " in found.why
-  assert kernels.refusal("xla", "float32", 64, 128) is None
-  monkeypatch.setattr(kernels, "refusal", lambda *_: None)
-  found = kernels.chosen("auto", jnp.dtype("bfloat16"), 64, 128)
-  assert found == Choice("cudnn", "cuDNN's, of bfloat16, heads of 64")
+  monkeypatch.setattr(kernel_choice, "here", lambda: H100)
+  case = Case("bfloat16", 64, 128, 128)
+  found = kernel_choice.chosen("auto", case)
+  assert found.name == "xla" and "JAX says of cuDNN's: " in found.why
+  assert kernel_choice.refusal("xla", Case("float32", 64, 128, 128)) is None
+  monkeypatch.setattr(kernel_choice, "refusal", lambda *_: None)
+  why = "cuDNN's, of bfloat16, heads of 64"
+  dense = f"{why}; its mask is dense, 0.03 MiB a row"
+  assert kernel_choice.chosen("auto", case) == Choice("cudnn", dense)
+  alone = dataclasses.replace(case, packed=False)
+  assert kernel_choice.chosen("auto", alone) == Choice("cudnn", why)
 
 
 def test_cudnn_by_name_is_refused_in_one_line_where_it_can_not_be(monkeypatch):
-  assert kernels.chosen("cudnn", jnp.dtype("bfloat16"), 64, 128).name == "cudnn"
-  monkeypatch.setattr(kernels, "here", lambda: H100)
+  case = Case("bfloat16", 64, 128, 128)
+  assert kernel_choice.chosen("cudnn", case).name == "cudnn"
+  monkeypatch.setattr(kernel_choice, "here", lambda: H100)
   with pytest.raises(UserError, match="rows of 7 tokens.*nearest valid: auto"):
-    kernels.chosen("cudnn", jnp.dtype("bfloat16"), 64, 7)
+    kernel_choice.chosen("cudnn", Case("bfloat16", 64, 7, 7))
 
 
 def test_gpus_have_a_capability_and_tpus_have_none():
   for name in ("a100-40", "a100-80", "h100", "h200"):
-    assert kernels._parsed(accelerators.by_name(name).capability) >= (8, 0)
+    assert kernels.parsed(accelerators.by_name(name).capability) >= (8, 0)
   assert accelerators.by_name("v5e").capability is None
+
+
+# MARK: by name
+
+
+def test_a_kernels_old_name_is_answered_with_the_new_one():
+  with pytest.raises(UserError) as caught:
+    KERNELS.check("fused", "model.attention")
+  assert str(caught.value) == "model.attention='fused' is called 'xla' now"
+  with pytest.raises(UserError, match="is no attention kernel; did you mean"):
+    kernel_choice.choose("referense", Place("cpu"), Case("float32", 8, 8, 8))
+  assert [*KERNELS][:4] == ["auto", "reference", "xla", "cudnn"]
+
+
+class Slow(Kernel):
+  """Of a user: one pair at a time, by the rule, for causal calls only."""
+
+  def lacks(self, case, place):
+    return None if case.visibility == CAUSAL else case.visibility.kind
+
+  def prepare(self, visibility, q, k):
+    return visible(q, k)
+
+  def attend(self, query, key, value, prepared):
+    scores = (
+      jnp.einsum("bgrqk,bgmk->bgrqm", query, key) / query.shape[-1] ** 0.5
+    )
+    scores = jnp.where(prepared[:, None, None], scores, -jnp.inf)
+    return jnp.einsum("bgrqm,bgmk->bgrqk", jax.nn.softmax(scores), value)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+  monkeypatch.setattr(KERNELS, "_pieces", {**KERNELS._pieces})
+  KERNELS.register("slow", Slow)
+
+
+def test_a_kernel_of_ones_own_is_taken_by_its_name(mesh, tiny_model, slow):
+  own = dataclasses.replace(tiny_model, attention="slow")
+  vocab = Vocabulary(16)
+  denoiser, reference = Denoiser(own, vocab), Denoiser(tiny_model, vocab)
+  params = jax.jit(denoiser.init)(rng.stream(0, "init"))
+  tokens = jnp.arange(14).reshape(2, 7) % 12
+  segments = jnp.array([[1, 1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1]])
+  causal = row_context(segments, visibility=CAUSAL)
+  np.testing.assert_allclose(
+    denoiser.hidden(params, tokens, causal),
+    reference.hidden(params, tokens, causal),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  with pytest.raises(UserError, match="slow has no full; nearest valid: auto"):
+    denoiser.hidden(params, tokens, row_context(segments))
+
+
+# MARK: what is prepared
+
+
+@pytest.mark.parametrize("name", ["reference", "xla"])
+@pytest.mark.parametrize("kind", ["full", "causal", "blocks"])
+def test_queries_and_keys_may_differ_in_number(any_mesh, name, kind):
+  """The last queries of rows, alone, get what they get among all."""
+  rows, length, last = 8, 6, 2
+  split = lambda *axes: jax.P(("replica", "fsdp"), *axes)
+  segments = np.tile([[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 0]], (4, 1))
+  segments = jax.device_put(segments.astype(np.int32), split())
+  context = row_context(segments, visibility=Visibility(kind, 2))
+  k = context.side
+  tail = lambda x: jax.device_put(np.asarray(x)[..., -last:], split())
+  q = dataclasses.replace(
+    k, **{n: tail(getattr(k, n)) for n in ("segments", "label", "horizon")}
+  )
+  heads = split("tensor", None, None, None)
+  draw = lambda name, *shape: jax.random.normal(rng.stream(0, name), shape)
+  query = jax.device_put(draw("q", rows, 2, 3, length, 4), heads)
+  key, value = (
+    jax.device_put(draw(n, rows, 2, length, 4), split("tensor", None, None))
+    for n in "kv"
+  )
+  kernel, visibility = KERNELS[name](), context.visibility
+  whole = kernel.attend(query, key, value, kernel.prepare(visibility, k, k))
+  few = kernel.prepare(visibility, q, k)
+  some = kernel.attend(query[..., -last:, :], key, value, few)
+  np.testing.assert_allclose(whole[..., -last:, :], some, rtol=1e-4, atol=1e-5)
+
+
+def test_cudnn_is_told_lengths_where_they_say_all():
+  """JAX's own takes the same arguments: where real, what the mask gives."""
+  segments = jnp.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+  draw = lambda name: jax.random.normal(rng.stream(0, name), (2, 6, 3, 4))
+  query, key, value = map(draw, "qkv")
+  attend = jax.nn.dot_product_attention
+  for visibility in (FULL, CAUSAL):
+    side = row_context(segments, visibility=visibility, packed=False).side
+    told = kernels.CuDNN().prepare(visibility, side, side)
+    assert "mask" not in told
+    want = attend(query, key, value, mask=visible(side, side)[:, None])
+    got = attend(query, key, value, **told)
+    real = np.asarray(segments > 0)
+    np.testing.assert_allclose(got[real], want[real], rtol=1e-4, atol=1e-5)
+  packed: Context = row_context(segments)
+  assert "mask" in kernels.CuDNN().prepare(FULL, packed.side, packed.side)

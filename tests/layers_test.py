@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES
-from mdm_jax.model import attention, layers
+from mdm_jax.model import layers
+from mdm_jax.model.kernels import Reference
 
 B, L, D, G, R, K, F = 8, 6, 8, 4, 2, 4, 24
 
@@ -128,7 +129,7 @@ def test_attention_and_its_gradient_are_the_textbooks(any_mesh, repeats):
     loss = lambda *qkv: jnp.sin(attend(*qkv, visible)).sum()
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*inputs)
 
-  got, want = both(attention.reference_attention), both(softmax_attention)
+  got, want = both(Reference().attend), both(softmax_attention)
   assert_close(got, want, rtol=2e-4, atol=1e-5)
 
 
@@ -139,7 +140,7 @@ def test_nothing_flows_between_positions_that_do_not_see_each_other(mesh):
   here = jax.device_put(here, query.sharding)
 
   def first(*qkv):
-    return (here * attention.reference_attention(*qkv, visible)).sum()
+    return (here * Reference().attend(*qkv, visible)).sum()
 
   grads = jax.jit(jax.grad(first, argnums=(0, 1, 2)))(query, key, value)
   for grad in grads:
@@ -150,7 +151,7 @@ def test_nothing_flows_between_positions_that_do_not_see_each_other(mesh):
 
 def test_large_scores_overflow_nothing(mesh):
   query, key, value, visible = attention_inputs(1)
-  loss = lambda q: attention.reference_attention(q, key, value, visible).sum()
+  loss = lambda q: Reference().attend(q, key, value, visible).sum()
   grad = jax.jit(jax.grad(loss))(1e4 * query)
   assert np.isfinite(grad).all()
 
@@ -166,7 +167,7 @@ def test_no_layers_attention_weights_are_kept():
 
     def loss(query):
       def body(query, _):
-        return attention.reference_attention(query, key, value, visible), None
+        return Reference().attend(query, key, value, visible), None
 
       return jax.lax.scan(body, query, length=layers_)[0].sum()
 

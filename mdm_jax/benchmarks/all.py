@@ -53,7 +53,7 @@ SUITES: dict[str, tuple[Command, ...]] = {
     ("train_step", "--preset=gpt2", "--batch=32", _MD4),
     *(
       (*_MEDIUM, "--rates=uniform", f"--attention={kernel}")
-      for kernel in ("reference", "fused", "cudnn")
+      for kernel in ("reference", "xla", "cudnn")
     ),
     ("compile_time", "--preset=gpt2"),
     ("input", "--preset=gpt2", "--batch=64"),

@@ -46,6 +46,7 @@ from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.model import flops
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import compute_dtype
+from mdm_jax.model.kernels import KERNELS
 from mdm_jax.training.state import TrainState, init_state, state_from
 
 _TURN = 0.2  # seconds
@@ -359,8 +360,12 @@ def _define_flags() -> None:
   flags.DEFINE_integer("repeats", 10, "Turns.", 1)
   flags.DEFINE_bool("parts", False, "Time what a step is made of, too.")
   flags.DEFINE_integer("batch", None, "Rows, in place of the preset's.", 1)
-  for name in ("dtype", "attention", "remat"):
-    choices = typing.get_args(typing.get_type_hints(ModelConfig)[name])
+  hints = typing.get_type_hints(ModelConfig)
+  for name, choices in (
+    ("dtype", typing.get_args(hints["dtype"])),
+    ("attention", [*KERNELS]),
+    ("remat", typing.get_args(hints["remat"])),
+  ):
     flags.DEFINE_enum(name, None, choices, f"In place of the preset's {name}.")
   flags.DEFINE_float("dropout", 0.0, "Of the library and of md4.", 0.0, 0.99)
   flags.DEFINE_bool("json", False, "Print JSON on the last line.")

@@ -39,11 +39,12 @@ class ModelConfig:
   dtype: Literal["auto", "float32", "bfloat16"] = field(
     "auto", "compute dtype (auto: bfloat16 on accelerators, float32 on CPU)"
   )
-  attention: Literal["auto", "reference", "fused", "cudnn"] = field(
+  attention: str = field(
     "auto",
-    "reference: plain products; fused: jax.nn.dot_product_attention; cudnn:"
-    " the same by cuDNN's kernel, on a GPU in bfloat16; auto: reference on a"
-    " CPU, cudnn on a GPU where it is right, else fused: the plan says which",
+    "reference: plain products; xla: jax.nn.dot_product_attention; cudnn: the"
+    " same by cuDNN's kernel, on a GPU in bfloat16; auto: reference on a CPU,"
+    " cudnn on a GPU where it is right, else xla: the plan says which",
+    registry="mdm_jax.model.kernels:KERNELS",
   )
 
   @property

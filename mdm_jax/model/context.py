@@ -48,6 +48,10 @@ class Visibility:
       raise UserError(f"a block of {self.block} tokens; nearest valid: 1")
 
 
+def _static(default: Any) -> Any:
+  return dataclasses.field(default=default, metadata={"static": True})
+
+
 FULL = Visibility("full")
 CAUSAL = Visibility("causal")
 
@@ -61,11 +65,13 @@ class Side:
     segments: the packed text each position belongs to; -1 is nobody's.
     label: what a position is found by.
     horizon: the highest label that a position sees.
+    packed: a row may hold several texts.
   """
 
   segments: Int[Array, "B M"]
   label: Int[Array, "B M"]
   horizon: Int[Array, "B M"]
+  packed: bool = _static(True)
 
 
 def visible(q: Side, k: Side) -> Bool[Array, "B Q K"]:
@@ -132,22 +138,24 @@ class Context:
     shift: position i is answered by the output before it, and the first of a
       segment or of a call by its own: so are models that were trained to
       predict the next token.
+    packed: a row may hold several texts; if not, it holds one from its start,
+      and padding behind it.
   """
 
   segments: Int[Array, "*A B S"]
   positions: Int[Array, "*A B S"]
-  visibility: Visibility = dataclasses.field(
-    default=FULL, metadata={"static": True}
-  )
+  visibility: Visibility = _static(FULL)
   noisy: Bool[Array, "*A B S"] | None = None
   condition: Float[Array, "*A B"] | None = None
   keys: Key[Array, "*A B"] | None = None
-  shift: bool = dataclasses.field(default=False, metadata={"static": True})
+  shift: bool = _static(False)
+  packed: bool = _static(True)
 
   @property
   def side(self) -> Side:
     """These tokens as queries, or as keys."""
-    return make_side(self.visibility, self.segments, self.positions, self.noisy)
+    side = make_side(self.visibility, self.segments, self.positions, self.noisy)
+    return dataclasses.replace(side, packed=self.packed)
 
 
 def row_context(segments: Int[Array, "*A B S"], **more: Any) -> Context:

@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from mdm_jax.core.sharding import RULES, vocab_ids
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.model import attention, embedding, kernels, layers
+from mdm_jax.model import embedding, kernel_choice, layers
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.context import FULL, Context, starts, visible
+from mdm_jax.model.context import FULL, Context, Visibility, starts
+from mdm_jax.model.kernels import KERNELS, Case, Kernel
 
 Params = dict[str, Any]
 
@@ -44,7 +45,8 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 class _Shared:
   """What every block needs beside the residual stream."""
 
-  visible: Bool[Array, "B L L"]
+  kernel: Kernel = dataclasses.field(metadata={"static": True})
+  prepared: Any  # by the kernel
   cos: Float[Array, "B L K"]
   sin: Float[Array, "B L K"]
   condition: Float[Array, "B D"] | None
@@ -96,9 +98,7 @@ class Attention(nnx.Module):
       query, key = self.query_norm(query), self.key_norm(key)
     query = layers.rotate(query, shared.cos, shared.sin)
     key = layers.rotate(key, shared.cos, shared.sin)
-    mixed = attention.attend(
-      self.config.attention, query, key, value, shared.visible
-    )
+    mixed = shared.kernel.attend(query, key, value, shared.prepared)
     return layers.project(
       "out", "bgrlk,grkd->bld", mixed, self.out, "batch", "length", None
     )
@@ -230,7 +230,15 @@ class Network(nnx.Module):
       if context.condition is None:
         raise ValueError("a denoiser with time conditioning needs a condition")
       condition = self._condition(context.condition)
-    return _Shared(_pairs(context), cos, sin, condition, context.keys)
+    kernel = self._kernel(context)
+    side = context.side
+    prepared = kernel.prepare(context.visibility, side, side)
+    return _Shared(kernel, prepared, cos, sin, condition, context.keys)
+
+  def _kernel(self, context: Context) -> Kernel:
+    length = context.segments.shape[1]
+    case = _case(self.config, length, context.visibility, context.packed)
+    return KERNELS[kernel_choice.chosen(self.config.attention, case).name]()
 
   def _condition(self, rate: Float[Array, "B"]) -> Float[Array, "B D"]:
     half = self.config.embed_dim // 2
@@ -242,11 +250,12 @@ class Network(nnx.Module):
     )
 
 
-def _pairs(context: Context) -> Bool[Array, "B L L"]:
-  if context.visibility == FULL:  # the rule, without comparing zeros
-    segments = context.segments
-    return segments[:, :, None] == segments[:, None, :]
-  return visible(context.side, context.side)
+def _case(
+  config: ModelConfig, length: int, visibility: Visibility, packed: bool
+) -> Case:
+  size = config.embed_dim // config.num_heads
+  dtype = compute_dtype(config).name
+  return Case(dtype, size, length, length, visibility, packed)
 
 
 def _shifted(x: Float[Array, "B L D"], segments) -> Float[Array, "B L D"]:
@@ -267,11 +276,12 @@ class Denoiser:
   config: ModelConfig
   vocab: Vocabulary
 
-  def attention(self, length: int) -> kernels.Choice:
+  def attention(
+    self, length: int, visibility: Visibility = FULL, packed: bool = True
+  ) -> kernel_choice.Choice:
     """Returns what computes attention here, in rows of `length` tokens."""
-    c = self.config
-    size = c.embed_dim // c.num_heads
-    return kernels.chosen(c.attention, compute_dtype(c), size, length)
+    case = _case(self.config, length, visibility, packed)
+    return kernel_choice.chosen(self.config.attention, case)
 
   def init(self, key: Key[Array, ""]) -> Params:
     """Returns fresh parameters, sharded over the current mesh."""

@@ -1,23 +1,34 @@
-"""Which means attention is computed by, where `model.attention` is `auto`.
+"""Ways to compute attention, by the names that `model.attention` has for them.
 
-By shapes and dtype alone, so that a plan can say it, and on a GPU by asking JAX
-whether it would take the kernel: what cuDNN is there, and what it can do,
-only JAX knows.
+A kernel is two functions. `prepare` is called once for all layers and turns the
+description of what sees what into what the kernel reads; `attend` is called in
+every layer. A kernel of one's own, in a module of one's own:
+
+  @KERNELS.register("mine")
+  class Mine(Kernel):
+    def prepare(self, visibility, q, k): ...
+    def attend(self, query, key, value, prepared): ...
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
 
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.registry import Registry
+from mdm_jax.model import cpu_gradients
+from mdm_jax.model.context import FULL, Side, Visibility, visible
 
 _HALF = ("bfloat16", "float16")
 _LEAST_CAPABILITY = (8, 0)
 # Largest head of cuDNN's flash attention, from a compute capability on.
 _LARGEST_HEAD = {(8, 0): 128, (9, 0): 256}
-_NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,114 +45,224 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-  """What attention is computed by: its name in the config, and the reason."""
+class Case:
+  """What a kernel would have to compute.
 
-  name: str
-  why: str
-
-  def __str__(self) -> str:
-    return f"attention {self.name}: {self.why}"
-
-
-def choose(
-  asked: str, place: Place, dtype: jnp.dtype, head: int, length: int
-) -> Choice:
-  """Returns what `model.attention` means for such arrays in such a place.
-
-  cuDNN's flash attention wherever it is right; measured on one H100, an update
-  of 12 layers by 768 took 91 ms with it and 137 with XLA's own.
-
-  Args:
-    asked: `model.attention`.
-    place: what it runs on.
-    dtype: of queries, keys and values.
+  Attributes:
+    dtype: the name of that of queries, keys and values.
     head: entries of a head.
-    length: tokens of a row.
+    queries: of a row.
+    keys: of a row.
+    visibility: what a position sees.
+    packed: a row may hold several texts.
+    cache: some keys are those of earlier calls.
   """
-  if asked != "auto":
-    return Choice(asked, "as model.attention says")
-  if place.backend == "cpu":
-    return Choice("reference", "plain products are the fastest on a CPU")
-  if place.backend != "gpu":
-    return Choice("fused", f"XLA's own, the one there is on a {place.backend}")
-  missing = _missing(place, jnp.dtype(dtype).name, head, length)
-  if missing:
-    return Choice("fused", f"XLA's own: cuDNN's has no {missing}")
-  return Choice(
-    "cudnn", f"cuDNN's, of {jnp.dtype(dtype).name}, heads of {head}"
-  )
+
+  dtype: str
+  head: int
+  queries: int
+  keys: int
+  visibility: Visibility = FULL
+  packed: bool = True
+  cache: bool = False
+
+  @property
+  def plain(self) -> bool:
+    """Whether lengths, and maybe an order, say all of what sees what."""
+    kind = self.visibility.kind in ("full", "causal")
+    return kind and not self.packed and not self.cache
 
 
-def _missing(place: Place, dtype: str, head: int, length: int) -> str | None:
-  """Returns what cuDNN's kernel, its gradient and a mask can't do of this."""
-  capability = _parsed(place.capability)
-  if capability is None or capability < _LEAST_CAPABILITY:
-    return f"way to run on a GPU of compute capability {place.capability}"
-  largest = max(n for c, n in _LARGEST_HEAD.items() if c <= capability)
-  if dtype not in _HALF:
-    return dtype
-  if head % 8 or head > largest:
-    return f"heads of {head}, only multiples of 8 up to {largest}"
-  if length % 2:
-    return f"rows of {length} tokens, an odd number"
-  return None
+class Kernel:
+  """One way to compute attention; holds no state."""
+
+  def lacks(self, case: Case, place: Place) -> str | None:
+    """Returns what the kernel can't do of a case; None if it is right.
+
+    Args:
+      case: what would have to be computed.
+      place: what it would run on.
+    """
+    del case, place
+    return None
+
+  def prepare(self, visibility: Visibility, q: Side, k: Side) -> Any:
+    """Returns what `attend` is given in every layer.
+
+    Args:
+      visibility: what a query sees.
+      q: the queries.
+      k: the keys; the same object as `q` where a row attends to itself.
+    """
+    raise NotImplementedError
+
+  def attend(
+    self,
+    query: Float[Array, "B G R Q K"],
+    key: Float[Array, "B G M K"],
+    value: Float[Array, "B G M K"],
+    prepared: Any,
+  ) -> Float[Array, "B G R Q K"]:
+    """Returns each query's mean of the values that it sees.
+
+    Args:
+      query: G groups of R heads, each of size K.
+      key: one head for all R of a group.
+      value: likewise.
+      prepared: from `prepare`.
+    """
+    raise NotImplementedError
 
 
-def _parsed(capability: str | None) -> tuple[int, ...] | None:
+class _Kernels(Registry[type[Kernel]]):
+  """Also knows `auto`, which is no kernel, and what a name was before."""
+
+  _renamed = {"fused": "xla"}
+
+  def check(self, name: str, field: str = "") -> None:
+    """As any registry's; see `Registry.check`."""
+    if name in self._renamed and name not in self:
+      raise UserError(
+        f"{field or self.field}={name!r} is called {self._renamed[name]!r} now"
+      )
+    if name != "auto":
+      super().check(name, field)
+
+  def __iter__(self) -> Iterator[str]:
+    yield "auto"
+    yield from super().__iter__()
+
+
+KERNELS = _Kernels("attention kernel", "model.attention")
+
+
+def dense(visibility: Visibility, q: Side, k: Side) -> Bool[Array, "B Q K"]:
+  """Returns which keys each query sees, an entry for every pair."""
+  if visibility == FULL and q is k:  # the rule, without comparing zeros
+    return q.segments[:, :, None] == k.segments[:, None, :]
+  return visible(q, k)
+
+
+@KERNELS.register("reference")
+class Reference(Kernel):
+  """Plain products, the softmax in float32."""
+
+  def prepare(self, visibility: Visibility, q: Side, k: Side):
+    """Returns an entry for every pair."""
+    return dense(visibility, q, k)
+
+  def attend(self, query, key, value, prepared):
+    """As `Kernel.attend`.
+
+    The heads of a group stand below each other, as if they were one with R
+    times the queries: products of rank 4 are 1.7 times as fast on a CPU as of
+    rank 5.
+    """
+    batch, groups, repeats, queries, size = query.shape
+    below = _reshape(query, batch, groups, repeats * queries, size)
+    pairs = jnp.tile(prepared, (1, repeats, 1))
+    mixed = cpu_gradients.attend(below, key, value, pairs)
+    return _reshape(mixed, *query.shape)
+
+
+@KERNELS.register("xla")
+class XLA(Kernel):
+  """`jax.nn.dot_product_attention`, compiled by XLA."""
+
+  def prepare(self, visibility: Visibility, q: Side, k: Side):
+    """Returns an entry for every pair, the same for all heads."""
+    return {"mask": dense(visibility, q, k)[:, None]}
+
+  def attend(self, query, key, value, prepared):
+    """As `Kernel.attend`."""
+    return _by_jax(query, key, value, prepared, None)
+
+
+@KERNELS.register("cudnn")
+class CuDNN(Kernel):
+  """`jax.nn.dot_product_attention` by cuDNN's flash attention, on a GPU.
+
+  JAX's function takes no segments: what lengths can't say is a dense mask.
+  """
+
+  def lacks(self, case: Case, place: Place) -> str | None:
+    """Says what the kernel, its gradient and a mask can't do of a case."""
+    capability = parsed(place.capability)
+    if capability is None or capability < _LEAST_CAPABILITY:
+      return f"way to run on a GPU of compute capability {place.capability}"
+    largest = max(n for c, n in _LARGEST_HEAD.items() if c <= capability)
+    if case.dtype not in _HALF:
+      return case.dtype
+    if case.head % 8 or case.head > largest:
+      return f"heads of {case.head}, only multiples of 8 up to {largest}"
+    if case.queries % 2:
+      return f"rows of {case.queries} tokens, an odd number"
+    if case.keys % 2:
+      return f"{case.keys} keys a row, an odd number"
+    return None
+
+  def prepare(self, visibility: Visibility, q: Side, k: Side):
+    """Returns lengths where they say all, else an entry for every pair."""
+    if q is not k or q.packed or visibility.kind not in ("full", "causal"):
+      return {"mask": dense(visibility, q, k)[:, None]}
+    # A row of nothing but padding has one position, that nobody reads.
+    lengths = jnp.maximum((q.segments > 0).sum(axis=1), 1)
+    return {
+      "query_seq_lengths": lengths,
+      "key_value_seq_lengths": lengths,
+      "is_causal": visibility.kind == "causal",
+    }
+
+  def attend(self, query, key, value, prepared):
+    """As `Kernel.attend`."""
+    return _by_jax(query, key, value, prepared, "cudnn")
+
+
+def parsed(capability: str | None) -> tuple[int, ...] | None:
+  """Returns a compute capability's parts; None for one of another maker."""
   try:
     return tuple(int(part) for part in (capability or "").split("."))
-  except ValueError:  # as gfx90a, of another maker
+  except ValueError:  # as gfx90a
     return None
 
 
-@functools.cache
-def here() -> Place:
-  """Returns what programs run on in this process."""
-  backend = jax.default_backend()
-  capability = getattr(jax.devices()[0], "compute_capability", None)
-  return Place(backend, str(capability) if capability else None)
+def _by_jax(query, key, value, prepared: dict[str, Any], kernel: str | None):
+  """Attends through `jax.nn.dot_product_attention` (kernel None: XLA's)."""
+  batch, groups, repeats, queries, size = query.shape
+  heads = _reshape(query, batch, groups * repeats, queries, size)
+  inputs = [jnp.swapaxes(x, 1, 2) for x in (heads, key, value)]
+  arrays = {k: v for k, v in prepared.items() if isinstance(v, jax.Array)}
+  fixed = {k: v for k, v in prepared.items() if k not in arrays}
 
-
-def chosen(asked: str, dtype: jnp.dtype, head: int, length: int) -> Choice:
-  """Returns what is taken in this process: `choose`, and what JAX says.
-
-  Raises:
-    UserError: cuDNN's is asked for, and JAX can't take it on this GPU.
-  """
-  found = choose(asked, here(), dtype, head, length)
-  if found.name != "cudnn" or here().backend != "gpu":
-    return found
-  refused = refusal("cudnn", jnp.dtype(dtype).name, head, length)
-  if refused and asked == "cudnn":
-    raise UserError(
-      f"model.attention=cudnn with rows of {length} tokens and heads of {head}"
-      f" in {jnp.dtype(dtype).name}: {refused}; nearest valid: auto"
+  def attend(query, key, value, arrays):
+    return jax.nn.dot_product_attention(
+      query, key, value, **arrays, **fixed, implementation=kernel
     )
-  if refused:
-    return Choice("fused", f"XLA's own, as JAX says of cuDNN's: {refused}")
-  return found
+
+  if kernel is None or jax.sharding.get_abstract_mesh().size > 1:
+    attend = _by_device(attend, *inputs, arrays)
+  result = attend(*inputs, arrays)
+  return _reshape(jnp.swapaxes(result, 1, 2), *query.shape)
 
 
-@functools.cache
-def refusal(kernel: str, dtype: str, head: int, length: int) -> str | None:
-  """Returns why JAX can't take a kernel and its gradient; None if it can.
+def _by_device(attend: Callable[..., Array], *inputs: Any):
+  """Attends on every device to its own rows and heads.
 
-  Nothing is computed: it is lowered for what is here.
+  JAX reshapes inside, and newer versions forget there how one row is split;
+  and a kernel knows nothing of a mesh.
   """
-  heads = jax.ShapeDtypeStruct((1, length, 1, head), dtype)
-  mask = jax.ShapeDtypeStruct((1, 1, length, length), bool)
+  if jax.sharding.get_abstract_mesh().empty:
+    return attend
+  specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, inputs)
+  return jax.shard_map(attend, in_specs=specs, out_specs=specs[0])
 
-  def attend(query, key, value, mask):
-    mixed = jax.nn.dot_product_attention(
-      query, key, value, mask=mask, implementation=kernel
-    )
-    return mixed.astype(jnp.float32).sum()
 
-  try:
-    with jax.sharding.use_abstract_mesh(_NO_MESH):
-      grad = jax.jit(jax.grad(attend, argnums=(0, 1, 2)))
-      grad.lower(heads, heads, heads, mask)
-  except (RuntimeError, ValueError, NotImplementedError) as error:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-  return None
+def _reshape(x: Array, *shape: int) -> Array:
+  """Reshapes what is behind the batch and the heads.
+
+  The sharding is named: JAX's newer versions forget that of a batch of one row.
+  """
+  old = jax.typeof(x).sharding
+  spec = P(*old.spec[:2], *[None] * (len(shape) - 2))
+  new = NamedSharding(old.mesh, spec)
+  return jnp.reshape(x, shape, out_sharding=new)

@@ -95,7 +95,9 @@ class Call:
   def _run(self, x, masked, inside) -> Float[Array, "B L D"]:
     rate = masked.sum(axis=1) / jnp.maximum(inside.sum(axis=1), 1)
     context = row_context(
-      inside.astype(jnp.int32), condition=rate.astype(jnp.float32)
+      inside.astype(jnp.int32),
+      condition=rate.astype(jnp.float32),
+      packed=False,
     )
     return self._denoiser.hidden(self._params, x, context)
 

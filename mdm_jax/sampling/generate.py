@@ -108,7 +108,7 @@ class TextSampler:
       length,
       self.rows_a_call // data_shards(mesh),
       -(-denoiser.config.num_heads // mesh.shape["tensor"]),
-      denoiser.attention(length).name,
+      denoiser.attention(length, packed=False).name,
       memory.of_device(),
     )
 

@@ -13,9 +13,9 @@ _GIB = 2**30
 # Of a token in a text: an id before each step and after the last, and the step,
 # probability and entropy it was drawn with.
 _ID, _NOTES = 4, 12
-# Of a pair of positions in a row: attention's scores and their exponentials a
-# head, or the mask and bias that a kernel is given.
-_SCORES, _BIAS = 8, 3
+# Of a pair of positions in a row and a head: attention's scores and their
+# exponentials. cuDNN's kernel has none, and is given no mask.
+_SCORES = 8
 
 
 def check_texts(count: int, length: int, num_steps: int) -> None:
@@ -49,7 +49,7 @@ def check_length(
     kernel: what attention is computed with.
     have: bytes of the device.
   """
-  pair = _BIAS if kernel == "cudnn" else _SCORES * heads
+  pair = 0 if kernel == "cudnn" else _SCORES * heads
   need = rows * length**2 * pair
   if need > have:
     raise UserError(
