@@ -60,11 +60,15 @@ def test_two_pieces_never_share_a_name(orders):
 
 
 def test_a_module_may_be_run_again(orders):
-  source = "class Mine: pass\norders.register('mine', Mine)"
-  for _ in range(2):
-    space = {"orders": orders, "__name__": "mine"}
-    exec(compile(source, "mine.py", "exec"), space)
-  assert orders["mine"] is space["Mine"]
+  def run():
+    @orders.register("mine")
+    class Mine:
+      pass
+
+    return Mine
+
+  first, again = run(), run()
+  assert first is not again and orders["mine"] is again
 
 
 def test_instances_that_differ_are_two_pieces(orders):
