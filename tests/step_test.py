@@ -23,15 +23,16 @@ from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import cross_entropy
 from mdm_jax.objectives import masked as masked_lib
-from mdm_jax.objectives.base import Draws, Plan
+from mdm_jax.objectives.base import Draws, Objective, Plan
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage
 from mdm_jax.training import optimizer as optimizer_lib
 from mdm_jax.training import step as step_lib
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
 from mdm_jax.training.curriculum import make_curriculum
+from mdm_jax.training.gated import accumulate
 from mdm_jax.training.guard import make_guard
 from mdm_jax.training.learning_rate import learning_rate_schedule
-from mdm_jax.training.optimizer import make_optimizer
+from mdm_jax.training.optimizer import OPTIMIZERS, make_optimizer
 from mdm_jax.training.state import (
   TrainState,
   abstract_state,
@@ -233,6 +234,64 @@ def test_two_microbatches_of_8_equal_one_of_16(mesh):
     np.testing.assert_allclose(
       metrics_a[0][name], metrics_b[0][name], rtol=1e-4
     )
+
+
+class Even(Objective):
+  """Another objective's questions, with as much weight in each microbatch."""
+
+  headline = "none"
+
+  def __init__(self, inner):
+    self.inner = inner
+
+  def examples(self, batch, draws):
+    found = self.inner.examples(batch, draws)
+    count = found.tokens.shape[0]
+    return dataclasses.replace(found, weights=_own(found) / count)
+
+  def loss(self, model, params, part):
+    return self.inner.loss(model, params, part)
+
+  def cost(self):
+    return self.inner.cost()
+
+  def decoding(self):
+    return self.inner.decoding()
+
+
+def _own(examples):
+  """Weights that sum to 1 in every microbatch, instead of the update."""
+  weights = jnp.where(examples.asked, examples.weights, 0.0)
+  return weights / weights.sum(axis=(-2, -1), keepdims=True)
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_microbatches_of_even_weight_make_the_step_of_multi_steps(mesh, even):
+  """Of means of microbatches: not the update's mean where weights differ."""
+  smooth = dataclasses.replace(CONFIG.optimizer, eps=1e-3)
+  run = Run(dataclasses.replace(CONFIG, optimizer=smooth), mesh)
+  objective, plan = run.asks
+  objective = Even(objective) if even else objective
+  step = make_train_step(run.parts, objective, plan)
+  got, _ = step(run.init(), run.batch(0))
+  steps = accumulate(OPTIMIZERS["adamw"](smooth, run.schedule), 2)
+  params = run.init().params
+  state = steps.init(params)
+  examples = run.examples(0)
+  examples = dataclasses.replace(examples, weights=_own(examples))
+  gradient = jax.grad(run.asks[0].loss, argnums=1, has_aux=True)
+  gradient = jax.jit(gradient, static_argnums=0)
+  with jax.numpy_dtype_promotion("standard"):
+    for i in range(2):
+      part = jax.tree.map(lambda x, i=i: x[i], examples)
+      grads, _ = gradient(run.denoiser, params, part)
+      updates, state = steps.update(grads, state, params, step=0)
+      params = optax.apply_updates(params, updates)
+  if even:
+    assert_trees_close(got.params, params, rtol=1e-4, atol=1e-6)
+  else:
+    with pytest.raises(AssertionError):
+      assert_trees_close(got.params, params, rtol=1e-3, atol=1e-4)
 
 
 GUARDED = dataclasses.replace(
