@@ -258,6 +258,8 @@ def test_a_run_with_answers_goes_on_to_the_bit(
         checkpoints.save(2, state, {})
       batch = trainer.batch(trainer.curriculum.stage_at(update), update)
       assert len(batch.fields) == 3 and batch.answer.any()
+      plan = trainer.plan(trainer.curriculum.stage_at(update))
+      assert 1 < plan.most_segments < plan.most_asked < 64
       assert (batch.segments > 0).sum() > batch.answer.sum()
       state, _ = trainer.update(state, update, batch)
     again = make()

@@ -141,13 +141,16 @@ def build(
     noise: the schedule that rates come from where the stage has no range.
     vocabulary: what the ids are.
     plan: how many rows of what length an update has.
+
+  Raises:
+    UserError: the vocabulary has no mask.
   """
   rates = stage_rates(stage, noise)
   return Masked(
     rates=rates,
     weighting=config.weighting,
     label_smoothing=config.label_smoothing,
-    mask=vocabulary.mask,
+    mask=vocabulary.need("mask"),
     length=plan.length,
     # Here, because it needs values: inside a trace there are none.
     capacity=corruption.max_masked(

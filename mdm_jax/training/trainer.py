@@ -18,6 +18,8 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import batches
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
+from mdm_jax.data.rows import most_asked, most_segments
+from mdm_jax.data.stage_rows import stage_name
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.model.placement import check_vocabulary
 from mdm_jax.objectives.base import Objective, Plan
@@ -128,6 +130,16 @@ class Trainer(Blueprint):
     stages = self.curriculum.stages
     self._steps = functools.cache(lambda index: self.step(stages[index]))
     self._diagnoses = functools.cache(self._make_diagnosis)
+
+  def plan(self, stage: StagePlan) -> Plan:
+    """Returns what is known of a stage's updates and of its rows."""
+    name, length = stage_name(stage.index), stage.config.length
+    counts = self.data.manifest.get("rows", {}).get(name, {})
+    return dataclasses.replace(
+      super().plan(stage),
+      most_asked=most_asked(counts, length),
+      most_segments=most_segments(counts, length),
+    )
 
   def init(self) -> TrainState:
     """Returns the state before the first update, of new parameters."""
