@@ -84,6 +84,22 @@ def test_an_unknown_corpus_names_the_nearest(corpus, hint):
   assert hint in _error(corpus)
 
 
+def test_a_corpus_of_ones_own_is_read_by_its_name(monkeypatch):
+  known = corpora.CORPORA
+  monkeypatch.setattr(known, "_pieces", dict(known._pieces))
+
+  def counted(rest, tally, form):
+    for i in range(int(rest)):
+      yield Document(f"number {i}", f"This is {i}.")
+
+  known.register("counted", corpora.Corpus(counted, "NUMBER"))
+  texts = [d.text for d in corpora.load("counted:3")]
+  assert texts == ["This is 0.", "This is 1.", "This is 2."]
+  assert len(corpora.load("counted:9", max_documents=2)) == 2
+  with pytest.raises(UserError, match="did you mean 'counted:NUMBER'"):
+    corpora.load("counted")
+
+
 # MARK: files
 
 

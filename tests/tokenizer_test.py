@@ -11,8 +11,10 @@ from absl import logging
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data import sentencepiece_training
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
 
@@ -127,7 +129,7 @@ def test_a_batch_is_the_texts_one_by_one(built, kind):
 def test_cutting_a_text_into_chunks_changes_no_id(built):
   tokenizer = built["sentencepiece"]
   text = "\n".join(TEXTS).replace("\n", " ", 5000)
-  assert len(tokenizers._chunks(text)) > 50
+  assert len(sentencepiece_training.chunks(text)) > 50
   whole = tokenizer._ids[tokenizer._model.encode(text)]
   # Sums over a whole text are rounded, so here and there a tie breaks apart.
   assert abs(len(whole) - len(tokenizer.encode(text))) <= 1e-3 * len(whole)
@@ -298,10 +300,12 @@ def test_no_warning_about_a_lossless_model(tmp_path, monkeypatch):
 
 
 def test_found_B7_words_that_take_long_are_told_before(monkeypatch):
-  said, train = [], tokenizers._train_on
+  said, train = [], sentencepiece_training._train_on
   monkeypatch.setattr(logging, "warning", lambda m, *a: said.append(m % a))
   monkeypatch.setattr(
-    tokenizers, "_train_on", lambda *a: said.append("trained") or train(*a)
+    sentencepiece_training,
+    "_train_on",
+    lambda *a: said.append("trained") or train(*a),
   )
   prose = "Words of a usual length, and one " + "of" * 40 + ".\n"
   for text in (prose * 40 + "GATTACA" * 99, TEXTS[0], "\u7684\u4eba" * 999):
@@ -309,3 +313,50 @@ def test_found_B7_words_that_take_long_are_told_before(monkeypatch):
   hint, *others = said
   assert "words of 50 characters or more, 74 % of the text" in hint
   assert "tokenizer.kind=char" in hint and others == ["trained"] * 3
+
+
+# MARK: kinds of one's own
+
+
+class Letters(tokenizers.Tokenizer):
+  """One id a letter of an alphabet; nothing else is text."""
+
+  kind = "letters"
+
+  def __init__(self, alphabet):
+    content = json.dumps({"kind": "letters", "alphabet": alphabet}).encode()
+    super().__init__(tuple(c.encode() for c in alphabet), content)
+    self.alphabet = alphabet
+
+  def encode_batch(self, texts):
+    return [
+      np.array([self.alphabet.index(c) for c in text], np.int32)
+      for text in texts
+    ]
+
+
+def test_a_kind_of_ones_own_is_built_saved_and_loaded(tmp_path, monkeypatch):
+  kinds = tokenizers.TOKENIZERS
+  monkeypatch.setattr(kinds, "_pieces", dict(kinds._pieces))
+  kinds.register(
+    "letters",
+    tokenizers.Kind(
+      build=lambda config, texts: Letters("".join(sorted(set("".join(texts))))),
+      load=lambda fields: Letters(fields["alphabet"]),
+      planned=lambda config: Vocabulary.after_text(26),
+    ),
+  )
+  config = TokenizerConfig(kind="letters")
+  assert Config(tokenizer=config).tokenizer.kind == "letters"
+  assert tokenizers.planned_vocabulary(config) == Vocabulary.after_text(26)
+  built = tokenizers.build(config, ["cab", "bad"])
+  built.save(tmp_path)
+  loaded = tokenizers.load_tokenizer(tmp_path)
+  assert loaded.alphabet == "abcd" and loaded.sha256 == built.sha256
+  assert loaded.decode(loaded.encode("dabc")) == "dabc"
+
+
+def test_a_saved_kind_that_nobody_registered_is_told(tmp_path):
+  Letters("ab").save(tmp_path)
+  with pytest.raises(UserError, match="'letters' is no kind of tokenizer"):
+    tokenizers.load_tokenizer(tmp_path)

