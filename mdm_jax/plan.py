@@ -171,21 +171,20 @@ def _notes(trainer: Trainer) -> list[str]:
       f"{rows} rows a microbatch on {data_shards(trainer.mesh)} data shards:"
       f" {padded - rows} rows of padding go along, computed and not counted"
     )
-  lines += _accumulation(trainer)
+  every, updates = trainer.config.optimizer.every, trainer.curriculum.updates
+  if every > 1:
+    lines.append(_steps(every, updates))
   return [*lines, determinism.promise(jax.default_backend())]
 
 
-def _accumulation(trainer: Trainer) -> list[str]:
-  """Says which updates make a step, where not every one does."""
-  every = trainer.config.optimizer.every
-  if every == 1:
-    return []
-  steps, left = divmod(trainer.curriculum.updates, every)
-  return [
+def _steps(every: int, updates: int) -> str:
+  """Says how many steps the optimizer makes, if not one an update."""
+  steps, left = divmod(updates, every)
+  return (
     f"optimizer.every={every}: {steps:,} steps, each by the mean gradient of"
     f" {every} updates and with the last one's learning rate"
-    + (f"; the run's last {left} updates make none" if left else "")
-  ]
+    + (f"; what the last {left} of all updates add up is not used" * (left > 0))
+  )
 
 
 def _forecast(

@@ -44,6 +44,11 @@ def test_full_coverage_is_no_warning(config):
   assert uncovered_rates(config) == []
 
 
+def test_gradients_that_are_left_over_are_said():
+  assert "3 steps" in plan._steps(4, 12) and "last 0" not in plan._steps(4, 12)
+  assert "3 steps" in plan._steps(4, 14) and "last 2" in plan._steps(4, 14)
+
+
 def test_parameters_are_counted(mesh, tiny_model):
   denoiser = Denoiser(tiny_model, Vocabulary.after_text(28))
   width, layers, hidden = 16, 2, 64
