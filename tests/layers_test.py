@@ -1,4 +1,4 @@
-"""Gradients written by hand, against JAX's own of the plain formula."""
+"""Gradients, written by hand or not, against JAX's own of the formula."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from conftest import make_mesh
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from mdm_jax.core import rng
-from mdm_jax.core.sharding import RULES
-from mdm_jax.model import layers
+from mdm_jax.core.sharding import RULES, MeshConfig, planned_mesh
+from mdm_jax.model import cpu_gradients, layers
 from mdm_jax.model.kernels import Reference
 
 B, L, D, G, R, K, F = 8, 6, 8, 4, 2, 4, 24
@@ -53,8 +54,38 @@ def assert_close(got, want, **tolerance):
   )
 
 
+@pytest.fixture(params=["by hand", "plain"])
+def written(request, monkeypatch):
+  """As on a CPU, then as anywhere else."""
+  by_hand = request.param == "by hand"
+  monkeypatch.setattr(cpu_gradients, "wanted", lambda: by_hand)
+
+
+def test_only_what_runs_on_cpus_has_gradients_written_by_hand(any_mesh):
+  def program():
+    shape = lambda sizes, *axes: jax.ShapeDtypeStruct(
+      sizes,
+      jnp.float32,
+      sharding=NamedSharding(
+        jax.sharding.get_abstract_mesh(), RULES.spec(*axes)
+      ),
+    )
+    loss = lambda x, weight: layers.project(
+      "y", "blf,fd->bld", x, nnx.Param(weight), "batch", "length", None
+    ).sum()
+    x = shape((B, L, F), "batch", "length", "mlp")
+    weight = shape((F, D), "mlp", "embed")
+    return str(jax.make_jaxpr(jax.grad(loss, argnums=1))(x, weight))
+
+  assert "optimization_barrier" in program()
+  sizes = MeshConfig(**any_mesh.shape)
+  with jax.sharding.use_abstract_mesh(planned_mesh(sizes)):
+    assert not cpu_gradients.wanted()
+    assert "optimization_barrier" not in program()
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_a_products_gradients_are_jaxs_own(any_mesh, name):
+def test_a_products_gradients_are_jaxs_own(any_mesh, written, name):
   equation, x_shape, weight_shape, weight_axes, axes = PRODUCTS[name]
   x = draw("x", x_shape, *axes_of(equation.split(",")[0]))
   weight = draw("weight", weight_shape, *weight_axes)
@@ -73,7 +104,7 @@ def test_a_products_gradients_are_jaxs_own(any_mesh, name):
   assert got[1].sharding.spec == weight.sharding.spec
 
 
-def test_a_weights_gradient_is_summed_in_the_weights_dtype(mesh):
+def test_a_weights_gradient_is_summed_in_the_weights_dtype(mesh, written):
   """65,536 ones: bfloat16 has no number between 256 and 258."""
   x = draw("x", (8, 8192, 1), "batch", None, None)
   ones = jnp.ones_like(x).astype(jnp.bfloat16)
@@ -89,7 +120,7 @@ def test_a_weights_gradient_is_summed_in_the_weights_dtype(mesh):
   assert grad.dtype == jnp.float32 and grad[0, 0] == 65_536
 
 
-def test_swiglu_and_its_gradient_are_the_formulas(mesh):
+def test_swiglu_and_its_gradient_are_the_formulas(mesh, written):
   gate, up = (
     3 * draw(name, (B, L, F), "batch", None, "mlp") for name in ("gate", "up")
   )
@@ -122,7 +153,9 @@ def attention_inputs(repeats: int):
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_attention_and_its_gradient_are_the_textbooks(any_mesh, repeats):
+def test_attention_and_its_gradient_are_the_textbooks(
+  any_mesh, written, repeats
+):
   *inputs, visible = attention_inputs(repeats)
 
   def both(attend):
@@ -133,7 +166,9 @@ def test_attention_and_its_gradient_are_the_textbooks(any_mesh, repeats):
   assert_close(got, want, rtol=2e-4, atol=1e-5)
 
 
-def test_nothing_flows_between_positions_that_do_not_see_each_other(mesh):
+def test_nothing_flows_between_positions_that_do_not_see_each_other(
+  mesh, written
+):
   query, key, value, visible = attention_inputs(1)
   here = np.zeros(query.shape, np.float32)
   here[0, :, :, :3] = 1  # segment 1 of the first row
@@ -149,7 +184,7 @@ def test_nothing_flows_between_positions_that_do_not_see_each_other(mesh):
     assert (grad[0, :, 3:] == 0).all() and (grad[1:] == 0).all()
 
 
-def test_large_scores_overflow_nothing(mesh):
+def test_large_scores_overflow_nothing(mesh, written):
   query, key, value, visible = attention_inputs(1)
   loss = lambda q: Reference().attend(q, key, value, visible).sum()
   grad = jax.jit(jax.grad(loss))(1e4 * query)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mdm_jax.core.sharding import RULES
+from mdm_jax.model import cpu_gradients
 
 
 def normal(
@@ -52,18 +53,15 @@ def project(
     weight: a parameter.
     *axes: logical ones of the result.
   """
+  product = cpu_gradients.product if cpu_gradients.wanted() else _product
   with jax.named_scope(name):
-    y = _product(equation, RULES.spec(*axes), x, weight[...])
+    y = product(equation, RULES.spec(*axes), x, weight[...])
   return checkpoint_name(y, name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(equation: str, spec: P, x: Array, weight: Array) -> Array:
-  """An einsum whose gradients are the einsums one would write by hand.
-
-  JAX's own ask for transposed results, which costs XLA's CPU backend as much
-  as the product. The weight's gradient is summed up in the weight's dtype.
-  """
+  """An einsum; the weight's gradient is summed up in the weight's dtype."""
   return jnp.einsum(equation, x, weight.astype(x.dtype), out_sharding=spec)
 
 
@@ -72,63 +70,31 @@ def _product_forward(equation, spec, x, weight):
 
 
 def _product_backward(equation, spec, residuals, grad):
-  del spec
   x, weight = residuals
   left, right, result = re.split(",|->", equation)
-  grad_x = jnp.einsum(
-    f"{result},{right}->{left}",
+  of_x = lambda x: jnp.einsum(
+    equation, x, weight.astype(x.dtype), out_sharding=spec
+  )
+  grad_weight = jnp.einsum(
+    f"{left},{result}->{right}",
+    x,
     grad,
-    weight.astype(grad.dtype),
-    out_sharding=jax.typeof(x).sharding,
-  )
-  factors = (left, x), (result, grad)
-  return grad_x, _weight_gradient(right, weight, *factors)
-
-
-def _weight_gradient(axes: str, weight: Array, left, right) -> Array:
-  """Returns the product of two named arrays that has the weight's axes."""
-  # XLA turns the first factor around: better the smaller one. The barrier
-  # keeps it from turning the other one after all.
-  first, second = (left, right)
-  if left[1].size > right[1].size:
-    first, second = right, left
-  order = sorted(axes, key=lambda axis: axis not in first[0])
-  split = dict(zip(axes, jax.typeof(weight).sharding.spec, strict=True))
-  grad = jnp.einsum(
-    f"{first[0]},{second[0]}->{''.join(order)}",
-    first[1],
-    second[1],
     preferred_element_type=weight.dtype,
-    out_sharding=P(*(split[axis] for axis in order)),
+    out_sharding=jax.typeof(weight).sharding,
   )
-  if order == list(axes):
-    return grad
-  grad = jax.lax.optimization_barrier(grad)
-  return grad.transpose([order.index(axis) for axis in axes])
+  return (*jax.vjp(of_x, x)[1](grad), grad_weight)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-@jax.custom_vjp
 def swiglu(
   gate: Float[Array, "B L F"], up: Float[Array, "B L F"]
 ) -> Float[Array, "B L F"]:
-  """silu(gate) * up (arXiv 2002.05202); its gradient keeps the two alone."""
+  """silu(gate) * up (arXiv 2002.05202)."""
+  if cpu_gradients.wanted():
+    return cpu_gradients.swiglu(gate, up)
   return jax.nn.silu(gate) * up
-
-
-def _swiglu_forward(gate, up):
-  return swiglu(gate, up), (gate, up)
-
-
-def _swiglu_backward(residuals, grad):
-  gate, up = residuals
-  share = jax.nn.sigmoid(gate)
-  return grad * up * share * (1 + gate * (1 - share)), grad * gate * share
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class RMSNorm(nnx.Module):
