@@ -12,6 +12,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
+from mdm_jax.blueprint import Blueprint
 from mdm_jax.config import Config
 from mdm_jax.core import accelerators, sharding
 from mdm_jax.core.accelerators import GIB, Accelerator
@@ -21,7 +22,6 @@ from mdm_jax.data.tokenizer import planned_vocabulary
 from mdm_jax.model import kernel_choice, placement
 from mdm_jax.model.kernels import Case, Place
 from mdm_jax.planning.footprint import Footprint, Layout, footprint
-from mdm_jax.training.trainer import Blueprint
 
 _MIB = 2**20
 

@@ -17,6 +17,7 @@ from clu import parameter_overview
 from rich import box
 from rich.table import Table
 
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.config import Config
 from mdm_jax.core import determinism
 from mdm_jax.core.progress import console, duration
@@ -106,7 +107,7 @@ def plan_run(config: Config) -> dict[str, Any]:
   data = prepare(config.rows)
   mesh = training_mesh(config.mesh, config.model)
   with jax.set_mesh(mesh):
-    plan = make_plan(Trainer(config, data, mesh))
+    plan = make_plan(config, make_trainer(config, data, mesh))
   show(plan)
   values = dataclasses.asdict(plan) | {"seconds": plan.seconds}
   del values["parameters"]  # a table for people
@@ -115,14 +116,15 @@ def plan_run(config: Config) -> dict[str, Any]:
   return values | {"laws": values["laws"] | never}
 
 
-def make_plan(trainer: Trainer, after: int = 0) -> Plan:
+def make_plan(config: Config, trainer: Trainer, after: int = 0) -> Plan:
   """Returns the plan of a run, its updates tried out on the current mesh.
 
   Args:
+    config: of the run.
     trainer: the run.
     after: updates that are done already.
   """
-  config, data, mesh = trainer.config, trainer.data, trainer.mesh
+  data, mesh = trainer.data, trainer.mesh
   params = num_params(trainer.denoiser)
   seconds = calibration.update_seconds(trainer, after)
   counts = data.manifest["rows"]
@@ -146,14 +148,14 @@ def make_plan(trainer: Trainer, after: int = 0) -> Plan:
     unique_tokens=unique,
     tokens=round(tokens),
     laws=scaling_laws.forecast(params, unique, tokens / unique),
-    notes=tuple(_notes(trainer)),
+    notes=tuple(_notes(config, trainer)),
     warnings=tuple(
       config.objective.warnings([s.objective for s in config.stages])
     ),
   )
 
 
-def _notes(trainer: Trainer) -> list[str]:
+def _notes(config: Config, trainer: Trainer) -> list[str]:
   """Says what attention is computed by, and which rows are added."""
   lengths = sorted({s.config.length for s in trainer.curriculum.stages})
   by_choice: dict[str, list[str]] = {}
@@ -164,14 +166,14 @@ def _notes(trainer: Trainer) -> list[str]:
     choice + (f" (length {', '.join(at)})" if len(by_choice) > 1 else "")
     for choice, at in by_choice.items()
   ]
-  rows = trainer.config.data.batch_size
+  rows = trainer.batch_size
   padded = padded_rows(rows, trainer.mesh)
   if padded > rows:
     lines.append(
       f"{rows} rows a microbatch on {data_shards(trainer.mesh)} data shards:"
       f" {padded - rows} rows of padding go along, computed and not counted"
     )
-  every, updates = trainer.config.optimizer.every, trainer.curriculum.updates
+  every, updates = config.optimizer.every, trainer.curriculum.updates
   if every > 1:
     lines.append(_steps(every, updates))
   return [*lines, determinism.promise(jax.default_backend())]

@@ -17,6 +17,7 @@ from mdm_jax import config as config_lib
 from mdm_jax import evaluate as evaluate_lib
 from mdm_jax import plan as plan_lib
 from mdm_jax import preview
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import determinism, distributed
@@ -83,7 +84,7 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
     mesh = training_mesh(config.mesh, config.model)
     session.check()
     with jax.set_mesh(mesh), distributed.naming_peers(ROLL_SECONDS):
-      trainer = Trainer(config, data, mesh)
+      trainer = make_trainer(config, data, mesh)
       run = Run(config, trainer, workdir, checkpoints, session, origin)
       origin.check_not_beyond(run.updates, workdir, checkpoints)
       yield run
@@ -152,7 +153,7 @@ class Run:
       self._checkpoints.check(update, self.trainer.abstract())
     preview.show(self._config, self._data)
     with self._spend(Cause.COMPILE):
-      plan_lib.show(plan_lib.make_plan(self.trainer, self.done))
+      plan_lib.show(plan_lib.make_plan(self._config, self.trainer, self.done))
     self._session.check()
     with self._spend(Cause.RESTORE):
       self._checkpoints.set_aside_after(update)
@@ -190,7 +191,10 @@ class Run:
     """Yields all hooks as one, the given ones last, and the one that saves."""
     train, trainer = self._config.train, self.trainer
     with self._writers() as writers, ProgressLine(self.updates) as line:
-      log = RunLog(trainer, writers, line, self._attempt, self._progress())
+      log = RunLog(
+        *(trainer, writers, line, self._attempt, self._progress()),
+        every=train.log_every,
+      )
       saving = Saving(self._checkpoints, train)
       yield (
         Hooks(

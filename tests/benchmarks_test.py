@@ -333,9 +333,9 @@ def test_parts_are_timed(mesh, unchecked):
 
 @pytest.mark.slow
 def test_optimizers_are_timed(mesh, unchecked):
-  trainer = _work(TINY).trainer
-  params = trainer.init().params
-  results = optimizer.measure(trainer.config.optimizer, params, 1)
+  work = _work(TINY)
+  params = work.trainer.init().params
+  results = optimizer.measure(work.config.optimizer, params, 1)
   assert {"adamw", "muon", "4 gradients, MultiSteps"} < set(results)
   assert all(found["seconds"]["median"] > 0 for found in results.values())
 

@@ -16,6 +16,7 @@ import pytest
 from conftest import MESHES, make_mesh
 
 from mdm_jax.benchmarks.workload import one_byte_a_token
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.config import Config
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
@@ -24,7 +25,6 @@ from mdm_jax.data.rows import Rows
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage
 from mdm_jax.training.config import OptimizerConfig
-from mdm_jax.training.trainer import Trainer
 
 PATH = pathlib.Path(__file__).parent / "golden" / "losses.json"
 UPDATES = 20
@@ -65,7 +65,7 @@ def make_rows():
 def losses(mesh):
   """Returns the loss of every update."""
   with jax.set_mesh(mesh):
-    trainer = Trainer(CONFIG, make_rows(), mesh)
+    trainer = make_trainer(CONFIG, make_rows(), mesh)
     state, found = trainer.init(), []
     for update in range(UPDATES):
       state, metrics = trainer.update(state, update)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mdm_jax.benchmarks.workload import one_byte_a_token
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.config import Config
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
@@ -20,7 +21,6 @@ from mdm_jax.objectives import masked
 from mdm_jax.objectives.config import MaskedStage
 from mdm_jax.training import incident
 from mdm_jax.training.config import OptimizerConfig
-from mdm_jax.training.trainer import Trainer
 
 CONFIG = Config(
   seed=7,
@@ -47,12 +47,12 @@ def make_rows(seed):
   return Rows(tokens, segments)
 
 
-def make_trainer(mesh):
+def trainer_of(mesh):
   tokenizer = tokenizers.build(CONFIG.tokenizer, [])
   rows = make_rows(1), make_rows(2)
   held = one_byte_a_token(rows[0])
   data = PreparedData(tokenizer, rows, held, held, {})
-  return Trainer(CONFIG, data, mesh)
+  return make_trainer(CONFIG, data, mesh)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def read(path):
   indirect=True,
 )
 def test_the_report_is_of_the_updates_that_failed(any_mesh, infinite, tmp_path):
-  trainer = make_trainer(any_mesh)
+  trainer = trainer_of(any_mesh)
   state, measured = trainer.init(), []
   for update in range(3):
     state, metrics = trainer.update(state, update)
@@ -146,7 +146,7 @@ def check_tokens(trainer, report, rows):
 
 def test_a_finite_update_is_told_as_it_was_done(mesh, tmp_path):
   """A control: the very numbers of the step, dropout and all."""
-  trainer = make_trainer(mesh)
+  trainer = trainer_of(mesh)
   state = trainer.init()
   report, _ = read(incident.write_report(tmp_path, trainer, state, [0]))
   _, metrics = trainer.update(state, 0)
@@ -160,7 +160,7 @@ def test_a_finite_update_is_told_as_it_was_done(mesh, tmp_path):
 
 
 def test_it_says_where_the_state_is_not_finite(mesh, tmp_path):
-  trainer = make_trainer(mesh)
+  trainer = trainer_of(mesh)
   state = trainer.init()
   spoil = functools.partial(jax.tree_util.tree_map_with_path, _spoil)
   state = spoil(state)

@@ -23,6 +23,7 @@ TESTS = pathlib.Path(__file__).parent
 TIMEOUT = 120.0  # seconds, of a machine that is busy with something else
 _POLL = 0.05
 _UPDATES = 4
+_PRESET = 2, 32, 4, 27, 16, 8  # see `workload.Preset`
 
 
 @dataclasses.dataclass
@@ -179,7 +180,7 @@ def measure_data(mesh: Any) -> dict[str, Any]:
     @jax.jit
     def pose(step, batch):
       padded = batch.tokens.shape[1]
-      draws = Draws(trainer.config.seed, step, plan, padded)
+      draws = Draws(trainer.parts.seed, step, plan, padded)
       return objective.examples(batch, draws)
 
     for update in range(_UPDATES):
@@ -199,9 +200,7 @@ def _use(trainer: Any, params: Any) -> dict[str, Any]:
 
   mask = trainer.data.tokenizer.vocab.mask
   held = trainer.data.validation.subset(5)
-  evaluator = Evaluator(
-    trainer.config.eval, trainer.denoiser, mask, trainer.mesh
-  )
+  evaluator = Evaluator(_config().eval, trainer.denoiser, mask, trainer.mesh)
   measured = evaluator.likelihood(params, held)
   return {
     "likelihood": [measured.nelbo_per_token, measured.stderr],
@@ -212,18 +211,23 @@ def _use(trainer: Any, params: Any) -> dict[str, Any]:
 
 def _trainer(mesh: Any) -> Any:
   from mdm_jax.benchmarks import workload
-  from mdm_jax.training.config import OptimizerConfig
-  from mdm_jax.training.trainer import Trainer
+  from mdm_jax.blueprint import make_trainer
 
-  preset = workload.Preset(2, 32, 4, 27, 16, 8)
-  config = workload.make_config(preset)
-  config = dataclasses.replace(
+  preset = workload.Preset(*_PRESET)
+  data = workload.make_data(preset, workload.make_rows(preset, count=30))
+  return make_trainer(_config(), data, mesh)
+
+
+def _config() -> Any:
+  from mdm_jax.benchmarks import workload
+  from mdm_jax.training.config import OptimizerConfig
+
+  config = workload.make_config(workload.Preset(*_PRESET))
+  return dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, dropout=0.1),
     optimizer=OptimizerConfig(warmup_steps=1, accumulation=2),
   )
-  data = workload.make_data(preset, workload.make_rows(preset, count=30))
-  return Trainer(config, data, mesh)
 
 
 def _samples(trainer: Any, params: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import mdm_jax.main  # noqa: F401 (defines the flags)
 from mdm_jax import command_line
 from mdm_jax import config as config_lib
 from mdm_jax.benchmarks.workload import one_byte_a_token
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.config import Config
 from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
@@ -49,7 +50,6 @@ from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import make_sampler
 from mdm_jax.training.curriculum import make_curriculum
 from mdm_jax.training.learning_rate import warmup_updates
-from mdm_jax.training.trainer import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEADER = (
@@ -183,7 +183,7 @@ class Built:
     )
     held = one_byte_a_token(rows[0])
     data = PreparedData(TOKENIZER, rows, held, held, {})
-    self.trainer = Trainer(self.config, data, make_mesh("1x1"))
+    self.trainer = make_trainer(self.config, data, make_mesh("1x1"))
     self.stages = self.trainer.curriculum.stages
     self._update = jax.jit(self.trainer.optimizer.update)
 

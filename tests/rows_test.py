@@ -9,6 +9,7 @@ import prepare_harness as harness
 import pytest
 
 from mdm_jax import config as config_lib
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
@@ -20,7 +21,6 @@ from mdm_jax.data.prepared import prepare
 from mdm_jax.data.row_checks import find_wrong
 from mdm_jax.data.rows import Field, Rows
 from mdm_jax.training import incident
-from mdm_jax.training.trainer import Trainer
 
 VOCAB = Vocabulary.after_text(256)
 TOY = Field(
@@ -248,7 +248,7 @@ def test_a_run_with_answers_goes_on_to_the_bit(
 ):
   fields(answer=half)
   config = stored(config, tmp_path, "blocks")
-  make = lambda: Trainer(config, prepare(config.rows), any_mesh)
+  make = lambda: make_trainer(config, prepare(config.rows), any_mesh)
   trainer = make()
   state = trainer.init()
   (run := tmp_path / "run").mkdir()
@@ -274,7 +274,7 @@ def test_the_rows_of_an_incident_have_all_fields(
 ):
   fields(answer=half)
   config = stored(config, tmp_path, "memory")
-  trainer = Trainer(config, prepare(config.rows), mesh)
+  trainer = make_trainer(config, prepare(config.rows), mesh)
   for line in incident._rows(trainer, 0).splitlines():
     told = json.loads(line)
     rows = trainer.data.stages[0]

@@ -12,14 +12,15 @@ import pytest
 from etils import epath
 
 from mdm_jax.benchmarks import workload
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.core.progress import ProgressLine
 from mdm_jax.objectives.base import Ratio
 from mdm_jax.runtime.attempt import Attempt
 from mdm_jax.training import run_log
 from mdm_jax.training.run_log import RunLog
-from mdm_jax.training.trainer import Trainer
 from mdm_jax.training.writers import Writers
 
+EVERY = 20  # updates between two points
 TINY = workload.PRESETS["tiny"]
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "reliability.md"
 TIMED = re.compile("perf/|goodput/|memory/|.*seconds|.*per_second|health/att")
@@ -35,7 +36,7 @@ def _unchecked():
 @pytest.fixture
 def trainer(mesh):
   data = workload.make_data(TINY, workload.make_rows(TINY, 32))
-  return Trainer(workload.make_config(TINY), data, mesh)
+  return make_trainer(workload.make_config(TINY), data, mesh)
 
 
 COUNTS = np.array([0, 5, 5, 0, 3, 1, 9, 0, 0, 2], np.float32)
@@ -64,7 +65,7 @@ def _log(trainer, folder, updates, progress=None, after=0, numbers=_numbers):
     ProgressLine(100) as line,
     Attempt(path, "", 3) as attempt,
   ):
-    log = RunLog(trainer, writers, line, attempt, progress)
+    log = RunLog(trainer, writers, line, attempt, progress, EVERY)
     log.on_stage(trainer.curriculum.stages[0], after)
     for update in updates:
       log.on_metrics(update, numbers(update))
@@ -79,7 +80,7 @@ def _steady(point):
 
 
 def test_a_point_begun_before_a_resume_is_the_same(trainer, tmp_path):
-  every = trainer.config.train.log_every
+  every = EVERY
   last = 2 * every
   whole, _, _ = _log(trainer, tmp_path, range(1, last + 1))
   parts = tmp_path / "parts"
@@ -110,7 +111,7 @@ def test_what_is_kept_comes_back_bit_for_bit():
 def test_bins_are_means_over_tokens_and_empty_ones_are_left_out(
   trainer, tmp_path
 ):
-  every = trainer.config.train.log_every
+  every = EVERY
   points, _, _ = _log(trainer, tmp_path, range(1, every + 1))
   updates = [_numbers(u) for u in range(1, every + 1)]
   found = {k: v for k, v in points[0].items() if k.startswith("mask_bins/")}
@@ -129,7 +130,7 @@ def test_what_is_not_finite_is_in_no_mean_but_counted(trainer, tmp_path):
   losses = np.array([1, np.nan, *[1] * 8], np.float32)
   bad["mask_bins"] = Ratio(losses, COUNTS)
   numbers = lambda u: _numbers(u, **(bad if u in (2, 3) else {}))
-  every = trainer.config.train.log_every
+  every = EVERY
   points, kept, log = _log(
     trainer, tmp_path, range(1, every + 1), numbers=numbers
   )
@@ -152,7 +153,7 @@ def test_failures_in_a_row_are_remembered(trainer, tmp_path):
 
 
 def test_every_name_is_documented(trainer, tmp_path):
-  every = trainer.config.train.log_every
+  every = EVERY
   points, _, _ = _log(trainer, tmp_path, range(1, every + 1))
   groups = {name.partition("/")[0] for name in points[0]} - {"step"}
   told = PAGE.read_text().partition("## What is logged")[2]

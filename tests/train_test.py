@@ -11,6 +11,7 @@ import pytest
 
 from mdm_jax import train
 from mdm_jax.benchmarks import workload
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.errors import Stopped
 from mdm_jax.resume import Origin
@@ -59,9 +60,9 @@ class _Scripted(Trainer):
   def __init__(self, config, mesh):
     rows = workload.make_rows(TINY, 32)
     data = workload.make_data(TINY, rows)
-    super().__init__(
-      config, dataclasses.replace(data, stages=(rows, rows)), mesh
-    )
+    data = dataclasses.replace(data, stages=(rows, rows))
+    super().__init__(make_trainer(config, data, mesh), data, mesh)
+    self.config = config
     self.told = []
     self.numbers = {
       name: np.random.default_rng(i).uniform(0, 9, 100).astype(np.float32)

@@ -11,6 +11,7 @@ from conftest import make_mesh
 from mdm_jax import config as config_lib
 from mdm_jax import plan as plan_lib
 from mdm_jax import preview
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.config import Config
 from mdm_jax.core.errors import NumericsError, UserError
 from mdm_jax.data import batches
@@ -59,7 +60,7 @@ def config(tmp_path_factory):
 def trainer(config):
   mesh = make_mesh("1x1")
   with jax.set_mesh(mesh):
-    yield Trainer(config, prepare(config.rows), mesh)
+    yield make_trainer(config, prepare(config.rows), mesh)
 
 
 def _trees_equal(a, b):
@@ -85,7 +86,7 @@ def test_an_updates_rows_are_those_of_its_number(trainer):
     rows = trainer.data.stages[stage.index].tokens[numbers]
     batch = trainer.batch(stage, update)
     np.testing.assert_array_equal(rows, np.concatenate(batch.tokens))
-  seed = batches.stage_seed(trainer.config.seed, 1)
+  seed = batches.stage_seed(trainer.parts.seed, 1)
   first = batches.row_numbers(len(trainer.data.stages[1]), seed, 0, 8)
   np.testing.assert_array_equal(trainer.row_numbers(3), first)
 
@@ -149,7 +150,7 @@ def test_fault_29_one_wrong_bit_is_told(trainer, monkeypatch, part, which):
 def test_updates_passed_over_are_half_open_ranges(config, trainer):
   train = dataclasses.replace(config.train, skip_updates="1:3, 7:8")
   config = dataclasses.replace(config, train=train)
-  some = Trainer(config, trainer.data, trainer.mesh)
+  some = make_trainer(config, trainer.data, trainer.mesh)
   assert [u for u in range(10) if some.passes_over(u)] == [1, 2, 7]
   assert not any(trainer.passes_over(u) for u in range(10))
 
@@ -202,7 +203,7 @@ def test_calibration_changes_nothing(trainer):
 
 
 def test_calibration_compiles_what_the_run_uses(config, trainer, caplog):
-  trainer = Trainer(config, trainer.data, trainer.mesh)
+  trainer = make_trainer(config, trainer.data, trainer.mesh)
   compiling = "Compiling jit(train_step)"
   steps = lambda: [r for r in caplog.messages if compiling in r]
   caplog.set_level("WARNING")
@@ -219,8 +220,8 @@ def test_calibration_compiles_what_the_run_uses(config, trainer, caplog):
 
 
 @pytest.fixture(scope="module")
-def plan(trainer):
-  return plan_lib.make_plan(trainer, after=1)
+def plan(config, trainer):
+  return plan_lib.make_plan(config, trainer, after=1)
 
 
 def test_the_plan_counts_what_the_run_does(plan, trainer):
@@ -239,14 +240,14 @@ def test_the_plan_counts_what_the_run_does(plan, trainer):
   assert sum(s.flops for s in plan.stages) == pytest.approx(plan.laws.flops)
 
 
-def test_the_plan_knows_what_is_left(trainer, monkeypatch):
+def test_the_plan_knows_what_is_left(config, trainer, monkeypatch):
   times = {0: 2.0, 1: 10.0}
   monkeypatch.setattr(
     calibration,
     "update_seconds",
     lambda _, after: {i: t for i, t in times.items() if i or after < 3},
   )
-  left = lambda after: plan_lib.make_plan(trainer, after).seconds
+  left = lambda after: plan_lib.make_plan(config, trainer, after).seconds
   assert [left(n) for n in (0, 1, 3, 4)] == [26.0, 24.0, 20.0, 10.0]
 
 
@@ -343,7 +344,7 @@ def test_numbers_at_their_bounds_train(config, extreme):
   config = config_lib.from_dict(raw)
   mesh = make_mesh("1x1")
   with jax.set_mesh(mesh):
-    trainer = Trainer(config, prepare(config.rows), mesh)
+    trainer = make_trainer(config, prepare(config.rows), mesh)
     state = trainer.init()
     for update in range(3):
       state, metrics = trainer.update(state, update)

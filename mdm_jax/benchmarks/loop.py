@@ -38,6 +38,7 @@ from absl import flags
 from mdm_jax import train
 from mdm_jax.benchmarks import timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import log_lines
@@ -66,7 +67,8 @@ class _Sleeping(Trainer):
   def __init__(
     self, config: Config, data: PreparedData, mesh: Any, seconds: float
   ):
-    super().__init__(config, data, mesh)
+    super().__init__(make_trainer(config, data, mesh), data, mesh)
+    self.config = config
     self.sleeping = _sleeping_step(seconds)
 
   def step(self, stage: StagePlan) -> TrainStep:
@@ -206,7 +208,7 @@ class _Turn:
 def _saves(preset: Preset, data: PreparedData, repeats: int) -> dict[str, Any]:
   """Times saves of a state, each waited for before the next."""
   config = workload.make_config(preset)
-  trainer = Trainer(config, data, jax.sharding.get_mesh())
+  trainer = make_trainer(config, data, jax.sharding.get_mesh())
   state = jax.block_until_ready(trainer.init())
   blocked, written = [], []
   with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as saver:

@@ -34,6 +34,7 @@ from rich.table import Table
 from mdm_jax import command_line, fit
 from mdm_jax.benchmarks import collectives
 from mdm_jax.benchmarks.collectives import Collective
+from mdm_jax.blueprint import Blueprint
 from mdm_jax.config import Config
 from mdm_jax.core import log_lines, sharding
 from mdm_jax.core.errors import Failure, UserError
@@ -43,7 +44,6 @@ from mdm_jax.planning.footprint import abstract_batch, footprint
 from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.sampler import make_sampler
-from mdm_jax.training.trainer import Blueprint
 
 PROGRAMS = "train_step", "sampler"
 _EXPLICIT = (jax.sharding.AxisType.Explicit,) * len(AXES)

@@ -28,6 +28,7 @@ from absl import flags
 
 from mdm_jax.benchmarks import timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core import log_lines
 from mdm_jax.core.errors import UserError
@@ -35,7 +36,6 @@ from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
-from mdm_jax.training.trainer import Trainer
 from mdm_jax.workdir import Workdir
 
 _PYTHON = (sys.executable,)
@@ -118,7 +118,7 @@ def make_workdir(preset: Preset, folder: str) -> None:
   workdir = Workdir(folder)
   workdir.write_config(config, tokenizer.sha256)
   tokenizer.save(folder)
-  trainer = Trainer(config, data, jax.sharding.get_mesh())
+  trainer = make_trainer(config, data, jax.sharding.get_mesh())
   with Checkpoints(folder) as checkpoints:
     progress = {"tokens_seen": 0.0, "wall_seconds": 0.0}
     checkpoints.save(0, trainer.init(), progress)

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int32
 
+from mdm_jax.blueprint import make_trainer
 from mdm_jax.config import Config
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.config import DataConfig, StageConfig
@@ -120,14 +121,10 @@ def on_disk(rows: Rows, folder: epath.PathLike) -> Rows:
 class Work:
   """A run to be timed, on the current mesh."""
 
+  config: Config
   trainer: Trainer
   rates: RateDistribution
   batch: Batch
-
-  @property
-  def config(self) -> Config:
-    """The run's config."""
-    return self.trainer.config
 
   @property
   def mask_id(self) -> int:
@@ -175,7 +172,7 @@ def make_work(
   config: Config, data: PreparedData, mesh: jax.sharding.Mesh
 ) -> Work:
   """Returns the run, and its first batch."""
-  trainer = Trainer(config, data, mesh)
+  trainer = make_trainer(config, data, mesh)
   stage = trainer.curriculum.stages[0]
   rates = stage_rates(stage.config.objective, config.noise)
-  return Work(trainer, rates, trainer.batch(stage, 0))
+  return Work(config, trainer, rates, trainer.batch(stage, 0))

@@ -22,7 +22,7 @@ from mdm_jax.data.batches import Batch
 from mdm_jax.model.denoiser import compute_dtype
 from mdm_jax.objectives import cross_entropy
 from mdm_jax.training.curriculum import StagePlan
-from mdm_jax.training.trainer import Blueprint
+from mdm_jax.training.trainer import Recipe
 
 _FLOAT32 = 4
 # Arrays as large as attention's scores that a block's backward pass has at
@@ -83,21 +83,19 @@ class Footprint:
     return sum(self.held.values()) + passing
 
 
-def footprint(run: Blueprint, mesh: AbstractMesh) -> Footprint:
+def footprint(run: Recipe, mesh: AbstractMesh) -> Footprint:
   """Returns what a device of the mesh holds in the run's costliest stage."""
   with jax.sharding.use_abstract_mesh(mesh):
     stages = [_of_stage(run, stage, mesh) for stage in run.curriculum.stages]
   return max(stages, key=lambda found: found.total)
 
 
-def _of_stage(
-  run: Blueprint, stage: StagePlan, mesh: AbstractMesh
-) -> Footprint:
+def _of_stage(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Footprint:
   state = run.abstract()
   params = layouts(state.params, mesh)
   size = sum(p.bytes for p in params)
   kept = kept_for_backward(run, stage, mesh)
-  microbatches = run.config.optimizer.accumulation
+  microbatches = run.accumulation
   return Footprint(
     params=params,
     kept=kept,
@@ -134,15 +132,12 @@ def _layout(name: str, value: Any, mesh: AbstractMesh) -> Layout:
 # MARK: the traced update
 
 
-def abstract_batch(
-  run: Blueprint, stage: StagePlan, mesh: AbstractMesh
-) -> Batch:
+def abstract_batch(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Batch:
   """Returns the shapes of an update's rows."""
-  config = run.config
   sharding = NamedSharding(mesh, RULES.spec(None, "batch", None))
   shape = (
-    config.optimizer.accumulation,
-    padded_rows(config.data.batch_size, mesh),
+    run.accumulation,
+    padded_rows(run.batch_size, mesh),
     stage.config.length,
   )
   rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
@@ -150,7 +145,7 @@ def abstract_batch(
 
 
 def kept_for_backward(
-  run: Blueprint, stage: StagePlan, mesh: AbstractMesh
+  run: Recipe, stage: StagePlan, mesh: AbstractMesh
 ) -> tuple[Layout, ...]:
   """Returns what the blocks' forward pass leaves to their backward pass."""
   batch = abstract_batch(run, stage, mesh)
@@ -196,34 +191,34 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
 # MARK: at once
 
 
-def _head_bytes(run: Blueprint, stage: StagePlan, mesh: AbstractMesh) -> int:
+def _head_bytes(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> int:
   """The table of a tensor shard, its gradient, and a chunk of logits."""
-  config = run.config
+  config = run.denoiser.config
   capacity = run.objective(stage).cost().asked
-  width = config.model.embed_dim
-  chunks = cross_entropy.num_chunks(capacity, width, run.vocab)
+  width = config.embed_dim
+  chunks = cross_entropy.num_chunks(capacity, width, run.denoiser.vocab)
   rows = -(-capacity // chunks)
-  ids = run.vocab.size // mesh.shape[RULES.vocab]
-  table = ids * width * (compute_dtype(config.model).itemsize + _FLOAT32)
+  ids = run.denoiser.vocab.size // mesh.shape[RULES.vocab]
+  table = ids * width * (compute_dtype(config).itemsize + _FLOAT32)
   return table + rows * ids * _FLOAT32
 
 
 def _block_bytes(
-  run: Blueprint,
+  run: Recipe,
   stage: StagePlan,
   params: tuple[Layout, ...],
   mesh: AbstractMesh,
 ) -> int:
   """A layer's parameters, their gradient, and attention's scores."""
-  config = run.config
+  config = run.denoiser.config
   weights = sum(
     p.bytes // p.dtype.itemsize * mesh.shape[RULES.embed]
     for p in params
     if p.name.startswith("blocks/") and len(p.shape) > 2
   )
-  weights //= config.model.num_layers
-  rows = padded_rows(config.data.batch_size, mesh) // data_shards(mesh)
-  heads = config.model.num_heads // mesh.shape[RULES.heads]
+  weights //= config.num_layers
+  rows = padded_rows(run.batch_size, mesh) // data_shards(mesh)
+  heads = config.num_heads // mesh.shape[RULES.heads]
   scores = rows * heads * stage.config.length**2 * _FLOAT32
-  size = compute_dtype(config.model).itemsize + _FLOAT32
-  return weights * size + scores * _SCORES[config.model.remat]
+  size = compute_dtype(config).itemsize + _FLOAT32
+  return weights * size + scores * _SCORES[config.remat]

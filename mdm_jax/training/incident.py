@@ -43,7 +43,7 @@ def write_report(
   """
   counts = jax.device_get(jax.jit(count_nonfinite)(state))
   report = {
-    "seed": trainer.config.seed,
+    "seed": trainer.parts.seed,
     "step": int(state.step),
     "nonfinite": {
       name: _some(getattr(counts, name))

@@ -48,9 +48,19 @@ class RunLog(Hook):
     line: ProgressLine,
     attempt: Attempt,
     progress: Mapping[str, Any] | None = None,
+    every: int = 1,
   ):
-    """Goes on from the progress saved beside a checkpoint, if any."""
-    progress = progress or {}
+    """Goes on from the progress saved beside a checkpoint, if any.
+
+    Args:
+      trainer: of the run.
+      writers: where the points go.
+      line: the progress line.
+      attempt: whose ledger the points tell of.
+      progress: saved beside the checkpoint that the run goes on from.
+      every: updates between two points.
+    """
+    progress, self._every = progress or {}, every
     self._trainer, self._attempt = trainer, attempt
     self.writers, self.line = writers, line
     self.failed: list[int] = []
@@ -115,7 +125,7 @@ class RunLog(Hook):
     self._tokens += values["tokens"]
     self._count(update, values)
     self._window.append(values)
-    if update % self._trainer.config.train.log_every == 0:
+    if update % self._every == 0:
       self._write_point(update)
 
   def progress(self) -> dict[str, Any]:
@@ -188,14 +198,14 @@ class RunLog(Hook):
     return self._attempt.ledger.seconds()[Cause.DATA]
 
   def _speed(self, seconds: float, made: int) -> dict[str, float]:
-    config, plan = self._trainer.config, self._trainer.plan(self._stage)
+    plan = self._trainer.plan(self._stage)
     cost = self._objective.cost()
     work = flops.update_flops(
-      config.model,
+      self._trainer.denoiser.config,
       plan.rows,
       cost.reads,
       cost.asked * plan.shards * plan.accumulation,
-      self._trainer.vocab.size,
+      self._trainer.denoiser.vocab.size,
     )
     speed = work * made / seconds
     peak = flops.peak_flops(jax.devices()[0].device_kind)

@@ -1,7 +1,8 @@
-"""What a config and its data make of a run: stages, updates, batches."""
+"""What makes a run's updates: its recipe, its rows, its devices."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,24 +11,17 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int
 
-from mdm_jax.config import Config
 from mdm_jax.core import rng
 from mdm_jax.core.errors import NumericsError
 from mdm_jax.core.sharding import data_shards
-from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import batches
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.rows import most_asked, most_segments
 from mdm_jax.data.stage_rows import stage_name
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.model.placement import check_vocabulary
 from mdm_jax.objectives.base import Objective, Plan
-from mdm_jax.objectives.config import build
-from mdm_jax.training.curriculum import StagePlan, make_curriculum
-from mdm_jax.training.guard import make_guard
-from mdm_jax.training.learning_rate import learning_rate_schedule
-from mdm_jax.training.optimizer import make_optimizer
+from mdm_jax.training.curriculum import Curriculum, StagePlan
 from mdm_jax.training.state import (
   TrainState,
   abstract_state,
@@ -44,55 +38,57 @@ from mdm_jax.training.step import (
 )
 
 
-class Blueprint:
-  """The parts of a run that need no rows and no devices.
+class Recipe:
+  """How a run is trained: all of it but its rows and devices.
 
   Attributes:
-    denoiser: the model.
-    curriculum: its stages in updates.
-    schedule: the learning rate of each update.
-    optimizer: what turns gradients into updates.
-    guard: what tells spikes of the gradient.
     parts: what every update is made of.
+    curriculum: its stages in updates.
+    accumulation: microbatches of an update.
+    batch_size: rows of a microbatch.
+    recheck_every: every so many updates one is made twice (None: none is).
   """
 
-  def __init__(self, config: Config, vocab: Vocabulary, rows: list[int]):
-    """Puts the parts together.
+  def __init__(
+    self,
+    parts: Parts,
+    curriculum: Curriculum,
+    make_objective: Callable[[StagePlan, Plan], Objective],
+    accumulation: int,
+    batch_size: int,
+    recheck_every: int | None = None,
+  ):
+    self.parts, self.curriculum = parts, curriculum
+    self.make_objective = make_objective
+    self.accumulation, self.batch_size = accumulation, batch_size
+    self.recheck_every = recheck_every
 
-    Args:
-      config: of the run.
-      vocab: what the ids are.
-      rows: that every stage draws from.
-    """
-    self.config, self.vocab = config, vocab
-    self.denoiser = Denoiser(config.model, vocab)
-    self.curriculum = make_curriculum(
-      config.stages, rows, config.rows_per_update, config.train.skip_updates
-    )
-    self.schedule = learning_rate_schedule(config.optimizer, self.curriculum)
-    self.optimizer: optax.GradientTransformationExtraArgs = make_optimizer(
-      config.optimizer, self.schedule
-    )
-    self.guard = make_guard(config.train)
-    self.parts = Parts(
-      seed=config.seed,
-      model=self.denoiser,
-      optimizer=self.optimizer,
-      schedule=self.schedule,
-      guard=self.guard,
-      ema_decay=config.optimizer.ema_decay,
-    )
+  @property
+  def denoiser(self) -> Denoiser:
+    """The model."""
+    return self.parts.model
+
+  @property
+  def optimizer(self) -> optax.GradientTransformationExtraArgs:
+    """What turns gradients into updates."""
+    return self.parts.optimizer
+
+  @property
+  def schedule(self) -> optax.Schedule:
+    """The learning rate of each update."""
+    return self.parts.schedule
 
   def abstract(self) -> TrainState:
     """Returns shapes, dtypes and shardings of the state."""
-    return abstract_state(self.denoiser, self.optimizer, self.guard)
+    parts = self.parts
+    return abstract_state(parts.model, parts.optimizer, parts.guard)
 
   def plan(self, stage: StagePlan) -> Plan:
     """Returns what is known of a stage's updates, on the current mesh."""
     length = stage.config.length
     return Plan(
-      accumulation=self.config.optimizer.accumulation,
-      batch=self.config.data.batch_size,
+      accumulation=self.accumulation,
+      batch=self.batch_size,
       length=length,
       shards=data_shards(jax.sharding.get_abstract_mesh()),
       most_asked=length,
@@ -101,31 +97,32 @@ class Blueprint:
 
   def objective(self, stage: StagePlan) -> Objective:
     """Returns what a stage trains on, for the current mesh."""
-    config = self.config
-    return build(
-      *(config.objective, stage.config.objective, config.noise),
-      *(self.vocab, self.plan(stage)),
-    )
+    return self.make_objective(stage, self.plan(stage))
 
   def step(self, stage: StagePlan) -> TrainStep:
     """Returns a stage's compiled update, for the current mesh."""
     return make_train_step(self.parts, self.objective(stage), self.plan(stage))
 
 
-class Trainer(Blueprint):
-  """All pure parts of a run; call it on the run's mesh.
+class Trainer(Recipe):
+  """A recipe with its rows and devices; call it on their mesh.
 
   Attributes:
-    data: its rows.
+    data: the rows.
     mesh: the devices.
   """
 
   def __init__(
-    self, config: Config, data: PreparedData, mesh: jax.sharding.Mesh
+    self, recipe: Recipe, data: PreparedData, mesh: jax.sharding.Mesh
   ):
-    vocab = data.tokenizer.vocab
-    check_vocabulary(vocab.size, mesh)
-    super().__init__(config, vocab, [len(rows) for rows in data.stages])
+    super().__init__(
+      recipe.parts,
+      recipe.curriculum,
+      recipe.make_objective,
+      recipe.accumulation,
+      recipe.batch_size,
+      recipe.recheck_every,
+    )
     self.data, self.mesh = data, mesh
     stages = self.curriculum.stages
     self._steps = functools.cache(lambda index: self.step(stages[index]))
@@ -143,12 +140,14 @@ class Trainer(Blueprint):
 
   def init(self) -> TrainState:
     """Returns the state before the first update, of new parameters."""
-    key = rng.stream(self.config.seed, "init")
-    return init_state(self.denoiser, self.optimizer, key, self.guard)
+    key = rng.stream(self.parts.seed, "init")
+    return init_state(
+      self.parts.model, self.parts.optimizer, key, self.parts.guard
+    )
 
   def init_from(self, params: Params) -> TrainState:
     """Returns the state before the first update, of given parameters."""
-    return state_from(params, self.optimizer, self.guard)
+    return state_from(params, self.parts.optimizer, self.parts.guard)
 
   def update(
     self, state: TrainState, update: int, batch: Batch | None = None
@@ -186,8 +185,8 @@ class Trainer(Blueprint):
   def checked_update(
     self, state: TrainState, update: int, batch: Batch
   ) -> tuple[TrainState, Metrics]:
-    """Does an update, and every `train.recheck_every`-th of them twice."""
-    every = self.config.train.recheck_every
+    """Does an update, and every `recheck_every`-th of them twice."""
+    every = self.recheck_every
     twice = every and (update + 1) % every == 0
     make = self.update_twice if twice else self.update
     return make(state, update, batch)
@@ -212,9 +211,7 @@ class Trainer(Blueprint):
     """Returns the rows of an update on the devices."""
     numbers = self._row_numbers(stage, update)
     rows = self.data.stages[stage.index]
-    return batches.make_batch(
-      rows, numbers, self.config.optimizer.accumulation, self.mesh
-    )
+    return batches.make_batch(rows, numbers, self.accumulation, self.mesh)
 
   def row_numbers(self, update: int) -> Int[np.ndarray, "N"]:
     """Returns which of its stage's rows an update reads, in their order."""
@@ -223,9 +220,9 @@ class Trainer(Blueprint):
   def _row_numbers(self, stage: StagePlan, update: int):
     return batches.row_numbers(
       stage.rows,
-      batches.stage_seed(self.config.seed, stage.index),
+      batches.stage_seed(self.parts.seed, stage.index),
       update - stage.start,
-      self.config.rows_per_update,
+      self.accumulation * self.batch_size,
     )
 
   def _make_diagnosis(self, index: int) -> Diagnosis:
