@@ -25,6 +25,8 @@ flags.DEFINE_list(
   [],
   "Python modules to import first; they register pieces of your own.",
 )
+# What config files import, by where it was before.
+_MOVED = {"mdm_jax.core.config": "mdm_jax.config"}
 # --config.objective=NAME is short for its name.
 _OBJECTIVE = re.compile(r"^(--?config\.objective)(?==|$)")
 
@@ -170,12 +172,19 @@ def _tell(error: BaseException, path: str | None) -> str:
       return f"{cause.filename}, line {cause.lineno}: {cause.msg}"
     for frame in reversed(traceback.extract_tb(cause.__traceback__)):
       if os.path.abspath(frame.filename) == os.path.abspath(path):
-        return f"{path}, line {frame.lineno}: {_one_line(cause)}"
+        return f"{path}, line {frame.lineno}: {_cause(cause)}"
   if isinstance(error, IndexError):
     return "a --config.stages[...] asks for a stage that does not exist"
   if "get_config" in str(chain[-1]):
     return f"{path}: {_one_line(chain[-1])}; see configs/quickstart.py"
   return _one_line(error)
+
+
+def _cause(error: BaseException) -> str:
+  told = _one_line(error)
+  found = re.match("cannot import name '(.+?)' from '(.+?)'", told)
+  name = f"{found[2]}.{found[1]}" if found else getattr(error, "name", None)
+  return f"{name} is {_MOVED[name]} now" if name in _MOVED else told
 
 
 def _one_line(error: BaseException) -> str:

@@ -622,3 +622,21 @@ def test_the_reference_says_whose_a_field_is(toy):
     "| `objective.strength` | `float` | [0, 1] | `0.5` | toy: of the" in page
   )
   assert "masked, toy" in page
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    "from mdm_jax.core.config import default_config",
+    "from mdm_jax.core import config",
+    "import mdm_jax.core.config",
+  ],
+)
+def test_a_module_that_has_moved_is_told(tmp_path, capsys, line):
+  file = tmp_path / "old.py"
+  file.write_text(f"import math\n{line}\n")
+  with pytest.raises(SystemExit, match="2"):
+    command_line.parse(["main", f"--config={file}"])
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and f"{file}, line 2: " in error
+  assert "mdm_jax.core.config is mdm_jax.config now" in error
