@@ -14,7 +14,7 @@ from mdm_jax.config import Config
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
-from mdm_jax.data import coverage, inputs, preparation, splits
+from mdm_jax.data import coverage, folder, inputs, preparation, splits
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
 from mdm_jax.data.stage_rows import stage_name
@@ -47,7 +47,7 @@ def prepare_rows(
     stop_request() as stop,
     Workers(workers or os.cpu_count() or 1, stop.check) as pool,
   ):
-    manifest = preparation.prepare_folder(config.rows, given, _shown(pool))
+    manifest = folder.prepare_folder(config.rows, given, _shown(pool))
     stop.check()
   tell(config, manifest)
   return manifest

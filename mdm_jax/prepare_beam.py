@@ -17,7 +17,7 @@ from mdm_jax import command_line, prepare
 from mdm_jax.core import log_lines
 from mdm_jax.core.errors import Failure, UserError
 from mdm_jax.core.progress import console
-from mdm_jax.data import inputs, passes, preparation
+from mdm_jax.data import folder, inputs, passes, preparation
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
 
@@ -64,7 +64,7 @@ def main(_: list[str]) -> int:
       raise UserError("give the folder to fill: --config.data.prepared=FOLDER")
     options = [f"--runner={flags.FLAGS.runner}", *flags.FLAGS.beam]
     given = inputs.given_tokenizer(config.rows, None)
-    manifest = preparation.prepare_folder(config.rows, given, beam_run(options))
+    manifest = folder.prepare_folder(config.rows, given, beam_run(options))
   except Failure as error:
     return command_line.fail(error)
   prepare.tell(config, manifest)

@@ -15,6 +15,7 @@ import command_harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import prepare_harness as harness
 import pytest
 import sentencepiece
 from absl import logging
@@ -25,7 +26,7 @@ from mdm_jax.core import sharding
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import MeshConfig
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.data import corpora, splits
+from mdm_jax.data import corpora
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.packing import join_sentences, pack
@@ -216,9 +217,7 @@ def test_fault_32_texts_of_all_lengths_are_packed_or_counted(
   raw["stages"][0]["unit"] = unit
   raw["data"] |= {"eval_fraction": 0.0, "test_fraction": 0.0, "batch_size": 1}
   config = config_lib.from_dict(raw)
-  found, _ = corpora.load_all(config.data)
-  sides, _ = splits.divide(found, splits.shares_of(config.data))
-  train = sides.train
+  train = harness.sides(config).train
   assert len(train) + 2 == len(SIZES) - 1  # one was empty, and held out: 2
   data = prepare(config.rows)
   rows, counts = data.stages[0], data.manifest["rows"]["stage_1"]

@@ -129,7 +129,7 @@ def test_a_cut_keeps_exactly_the_share_first_blocks_first(share, decimals):
 
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
   path = tmp_path / "a.json"
-  written = journal.put_json(path, {"a": 1})
+  written = journal.put(path, {"a": 1})
   assert written["bytes"] == path.stat().st_size
   before = path.read_bytes()
 
@@ -138,7 +138,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
 
   monkeypatch.setattr(journal.os, "fsync", full)
   with pytest.raises(StorageError, match="No space left"):
-    journal.put_json(path, {"a": 2})
+    journal.put(path, {"a": 2})
   assert path.read_bytes() == before
   journal.sweep(tmp_path)
   assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

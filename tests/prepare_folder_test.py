@@ -11,6 +11,7 @@ from absl import logging
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import inputs, ngrams, preparation, prepared
+from mdm_jax.data.config import StageConfig
 from mdm_jax.data.prepared import prepare, training_ngrams, training_texts
 from mdm_jax.evaluation.text_metrics import CopyIndex
 
@@ -63,6 +64,76 @@ def _same_held_out(blocks, memory):
 
 
 # MARK: the same as in memory
+
+
+UNITS = [
+  {"unit": "sentences", "length": 48, "min_words": 3, "easiest": 0.5},
+  {"unit": "pairs", "length": 96},
+  {"unit": "lines", "length": 40, "easiest": 0.7, "max_words": 12},
+  {"unit": "paragraphs", "length": 64},
+]
+
+
+def _given(tmp_path):
+  """Writes text for a side, one of the corpus's own among it."""
+  given = tmp_path / "given"
+  given.mkdir()
+  for i, text in enumerate([harness.TOPICS[0], "of its own\n" * 40]):
+    (given / f"{i}.txt").write_text(text, newline="")
+  return f"text:{given}/*.txt"
+
+
+def _arrays(folder, number):
+  """Returns the bytes of all rows, by what they are."""
+  return {
+    path.name.replace(number, ""): path.read_bytes()
+    for path in folder.glob("*.npy")
+  }
+
+
+@pytest.mark.parametrize(
+  "kind, what",
+  [
+    ("sentencepiece", "whole"),
+    ("sentencepiece", "given for a side"),
+    ("char", "whole"),
+    ("char", "bad records"),
+    ("char", "the first documents"),
+    ("byte", "given for a side"),
+  ],
+)
+def test_one_block_gives_the_same_bits_as_memory(place, tmp_path, kind, what):
+  changes = {"tokenizer__kind": kind, "data__block_megabytes": 100.0}
+  texts = place / "texts"
+  if what == "given for a side":
+    changes["data__test_corpus"] = _given(tmp_path)
+  if what in ("bad records", "the first documents"):
+    texts = harness.write_texts(tmp_path / "texts")
+    (texts / "a00.txt").write_bytes(b"\xff")
+    (texts / "c.txt").write_bytes(b"\xff")  # after the first documents
+    changes |= {"data__on_bad_record": "skip"}
+  if what == "the first documents":
+    changes["data__max_documents"] = 17
+  config = harness.make_config(texts, tmp_path / "rows", **changes)
+  stages = tuple(StageConfig(**stage) for stage in UNITS)
+  config = dataclasses.replace(config, stages=stages)
+  harness.fill(config)
+  block = prepare(config.rows)
+  memory = prepare(_in_memory(config, tmp_path).rows)
+  (cache,) = (tmp_path / "cache").iterdir()
+  rows = _arrays(tmp_path / "rows", ".000000")
+  assert rows == _arrays(cache, "no number") and len(rows) == 14
+  assert block.tokenizer.content == memory.tokenizer.content
+  for name in ("rows", "split", "text", "tokenizer"):
+    assert block.manifest[name] == memory.manifest[name]
+  assert memory.manifest["documents"].items() <= (
+    block.manifest["documents"].items()
+  )
+  bad = {"bad records": 2, "the first documents": 1}.get(what, 0)
+  assert memory.manifest["documents"]["bad"] == bad
+  assert training_texts(config.rows) == (
+    training_texts(_in_memory(config, tmp_path).rows)
+  )
 
 
 def test_blocks_are_several(place):
@@ -345,11 +416,7 @@ def test_a_single_text_gives_its_end_as_in_memory(tmp_path, copies):
 
 
 def test_text_that_is_given_for_a_side_is_as_in_memory(place, tmp_path):
-  given = tmp_path / "given"
-  given.mkdir()
-  for i, text in enumerate([harness.TOPICS[0], "of its own\n" * 40]):
-    (given / f"{i}.txt").write_text(text, newline="")
-  changes = {"data__test_corpus": f"text:{given}/*.txt", **ALL}
+  changes = {"data__test_corpus": _given(tmp_path), **ALL}
   config = _fresh(place, tmp_path, **changes)
   harness.fill(config)
   blocks, memory = (

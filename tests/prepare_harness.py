@@ -6,7 +6,10 @@ import json
 import pydoc_data.topics
 
 from mdm_jax import config as config_lib
-from mdm_jax.data import passes, preparation
+from mdm_jax.data import corpora, passes, preparation
+from mdm_jax.data import folder as folder_lib
+from mdm_jax.data.splits import SIDES, Sides
+from mdm_jax.data.stores import InMemory
 
 TOPICS = [
   pydoc_data.topics.topics[name]
@@ -58,9 +61,27 @@ def run_here(name, job, blocks):
     passes.run(name, job, block)
 
 
+def sides(config):
+  """Returns the documents of each side, of a corpus in memory."""
+  store = InMemory(corpora.load_all(config.data))
+  return divide(count(store, config.rows))
+
+
+def count(store, rows_config):
+  """Counts what a store has in memory."""
+  job = passes.Job(rows_config, store)
+  return preparation.count(job, store.blocks, preparation.run_here)
+
+
+def divide(counted):
+  """Returns the documents of each side, of what was counted in memory."""
+  found = {b.side: passes.divide(counted.job, b) for b in counted.blocks}
+  return Sides(**{s: found.get(s, found["train"])[s] for s in SIDES})
+
+
 def fill(config, run=run_here):
   """Prepares the folder of a config; returns its manifest."""
-  return preparation.prepare_folder(config.rows, None, run)
+  return folder_lib.prepare_folder(config.rows, None, run)
 
 
 def contents(folder):

@@ -5,13 +5,15 @@ import io
 import pydoc_data.topics
 
 import numpy as np
+import prepare_harness as harness
 import pytest
 import sentencepiece
 
 from mdm_jax import config as config_lib
 from mdm_jax import config_changes
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import corpora, prepared, splits
+from mdm_jax.data import cache as cache_lib
+from mdm_jax.data import passes, preparation
 from mdm_jax.data.prepared import prepare
 from mdm_jax.workdir import Workdir
 
@@ -72,10 +74,7 @@ def _folders(cache):
   return sorted(path.name for path in cache.iterdir())
 
 
-def _split(config):
-  found, _ = corpora.load_all(config.data)
-  sides, _ = splits.divide(found, splits.shares_of(config.data))
-  return sides
+_split = harness.sides
 
 
 def _bytes(documents):
@@ -105,8 +104,8 @@ def test_the_second_time_nothing_is_made(config, cache, monkeypatch):
   def refuse(*_):
     raise AssertionError("made again")
 
-  monkeypatch.setattr(prepared.tokenizers, "build", refuse)
-  monkeypatch.setattr(prepared.segments, "units", refuse)
+  monkeypatch.setattr(preparation.tokenizers, "build", refuse)
+  monkeypatch.setattr(passes.segments, "find", refuse)
   second = prepare(config.rows)
   assert len(_folders(cache)) == 1
   assert second.tokenizer.sha256 == first.tokenizer.sha256
@@ -226,13 +225,15 @@ def test_a_damaged_manifest_is_refused(config, cache, content):
   assert "delete the folder" in _error(config)
 
 
-@pytest.mark.parametrize("step", ["make_rows", "file_sha256"])
+@pytest.mark.parametrize(
+  "module, step", [(passes, "make_rows"), (cache_lib, "file_sha256")]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_death_half_way_leaves_nothing(
-  config, cache, monkeypatch, step, error
+  config, cache, monkeypatch, module, step, error
 ):
   calls = []
-  whole = getattr(prepared, step)
+  whole = getattr(module, step)
 
   def die(*args):
     calls.append(args)
@@ -241,7 +242,7 @@ def test_a_death_half_way_leaves_nothing(
     return whole(*args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(prepared, step, die)
+    patch.setattr(module, step, die)
     with pytest.raises(error):
       prepare(config.rows)
   assert _folders(cache) == []
@@ -250,15 +251,15 @@ def test_a_death_half_way_leaves_nothing(
 
 
 def test_a_faster_process_wins(config, cache, monkeypatch):
-  whole = prepared._fill
+  whole = cache_lib._fill
 
   def overtaken(*args):
     whole(*args)
     with monkeypatch.context() as patch:
-      patch.setattr(prepared, "_fill", whole)
+      patch.setattr(cache_lib, "_fill", whole)
       prepare(config.rows)
 
-  monkeypatch.setattr(prepared, "_fill", overtaken)
+  monkeypatch.setattr(cache_lib, "_fill", overtaken)
   data = prepare(config.rows)
   assert len(data.validation)
   assert len(_folders(cache)) == 1

@@ -2,14 +2,17 @@
 
 import pydoc_data.topics
 
+import prepare_harness as harness
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import splits
+from mdm_jax.data import preparation, splits
+from mdm_jax.data.config import DataConfig, RowsConfig
 from mdm_jax.data.splits import HELD_OUT, SIDES, Shares
-from mdm_jax.data.text_files import Document
+from mdm_jax.data.stores import InMemory
+from mdm_jax.data.text_files import Document, Tally
 
 LINES = "\n".join(pydoc_data.topics.topics.values()).splitlines(True)
 # 2.9 MB without a line that comes twice.
@@ -163,7 +166,11 @@ def test_text_that_is_given_for_a_side_is_nowhere_else():
   texts = [f"text {i}" for i in range(400)]
   given_texts = texts[:3] + ["of its own"]
   found = {"train": _documents(texts), "test": _documents(given_texts)}
-  sides, told = splits.divide(found, _shares(0.1, 0.1, ("validation",)))
+  store = InMemory({side: (found[side], Tally()) for side in found})
+  data = DataConfig(eval_fraction=0.1, test_corpus="given")
+  counted = harness.count(store, RowsConfig(data=data))
+  sides = harness.divide(counted)
+  *_, told = preparation.sample(counted, preparation.run_here)
   assert [d.text for d in sides.test] == given_texts
   rest = {d.text for d in (*sides.train, *sides.validation)}
   assert rest == set(texts[3:]) and told["repeated"] == 3

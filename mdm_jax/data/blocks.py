@@ -7,6 +7,7 @@ is larger than a block makes its block larger.
 
 import dataclasses
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Iterator
 
@@ -52,7 +53,9 @@ def cut(data: DataConfig) -> list[Block]:
   for side, (field, corpus) in corpora.sources(data).items():
     root, weighted = _spans(corpus, field, size, records.form_of(data))
     groups = enumerate(_group(weighted, size))
-    found += [Block(i, root, spans, side=side) for i, spans in groups]
+    # No block has to give more than all of them.
+    most = data.max_documents if side == TRAIN else None
+    found += [Block(i, root, spans, most, side=side) for i, spans in groups]
   return found
 
 
@@ -81,8 +84,8 @@ def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
   else:
     root = pathlib.Path(block.root)
     found = corpora.read_files(block.spans, root, tally, form)
-  documents = [document for document in found if document.text.strip()]
-  return documents[: block.most]
+  found = (document for document in found if document.text.strip())
+  return list(itertools.islice(found, block.most))
 
 
 def files(blocks: list[Block]) -> str:

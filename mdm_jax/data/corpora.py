@@ -87,10 +87,15 @@ def load_and_count(
   found = _source(corpus, tally, form, field)
   found = (document for document in found if document.text.strip())
   documents = list(itertools.islice(found, max_documents))
+  check(corpus, field, tally, len(documents))
+  return documents, tally
+
+
+def check(corpus: str, field: str, tally: Tally, documents: int) -> None:
+  """Raises UserError if too many records are bad, or no document has text."""
   tally.check()
   if not documents:
     raise UserError(f"{field}={corpus!r} holds no text{_seen(tally)}")
-  return documents, tally
 
 
 def tell(tally: Tally) -> None:
@@ -130,16 +135,18 @@ def _seen(tally: Tally) -> str:
   return f": {tally.files:,} files with {tally.records:,} records read{bad}"
 
 
-def load_all(data: DataConfig) -> tuple[dict[str, list[Document]], Tally]:
-  """Returns a run's corpus, as `train`, and those given for another side."""
-  found, total = {}, Tally()
-  for side, (field, corpus) in sources(data).items():
-    most = data.max_documents if side == splits.TRAIN else None
-    found[side], tally = load_and_count(
-      corpus, most, data.on_bad_record, records.form_of(data), field
-    )
-    total.add(tally)
-  return found, total
+def load_all(data: DataConfig) -> dict[str, tuple[list[Document], Tally]]:
+  """Returns a run's corpus, as `train`, and those given for another side.
+
+  Returns:
+    Documents, and what was met in reading them, by the side.
+  """
+  form, skip = records.form_of(data), data.on_bad_record
+  most = {splits.TRAIN: data.max_documents}
+  return {
+    side: load_and_count(corpus, most.get(side), skip, form, field)
+    for side, (field, corpus) in sources(data).items()
+  }
 
 
 def sources(data: DataConfig) -> dict[str, tuple[str, str]]:

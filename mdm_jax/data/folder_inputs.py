@@ -8,10 +8,10 @@ from absl import logging
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import blocks, inputs, journal
 from mdm_jax.data.config import DataConfig, RowsConfig
+from mdm_jax.data.inputs import MANIFEST
 from mdm_jax.data.tokenizer import Tokenizer
 
 FORMAT = 3
-_MANIFEST = "manifest.json"
 # Fields that say where text is; what it is, its files say.
 _NAMES = "corpus", "validation_corpus", "test_corpus"
 
@@ -34,9 +34,9 @@ def check_made(
 
   A corpus with another name is the same if its files are, and that is told.
   """
-  manifest = journal.get_json(folder / _MANIFEST)
+  manifest = journal.get(folder / MANIFEST)
   if not isinstance(manifest, dict) or "inputs" not in manifest:
-    raise UserError(f"{folder / _MANIFEST} was not written by --mode=prepare")
+    raise UserError(f"{folder / MANIFEST} was not written by --mode=prepare")
   made = manifest["inputs"]
   if made == wanted:
     return

@@ -11,6 +11,7 @@ from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import RowsConfig
 from mdm_jax.data.tokenizer import Tokenizer
 
+MANIFEST = "manifest.json"
 _UNIT_FIELDS = ("unit", "length", "easiest", "min_words", "max_words")
 
 

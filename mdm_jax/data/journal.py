@@ -19,12 +19,18 @@ from mdm_jax.core.errors import StorageError
 UNFINISHED = "tmp-"  # how the name begins of what a kill may leave
 
 
-def put(path: pathlib.Path, content: bytes) -> dict[str, Any]:
+def put(path: pathlib.Path, value: Any) -> dict[str, Any]:
   """Writes a file; returns its size and hash.
+
+  Args:
+    path: its end says what it holds: plain values (.json), an array (.npy),
+      several with names (.npz), or else bytes.
+    value: to be written.
 
   Raises:
     StorageError: the disk is full, or does not take it.
   """
+  content = _content(path.suffix, value)
   try:
     handle, beside = tempfile.mkstemp(prefix=UNFINISHED, dir=path.parent)
     with open(handle, "wb") as file:
@@ -42,39 +48,31 @@ def put(path: pathlib.Path, content: bytes) -> dict[str, Any]:
   }
 
 
-def put_json(path: pathlib.Path, value: Any) -> dict[str, Any]:
-  """Writes plain values."""
-  return put(path, json.dumps(value, indent=1).encode())
-
-
-def get_json(path: pathlib.Path) -> Any:
-  """Returns plain values; raises UnsafeFile if there are none."""
-  return safe_files.read_json(path)
-
-
-def put_array(path: pathlib.Path, array: np.ndarray) -> dict[str, Any]:
-  """Writes an array."""
+def _content(suffix: str, value: Any) -> bytes:
+  if isinstance(value, bytes):
+    return value
+  if suffix == ".json":
+    return json.dumps(value, indent=1).encode()
   content = io.BytesIO()
-  np.save(content, array, allow_pickle=False)
-  return put(path, content.getvalue())
+  if suffix == ".npy":
+    np.save(content, value, allow_pickle=False)
+  else:
+    np.savez(content, **value)
+  return content.getvalue()
 
 
-def put_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes several arrays with names."""
-  content = io.BytesIO()
-  np.savez(content, **arrays)
-  put(path, content.getvalue())
+def get(path: pathlib.Path) -> Any:
+  """Returns what `put` wrote; a single array is memory-mapped.
 
-
-def get_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Returns the arrays of `put_arrays`."""
+  Raises:
+    UnsafeFile: it should be plain values, and is not.
+  """
+  if path.suffix == ".json":
+    return safe_files.read_json(path)
+  if path.suffix == ".npy":
+    return np.load(path, mmap_mode="r", allow_pickle=False)
   with np.load(path, allow_pickle=False) as arrays:
     return dict(arrays)
-
-
-def map_array(path: pathlib.Path) -> np.ndarray:
-  """Returns the array of `put_array`, memory-mapped."""
-  return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def sweep(folder: pathlib.Path) -> None:

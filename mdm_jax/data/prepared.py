@@ -1,63 +1,37 @@
-"""Rows on disk: text is tokenised and packed once, then only read.
+"""A run's rows on disk: text is tokenised and packed once, then only read.
 
-Of a corpus that fits in memory they are made here, when first asked for; of a
-larger one they were made before, by --mode=prepare (`preparation.py`).
-
-A folder of the cache holds the tokenizer, one pair of arrays a stage, one each
-for validation and test text with a table of where that is, and a manifest with
-their sizes and hashes. Its name is a hash of all it depends on (the text and
-the fields that shape rows), so equal work is found again and different work
-never collides. It appears whole, by a rename, or not at all.
+Of a corpus that fits in memory they are made when first asked for (`cache.py`);
+of a larger one they were made before, by --mode=prepare (`folder.py`).
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
-import shutil
-import tempfile
 from typing import Any
 
-import numpy as np
-from absl import logging
 from etils import epath
-from rich.progress import Progress
 
 from mdm_jax.core import distributed, safe_files
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import (
-  corpora,
+  cache,
+  folder,
   folder_inputs,
   ngrams,
-  preparation,
   row_checks,
-  segments,
   shards,
-  splits,
 )
 from mdm_jax.data import tokenizer as tokenizers
-from mdm_jax.data.config import RowsConfig, StageConfig
-from mdm_jax.data.corpora import Document
-from mdm_jax.data.coverage import Coverage
+from mdm_jax.data.config import RowsConfig
 from mdm_jax.data.held_out import HeldOut
-from mdm_jax.data.inputs import file_sha256, given_tokenizer, row_inputs
+from mdm_jax.data.inputs import MANIFEST, file_sha256, given_tokenizer
 from mdm_jax.data.ngrams import Ngrams
 from mdm_jax.data.rows import Rows, names, required
-from mdm_jax.data.segments import Unit
 from mdm_jax.data.shards import Index
 from mdm_jax.data.splits import HELD_OUT
-from mdm_jax.data.stage_rows import (
-  make_held_out,
-  make_rows,
-  row_lengths,
-  stage_name,
-)
+from mdm_jax.data.stage_rows import row_lengths
 from mdm_jax.data.tokenizer import Tokenizer
-
-_FORMAT = 4  # of the cache; rows of another one are made anew
-_MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +71,11 @@ def prepare(
       or the prepared rows are not what was written, or written wrong.
   """
   given = given_tokenizer(config, workdir)
-  if config.data.prepared:
-    data = _read_folder(config, given)
-  else:
-    data = _from_cache(config, given)
-  _check_rows(config, data, for_training)
+  read = _folder if config.data.prepared else _cache
+  data = read(config, given)
+  row_checks.check_stages(config, data.manifest["rows"])
+  for i, rows in enumerate(data.stages if for_training else ()):
+    row_checks.check_enough(config, i, len(rows))
   return data
 
 
@@ -123,11 +97,8 @@ def training_texts(config: RowsConfig) -> list[str]:
   Of rows that were prepared at scale it is a sample, or all of a small corpus.
   """
   if config.data.prepared:
-    path = preparation.folder_of(config) / preparation.SAMPLE
-    return safe_files.read_json(path)["texts"]
-  found, _ = corpora.load_all(config.data)
-  sides, _ = splits.divide(found, splits.shares_of(config.data))
-  return [document.text for document in sides.train]
+    return folder.training_texts(folder.path_of(config))
+  return cache.training_texts(config)
 
 
 def training_ngrams(config: RowsConfig, texts: list[str]) -> Ngrams:
@@ -138,146 +109,66 @@ def training_ngrams(config: RowsConfig, texts: list[str]) -> Ngrams:
     texts: as `training_texts` returns them.
   """
   if config.data.prepared:
-    if found := preparation.read_ngrams(preparation.folder_of(config)):
+    if found := folder.training_ngrams(folder.path_of(config)):
       return found
   return ngrams.of(texts)
-
-
-def _from_cache(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
-  found, tally = corpora.load_all(config.data)
-  corpora.tell(tally)
-  inputs = {
-    "format": _FORMAT,
-    "text": {side: corpora.fingerprint(found[side]) for side in found},
-    "bad_records": tally.bad,
-  } | row_inputs(config, given)
-  key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
-  folder = _cache_dir(config) / key.hexdigest()[:16]
-  if not (folder / _MANIFEST).exists():
-    _write(folder, config, found, inputs, given)
-  data = _read(folder, config)
-  logging.debug("prepared data: %s", folder)
-  return data
-
-
-def _cache_dir(config: RowsConfig) -> epath.Path:
-  if config.data.cache_dir:
-    return epath.Path(config.data.cache_dir).expanduser()
-  base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-  return epath.Path(base).expanduser() / "mdm_jax"
-
-
-# MARK: writing
-
-
-def _write(
-  folder: epath.Path,
-  config: RowsConfig,
-  found: dict[str, list[Document]],
-  inputs: dict[str, Any],
-  given: Tokenizer | None,
-) -> None:
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = epath.Path(tempfile.mkdtemp(dir=folder.parent, prefix="tmp-"))
-  except OSError as error:
-    raise UserError(
-      f"data.cache_dir {folder.parent}: {error.strerror}"
-    ) from error
-  try:
-    with Progress(transient=True) as progress:
-      _fill(partial, config, found, inputs, given, progress)
-    try:
-      partial.rename(folder)
-    except OSError:  # another process was faster, with the same bytes
-      if not (folder / _MANIFEST).exists():
-        raise
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fill(
-  folder: epath.Path,
-  config: RowsConfig,
-  found: dict[str, list[Document]],
-  inputs: dict[str, Any],
-  given: Tokenizer | None,
-  progress: Progress,
-) -> None:
-  """Writes every file of a prepared folder, the manifest last."""
-  task = progress.add_task("tokenizer", total=len(row_lengths(config)) + 1)
-  step = lambda name: progress.update(
-    task, description=f"rows: {name}", advance=1
-  )
-  sides, told = splits.divide(found, splits.shares_of(config.data))
-  texts = [document.text for document in sides.train]
-  tokenizer = given or tokenizers.build(config.tokenizer, texts)
-  tokenizer.save(folder)
-  coverage = Coverage(texts)
-  counts = {}
-  for i, stage in enumerate(config.stages):
-    step(name := stage_name(i))
-    rows, counts[name], read = _stage_rows(
-      stage, texts, tokenizer, config.data.language
-    )
-    coverage.add(read)
-    _save(folder, name, rows.fields)
-  for name in HELD_OUT:
-    step(name)
-    held = [document.text for document in sides[name]]
-    made, counts[name] = make_held_out(held, config, tokenizer)
-    _save(folder, name, made.rows.fields | {shards.TABLE: made.texts})
-  manifest = {
-    "inputs": inputs,
-    "documents": told["documents"] | {"bad": inputs["bad_records"]},
-    "split": told,
-    "tokenizer": {
-      "kind": tokenizer.kind,
-      "sha256": tokenizer.sha256,
-      "vocab_size": tokenizer.vocab.size,
-    },
-    "rows": counts,
-    "text": coverage.counts(),
-    "files": {p.name: file_sha256(p) for p in sorted(folder.iterdir())},
-  }
-  (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
-
-
-def _save(folder: epath.Path, name: str, parts: dict[str, np.ndarray]) -> None:
-  for part, array in parts.items():
-    np.save(folder / _array_name(name, part), array, allow_pickle=False)
-
-
-def _stage_rows(
-  stage: StageConfig, texts: list[str], tokenizer: Tokenizer, language: str
-) -> tuple[Rows, dict[str, Any], list[Unit]]:
-  found, selection = segments.find(texts, stage, language), None
-  if stage.unit != "paragraphs":
-    selection = segments.easiest(found.units, stage.easiest, language)
-  return make_rows(found, selection, stage, tokenizer)
 
 
 # MARK: reading
 
 
-def _read(folder: epath.Path, config: RowsConfig) -> PreparedData:
-  """Returns what a folder holds, once all of it is what it should be."""
+def _cache(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
+  """Returns what a folder of the cache holds, once it is what it should be."""
+  path = cache.folder_of(config, given)
   lengths = row_lengths(config)
-  arrays = {_array_name(n, part) for n in lengths for part in required()}
-  arrays |= {_array_name(name, shards.TABLE) for name in HELD_OUT}
-  manifest = _read_manifest(folder, [*lengths], arrays)
-  tokenizer = tokenizers.load_tokenizer(folder)
-  read = lambda n: _read_rows(folder, n, lengths[n], tokenizer.vocab, manifest)
-  stages = tuple(read(stage_name(i)) for i in range(len(config.stages)))
-  held = [_read_held_out(folder, name, read(name)) for name in HELD_OUT]
-  return PreparedData(tokenizer, stages, *held, manifest)
+  file = lambda name, part: shards.shard_name(name, None, part)
+  needed = {file(name, part) for name in lengths for part in required()}
+  needed |= {file(name, shards.TABLE) for name in HELD_OUT}
+  manifest = _read_manifest(path, [*lengths], needed)
+  tokenizer = tokenizers.load_tokenizer(path)
+  indices = []
+  for name, length in lengths.items():
+    there = [n for n in names() if file(name, n) in manifest["files"]]
+    listed = [{"rows": manifest["rows"][name]["rows"]}]
+    index = Index(path, name, length, dict.fromkeys(there, ""), listed, False)
+    indices.append(index)
+    if wrong := index.wrong(0, tokenizer.vocab):
+      raise _damaged(path, wrong)
+  return _open(tokenizer, indices, manifest)
+
+
+def _folder(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
+  """Returns the sharded rows of a folder, every process having read a part."""
+  path = folder.path_of(config)
+  wanted = folder_inputs.of(config, given)
+  if not (path / MANIFEST).exists():
+    raise UserError(
+      f"data.prepared={path} holds no finished preparation; run"
+      " --mode=prepare with the same config first"
+    )
+  sets = [*row_lengths(config)]
+  folder_inputs.check_made(path, wanted, config.data)
+  manifest = _read_manifest(path, sets, {*map(shards.index_name, sets)})
+  tokenizer = tokenizers.load_tokenizer(path)
+  indices = [shards.read_index(path, name) for name in sets]
+  _check_shards(path, indices, tokenizer.vocab)
+  return _open(tokenizer, indices, manifest)
+
+
+def _open(
+  tokenizer: Tokenizer, indices: list[Index], manifest: dict[str, Any]
+) -> PreparedData:
+  *stages, validation, test = (index.open() for index in indices)
+  tables = [index.texts() for index in indices[-len(HELD_OUT) :]]
+  held = [HeldOut(validation, tables[0]), HeldOut(test, tables[1])]
+  return PreparedData(tokenizer, tuple(stages), *held, manifest)
 
 
 def _read_manifest(
   folder: os.PathLike, names: list[str], needed: set[str]
 ) -> dict[str, Any]:
   """Returns the manifest, if it is about these rows, and so are its files."""
-  path = (folder := epath.Path(folder)) / _MANIFEST
+  path = (folder := epath.Path(folder)) / MANIFEST
   try:
     manifest = safe_files.read_json(path)
     for name in manifest["files"]:
@@ -294,70 +185,6 @@ def _read_manifest(
     if not (folder / name).exists() or file_sha256(folder / name) != digest:
       raise _damaged(folder, folder / name)
   return manifest
-
-
-def _read_rows(
-  folder: epath.Path,
-  name: str,
-  length: int,
-  vocab: Vocabulary,
-  manifest: dict[str, Any],
-) -> Rows:
-  """Maps the fields of some rows into memory, once they are looked at."""
-  there = [n for n in names() if _array_name(name, n) in manifest["files"]]
-  fields = {n: _load(folder, _array_name(name, n)) for n in there}
-  if wrong := row_checks.find_wrong(fields, length, vocab):
-    raise _damaged(folder, f"{folder / name}, {wrong}")
-  return Rows(**fields)
-
-
-def _read_held_out(folder: epath.Path, name: str, rows: Rows) -> HeldOut:
-  texts = _load(folder, file := _array_name(name, shards.TABLE))
-  if wrong := row_checks.find_wrong_texts(rows.segments, texts):
-    raise _damaged(folder, f"{folder / file}, {wrong}")
-  return HeldOut(rows, np.array(texts))
-
-
-def _load(folder: epath.Path, file: str) -> np.ndarray:
-  try:
-    return np.load(folder / file, mmap_mode="r", allow_pickle=False)
-  except (ValueError, EOFError):
-    raise _damaged(folder, folder / file) from None
-
-
-def _array_name(name: str, part: str) -> str:
-  return f"{name}.{part}.npy"
-
-
-def _damaged(folder: os.PathLike, what: Any) -> UserError:
-  return UserError(
-    f"prepared data is damaged: {what}; delete the folder {folder} and run"
-    " again to make it anew"
-  )
-
-
-# MARK: sharded rows
-
-
-def _read_folder(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
-  """Returns the sharded rows of a folder, every process having read a part."""
-  folder = preparation.folder_of(config)
-  wanted = folder_inputs.of(config, given)
-  if not (folder / _MANIFEST).exists():
-    raise UserError(
-      f"data.prepared={folder} holds no finished preparation; run"
-      " --mode=prepare with the same config first"
-    )
-  names = [*row_lengths(config)]
-  folder_inputs.check_made(folder, wanted, config.data)
-  manifest = _read_manifest(folder, names, {*map(shards.index_name, names)})
-  tokenizer = tokenizers.load_tokenizer(folder)
-  indices = [shards.read_index(folder, name) for name in names]
-  _check_shards(folder, indices, tokenizer.vocab)
-  *stages, validation, test = (index.open() for index in indices)
-  tables = [index.texts() for index in indices[-len(HELD_OUT) :]]
-  held = [HeldOut(validation, tables[0]), HeldOut(test, tables[1])]
-  return PreparedData(tokenizer, tuple(stages), *held, manifest)
 
 
 def _check_shards(
@@ -383,13 +210,8 @@ def _damaged_shard(indices: list[Index], vocab: Vocabulary) -> str | None:
   return next(filter(None, found), None)
 
 
-# MARK: both
-
-
-def _check_rows(
-  config: RowsConfig, data: PreparedData, for_training: bool
-) -> None:
-  row_checks.check_stages(config, data.manifest["rows"])
-  if for_training:
-    for i, rows in enumerate(data.stages):
-      row_checks.check_enough(config, i, len(rows))
+def _damaged(folder: os.PathLike, what: Any) -> UserError:
+  return UserError(
+    f"prepared data is damaged: {what}; delete the folder {folder} and run"
+    " again to make it anew"
+  )

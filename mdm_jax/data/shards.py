@@ -24,9 +24,9 @@ TABLE = "texts"  # beside them, of held-out rows
 _MAPPED = 512  # files mapped at a time; the system allows about 65,000
 
 
-def shard_name(name: str, number: int, part: str) -> str:
-  """Returns the file of a part of a shard."""
-  return f"{name}.{number:06d}.{part}.npy"
+def shard_name(name: str, number: int | None, part: str) -> str:
+  """Returns the file of a part of a shard (None: of all rows)."""
+  return f"{name}{'' if number is None else f'.{number:06d}'}.{part}.npy"
 
 
 def index_name(name: str) -> str:
@@ -89,7 +89,11 @@ class Shards:
     return out
 
   def _open(self, shard: int) -> np.ndarray:
-    return np.load(self._paths[shard], mmap_mode="r", allow_pickle=False)
+    return _map(self._paths[shard])
+
+
+def _map(path: pathlib.Path) -> np.ndarray:
+  return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Index:
     length: tokens a row.
     dtype: of the fields that these rows have, by their names.
     shards: of each, `rows`, and by the name of the part `bytes` and `sha256`.
+    numbered: whether the files have the number of the shard in their names.
   """
 
   folder: pathlib.Path
@@ -109,6 +114,7 @@ class Index:
   length: int
   dtype: dict[str, str]
   shards: list[dict[str, Any]]
+  numbered: bool = True
 
   @property
   def parts(self) -> tuple[str, ...]:
@@ -117,14 +123,17 @@ class Index:
 
   def path(self, number: int, part: str) -> pathlib.Path:
     """Returns where a part of a shard is."""
-    return self.folder / shard_name(self.name, number, part)
+    shown = number if self.numbered else None
+    return self.folder / shard_name(self.name, shown, part)
 
   def open(self) -> Rows:
     """Returns the rows; reads nothing yet."""
     return Rows(**{name: self._open(name) for name in self.dtype})
 
-  def _open(self, part: str) -> Shards:
+  def _open(self, part: str) -> Shards | np.ndarray:
     paths = [self.path(i, part) for i in range(len(self.shards))]
+    if len(paths) == 1:
+      return _map(paths[0])
     rows = [shard["rows"] for shard in self.shards]
     return Shards(paths, rows, self.length, self.dtype[part])
 
@@ -152,16 +161,20 @@ class Index:
       path = self.path(number, part)
       if inputs.file_sha256(path) != shard[part]["sha256"]:
         return str(path)
-    arrays = {}
+    return self.wrong(number, vocab)
+
+  def wrong(self, number: int, vocab: Vocabulary) -> str | None:
+    """Tells what is wrong first with a shard that is as it was written."""
+    rows, arrays = self.shards[number]["rows"], {}
     for part in self.parts:
       path = self.path(number, part)
       try:
-        arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays[part] = _map(path)
       except (ValueError, EOFError):
         return str(path)
     path, found = self.path(number, "tokens"), len(arrays["tokens"])
-    if found != shard["rows"]:
-      return f"{path}: {found} rows, not {shard['rows']}"
+    if found != rows:
+      return f"{path}: {found} rows, not {rows}"
     fields = {name: arrays[name] for name in self.dtype}
     if wrong := row_checks.find_wrong(fields, self.length, vocab):
       return f"{path}, {wrong}"

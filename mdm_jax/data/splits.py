@@ -279,31 +279,6 @@ def _cut(text: str, size: int) -> int:
 # MARK: text that is given for a side
 
 
-def divide(
-  found: dict[str, list[Document]], shares: Shares
-) -> tuple[Sides, dict[str, Any]]:
-  """Splits a corpus, beside text that was given for a side.
-
-  Args:
-    found: documents of the corpus, as `train`, and those given for a side.
-    shares: what to hold out of the corpus.
-
-  Returns:
-    The documents on each side, and what is to be known of that.
-  """
-  held: set[float] = set()
-  apart = {side: found[side] for side in (TEST, VALIDATION) if side in found}
-  for side, documents in apart.items():
-    apart[side] = without(documents, held)
-    held.update(place(document.text) for document in documents)
-  own = without(found[TRAIN], held)
-  split = decide(count(own, shares), shares)
-  sides = dataclasses.replace(split(own), **apart)
-  kept = len(own) + sum(map(len, apart.values()))
-  repeated = sum(map(len, found.values())) - kept
-  return sides, told(split, sides.count(), repeated)
-
-
 def without(
   documents: list[Document], held: Container[float]
 ) -> list[Document]:

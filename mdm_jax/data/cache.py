@@ -1,0 +1,121 @@
+"""The cache: rows of a corpus that fits in memory, made when first asked for.
+
+A folder of it holds the tokenizer, one pair of arrays a stage, one each for
+validation and test text with a table of where that is, and a manifest with
+their sizes and hashes. Its name is a hash of all it depends on (the text and
+the fields that shape rows), so equal work is found again and different work
+never collides. It appears whole, by a rename, or not at all.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from absl import logging
+from etils import epath
+from rich.progress import Progress
+
+from mdm_jax.core.errors import UserError
+from mdm_jax.data import corpora, preparation
+from mdm_jax.data.config import RowsConfig
+from mdm_jax.data.inputs import MANIFEST, file_sha256, row_inputs
+from mdm_jax.data.passes import Job, Pass
+from mdm_jax.data.preparation import run_here
+from mdm_jax.data.stage_rows import row_lengths
+from mdm_jax.data.stores import InMemory
+from mdm_jax.data.text_files import Document, Tally
+from mdm_jax.data.tokenizer import Tokenizer
+
+_FORMAT = 4  # rows of another one are made anew
+# What takes the time of a pass, and of what follows it.
+_SHOWN: dict[Pass, str] = {"count": "split", "sample": "tokenizer"}
+
+
+def folder_of(config: RowsConfig, given: Tokenizer | None) -> pathlib.Path:
+  """Returns the folder of a config's rows, once they are there.
+
+  Args:
+    config: what rows depend on.
+    given: the tokenizer to use instead of the config's.
+  """
+  found, total = corpora.load_all(config.data), Tally()
+  for _, tally in found.values():
+    total.add(tally)
+  corpora.tell(total)
+  inputs = {
+    "format": _FORMAT,
+    "text": {side: corpora.fingerprint(d) for side, (d, _) in found.items()},
+    "bad_records": total.bad,
+  } | row_inputs(config, given)
+  key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
+  folder = _cache_dir(config) / key.hexdigest()[:16]
+  if not (folder / MANIFEST).exists():
+    _write(folder, config, found, inputs, given)
+  logging.debug("prepared data: %s", folder)
+  return pathlib.Path(folder)
+
+
+def training_texts(config: RowsConfig) -> list[str]:
+  """Returns the text of the train split."""
+  store = InMemory(corpora.load_all(config.data))
+  counted = preparation.count(Job(config, store), store.blocks, run_here)
+  return preparation.sample(counted, run_here)[0]
+
+
+def _cache_dir(config: RowsConfig) -> epath.Path:
+  if config.data.cache_dir:
+    return epath.Path(config.data.cache_dir).expanduser()
+  base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+  return epath.Path(base).expanduser() / "mdm_jax"
+
+
+def _write(
+  folder: epath.Path,
+  config: RowsConfig,
+  found: dict[str, tuple[list[Document], Tally]],
+  inputs: dict[str, Any],
+  given: Tokenizer | None,
+) -> None:
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix="tmp-"))
+  except OSError as error:
+    raise UserError(
+      f"data.cache_dir {folder.parent}: {error.strerror}"
+    ) from error
+  try:
+    with Progress(transient=True) as progress:
+      task = progress.add_task("", total=len(row_lengths(config)))
+      store = InMemory(found, partial, lambda: progress.advance(task))
+      show = lambda told: progress.update(task, description=told)
+      _fill(Job(config, store), inputs, given, show)
+    try:
+      partial.rename(folder)
+    except OSError:  # another process was faster, with the same bytes
+      if not (folder / MANIFEST).exists():
+        raise
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(
+  job: Job, inputs: dict[str, Any], given: Tokenizer | None, show: Any
+) -> None:
+  """Writes every file of a folder, the manifest last."""
+
+  def run(name: Pass, *blocks: Any) -> None:
+    show(_SHOWN.get(name, name))
+    run_here(name, *blocks)
+
+  made = preparation.make(job, job.store.blocks, given, run)
+  folder = job.store.folder
+  manifest = {
+    "inputs": inputs,
+    **made.told,
+    "files": {p.name: file_sha256(p) for p in sorted(folder.iterdir())},
+  }
+  (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))

@@ -1,0 +1,187 @@
+"""A folder of sharded rows: made block by block, and gone on with."""
+
+import fcntl
+import hashlib
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from mdm_jax.core.errors import StorageError, UserError
+from mdm_jax.data import (
+  blocks,
+  corpora,
+  folder_inputs,
+  journal,
+  ngrams,
+  passes,
+  preparation,
+  row_checks,
+  shards,
+)
+from mdm_jax.data.blocks import Block
+from mdm_jax.data.config import RowsConfig
+from mdm_jax.data.inputs import MANIFEST
+from mdm_jax.data.ngrams import Ngrams
+from mdm_jax.data.passes import Job
+from mdm_jax.data.preparation import Counted, Run
+from mdm_jax.data.stage_rows import row_lengths
+from mdm_jax.data.stores import OnDisk
+from mdm_jax.data.tokenizer import Tokenizer
+
+_SAMPLE = "training_sample.json"
+_NGRAMS = "training_8grams.npz"
+_JOB = "job.json"  # what records are of
+
+
+def path_of(config: RowsConfig) -> pathlib.Path:
+  """Returns the folder `data.prepared`; raises UserError if it is a bucket."""
+  if "://" in config.data.prepared:
+    raise UserError(
+      f"data.prepared={config.data.prepared} is a bucket; rows are mapped into"
+      " memory, so give a folder of a disk that all machines see, or mount it"
+    )
+  return pathlib.Path(config.data.prepared).expanduser().absolute()
+
+
+def prepare_folder(
+  config: RowsConfig, given: Tokenizer | None, run: Run
+) -> dict[str, Any]:
+  """Fills the folder `data.prepared`, or goes on with it; returns its manifest.
+
+  Args:
+    config: what rows depend on.
+    given: the tokenizer to use instead of the config's.
+    run: does a pass over blocks.
+
+  Raises:
+    UserError: the corpus can't be prepared, a stage finds nothing in it, or the
+      folder is of another config.
+  """
+  folder = path_of(config)
+  wanted, store = folder_inputs.of(config, given), OnDisk(folder, config.data)
+  if not (folder / MANIFEST).exists():
+    job = Job(config, store)
+    with _owned(store.work):
+      found = blocks.cut(config.data)
+      _begin(job, wanted, found)
+      _fill(job, wanted, given, found, run)
+  folder_inputs.check_made(folder, wanted, config.data)
+  shutil.rmtree(store.work, ignore_errors=True)
+  manifest = journal.get(folder / MANIFEST)
+  row_checks.check_stages(config, manifest["rows"])
+  return manifest
+
+
+# MARK: the folder
+
+
+class _owned:
+  """Holds a folder of work alone; a process that dies lets go of it."""
+
+  def __init__(self, work: pathlib.Path):
+    self._work = work
+
+  def __enter__(self) -> None:
+    try:
+      self._work.mkdir(parents=True, exist_ok=True)
+      self._file = open(self._work / "lock", "w")
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(
+        f"another process prepares {self._work.parent}; wait for it, or give"
+        " another data.prepared"
+      ) from None
+    except OSError as error:
+      where = self._work.parent
+      raise StorageError(
+        f"data.prepared={where} can't be written: {error.strerror}"
+      ) from error
+
+  def __exit__(self, *_: Any) -> None:
+    self._file.close()
+
+
+def _begin(job: Job, wanted: dict[str, Any], found: list[Block]) -> None:
+  """Goes on with the work of before, if it is this one."""
+  # It decides which bytes are written, but not how they are read.
+  size = {"data.block_megabytes": job.config.data.block_megabytes}
+  now = {"inputs": wanted, "blocks": size, "files": blocks.state(found)}
+  for place in (job.store.work, job.store.folder):
+    journal.sweep(place)
+  if _JOB not in job.store:
+    job.store[_JOB] = now
+    return
+  before = job.store[_JOB]
+  same = before["files"] == now["files"]
+  made = before["inputs"]
+  if same:  # they may have moved
+    made = folder_inputs.renamed(made, wanted)
+  folder_inputs.check(job.store.folder, made | before["blocks"], wanted | size)
+  if not same:
+    raise UserError(
+      f"the files of data.corpus={job.config.data.corpus!r} have changed since"
+      f" {job.store.folder} was begun; delete that folder and run again"
+    )
+
+
+def _fill(
+  job: Job,
+  wanted: dict[str, Any],
+  given: Tokenizer | None,
+  found: list[Block],
+  run: Run,
+) -> None:
+  """Writes every file of a folder, the manifest last."""
+  folder = job.store.folder
+  made = preparation.make(job, found, given, run)
+  counted = made.counted
+  corpora.tell(counted.tally)
+  small = {_SAMPLE: {"texts": made.texts}}
+  for name, length in row_lengths(job.config).items():
+    small[shards.index_name(name)] = shards.index_bytes(
+      length, made.dtype[name], made.shards[name]
+    )
+  if counted.job.sampled < 1:
+    small[_NGRAMS] = _ngrams(counted)
+  files = {n: journal.put(folder / n, small[n])["sha256"] for n in small}
+  files[made.tokenizer.filename] = made.tokenizer.sha256
+  manifest = {
+    "inputs": wanted,
+    "blocks": {
+      "count": len(counted.blocks),
+      "megabytes": job.config.data.block_megabytes,
+    },
+    "from": blocks.files(blocks.cut(job.config.data)),
+    **made.told,
+    "files": dict(sorted(files.items())),
+  }
+  text = hashlib.sha256("".join(b.sha256 for b in counted.blocks).encode())
+  manifest["documents"] |= {"bytes": counted.size, "text": text.hexdigest()}
+  journal.put(folder / MANIFEST, manifest)
+
+
+# MARK: training text
+
+
+def _ngrams(counted: Counted) -> dict[str, np.ndarray]:
+  """Returns the 8-grams of a corpus that is more than its sample."""
+  hashes = np.zeros(0, np.uint64)
+  for block in counted.corpus:
+    more = counted.job.store[passes.ngrams_name(block)]
+    hashes = ngrams.distinct(np.concatenate([hashes, more]))
+  return {"hashes": hashes, "share": np.float64(counted.job.copied)}
+
+
+def training_texts(folder: pathlib.Path) -> list[str]:
+  """Returns the text of the train split, or a sample of it."""
+  return journal.get(folder / _SAMPLE)["texts"]
+
+
+def training_ngrams(folder: pathlib.Path) -> Ngrams | None:
+  """Returns the 8-grams of the train split, if it is larger than the sample."""
+  if not (folder / _NGRAMS).exists():
+    return None
+  found = journal.get(folder / _NGRAMS)
+  return Ngrams(found["hashes"], float(found["share"]))
