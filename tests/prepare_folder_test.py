@@ -157,6 +157,8 @@ def test_rows_hold_what_those_made_in_memory_hold(place, tmp_path, kind):
     a, b = blocks.manifest["rows"][name], memory.manifest["rows"][name]
     for count in ("units_found", "texts_too_long", "tokens"):
       assert a[count] == b[count]
+    # Texts share rows only within their block.
+    assert 0 <= a["rows"] - b["rows"] <= 2 * blocks.manifest["blocks"]["count"]
   for side in ("train", "validation", "test", "bad"):
     assert (
       blocks.manifest["documents"][side] == memory.manifest["documents"][side]
