@@ -422,7 +422,7 @@ def test_fault_34_rows_that_were_written_wrong(config, kind, rows):
   change, told = WRONG_IDS[kind]
   folder = _rewrite(config, f"{rows}.tokens.npy", change)
   message = _message(prepare, config.rows)
-  assert f"{folder / rows}, " in message and told in message
+  assert f"{folder / rows}.tokens.npy, " in message and told in message
   assert f"delete the folder {folder}" in message
 
 

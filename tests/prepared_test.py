@@ -14,6 +14,7 @@ from mdm_jax import config_changes
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import cache as cache_lib
 from mdm_jax.data import passes, preparation
+from mdm_jax.data import segments as segments_lib
 from mdm_jax.data.prepared import prepare
 from mdm_jax.workdir import Workdir
 
@@ -421,6 +422,23 @@ def test_counts_are_those_of_the_rows(config):
   assert counts["stage_1"]["units_selected"] == -(
     -counts["stage_1"]["units_found"] // 2
   )
+
+
+def test_the_easiest_are_ranked_exactly(config):
+  """Among all units of the corpus, and not in bins."""
+  data = prepare(config.rows)
+  texts = [document.text for document in _split(config).train]
+  for i, stage in enumerate(config.stages[:2]):
+    units = segments_lib.units(texts, stage)
+    chosen = segments_lib.easiest(units, stage.easiest)
+    counts = data.manifest["rows"][f"stage_{i + 1}"]
+    assert counts["difficulty"]["cut"] == chosen.cut
+    assert counts["difficulty"]["histogram"] == chosen.histogram(20)
+    assert counts["units_selected"] == len(chosen.units)
+    found = sorted(data.tokenizer.decode(p) for p in _pieces(data.stages[i]))
+    wanted = sorted("".join(unit.parts) for unit in chosen.units)
+    assert set(found) <= set(wanted)
+    assert len(found) == len(wanted) - counts["texts_too_long"]
 
 
 def test_rows_are_read_from_disk_and_can_not_be_changed(config):

@@ -173,11 +173,11 @@ class Index:
       except (ValueError, EOFError):
         return str(path)
     path, found = self.path(number, "tokens"), len(arrays["tokens"])
-    if found != rows:
-      return f"{path}: {found} rows, not {rows}"
     fields = {name: arrays[name] for name in self.dtype}
     if wrong := row_checks.find_wrong(fields, self.length, vocab):
       return f"{path}, {wrong}"
+    if found != rows:
+      return f"{path}: {found} rows, not {rows}"
     if TABLE in arrays:
       segments, table = arrays["segments"], arrays[TABLE]
       if wrong := row_checks.find_wrong_texts(segments, table):
