@@ -41,6 +41,7 @@ from mdm_jax.model import flops
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import corruption, cross_entropy
+from mdm_jax.objectives.masked import row_weights
 from mdm_jax.objectives.noise import RateRange
 from mdm_jax.training.state import state_from
 

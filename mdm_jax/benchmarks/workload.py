@@ -10,11 +10,12 @@ from jaxtyping import Int32
 
 from mdm_jax.blueprint import make_trainer
 from mdm_jax.config import Config
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.config import DataConfig, StageConfig
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.prepared import PreparedData
-from mdm_jax.data.rows import Rows
+from mdm_jax.data.rows import Rows, field
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.model.config import ModelConfig
@@ -101,8 +102,7 @@ def make_rows(preset: Preset, count: int = _ROWS) -> Rows:
   """Returns rows of random text ids, each one text, as packing makes them."""
   draw = np.random.default_rng(0)
   shape = count, preset.length
-  small = preset.vocab + 2 < 2**16
-  dtype = np.uint16 if small else np.int32
+  dtype = field("tokens").dtype(Vocabulary.after_text(preset.vocab))
   tokens = draw.integers(0, preset.vocab, shape, dtype)
   return Rows(tokens, np.ones(shape, np.uint16))
 

@@ -98,7 +98,9 @@ class Vocabulary:
 
     All that can be predicted, and `begin`, `end` and `separator`.
     """
-    return self._text_table.take(ids, mode="clip") & (ids >= 0)
+    # For a few ranges faster than a table's look-up.
+    spans = ((ids >= first) & (ids < past) for first, past in self._text)
+    return functools.reduce(operator.or_, spans)
 
   def need(self, name: str) -> int:
     """Returns a special id by its name, for those who can't do without.
@@ -111,14 +113,15 @@ class Vocabulary:
     return found
 
   @functools.cached_property
-  def _text_table(self) -> Bool[np.ndarray, "V"]:
-    """Which ids may stand in a text, and False for all that is behind them."""
-    table = np.zeros(self.size + 1, bool)
+  def _text(self) -> list[tuple[int, int]]:
+    """The ranges of what may stand in a text."""
+    table = np.zeros(self.size + 2, bool)  # False on both sides
     for first, past in self._allowed():
-      table[first:past] = True
+      table[first + 1 : past + 1] = True
     beside = self.begin, self.end, self.separator
-    table[[i for i in beside if i is not None]] = True
-    return table
+    table[[i + 1 for i in beside if i is not None]] = True
+    edges = np.flatnonzero(table[1:] != table[:-1]).reshape(-1, 2)
+    return [(first, past) for first, past in edges.tolist()]
 
   def _allowed(self) -> list[tuple[int, int]]:
     """Returns the ranges between the forbidden ones."""

@@ -58,7 +58,8 @@ def _wrong_tokens(values: Values, vocab: Vocabulary) -> np.ndarray:
   """Padding is the pad id and nothing else is; text has no special id."""
   tokens, segments = values["tokens"], values["segments"]
   in_text = vocab.may_be_text(tokens)
-  return np.where(segments > 0, ~in_text, tokens != vocab.pad)
+  neither = ~(in_text | (tokens == vocab.pad))
+  return (in_text != (segments > 0)) | neither
 
 
 def _why_token(token: int, vocab: Vocabulary) -> str:
