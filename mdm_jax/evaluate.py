@@ -12,20 +12,27 @@ from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config, to_dict
 from mdm_jax.core import strict_json
 from mdm_jax.core.progress import console
+from mdm_jax.core.sharding import data_shards
 from mdm_jax.data import splits
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.prepared import PreparedData, training_ngrams, training_texts
-from mdm_jax.data.rows import Rows
 from mdm_jax.evaluation import baselines, tables, targets
 from mdm_jax.evaluation import samples as samples_lib
+from mdm_jax.evaluation.evaluator import Evaluator
 from mdm_jax.evaluation.judge import NgramJudge, make_judge
 from mdm_jax.evaluation.judge import check as check_judge
-from mdm_jax.evaluation.likelihood import Evaluator
 from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.measured_text import describe, open_rows
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.objectives import bound
-from mdm_jax.objectives.measured import Curve, Measured, to_json
+from mdm_jax.objectives.base import Objective, Plan
+from mdm_jax.objectives.config import build
+from mdm_jax.objectives.measured import (
+  LOSS_BY_MASKED_SHARE,
+  Curve,
+  Measured,
+  Part,
+  to_json,
+)
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import Samples, TextSampler, effective
 from mdm_jax.trained_model import load_model
@@ -55,8 +62,10 @@ class Measures:
     self._draw_texts = TextSampler(
       denoiser, data.tokenizer, mesh, config.sample_length
     )
-    mask = data.tokenizer.vocab.mask
-    self._evaluator = Evaluator(config.eval, denoiser, mask, mesh, poll)
+    self._objective = _objective(config, data, mesh)
+    self._evaluator = Evaluator(
+      config.eval, self._objective, denoiser, mesh, poll
+    )
 
   def what(self, step: int | None, latest: int | None) -> dict[str, Any]:
     """Returns what tells the results of an evaluation from those of another.
@@ -86,48 +95,53 @@ class Measures:
   def validation(self, params: Params) -> tuple[Measured, dict[str, int]]:
     """Returns what chooses a checkpoint, and of how much text it is."""
     held = self.data.validation.subset(self.config.eval.rows)
-    return self._likelihood(params, held), _sizes(held)
+    return self._measure(params, held), _sizes(held)
 
   def test(self, params: Params) -> Measured:
     """Returns all that is measured of the text that is reported.
 
-    Curves, and what is no likelihood, are of a few rows. The curve that the
-    optimal schedule follows is of validation text too: test text chooses
+    Curves, and what stands beside the likelihood, are of a few rows. Curves
+    that choose how to sample are of validation text too: test text chooses
     nothing.
     """
-    measured = self._likelihood(params, self._reported)
-    rows = self._few(self.data.test)
-    low, high = bound.rates(self.config.stages[-1])
-    ce = self._evaluator.ce_in_range(params, rows, low, high)
-    bands = bound.bands(self.config.stages)
-    curve = dataclasses.replace(self._curve_of(params, rows), bands=bands)
-    other = dataclasses.replace(self._followed(params), bands=bands)
-    more = Measured(
-      bound.in_range(low, high, ce),
-      {bound.CURVE: curve, f"validation_{bound.CURVE}": other},
-    )
-    return measured.joined(more)
+    few = self._few(self.data.test)
+    found = self._measure(params, self._reported)
+    found = found.joined(self._measure(params, few, "values"))
+    found = found.joined(self._measure(params, few, "curves"))
+    return self._with_bands(found.joined(self._chosen_by(params)))
 
-  def _likelihood(self, params: Params, held: HeldOut) -> Measured:
+  def _measure(
+    self, params: Params, held: HeldOut, part: Part = "likelihood"
+  ) -> Measured:
     self._poll()
-    found = self._evaluator.likelihood(params, held)
-    likelihood = bound.likelihood(
-      found.total_nats, found.tokens, held.num_bytes, found.stderr
-    )
-    return Measured(headline=bound.HEADLINE, likelihood=likelihood)
+    return self._evaluator.measure(params, held, part)
 
-  def _few(self, held: HeldOut) -> Rows:
+  def _few(self, held: HeldOut) -> HeldOut:
     count = min(_CURVE_ROWS, self.config.eval.final_rows or _CURVE_ROWS)
-    return held.subset(count).rows
+    return held.subset(count)
 
-  def _curve_of(self, params: Params, rows: Rows) -> Curve:
-    by_rate = self._evaluator.ce_by_mask_rate(params, rows)
-    return bound.curve([(float(rate), ce) for rate, ce in by_rate.items()])
+  def _chosen_by(self, params: Params) -> Measured:
+    """Returns the curves of validation text that choose how to sample."""
+    held = self._few(self.data.validation)
+    found = self._measure(params, held, "curves").curves.items()
+    chosen = {
+      f"validation_{name}": dataclasses.replace(curve, split="validation")
+      for name, curve in found
+      if curve.role == LOSS_BY_MASKED_SHARE
+    }
+    return Measured(curves=chosen)
 
-  def _followed(self, params: Params) -> Curve:
-    """Returns the curve that the optimal schedule follows from."""
-    curve = self._curve_of(params, self._few(self.data.validation))
-    return dataclasses.replace(curve, split="validation")
+  def _with_bands(self, measured: Measured) -> Measured:
+    """Marks on curves by the masked share what each stage trains on."""
+    found = ((s.objective.masked_share(), s.name) for s in self.config.stages)
+    bands = tuple((*share, name) for share, name in found if share)
+    curves = {
+      name: dataclasses.replace(curve, bands=bands)
+      if curve.role == LOSS_BY_MASKED_SHARE
+      else curve
+      for name, curve in measured.curves.items()
+    }
+    return dataclasses.replace(measured, curves=curves)
 
   def sizes(self) -> dict[str, int]:
     """Returns how much text is reported."""
@@ -164,7 +178,8 @@ class Measures:
     """Returns what the optimal schedule follows from; it takes a while."""
     if self.config.sample.schedule != "optimal":
       return None
-    return self._followed(params)
+    found = self._chosen_by(params)
+    return found.curve_with_role(LOSS_BY_MASKED_SHARE, "validation")
 
   def samples(self, params: Params) -> dict[str, Any]:
     """Returns samples, one of them step by step, and all measures of them."""
@@ -266,3 +281,22 @@ def _sizes(held: HeldOut) -> dict[str, int]:
     "tokens": int((np.asarray(held.rows.segments[:]) > 0).sum()),
     "bytes": held.num_bytes,
   }
+
+
+def _objective(
+  config: Config, data: PreparedData, mesh: jax.sharding.Mesh
+) -> Objective:
+  """Returns the objective of the last stage: a run is measured by its end."""
+  stage = config.stages[-1]
+  plan = Plan(
+    accumulation=config.optimizer.accumulation,
+    batch=config.data.batch_size,
+    length=stage.length,
+    shards=data_shards(mesh),
+    most_asked=stage.length,
+    most_segments=stage.length,
+  )
+  return build(
+    *(config.objective, stage.objective, config.noise),
+    *(data.tokenizer.vocab, plan),
+  )

@@ -3,7 +3,7 @@
 from mdm_jax.config import Config, to_dict
 from mdm_jax.core.progress import console
 from mdm_jax.evaluation.pages.report import RunReport, render
-from mdm_jax.objectives import bound
+from mdm_jax.objectives.config import OBJECTIVES
 from mdm_jax.workdir import Workdir
 
 
@@ -20,8 +20,8 @@ def report_workdir(config: Config, workdir: Workdir) -> str:
       data=workdir.read_data(),
       results=workdir.read_results(),
       unmasking=workdir.read_unmasking(),
-      asked=[bound.describe(stage) for stage in config.stages],
-      charts=bound.CHARTS,
+      asked=[stage.objective.describe() for stage in config.stages],
+      charts=OBJECTIVES[config.objective.name].charts,
     )
   )
   path = str(workdir.write_page(page))

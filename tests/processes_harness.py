@@ -195,15 +195,17 @@ def measure_data(mesh: Any) -> dict[str, Any]:
 
 
 def _use(trainer: Any, params: Any) -> dict[str, Any]:
-  from mdm_jax.evaluation.likelihood import Evaluator
+  from mdm_jax.evaluation.evaluator import Evaluator
   from mdm_jax.planning import calibration
 
-  mask = trainer.data.tokenizer.vocab.mask
+  objective = trainer.objective(trainer.curriculum.stages[-1])
   held = trainer.data.validation.subset(5)
-  evaluator = Evaluator(_config().eval, trainer.denoiser, mask, trainer.mesh)
-  measured = evaluator.likelihood(params, held)
+  evaluator = Evaluator(
+    _config().eval, objective, trainer.denoiser, trainer.mesh
+  )
+  measured = evaluator.measure(params, held).head()
   return {
-    "likelihood": [measured.nelbo_per_token, measured.stderr],
+    "likelihood": [measured.value, measured.error],
     "samples": _samples(trainer, params),
     "update_seconds": calibration.update_seconds(trainer)[0],
   }

@@ -93,6 +93,10 @@ class ObjectiveStage:
     """Returns what is asked in the stage, in a few words."""
     return ""
 
+  def masked_share(self) -> tuple[float, float] | None:
+    """Returns which shares of a text are masked; None if that means nothing."""
+    return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:

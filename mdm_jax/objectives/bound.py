@@ -1,73 +1,194 @@
-"""What is measured of a masked model on held-out text, and how it is called."""
+"""The bound of a masked model on held-out text, over all mask rates.
 
-from collections.abc import Sequence
+  NELBO per token = integral over r in (0, 1) of CE(r),
 
-from mdm_jax.data.config import StageConfig
+CE(r) being the mean cross-entropy per masked token at mask rate r (see
+`noise.py`), unsmoothed. Every row is corrupted several times, its rates
+stratified over (0, 1], with keys that depend on the row alone: any two
+checkpoints are measured on the same masks.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Key
+
+from mdm_jax.core import rng
+from mdm_jax.core.standard_errors import ratio
+from mdm_jax.data.batches import Batch
+from mdm_jax.data.held_out import DOCUMENT, ROW, SEGMENT, HeldOut
+from mdm_jax.model.context import row_context
+from mdm_jax.objectives import corruption
+from mdm_jax.objectives.base import Examples, Objective
 from mdm_jax.objectives.measured import (
   LOSS_BY_MASKED_SHARE,
   SCORE,
-  Chart,
+  SEED,
   Curve,
+  Jobs,
   Likelihood,
+  Measured,
+  Nats,
+  Part,
   Value,
 )
+from mdm_jax.objectives.noise import RateDistribution, RateRange
 
-HEADLINE = "nelbo_per_token"
-CURVE = "ce_by_mask_rate"
+CURVE_RATES = np.round(np.arange(0.05, 1.01, 0.05), 2)
+_CURVE = "ce_by_mask_rate"
 _UNIT = "nats per masked token"
 
-# What of the log is drawn over updates.
-CHARTS = {
-  "train/loss": Chart("Training loss", _UNIT),
-  f"validation/{HEADLINE}": Chart(
-    "Validation NELBO", "nats per token", "validation/nelbo_stderr"
-  ),
-  "train/mask_rate": Chart("Mask rate", "mean over rows", low=0),
-}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedBound(Objective):
+  """How masked models are measured; what they are trained on is `Masked`.
+
+  Attributes:
+    rates: what each row's mask rate is drawn from in training.
+    mask: id that stands for a masked token.
+  """
+
+  rates: RateDistribution
+  mask: int
+
+  headline: ClassVar[str] = "nelbo_per_token"
+
+  def jobs(self, held: HeldOut, part: Part, draws: int) -> Jobs:
+    """Masks every row at rates over (0, 1], or over the stage's range."""
+    rows = len(held)
+    match part:
+      case "likelihood":
+        rates, key = row_rates(rows, draws), rng.stream(SEED, "nelbo")
+      case "values":
+        low, high = self._range()
+        rates = low + (high - low) * row_rates(rows, draws)
+        key = rng.stream(SEED, "range")
+      case "curves":
+        rates = np.tile(CURVE_RATES.astype(np.float32), (rows, 1))
+        key = rng.stream(SEED, "curve")
+    which = np.repeat(np.arange(rows), rates.shape[1])
+    rates = rates.reshape(-1)
+    lengths = jnp.asarray(_lengths(held)[which])
+    asked = corruption.num_masked(jnp.asarray(rates), lengths)
+    numbers = np.arange(len(which))
+    return Jobs(key, which, numbers, np.asarray(asked), {"rate": rates})
+
+  def pose(
+    self,
+    batch: Batch,
+    keys: Key[Array, "B"],
+    given: Mapping[str, Array],
+    capacity: int,
+  ) -> Examples:
+    """Asks for what is masked; every answer weighs the same."""
+    x0, rate = batch.tokens, given["rate"]
+    drawn = corruption.corrupt(keys, x0, batch.answer, rate, self.mask)
+    return Examples(
+      tokens=drawn.xt,
+      context=row_context(batch.segments, condition=rate),
+      targets=x0,
+      asked=drawn.masked,
+      weights=jnp.ones_like(rate, shape=x0.shape),
+      capacity=capacity,
+    )
+
+  def values(
+    self, part: Part, jobs: Jobs, nats: Nats, held: HeldOut
+  ) -> Measured:
+    """Returns the bound, the CE in the stage's range of rates, or the curve."""
+    count = np.maximum(jobs.asked, 1).astype(nats.by_row.dtype)
+    by_row = (nats.by_row / count).reshape(len(held), -1)
+    by_text = nats.by_text * (1 / count)[:, None]
+    lengths = _lengths(held)
+    found = Measured(headline=self.headline)
+    match part:
+      case "likelihood":
+        by_text = by_text.reshape(*by_row.shape, -1).mean(axis=1)
+        bound = _bound(by_row.mean(axis=1), by_text, held)
+        return dataclasses.replace(found, likelihood=bound)
+      case "values":
+        loss = by_row.mean(axis=1) @ (lengths / lengths.sum())
+        return dataclasses.replace(found, values=self._in_range(float(loss)))
+      case "curves":
+        by_rate = np.ascontiguousarray(by_row.T, np.float64)
+        losses = by_rate @ (lengths / lengths.sum())
+        return dataclasses.replace(found, curves=_curve(losses))
+
+  def _range(self) -> tuple[float, float]:
+    inside = isinstance(self.rates, RateRange)
+    return (self.rates.low, self.rates.high) if inside else (0.0, 1.0)
+
+  def _in_range(self, loss: float) -> dict[str, Value]:
+    low, high = self._range()
+    title = f"CE at mask rates {low:g} to {high:g}"
+    name = f"stage_ce/{low:g},{high:g}"
+    return {name: Value(loss, title, _UNIT, role=SCORE)}
 
 
-def describe(stage: StageConfig) -> str:
-  """Returns which mask rates a stage trains on, in words."""
-  told = "mask rate {:g}\u2013{:g}".format(*rates(stage))
-  if stage.objective.rehearsal:
-    told += f", any in {stage.objective.rehearsal:.0%} of rows"
-  return told
+def row_rates(rows: int, draws: int) -> Float32[np.ndarray, "N K"]:
+  """Rates stratified over (0, 1] for each row, by the row's own offset."""
+  keys = rng.per_row(rng.stream(SEED, "row_rates"), jnp.arange(rows))
+  offset = 1 - jax.vmap(jax.random.uniform)(keys)
+  strata = jnp.arange(draws, dtype=offset.dtype)[None]
+  return np.asarray((strata + offset[:, None]) / draws)
 
 
-def rates(stage: StageConfig) -> tuple[float, float]:
-  """Returns the range of mask rates that a stage is made for."""
-  return stage.objective.mask_rate or (0.0, 1.0)
+def _lengths(held: HeldOut) -> Int[np.ndarray, "N"]:
+  """Returns the tokens of each row that may be asked for."""
+  return np.asarray(held.rows.answer[:]).sum(axis=1)
 
 
-def bands(
-  stages: Sequence[StageConfig],
-) -> tuple[tuple[float, float, str], ...]:
-  """Returns the range of each stage, to be marked on the curve."""
-  return tuple((*rates(stage), stage.name) for stage in stages)
+def _text_lengths(held: HeldOut) -> Int[np.ndarray, "M"]:
+  """Returns the tokens of each text that may be asked for."""
+  row, segment = held.texts[:, ROW], held.texts[:, SEGMENT]
+  if "answer" not in held.rows.fields:
+    return held.segment_sizes()[row, segment]
+  inside = held.rows.segments[:][row] == segment[:, None]
+  return (inside & held.rows.answer[row]).sum(axis=1)
 
 
-def likelihood(
-  total_nats: float, tokens: int, num_bytes: int, stderr: float
+def _bound(
+  by_row: Float[np.ndarray, "N"],
+  by_text: Float[np.ndarray, "N S"],
+  held: HeldOut,
 ) -> Likelihood:
-  """Returns the bound over all mask rates."""
+  """Returns the bound over all rows, its error over their documents.
+
+  A row's texts share its masks. What a text has of the row's bound are the
+  losses of its own masked tokens, in the row's measure: (row length / masked
+  tokens of the row) times their sum. So texts add up to their row, and the
+  error is that of `standard_errors.ratio`, nats by tokens.
+
+  Args:
+    by_row: mean cross-entropy of a masked token.
+    by_text: the part of it that is of each text of the row.
+    held: the rows.
+  """
+  lengths = _lengths(held)
+  row, segment = held.texts[:, ROW], held.texts[:, SEGMENT]
+  parts = by_text[row, segment - 1] * lengths[row]
+  sizes = _text_lengths(held)
+  all_asked = "answer" not in held.rows.fields
   return Likelihood(
-    "nelbo", "NELBO", total_nats, tokens, num_bytes, stderr, exact=False
+    "nelbo",
+    "NELBO",
+    total_nats=float((by_row * lengths).sum()),
+    tokens=int(lengths.sum()),
+    # How many bytes a part of a text has is not known.
+    num_bytes=held.num_bytes if all_asked else None,
+    stderr=ratio(parts, sizes, held.texts[:, DOCUMENT]).stderr,
+    exact=False,
   )
 
 
-def in_range(low: float, high: float, loss: float) -> dict[str, Value]:
-  """Returns the mean CE of a masked token over a range of mask rates."""
-  title = f"CE at mask rates {low:g} to {high:g}"
-  name = f"stage_ce/{low:g},{high:g}"
-  return {name: Value(loss, title, _UNIT, role=SCORE)}
-
-
-def curve(by_rate: Sequence[tuple[float, float]]) -> Curve:
-  """Returns the mean CE of a masked token at each of some mask rates."""
-  x, y = zip(*by_rate, strict=True)
-  return Curve(
-    tuple(map(float, x)),
-    tuple(map(float, y)),
+def _curve(losses: Float[np.ndarray, "R"]) -> dict[str, Curve]:
+  curve = Curve(
+    tuple(CURVE_RATES.tolist()),
+    tuple(losses.tolist()),
     "Cross-entropy by mask rate",
     _UNIT,
     LOSS_BY_MASKED_SHARE,
@@ -78,3 +199,4 @@ def curve(by_rate: Sequence[tuple[float, float]]) -> Curve:
     " The area under the curve is the NELBO. The bands are the mask rates each"
     " stage is made for.",
   )
+  return {_CURVE: curve}

@@ -11,13 +11,14 @@ objective than the chosen one must be left alone (`mdm_jax/config_forms.py`).
 
 import dataclasses
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import SHARE, field, fixed
 from mdm_jax.core.registry import Registry
 from mdm_jax.data.config import ObjectiveStage
+from mdm_jax.objectives.measured import Chart
 
 _NARROWEST = 1e-6  # range of mask rates that float32 can draw from
 
@@ -68,11 +69,13 @@ class Kind:
       default, in both.
     build: (config, stage, noise, vocabulary, plan) -> the objective of a stage;
       see `masked.build`. "module:function" is imported when it is needed.
+    charts: which numbers of the log the report draws over updates, by name.
   """
 
   config: type[ObjectiveConfig]
   stage: type[ObjectiveStage]
   build: str | Callable[..., Any]
+  charts: Mapping[str, Chart] = dataclasses.field(default_factory=dict)
 
 
 OBJECTIVES: Registry[Kind] = Registry("objective", "objective.name")
@@ -148,7 +151,12 @@ class MaskedStage(ObjectiveStage):
     """Returns the mask rates, and how many rows rehearse all of them."""
     rates = self.mask_rate
     told = "U(0, 1)" if rates is None else "{:g}-{:g}".format(*rates)
-    return told + (f" +{self.rehearsal:.0%}" if self.rehearsal else "")
+    more = f" +{self.rehearsal:.0%} any" if self.rehearsal else ""
+    return f"rates {told}{more}"
+
+  def masked_share(self) -> tuple[float, float]:
+    """Returns the range of mask rates that the stage is made for."""
+    return self.mask_rate or (0.0, 1.0)
 
   def check(self, path: str) -> None:
     """Raises UserError if the two don't go together."""
@@ -166,5 +174,17 @@ class MaskedStage(ObjectiveStage):
 
 
 OBJECTIVES.register(
-  "masked", Kind(MaskedConfig, MaskedStage, "mdm_jax.objectives.masked:build")
+  "masked",
+  Kind(
+    MaskedConfig,
+    MaskedStage,
+    "mdm_jax.objectives.masked:build",
+    {
+      "train/loss": Chart("Training loss", "nats per masked token"),
+      "validation/nelbo_per_token": Chart(
+        "Validation NELBO", "nats per token", "validation/nelbo_stderr"
+      ),
+      "train/mask_rate": Chart("Mask rate", "mean over rows", low=0),
+    },
+  ),
 )

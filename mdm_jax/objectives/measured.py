@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from mdm_jax.core import strict_json
 from mdm_jax.core.errors import UserError
@@ -24,6 +25,8 @@ SCORE = "nats that are no likelihood"
 LOSS_BY_MASKED_SHARE = "loss by masked share"
 
 Number = int | float
+# Parts of an axis, each (low, high, name of the stage).
+Bands = tuple[tuple[Number, Number, str], ...]
 
 _KEY = "measured"  # of results.json
 
@@ -71,7 +74,7 @@ class Curve:
     form: how x is written, as `format` takes it.
     note: what a reader should know of it, in a sentence or two.
     split: the text it was measured on.
-    bands: parts of x, each (low, high, stage): what a stage trains on.
+    bands: which part of x each stage trains on.
   """
 
   x: tuple[float, ...]
@@ -84,7 +87,7 @@ class Curve:
   form: str = "g"
   note: str = ""
   split: Literal["validation", "test"] = "test"
-  bands: tuple[tuple[Number, Number, str], ...] = ()
+  bands: Bands = ()
 
   def points(self) -> dict[str, float]:
     """Returns y by x, x being written in `form`."""
@@ -100,7 +103,7 @@ class Likelihood:
     title: the name for a reader.
     total_nats: of all the text.
     tokens: of the text.
-    num_bytes: of the text in UTF-8.
+    num_bytes: of the text in UTF-8; None if that is not known.
     stderr: standard error of the nats per token; nan where there is none.
     exact: whether it is the likelihood itself, and no bound.
   """
@@ -109,17 +112,14 @@ class Likelihood:
   title: str
   total_nats: float
   tokens: int
-  num_bytes: int
+  num_bytes: int | None
   stderr: float
   exact: bool
 
   def values(self) -> dict[str, Value]:
-    """Returns it per token, as a perplexity and per byte."""
+    """Returns it per token, as a perplexity and, if it can be, per byte."""
     bound = not self.exact
     per_token = self.total_nats / self.tokens
-    bits = self.total_nats / math.log(2) / self.num_bytes
-    # To first order, bits have the relative error of the nats.
-    bits_error = bits * self.stderr / per_token if per_token else math.nan
     kind = " bound" if bound else ""
     return {
       f"{self.name}_per_token": Value(
@@ -130,10 +130,17 @@ class Likelihood:
         role=PERPLEXITY,
         bound=bound,
       ),
-      "bits_per_byte": Value(
-        *(bits, "bits per byte", "", bits_error), role=BITS, bound=bound
-      ),
+      **self._per_byte(),
     }
+
+  def _per_byte(self) -> dict[str, Value]:
+    if not self.num_bytes:
+      return {}
+    bits = self.total_nats / math.log(2) / self.num_bytes
+    # To first order, bits have the relative error of the nats.
+    share = self.stderr * self.tokens / (self.total_nats or math.nan)
+    numbers = bits, "bits per byte", "", bits * share
+    return {"bits_per_byte": Value(*numbers, BITS, bound=not self.exact)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +203,53 @@ class Measured:
 def _exp(nats: float) -> float:
   with np.errstate(over="ignore"):
     return float(np.exp(nats))
+
+
+# MARK: how it is measured
+
+
+# What a measurement is made for: the number that counts, numbers beside it, or
+# numbers as functions of others. The last two are of fewer rows.
+Part = Literal["likelihood", "values", "curves"]
+# Of all draws on held-out text: every checkpoint of every run meets the same.
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Jobs:
+  """What is to be asked of held-out rows, one row a job.
+
+  Attributes:
+    key: of all draws; a job's own follows from its row and its draw.
+    rows: number of each job's row.
+    draws: number of each job's draw.
+    asked: positions that each job asks for, at most.
+    given: whatever else the objective has to know of each job.
+  """
+
+  key: Key[Array, ""]
+  rows: Int[np.ndarray, "N"]
+  draws: Int[np.ndarray, "N"]
+  asked: Int[np.ndarray, "N"]
+  given: Mapping[str, Shaped[np.ndarray, "N ..."]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nats:
+  """What the answers to some jobs cost.
+
+  Attributes:
+    by_row: in all, of each job.
+    by_text: the part of it that is of each of the first S texts of the row.
+  """
+
+  by_row: Float[np.ndarray, "N"]
+  by_text: Float[np.ndarray, "N S"]
 
 
 # MARK: as JSON

@@ -11,12 +11,14 @@ from mdm_jax.core import rng
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.rows import Rows
-from mdm_jax.evaluation import likelihood
 from mdm_jax.evaluation.config import EvalConfig
-from mdm_jax.evaluation.likelihood import Evaluator
+from mdm_jax.evaluation.evaluator import Evaluator
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.objectives.masked import Masked
+from mdm_jax.objectives.measured import LOSS_BY_MASKED_SHARE
+from mdm_jax.objectives.noise import RateRange
 
 V, L, MASK = 3, 3, 5
 TEXTS = list(itertools.product(range(V), repeat=L))
@@ -45,6 +47,24 @@ def model(mesh):
   denoiser = Denoiser(config, Vocabulary(8, forbidden=((V, 8),)))
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
   return denoiser, jax.tree.map(lambda p: p * 3, params)
+
+
+def make_evaluator(model, mesh, low=0.0, high=1.0, **config):
+  objective = Masked(
+    rates=RateRange(low, high),
+    weighting="masked_ce",
+    label_smoothing=0.1,  # of the training alone
+    mask=MASK,
+    length=L,
+    capacity=1,
+  )
+  return Evaluator(EvalConfig(**config), objective, model[0], mesh)
+
+
+def measure(evaluator, params, held):
+  """The bound per token and its standard error."""
+  found = evaluator.measure(params, held).likelihood
+  return found.total_nats / found.tokens, found.stderr
 
 
 @pytest.fixture
@@ -106,19 +126,15 @@ def test_the_bound_is_at_least_the_exact_nll(table):
 
 
 def test_evaluator_gives_the_bound_of_enumeration(model, table, mesh):
-  denoiser, params = model
-  config = EvalConfig(masks_per_row=900, batch_size=2700)
-  got = Evaluator(config, denoiser, MASK, mesh).likelihood(
-    params, hold(make_rows(TEXTS))
-  )
-  expected = np.mean([brute_nelbo(table, text) for text in TEXTS]) / L
-  np.testing.assert_allclose(got.nelbo_per_token, expected, rtol=3e-3)
-  assert got.rows == len(TEXTS) and got.tokens == L * len(TEXTS)
-  np.testing.assert_allclose(got.ppl_bound, np.exp(got.nelbo_per_token))
+  evaluator = make_evaluator(model, mesh, masks_per_row=900, batch_size=2700)
+  found = evaluator.measure(model[1], hold(make_rows(TEXTS)))
   per_row = np.array([brute_nelbo(table, text) for text in TEXTS]) / L
-  np.testing.assert_allclose(
-    got.stderr, per_row.std(ddof=1) / np.sqrt(len(TEXTS)), rtol=0.05
-  )
+  got = found.head()
+  np.testing.assert_allclose(got.value, per_row.mean(), rtol=3e-3)
+  assert found.likelihood.tokens == L * len(TEXTS)
+  assert not found.likelihood.exact
+  expected = per_row.std(ddof=1) / np.sqrt(len(TEXTS))
+  np.testing.assert_allclose(got.error, expected, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -127,102 +143,83 @@ def test_evaluator_gives_the_bound_of_enumeration(model, table, mesh):
 def test_ce_in_a_range_is_the_mean_over_its_rates(
   model, table, mesh, low, high, shares
 ):
-  denoiser, params = model
-  config = EvalConfig(masks_per_row=60, batch_size=2700)
-  evaluator = Evaluator(config, denoiser, MASK, mesh)
-  got = evaluator.ce_in_range(params, make_rows(TEXTS * 40), low, high)
+  evaluator = make_evaluator(
+    model, mesh, low, high, masks_per_row=60, batch_size=2700
+  )
+  held = hold(make_rows(TEXTS * 40))
+  got = evaluator.measure(model[1], held, "values").values
   by_count = [np.mean([mean_ce(table, x, n) for x in TEXTS]) for n in (1, 2, 3)]
-  np.testing.assert_allclose(got, np.dot(shares, by_count), rtol=1e-2)
+  value = got[f"stage_ce/{low:g},{high:g}"].value
+  np.testing.assert_allclose(value, np.dot(shares, by_count), rtol=1e-2)
   assert np.ptp(by_count) > 0.05  # the test could see another range
 
 
 def test_curve_is_ce_at_each_rate(model, table, mesh):
-  denoiser, params = model
-  rows = make_rows(TEXTS * 160)
-  evaluator = Evaluator(EvalConfig(batch_size=2700), denoiser, MASK, mesh)
-  curve = evaluator.ce_by_mask_rate(params, rows)
-  assert len(curve) == 20
-  for rate, loss in curve.items():
-    count = int(np.ceil(float(rate) * L - 1e-6))
+  evaluator = make_evaluator(model, mesh, batch_size=2700)
+  held = hold(make_rows(TEXTS * 160))
+  found = evaluator.measure(model[1], held, "curves")
+  curve = found.curve_with_role(LOSS_BY_MASKED_SHARE)
+  assert curve.x == tuple(round(0.05 * i, 2) for i in range(1, 21))
+  for rate, loss in zip(curve.x, curve.y, strict=True):
+    count = int(np.ceil(rate * L - 1e-6))
     expected = np.mean([mean_ce(table, text, count) for text in TEXTS])
     np.testing.assert_allclose(loss, expected, rtol=0.05)
 
 
 def test_padding_and_batch_size_change_nothing(model, mesh):
-  denoiser, params = model
   rows = make_rows(TEXTS[:7])
   padded = Rows(
     np.pad(rows.tokens, ((0, 0), (0, 2)), constant_values=4),
     np.pad(rows.segments, ((0, 0), (0, 2))),
   )
-  measure = lambda rows, size: Evaluator(
-    EvalConfig(masks_per_row=256, batch_size=size), denoiser, MASK, mesh
-  ).likelihood(params, hold(rows))
-  whole, parts = measure(rows, 7 * 256), measure(rows, 100)
-  np.testing.assert_allclose(
-    whole.nelbo_per_token, parts.nelbo_per_token, rtol=1e-5
+  in_batches = lambda rows, size: measure(
+    make_evaluator(model, mesh, masks_per_row=256, batch_size=size),
+    *(model[1], hold(rows)),
   )
-  again = measure(padded, 100)
-  assert again.tokens == whole.tokens
-  assert abs(again.nelbo_per_token - whole.nelbo_per_token) < 0.1
+  whole, parts = in_batches(rows, 7 * 256), in_batches(rows, 100)
+  np.testing.assert_allclose(whole, parts, rtol=1e-5)
+  assert abs(in_batches(padded, 100)[0] - whole[0]) < 0.1
 
 
 def test_every_checkpoint_meets_the_same_masks(model, mesh):
-  denoiser, params = model
-  evaluator = Evaluator(EvalConfig(), denoiser, MASK, mesh)
+  evaluator = make_evaluator(model, mesh)
   rows = hold(make_rows(TEXTS))
-  first = evaluator.likelihood(params, rows)
-  assert first == evaluator.likelihood(params, rows)
-
-
-def test_bits_per_byte():
-  measured = likelihood.Likelihood(1.0, 0.1, 8 * np.log(2), 2, 10, 2)
-  assert measured.bits_per_byte(4) == pytest.approx(2)
+  assert measure(evaluator, model[1], rows) == measure(
+    evaluator, model[1], rows
+  )
 
 
 def test_found_A15_the_error_is_over_documents(model, mesh):
   """Rows of one document resemble each other: an error over rows is small."""
-  denoiser, params = model
-  config = EvalConfig(masks_per_row=64, batch_size=2048)
-  evaluator = Evaluator(config, denoiser, MASK, mesh)
+  evaluator = make_evaluator(model, mesh, masks_per_row=64, batch_size=2048)
   rows = make_rows([text for text in TEXTS[:8] for _ in range(16)])
   documents = np.repeat(np.arange(8), 16)
-  by_row = evaluator.likelihood(params, hold(rows))
-  measured = evaluator.likelihood(params, hold(rows, documents))
-  assert measured.nelbo_per_token == by_row.nelbo_per_token
-  assert (by_row.documents, measured.documents) == (128, 8)
-  assert measured.stderr > 3 * by_row.stderr
-  each = [
-    evaluator.likelihood(params, hold(make_rows([t] * 16))).nelbo_per_token
-    for t in TEXTS[:8]
-  ]
-  np.testing.assert_allclose(
-    measured.stderr, np.std(each, ddof=1) / np.sqrt(8), rtol=0.1
-  )
-  alone = evaluator.likelihood(params, hold(rows, documents * 0))
-  assert np.isnan(alone.stderr) and alone.documents == 1
+  found = lambda held: measure(evaluator, model[1], held)
+  by_row, by_document = found(hold(rows)), found(hold(rows, documents))
+  assert by_document[0] == by_row[0]
+  assert by_document[1] > 3 * by_row[1]
+  each = [found(hold(make_rows([t] * 16)))[0] for t in TEXTS[:8]]
+  expected = np.std(each, ddof=1) / np.sqrt(8)
+  np.testing.assert_allclose(by_document[1], expected, rtol=0.1)
+  assert np.isnan(found(hold(rows, documents * 0))[1])
 
 
 def test_texts_of_a_row_add_up_to_it_and_are_told_apart(model, mesh):
   """Two documents share every row: one of its first token, one of the rest."""
-  denoiser, params = model
-  config = EvalConfig(masks_per_row=200, batch_size=1800)
-  evaluator = Evaluator(config, denoiser, MASK, mesh)
+  evaluator = make_evaluator(model, mesh, masks_per_row=200, batch_size=1800)
   tokens = np.array(TEXTS[:9], np.uint16)
   rows = Rows(tokens, np.tile(np.array([1, 2, 2], np.uint16), (9, 1)))
-  numbers = np.arange(9).repeat(2)
-  segment = np.tile([1, 2], 9)
+  numbers, segment = np.arange(9).repeat(2), np.tile([1, 2], 9)
   texts = np.stack([numbers, segment, segment, segment, 0 * segment], axis=1)
-  which = np.arange(9).repeat(200)
-  rates = np.linspace(0.01, 1, 200, dtype=np.float32)
-  by_row, by_text = evaluator._losses(
-    params, rows, which, np.tile(rates, 9), "nelbo"
-  )
-  np.testing.assert_allclose(by_text.sum(axis=1), by_row, rtol=1e-5)
-  assert (by_text > 0).any(axis=0).tolist() == [True, True]
-  measured = evaluator.likelihood(params, HeldOut(rows, texts.astype(np.int64)))
+  held = HeldOut(rows, texts.astype(np.int64))
+  jobs = evaluator._objective.jobs(held, "likelihood", 200)
+  nats = evaluator.ask(model[1], rows, jobs)
+  np.testing.assert_allclose(nats.by_text.sum(axis=1), nats.by_row, rtol=1e-5)
+  assert (nats.by_text > 0).any(axis=0).tolist() == [True, True]
+  mean, error = measure(evaluator, model[1], held)
+  by_text = nats.by_text / jobs.asked[:, None]
   first, rest = (by_text.reshape(9, 200, 2) * L).mean(axis=1).sum(axis=0)
-  mean = measured.nelbo_per_token
+  np.testing.assert_allclose(first + rest, 27 * mean, rtol=1e-6)
   residual = np.array([first - mean * 9, rest - mean * 18])
   expected = np.sqrt(2 * np.square(residual).sum()) / 27
-  np.testing.assert_allclose(measured.stderr, expected, rtol=0.2)
+  np.testing.assert_allclose(error, expected, rtol=0.2)
