@@ -47,7 +47,7 @@ def _streams(tree):
       continue
     args = {arg.arg for arg in function.args.args}
     for call in _calls(function, "rng.stream"):
-      if getattr(call.args[1], "id", None) in args:
+      if any(getattr(n, "id", None) in args for n in ast.walk(call.args[1])):
         handed_down.add(name)
   for name in handed_down:
     for call in _calls(tree, name):
@@ -56,6 +56,9 @@ def _streams(tree):
     assert _is_text(call.args[1]) or handed_down, ast.unparse(call)
     if _is_text(call.args[1]):
       yield call.args[1].value
+  for name in ("draws.key", "draws.keys"):  # of an objective
+    for call in _calls(tree, name):
+      yield from (a.value for a in call.args if _is_text(a))
 
 
 def _calls(tree, name):

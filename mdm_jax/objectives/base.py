@@ -22,9 +22,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES
 from mdm_jax.data.batches import Batch
+from mdm_jax.data.held_out import HeldOut
 from mdm_jax.model.context import FULL, Context, Visibility
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives import cross_entropy
+from mdm_jax.objectives.measured import (
+  Jobs,
+  Measured,
+  Nats,
+  Part,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -265,6 +272,74 @@ class Objective(abc.ABC):
   @abc.abstractmethod
   def cost(self) -> Cost:
     """Returns what the rows of this stage cost."""
+
+  @abc.abstractmethod
+  def jobs(self, held: HeldOut, part: Part, draws: int) -> Jobs | None:
+    """Returns what to ask of held-out rows; None if nothing is of this part.
+
+    Args:
+      held: the rows.
+      part: what it is for.
+      draws: times that each row is asked, for what is drawn at random.
+    """
+
+  @abc.abstractmethod
+  def pose(
+    self,
+    batch: Batch,
+    keys: Key[Array, "B"],
+    given: Mapping[str, Array],
+    capacity: int,
+  ) -> Any:
+    """Poses the questions of some jobs, inside `jit`.
+
+    Args:
+      batch: their rows [B, L].
+      keys: of each job.
+      given: as in the jobs.
+      capacity: positions that one data shard is asked for, at most.
+
+    Returns:
+      What `nats` takes, usually `Examples` without a leading axis.
+    """
+
+  def nats(
+    self, model: Denoiser, params: Params, part: Any
+  ) -> Float[Array, "B L"]:
+    """Returns what the answers cost at every position of the batch's rows.
+
+    By position, so that texts of a row can be told apart. Here: weight times
+    cross-entropy, unsmoothed.
+
+    Args:
+      model: the denoiser.
+      params: its parameters.
+      part: what `pose` returned.
+    """
+    hidden = model.hidden(params, part.tokens, part.context)
+    losses = cross_entropy.masked_cross_entropy(
+      model.logits,
+      model.head(params),
+      hidden,
+      part.targets,
+      part.asked,
+      part.capacity,
+      model.vocab,
+    )
+    return jnp.where(part.asked, part.weights * losses, 0)
+
+  @abc.abstractmethod
+  def values(
+    self, part: Part, jobs: Jobs, nats: Nats, held: HeldOut
+  ) -> Measured:
+    """Returns what the answers come to; on the host.
+
+    Args:
+      part: what was asked for.
+      jobs: what was asked.
+      nats: what the answers cost.
+      held: the rows.
+    """
 
   @abc.abstractmethod
   def decoding(self) -> Decoding:

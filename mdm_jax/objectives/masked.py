@@ -22,12 +22,12 @@ from mdm_jax.objectives.base import (
   Decoding,
   Draws,
   Examples,
-  Objective,
   Plan,
   Ratio,
 )
+from mdm_jax.objectives.bound import MaskedBound
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage, NoiseConfig
-from mdm_jax.objectives.noise import RateDistribution, stage_rates
+from mdm_jax.objectives.noise import stage_rates
 
 # Equal bins of a row's mask rate, in (0, 1].
 RATE_BINS = 10
@@ -50,26 +50,21 @@ class MaskedExamples(Examples):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Masked(Objective):
+class Masked(MaskedBound):
   """Cross-entropy of masked tokens given the others; see `build`.
 
   Attributes:
-    rates: what each row's mask rate is drawn from.
     weighting: `masked_ce` or `nelbo`, see `row_weights`.
     label_smoothing: of the targets.
-    mask: id that stands for a masked token.
     length: tokens a row.
     capacity: masked tokens of one data shard in one microbatch, at most.
   """
 
-  rates: RateDistribution
   weighting: str
   label_smoothing: float
-  mask: int
   length: int
   capacity: int
 
-  headline: ClassVar[str] = "nelbo_per_token"
   tags: ClassVar[dict[str, tuple[str, ...]]] = {"mask_bins": _BIN_NAMES}
 
   def examples(self, batch: Batch, draws: Draws) -> MaskedExamples:
