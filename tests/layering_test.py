@@ -176,3 +176,21 @@ def test_only_one_module_reaches_behind_jaxs_public_names():
     if PRIVATE.search((ROOT / path).read_text())
   }
   assert found == set(INTERNALS)
+
+
+# What only an objective knows of: see `mdm_jax/objectives/measured.py`.
+OF_AN_OBJECTIVE = re.compile(r"nelbo|mask_rate|mask_bins", re.IGNORECASE)
+BLIND = "training", "checkpoints", "runtime", "core", "evaluation", "sampling"
+# It checks the fields of the masked objective.
+KNOWS_ONE = {"mdm_jax/core/config_checks.py"}
+
+
+def test_no_room_knows_a_number_of_an_objective_by_name():
+  files = [p for room in BLIND for p in (PACKAGE / room).rglob("*.*")]
+  found = {
+    path.relative_to(ROOT).as_posix()
+    for path in files
+    if path.suffix in (".py", ".html")
+    and OF_AN_OBJECTIVE.search(path.read_text())
+  }
+  assert len(files) > 50 and found <= KNOWS_ONE
