@@ -13,6 +13,8 @@ from mdm_jax.config import Config
 from mdm_jax.config_changes import Change
 from mdm_jax.core import registry
 from mdm_jax.core.errors import UserError
+from mdm_jax.data.config import ObjectiveStage
+from mdm_jax.objectives.config import OBJECTIVES, Kind, ObjectiveConfig
 
 NAMES = ("a", "b", "c")
 SAVED = config_lib.from_dict(
@@ -167,6 +169,21 @@ def _works(path, value):
   except UserError:
     return False
   return _paths(changes.fatal + changes.benign) == [path]
+
+
+def test_a_run_keeps_its_objective():
+  """Two of them share no fields, and measure checkpoints by other numbers."""
+  kind = Kind(ObjectiveConfig, ObjectiveStage, lambda *_: None)
+  OBJECTIVES.register("another", kind)
+  try:
+    stages = [{"name": name, "updates": 10} for name in NAMES]
+    raw = config_lib.to_dict(SAVED)
+    now = raw | {"objective": {"name": "another"}, "stages": stages}
+    with pytest.raises(UserError, match="other settings") as error:
+      config_changes.check(SAVED, config_lib.from_dict(now))
+    assert "objective.name  masked  another" in str(error.value)
+  finally:
+    del OBJECTIVES._pieces["another"]
 
 
 # MARK: what a run can go on with
