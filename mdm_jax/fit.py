@@ -128,7 +128,7 @@ def _attention(config: Config, device: Accelerator) -> list[str]:
     return []
   place = Place("gpu", device.capability)
   dtype = "bfloat16" if model.dtype == "auto" else model.dtype
-  size = model.embed_dim // model.num_heads
+  size = model.head_size
   choices = {
     kernel_choice.choose(
       "auto", place, Case(dtype, size, stage.length, stage.length)

@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_mesh
 
+from mdm_jax import config as config_lib
 from mdm_jax.core import rng, sharding
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.model import layers, placement
+from mdm_jax.model import flops, layers, placement
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import CAUSAL, Visibility, row_context
 from mdm_jax.model.denoiser import Denoiser
@@ -260,6 +262,90 @@ def test_parameters_are_split_as_the_rules_say(any_mesh):
   assert specs["blocks"]["attention"]["key"] == jax.P(
     None, "fsdp", "tensor", None
   )
+
+
+# MARK: fields that other people's checkpoints need
+
+ATTENTION = {  # of 4 heads, 2 of them with keys and values; without layers
+  "query": lambda k: (16, 2, 2, k),
+  "key": lambda k: (16, 2, k),
+  "value": lambda k: (16, 2, k),
+  "out": lambda k: (2, 2, k, 16),
+}
+BIASES = {"query_bias": (2, 2, 4), "key_bias": (2, 4), "value_bias": (2, 4)}
+OTHERS = {
+  "head_dim": ({"head_dim": 6}, {n: s(6) for n, s in ATTENTION.items()}),
+  "qkv_bias": (
+    {"qkv_bias": True},
+    {n: s(4) for n, s in ATTENTION.items()} | BIASES,
+  ),
+  "norm_eps": ({"norm_eps": 1e-2}, {n: s(4) for n, s in ATTENTION.items()}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_of_other_fields_is_the_same_on_every_mesh(name):
+  fields, shapes = OTHERS[name]
+  tokens, found = np.tile(np.asarray(XT), (4, 1)) + np.arange(4)[:, None], []
+  for mesh in ("1x1", "4x2"):
+    with jax.set_mesh(make_mesh(mesh)):
+      denoiser, params = build(num_kv_heads=2, **fields)
+      attention = params["blocks"]["attention"]
+      got = {n: x.shape[1:] for n, x in attention.items() if "norm" not in n}
+      assert got == shapes
+      params = jax.tree.map(lambda x: x + 0.1, params)  # biases begin at 0
+      split = sharding.batch_sharding(jax.sharding.get_mesh(), rank=2)
+      xt = jax.device_put(tokens, split)
+      loss = lambda p, d=denoiser, xt=xt: (run(d, p, xt) ** 2).sum()
+      found.append(jax.device_get(jax.value_and_grad(loss)(params)))
+  value, grads = found[0]
+  assert np.isfinite(value) and value != 0
+  for grad in jax.tree.leaves(grads["blocks"]):
+    assert np.isfinite(grad).all() and np.abs(grad).max() > 0
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max()
+    ),
+    *found,
+  )
+
+
+def test_a_bias_of_values_moves_what_attention_gives_by_itself(mesh):
+  """Weights sum to 1, so all positions gain the same: values' biases, out."""
+  denoiser, params = build(qkv_bias=True, num_layers=1)
+  attention = params["blocks"]["attention"]
+  bias = jnp.linspace(-1, 1, 16).reshape(1, 4, 4)
+  moved = params["blocks"] | {"attention": attention | {"value_bias": bias}}
+  flat = jax.tree.map(jnp.zeros_like, params["blocks"]["mlp"])
+  silent = lambda blocks: params | {"blocks": blocks | {"mlp": flat}}
+  change = run(denoiser, silent(moved)) - run(
+    denoiser, silent(params["blocks"])
+  )
+  want = jnp.einsum("gk,grkd->d", bias[0], attention["out"][0])
+  want = np.broadcast_to(want, change.shape)
+  np.testing.assert_allclose(change, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [None, 6])
+def test_flops_are_those_of_the_weights_and_of_all_pairs(mesh, head_dim):
+  denoiser, params = build(num_kv_heads=2, head_dim=head_dim)
+  rows, length, size = 3, 8, head_dim or 4
+  blocks = jax.tree.leaves(params["blocks"])
+  weights = sum(x.size for x in blocks if x.ndim > 2)
+  pairs = 2 * 4 * size * rows * length**2  # layers, heads
+  want = 2 * weights * rows * length + 4 * pairs
+  assert flops.trunk_flops(denoiser.config, rows, [(length, length)]) == want
+
+
+def test_a_head_of_its_own_size_needs_no_divisor_but_must_be_even():
+  check = lambda **fields: config_lib.Config(
+    model=dataclasses.replace(BASE, **fields)
+  )
+  check(num_heads=3, head_dim=8)
+  with pytest.raises(UserError, match="num_heads=3 does not divide.*head_dim"):
+    check(num_heads=3)
+  with pytest.raises(UserError, match="head_dim = 5 is odd.*head_dim=6"):
+    check(head_dim=5)
 
 
 def test_cudnn_is_refused_where_there_is_no_gpu(mesh):

@@ -47,10 +47,14 @@ def stock_promotion():
     yield
 
 
-def test_decay_spares_norms_and_embeddings():
+def test_decay_spares_norms_biases_and_embeddings():
   assert decay_mask(PARAMS) == {
     "embedding": False,
     "blocks": {"norm": {"scale": False}, "down": True},
+  }
+  assert decay_mask({"query": 1, "query_bias": 1}) == {
+    "query": True,
+    "query_bias": False,
   }
 
 

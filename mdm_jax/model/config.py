@@ -14,12 +14,15 @@ class ModelConfig:
   num_layers: int = fixed(12, "transformer blocks", "[1, 65536]")
   embed_dim: int = fixed(768, "width D of the residual stream", SIZE)
   num_heads: int = fixed(
-    12, "attention heads H; must divide embed_dim", "[1, 65536]"
+    12, "attention heads H; without head_dim, must divide D", "[1, 65536]"
   )
   num_kv_heads: int | None = fixed(
     None,
     "key/value heads for grouped-query attention (None: num_heads)",
     "[1, 65536]",
+  )
+  head_dim: int | None = fixed(
+    None, "size K of a head, even (None: D / H)", "[2, 65536]"
   )
   mlp_dim: int | None = fixed(
     None, "SwiGLU hidden width (None: 8/3 D rounded up to 64)", SIZE
@@ -28,6 +31,10 @@ class ModelConfig:
     0.0, "rate on the two residual branches of a block", "[0, 0.9]"
   )
   qk_norm: bool = fixed(True, "RMSNorm on queries and keys")
+  qkv_bias: bool = fixed(False, "biases on queries, keys and values")
+  norm_eps: float = fixed(
+    1e-6, "added to RMSNorm's mean square", "[1e-12, 0.1]"
+  )
   tie_embeddings: bool = fixed(True, "the head is the embedding transposed")
   time_conditioning: bool = fixed(False, "adaLN-zero on the mask rate")
   rope_theta: float = fixed(
@@ -48,22 +55,29 @@ class ModelConfig:
   )
 
   @property
+  def head_size(self) -> int:
+    """Entries of a head."""
+    return self.head_dim or self.embed_dim // self.num_heads
+
+  @property
   def mlp_size(self) -> int:
     """SwiGLU's hidden width."""
     return self.mlp_dim or -(-8 * self.embed_dim // (3 * 64)) * 64
 
   def check(self, path: str) -> None:
     """Raises UserError if heads don't fit the width, or each other."""
-    if self.embed_dim % self.num_heads:
+    if self.head_dim is None and self.embed_dim % self.num_heads:
       raise UserError(
         f"{path}.num_heads={self.num_heads} does not divide"
-        f" {path}.embed_dim={self.embed_dim}"
+        f" {path}.embed_dim={self.embed_dim}; set {path}.head_dim, or another"
+        " number of heads"
       )
-    if (self.embed_dim // self.num_heads) % 2:
+    if self.head_size % 2:
+      quotient = f"{path}.embed_dim / {path}.num_heads"
+      what = quotient if self.head_dim is None else f"{path}.head_dim"
       raise UserError(
-        f"{path}.embed_dim / {path}.num_heads ="
-        f" {self.embed_dim // self.num_heads} is odd; rotary positions need an"
-        " even head size"
+        f"{what} = {self.head_size} is odd; rotary positions need an even head"
+        f" size; nearest valid: {path}.head_dim={self.head_size + 1}"
       )
     if self.num_kv_heads and self.num_heads % self.num_kv_heads:
       raise UserError(

@@ -1,6 +1,7 @@
 """The denoiser: a pre-norm transformer that is told what sees what.
 
-RMSNorm, rotary positions, SwiGLU, no biases. Blocks are stacked along a leading
+RMSNorm, rotary positions, SwiGLU; biases only where queries, keys and values
+are to have some. Blocks are stacked along a leading
 layer axis and run by one scan, so compile time does not grow with depth. NNX
 modules only hold the parameters: outside this file they are a plain nested
 dict, and `Denoiser` merges them back (`bind`).
@@ -65,7 +66,7 @@ class Attention(nnx.Module):
     self.config = config
     width, groups = config.embed_dim, config.num_kv_heads or config.num_heads
     repeats = config.num_heads // groups
-    size = width // config.num_heads
+    size = config.head_size
     inward = functools.partial(layers.normal, fan_in=width)
     heads = ("embed", "heads", None)
     self.query = inward(rngs(), (width, groups, repeats, size), *heads, None)
@@ -75,12 +76,17 @@ class Attention(nnx.Module):
       rngs(),
       (groups, repeats, size, width),
       *("heads", None, None, "embed"),
-      fan_in=width,
+      fan_in=config.num_heads * size,
       scale=_branch_scale(config),
     )
+    if config.qkv_bias:
+      split = "heads", None, None
+      self.query_bias = layers.zeros((groups, repeats, size), *split)
+      self.key_bias = layers.zeros((groups, size), *split[:2])
+      self.value_bias = layers.zeros((groups, size), *split[:2])
     if config.qk_norm:
-      self.query_norm = layers.RMSNorm(size)
-      self.key_norm = layers.RMSNorm(size)
+      self.query_norm = layers.RMSNorm(size, config.norm_eps)
+      self.key_norm = layers.RMSNorm(size, config.norm_eps)
 
   def __call__(
     self, x: Float[Array, "B L D"], shared: _Shared
@@ -94,6 +100,10 @@ class Attention(nnx.Module):
       layers.project(name, "bld,dgk->bglk", x, w, *heads, *tokens)
       for name, w in (("key", self.key), ("value", self.value))
     )
+    if self.config.qkv_bias:
+      query = query + _over_tokens(self.query_bias, query.dtype)
+      key = key + _over_tokens(self.key_bias, key.dtype)
+      value = value + _over_tokens(self.value_bias, value.dtype)
     if self.config.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
     query = layers.rotate(query, shared.cos, shared.sin)
@@ -102,6 +112,11 @@ class Attention(nnx.Module):
     return layers.project(
       "out", "bgrlk,grkd->bld", mixed, self.out, "batch", "length", None
     )
+
+
+def _over_tokens(bias: nnx.Param, dtype: jnp.dtype) -> Float[Array, "1 *H 1 K"]:
+  """Returns a bias of heads as it is added to [B, heads, L, K]."""
+  return jnp.expand_dims(bias[...].astype(dtype), (0, -2))
 
 
 class SwiGLU(nnx.Module):
@@ -137,9 +152,9 @@ class Block(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
-    self.attention_norm = layers.RMSNorm(config.embed_dim)
+    self.attention_norm = layers.RMSNorm(config.embed_dim, config.norm_eps)
     self.attention = Attention(config, rngs)
-    self.mlp_norm = layers.RMSNorm(config.embed_dim)
+    self.mlp_norm = layers.RMSNorm(config.embed_dim, config.norm_eps)
     self.mlp = SwiGLU(config, rngs)
     if config.time_conditioning:
       shape = (config.embed_dim, 6, config.embed_dim)
@@ -192,7 +207,7 @@ class Network(nnx.Module):
     )
     keys = jax.random.split(rngs(), config.num_layers)
     self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
-    self.final_norm = layers.RMSNorm(width)
+    self.final_norm = layers.RMSNorm(width, config.norm_eps)
     if not config.tie_embeddings:
       self.head = layers.normal(rngs(), table, "vocab", "embed", fan_in=width)
     if config.time_conditioning:
@@ -223,7 +238,7 @@ class Network(nnx.Module):
 
   def _shared(self, context: Context) -> _Shared:
     c = self.config
-    size = c.embed_dim // c.num_heads
+    size = c.head_size
     cos, sin = layers.rotary(context.positions, size, c.rope_theta)
     condition = None
     if c.time_conditioning:
@@ -253,8 +268,7 @@ class Network(nnx.Module):
 def _case(
   config: ModelConfig, length: int, visibility: Visibility, packed: bool
 ) -> Case:
-  size = config.embed_dim // config.num_heads
-  dtype = compute_dtype(config).name
+  dtype, size = compute_dtype(config).name, config.head_size
   return Case(dtype, size, length, length, visibility, packed)
 
 
@@ -319,7 +333,9 @@ class Denoiser:
       hidden: the last block's output, normed here.
     """
     table = params["embedding" if self.config.tie_embeddings else "head"]
-    h = layers.rms_norm(hidden, params["final_norm"]["scale"])
+    h = layers.rms_norm(
+      hidden, params["final_norm"]["scale"], self.config.norm_eps
+    )
     logits = jnp.einsum(
       "nd,vd->nv",
       h,

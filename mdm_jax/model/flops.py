@@ -24,10 +24,10 @@ def trunk_flops(config: ModelConfig, rows: int, reads: Reads) -> float:
       and how many these attend to: all of them, whatever is packed.
   """
   width, hidden = config.embed_dim, config.mlp_size
-  heads = config.num_heads
-  shared = width // heads * (config.num_kv_heads or heads)
-  weights = 2 * width * width + 2 * width * shared + 3 * width * hidden
-  row = sum(q * (2 * weights + 4 * keys * width) for q, keys in reads)
+  queries = config.head_size * config.num_heads
+  keys = config.head_size * (config.num_kv_heads or config.num_heads)
+  weights = 2 * width * queries + 2 * width * keys + 3 * width * hidden
+  row = sum(q * (2 * weights + 4 * k * queries) for q, k in reads)
   return float(config.num_layers * row * rows)
 
 

@@ -100,20 +100,26 @@ def swiglu(
 class RMSNorm(nnx.Module):
   """`rms_norm` with its scale, one to begin with."""
 
-  def __init__(self, size: int):
-    self.scale = nnx.Param(jnp.ones(size, jnp.float32))
+  def __init__(self, size: int, eps: float):
+    self.scale, self._eps = nnx.Param(jnp.ones(size, jnp.float32)), eps
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    return rms_norm(x, self.scale[...])
+    return rms_norm(x, self.scale[...], self._eps)
 
 
 def rms_norm(
-  x: Float[Array, "*B D"], scale: Float[Array, "D"]
+  x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float
 ) -> Float[Array, "*B D"]:
-  """x / rms(x) * scale, with float32 statistics (arXiv 1910.07467)."""
+  """x / rms(x) * scale, with float32 statistics (arXiv 1910.07467).
+
+  Args:
+    x: activations.
+    scale: of every entry.
+    eps: added to the mean square.
+  """
   x32 = x.astype(jnp.float32)
   mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-  normed = x32 * jax.lax.rsqrt(mean_square + 1e-6)
+  normed = x32 * jax.lax.rsqrt(mean_square + eps)
   scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
   return (normed * scale).astype(x.dtype)
 

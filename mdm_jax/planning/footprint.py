@@ -215,6 +215,7 @@ def _block_bytes(
     p.bytes // p.dtype.itemsize * mesh.shape[RULES.embed]
     for p in params
     if p.name.startswith("blocks/") and len(p.shape) > 2
+    if not p.name.endswith("bias")  # not split over it, and small
   )
   weights //= config.num_layers
   rows = padded_rows(run.batch_size, mesh) // data_shards(mesh)

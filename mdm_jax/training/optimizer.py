@@ -208,7 +208,7 @@ def scale_by_step(
 
 def decay_mask(params: Params) -> dict[str, Any]:
   """Returns True where weight decay applies: not norms, biases, embeddings."""
-  return _by_name(lambda name: name not in _UNDECAYED)(params)
+  return _by_name(lambda name: not name.endswith(_UNDECAYED))(params)
 
 
 def _adam(config: OptimizerConfig) -> Gated:
