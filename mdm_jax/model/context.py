@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int
 
 from mdm_jax.core.errors import UserError
 
@@ -61,16 +61,18 @@ CAUSAL = Visibility("causal")
 class Side:
   """The queries or the keys of attention, as far as visibility goes.
 
+  Arrays, or shapes where nothing is computed.
+
   Attributes:
-    segments: the packed text each position belongs to; -1 is nobody's.
-    label: what a position is found by.
-    horizon: the highest label that a position sees.
+    segments: the packed text each position belongs to [B, M]; -1 is nobody's.
+    label: what a position is found by [B, M].
+    horizon: the highest label that a position sees [B, M].
     packed: a row may hold several texts.
   """
 
-  segments: Int[Array, "B M"]
-  label: Int[Array, "B M"]
-  horizon: Int[Array, "B M"]
+  segments: Any
+  label: Any
+  horizon: Any
   packed: bool = _static(True)
 
 
@@ -122,32 +124,57 @@ def _label_and_horizon(visibility: Visibility, positions, noisy):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of earlier calls; see `model/cache.py`.
+
+  Attributes:
+    keys: of all layers, rotated [N, B, G, M, K].
+    values: of all layers [N, B, G, M, K].
+    side: what they are seen by; an empty slot has segment -1.
+    at: where a call's own are written, a number; None puts them behind these.
+  """
+
+  keys: Any
+  values: Any
+  side: Side
+  at: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Context:
   """What the denoiser is told beside the tokens; see `row_context`.
 
-  With more axes in front it is a context for each of several calls.
+  Arrays, or shapes where nothing is computed; with one more axis in front, a
+  context for each of several calls.
 
   Attributes:
-    segments: the packed text each token belongs to (0: padding); tokens of
-      different segments don't see each other.
-    positions: for the rotary angles and for visibility.
+    segments: the packed text each token belongs to [B, S] (0: padding); tokens
+      of different segments don't see each other.
+    positions: for the rotary angles and for visibility [B, S].
     visibility: what a position sees of its segment.
-    noisy: which tokens are of the noisy half; only for `dual`.
-    condition: each row's mask rate; only read with time conditioning.
-    keys: for dropout, one a row; None switches it off.
+    noisy: which tokens are of the noisy half [B, S]; only for `dual`.
+    condition: each row's mask rate [B]; only read with time conditioning.
+    keys: for dropout, one a row [B]; None switches it off.
+    cache: keys and values of earlier calls. The positions then have to be
+      given: those of `row_context` begin at 0 in every call.
+    keep: also return the keys and values that this call attended to.
     shift: position i is answered by the output before it, and the first of a
       segment or of a call by its own: so are models that were trained to
-      predict the next token.
+      predict the next token. With a cache, give a call the token before those
+      that are asked for.
     packed: a row may hold several texts; if not, it holds one from its start,
       and padding behind it.
   """
 
-  segments: Int[Array, "*A B S"]
-  positions: Int[Array, "*A B S"]
+  segments: Any
+  positions: Any
   visibility: Visibility = _static(FULL)
-  noisy: Bool[Array, "*A B S"] | None = None
-  condition: Float[Array, "*A B"] | None = None
-  keys: Key[Array, "*A B"] | None = None
+  noisy: Any = None
+  condition: Any = None
+  keys: Any = None
+  cache: KVCache | None = None
+  keep: bool = _static(False)
   shift: bool = _static(False)
   packed: bool = _static(True)
 

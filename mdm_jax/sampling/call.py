@@ -4,8 +4,9 @@ Logits exist for some positions at a time, in chunks whose number depends on how
 many are needed: a step that reveals six tokens projects six positions, and no
 array has a vocabulary for every position.
 
-A step that re-uses the hidden states of a finished block would replace the
-`denoiser.hidden` calls in `Call`; nothing else knows how they are computed.
+A step that re-uses the keys and values of a finished block would give them to
+`denoiser.hidden` in the context (`model/cache.py`); nothing else in a sampler
+knows how hidden states are computed.
 """
 
 import dataclasses

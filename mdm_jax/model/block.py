@@ -1,0 +1,190 @@
+"""A block of the transformer: attention and SwiGLU on a residual stream."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from mdm_jax.model import cache as caching
+from mdm_jax.model import layers
+from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.kernels import Kernel
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+  """What every block needs beside the residual stream."""
+
+  kernel: Kernel = dataclasses.field(metadata={"static": True})
+  prepared: Any  # by the kernel
+  at: Int[Array, ""] | None
+  cos: Float[Array, "B L K"]
+  sin: Float[Array, "B L K"]
+  condition: Float[Array, "B D"] | None
+  keys: Key[Array, "B"] | None
+
+
+# What a block returns beside its output: see `cache.extend`.
+Kept = tuple[Float[Array, "B L D"], caching.Pair]
+
+
+def _branch_scale(config: ModelConfig) -> float:
+  """Keeps the residual stream's size the same at any depth."""
+  return (2 * config.num_layers) ** -0.5
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention over everything visible."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    width, groups = config.embed_dim, config.num_kv_heads or config.num_heads
+    repeats = config.num_heads // groups
+    size = config.head_size
+    inward = functools.partial(layers.normal, fan_in=width)
+    heads = ("embed", "heads", None)
+    self.query = inward(rngs(), (width, groups, repeats, size), *heads, None)
+    self.key = inward(rngs(), (width, groups, size), *heads)
+    self.value = inward(rngs(), (width, groups, size), *heads)
+    self.out = layers.normal(
+      rngs(),
+      (groups, repeats, size, width),
+      *("heads", None, None, "embed"),
+      fan_in=config.num_heads * size,
+      scale=_branch_scale(config),
+    )
+    if config.qkv_bias:
+      split = "heads", None, None
+      self.query_bias = layers.zeros((groups, repeats, size), *split)
+      self.key_bias = layers.zeros((groups, size), *split[:2])
+      self.value_bias = layers.zeros((groups, size), *split[:2])
+    if config.qk_norm:
+      self.query_norm = layers.RMSNorm(size, config.norm_eps)
+      self.key_norm = layers.RMSNorm(size, config.norm_eps)
+
+  def __call__(
+    self,
+    x: Float[Array, "B L D"],
+    layer: Int[Array, ""],
+    shared: Shared,
+    cached: caching.Pair | None,
+  ) -> Kept:
+    query, key, value = self._heads(x, shared)
+    seen, kept = caching.extend(cached, shared.at, layer, key, value)
+    mixed = shared.kernel.attend(query, *seen, shared.prepared)
+    out = layers.project(
+      "out", "bgrlk,grkd->bld", mixed, self.out, "batch", "length", None
+    )
+    return out, kept
+
+  def _heads(self, x: Float[Array, "B L D"], shared: Shared):
+    """Returns queries [B, G, R, L, K], keys and values [B, G, L, K]."""
+    # Heads come before the length: matmuls over [L, K] then need no copies.
+    heads, tokens = ("batch", "heads"), ("length", None)
+    query = layers.project(
+      "query", "bld,dgrk->bgrlk", x, self.query, *heads, None, *tokens
+    )
+    key, value = (
+      layers.project(name, "bld,dgk->bglk", x, w, *heads, *tokens)
+      for name, w in (("key", self.key), ("value", self.value))
+    )
+    if self.config.qkv_bias:
+      query = query + _over_tokens(self.query_bias, query.dtype)
+      key = key + _over_tokens(self.key_bias, key.dtype)
+      value = value + _over_tokens(self.value_bias, value.dtype)
+    if self.config.qk_norm:
+      query, key = self.query_norm(query), self.key_norm(key)
+    query = layers.rotate(query, shared.cos, shared.sin)
+    key = layers.rotate(key, shared.cos, shared.sin)
+    return query, key, value
+
+
+def _over_tokens(bias: nnx.Param, dtype: jnp.dtype) -> Float[Array, "1 *H 1 K"]:
+  """Returns a bias of heads as it is added to [B, heads, L, K]."""
+  return jnp.expand_dims(bias[...].astype(dtype), (0, -2))
+
+
+class SwiGLU(nnx.Module):
+  """silu(x gate) * (x up), projected down (arXiv 2002.05202)."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    width, hidden = config.embed_dim, config.mlp_size
+    # Not as one: on the way back, joining the two costs more than it saves.
+    inward = functools.partial(layers.normal, fan_in=width)
+    self.gate = inward(rngs(), (width, hidden), "embed", "mlp")
+    self.up = inward(rngs(), (width, hidden), "embed", "mlp")
+    self.down = layers.normal(
+      rngs(),
+      (hidden, width),
+      *("mlp", "embed"),
+      fan_in=hidden,
+      scale=_branch_scale(config),
+    )
+
+  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    gate, up = (
+      layers.project(name, "bld,df->blf", x, w, "batch", "length", "mlp")
+      for name, w in (("gate", self.gate), ("up", self.up))
+    )
+    hidden = layers.swiglu(gate, up)
+    return layers.project(
+      "down", "blf,fd->bld", hidden, self.down, "batch", "length", None
+    )
+
+
+class Block(nnx.Module):
+  """Attention and SwiGLU, each on a normed branch of the residual stream."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.attention_norm = layers.RMSNorm(config.embed_dim, config.norm_eps)
+    self.attention = Attention(config, rngs)
+    self.mlp_norm = layers.RMSNorm(config.embed_dim, config.norm_eps)
+    self.mlp = SwiGLU(config, rngs)
+    if config.time_conditioning:
+      shape = (config.embed_dim, 6, config.embed_dim)
+      self.modulation = layers.zeros(shape, "embed", None, None)
+
+  def __call__(
+    self,
+    x: Float[Array, "B L D"],
+    layer: Int[Array, ""],
+    shared: Shared,
+    cached: caching.Pair | None,
+  ) -> Kept:
+    shift, scale, gate = self._modulation(x, shared)
+    keys = self._dropout_keys(layer, shared)
+    h = self.attention_norm(x) * (1 + scale[0]) + shift[0]
+    h, kept = self.attention(h, layer, shared, cached)
+    h = layers.dropout(h, self.config.dropout, keys[0])
+    x = x + gate[0] * h
+    h = self.mlp_norm(x) * (1 + scale[1]) + shift[1]
+    h = layers.dropout(self.mlp(h), self.config.dropout, keys[1])
+    return x + gate[1] * h, kept
+
+  def _modulation(self, x: Float[Array, "B L D"], shared: Shared):
+    """adaLN-zero (arXiv 2212.09748): shift, scale and gate of two branches."""
+    if shared.condition is None:
+      return (0, 0), (0, 0), (1, 1)
+    parts = layers.project(
+      "modulation",
+      "bd,dcf->bcf",
+      shared.condition.astype(x.dtype),
+      self.modulation,
+      "batch",
+      None,
+      None,
+    )
+    a, b, c, d, e, f = (parts[:, i, None] for i in range(6))
+    return (a, b), (c, d), (e, f)
+
+  def _dropout_keys(self, layer: Int[Array, ""], shared: Shared):
+    if shared.keys is None or self.config.dropout == 0:
+      return None, None
+    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    return fold(shared.keys, 2 * layer), fold(shared.keys, 2 * layer + 1)
