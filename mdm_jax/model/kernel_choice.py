@@ -15,11 +15,10 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.model.kernels import KERNELS, Case, Place
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
-# What `auto` tries, the fastest first; the last of them can do everything.
+# What `auto` tries on a backend, the fastest first; the last can do everything.
 # cuDNN's flash attention wherever it is right: measured on one H100, an update
 # of 12 layers by 768 took 91 ms with it and 137 with XLA's own.
-_FASTEST = {"cpu": ("reference",), "gpu": ("cudnn", "xla")}
-_ANYWHERE = ("xla",)
+_FASTEST = {"gpu": ("cudnn", "xla")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,36 +44,20 @@ def choose(asked: str, place: Place, case: Case) -> Choice:
     UserError: the kernel that is asked for does not exist.
   """
   if asked != "auto":
-    KERNELS.check(asked)
-    return Choice(asked, "as model.attention says" + _mask(asked, case))
-  names = _FASTEST.get(place.backend, _ANYWHERE)
-  missing = ""
-  for name in names[:-1]:
-    lacking = KERNELS[name]().lacks(case, place)
-    if lacking is None:
-      return Choice(name, _praise(name, case) + _mask(name, case))
-    missing = f": {_OWNERS[name]} has no {lacking}"
+    remark = KERNELS[asked]().remark(case)
+    return Choice(asked, "as model.attention says" + remark)
   if place.backend == "cpu":
-    return Choice(names[-1], "plain products are the fastest on a CPU")
-  if place.backend != "gpu":
-    why = f"XLA's own, the one there is on a {place.backend}"
-    return Choice(names[-1], why)
-  return Choice(names[-1], f"XLA's own{missing}")
-
-
-_OWNERS = {"cudnn": "cuDNN's"}
-
-
-def _praise(name: str, case: Case) -> str:
-  return f"{_OWNERS[name]}, of {case.dtype}, heads of {case.head}"
-
-
-def _mask(name: str, case: Case) -> str:
-  """Says what a dense mask takes, where a kernel needs one beside its own."""
-  if name != "cudnn" or case.plain:
-    return ""
-  size = case.queries * case.keys * jnp.dtype(case.dtype).itemsize / 2**20
-  return f"; its mask is dense, {size:.2f} MiB a row"
+    return Choice("reference", "plain products are the fastest on a CPU")
+  *fast, last = _FASTEST.get(place.backend, ("xla",))
+  missing = f", the one there is on a {place.backend}"
+  for name in fast:
+    kernel = KERNELS[name]()
+    lacking = kernel.lacks(case, place)
+    if lacking is None:
+      kind = f"{kernel.called}, of {case.dtype}, heads of {case.head}"
+      return Choice(name, kind + kernel.remark(case))
+    missing = f": {kernel.called} has no {lacking}"
+  return Choice(last, KERNELS[last].called + missing)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ every layer. A kernel of one's own, in a module of one's own:
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,13 @@ class Case:
 
 
 class Kernel:
-  """One way to compute attention; holds no state."""
+  """One way to compute attention; holds no state.
+
+  Attributes:
+    called: whose kernel it is, as a plan says it.
+  """
+
+  called: ClassVar[str] = "your own"
 
   def lacks(self, case: Case, place: Place) -> str | None:
     """Returns what the kernel can't do of a case; None if it is right.
@@ -86,6 +92,11 @@ class Kernel:
     """
     del case, place
     return None
+
+  def remark(self, case: Case) -> str:
+    """Returns what a plan adds about the kernel in a case."""
+    del case
+    return ""
 
   def prepare(self, visibility: Visibility, q: Side, k: Side) -> Any:
     """Returns what `attend` is given in every layer.
@@ -148,6 +159,8 @@ def dense(visibility: Visibility, q: Side, k: Side) -> Bool[Array, "B Q K"]:
 class Reference(Kernel):
   """Plain products, the softmax in float32."""
 
+  called = "plain products"
+
   def prepare(self, visibility: Visibility, q: Side, k: Side):
     """Returns an entry for every pair."""
     return dense(visibility, q, k)
@@ -189,6 +202,8 @@ def _plain(query, key, value, visible) -> Float[Array, "B G N K"]:
 class XLA(Kernel):
   """`jax.nn.dot_product_attention`, compiled by XLA."""
 
+  called = "XLA's own"
+
   def prepare(self, visibility: Visibility, q: Side, k: Side):
     """Returns an entry for every pair, the same for all heads."""
     return {"mask": dense(visibility, q, k)[:, None]}
@@ -205,6 +220,8 @@ class CuDNN(Kernel):
   JAX's function takes no segments: what lengths can't say is a dense mask.
   """
 
+  called = "cuDNN's"
+
   def lacks(self, case: Case, place: Place) -> str | None:
     """Says what the kernel, its gradient and a mask can't do of a case."""
     capability = parsed(place.capability)
@@ -220,6 +237,13 @@ class CuDNN(Kernel):
     if case.keys % 2:
       return f"{case.keys} keys a row, an odd number"
     return None
+
+  def remark(self, case: Case) -> str:
+    """Says what a dense mask takes, which JAX makes a bias of."""
+    if case.plain:
+      return ""
+    size = case.queries * case.keys * jnp.dtype(case.dtype).itemsize / 2**20
+    return f"; its mask is dense, {size:.2f} MiB a row"
 
   def prepare(self, visibility: Visibility, q: Side, k: Side):
     """Returns lengths where they say all, else an entry for every pair."""
