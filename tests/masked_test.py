@@ -1,164 +1,108 @@
-"""The masked objective asks where a row's answer is, and nowhere else."""
+"""The masked objective: what it weighs, how much it asks, and what it logs."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives_harness import PLAN, VOCAB, ask, make_batch
 
 from mdm_jax.core import rng
-from mdm_jax.core.errors import UserError
-from mdm_jax.core.sharding import data_shards
-from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.data.batches import make_batch
-from mdm_jax.data.packing import pack
-from mdm_jax.data.rows import Rows
-from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.objectives.base import Draws, Plan
+from mdm_jax.objectives import corruption, masked, noise
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage, NoiseConfig
-from mdm_jax.objectives.masked import build
-
-VOCAB = Vocabulary.after_text(26)
-LENGTH, ROWS = 16, 16
-MODEL = ModelConfig(num_layers=1, embed_dim=8, num_heads=2)
 
 
-def make_rows():
-  """Packed prompts with answers; the last row has a prompt alone."""
-  draw = np.random.default_rng(0)
-  sizes = draw.integers(3, 13, 60)
-  texts = [draw.integers(0, 26, n) for n in sizes]
-  starts = [0 if i % 5 == 0 else n // 2 for i, n in enumerate(sizes)]
-  answers = [np.arange(len(t)) >= s for t, s in zip(texts, starts, strict=True)]
-  rows = pack(texts, LENGTH, VOCAB, answer=answers)
-  rows = rows.take(np.arange(ROWS))
-  rows.fields["answer"][-1] = 0
-  return rows
+def build(plan=PLAN, weighting="nelbo", **stage):
+  config = MaskedConfig(weighting=weighting, label_smoothing=0.1)
+  return masked.build(config, MaskedStage(**stage), NoiseConfig(), VOCAB, plan)
 
 
-ROWS_WITH_ANSWERS = make_rows()
+def test_masked_ce_weighs_every_masked_token_the_same():
+  where = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
+  real = jnp.ones((2, 4), bool)
+  weights = masked.row_weights("masked_ce", where, real, jnp.array([9.0, 9.0]))
+  np.testing.assert_allclose(weights, 1 / 4)
 
 
-def pose(mesh, rows, weighting="nelbo", most_asked=LENGTH):
-  """The questions of an update of two microbatches, and the objective."""
-  plan = Plan(2, ROWS // 2, LENGTH, data_shards(mesh), most_asked, LENGTH)
-  config = MaskedConfig(weighting=weighting)
-  objective = build(config, MaskedStage(), NoiseConfig(), VOCAB, plan)
-
-  @jax.jit
-  def examples(batch):
-    return objective.examples(batch, Draws(0, 3, plan, batch.tokens.shape[1]))
-
-  batch = make_batch(rows, np.arange(ROWS), 2, mesh)
-  return objective, batch, examples(batch)
-
-
-@pytest.mark.parametrize("weighting", ["masked_ce", "nelbo"])
-def test_nothing_of_a_prompt_is_masked_or_asked(any_mesh, weighting):
-  _, batch, found = pose(any_mesh, ROWS_WITH_ANSWERS, weighting)
-  answer, asked = np.asarray(batch.answer), np.asarray(found.asked)
-  tokens, read = np.asarray(batch.tokens), np.asarray(found.tokens)
-  assert 0 < answer.sum() < (np.asarray(batch.segments) > 0).sum()
-  assert not (asked & ~answer).any()
-  assert (read[~asked] == tokens[~asked]).all()
-  assert (read[asked] == VOCAB.mask).all()
-  rate = np.asarray(found.context.condition)
-  count = np.ceil(rate * answer.sum(axis=-1) * (1 - 1e-6))
-  assert (asked.sum(axis=-1) == count).all()
-  assert not asked.reshape(ROWS, LENGTH)[-1].any()  # it has no answer
-
-
-def test_weights_are_those_of_the_answers(any_mesh):
-  """`nelbo`: a row's masked tokens weigh n / p(r) / k over all answers."""
-  _, batch, found = pose(any_mesh, ROWS_WITH_ANSWERS, "nelbo")
-  asked = np.asarray(found.asked)
-  size = np.asarray(batch.answer).sum(axis=-1)  # rates are uniform: p is 1
-  want = size / np.maximum(asked.sum(axis=-1), 1) / size.sum()
-  want = np.broadcast_to(want[..., None], asked.shape)
-  weights = np.asarray(found.weights)
-  np.testing.assert_allclose(weights[asked], want[asked], rtol=1e-6)
-  _, _, found = pose(any_mesh, ROWS_WITH_ANSWERS, "masked_ce")
-  total = np.asarray(found.weights)[np.asarray(found.asked)].sum()
-  np.testing.assert_allclose(total, 1, rtol=1e-6)
-
-
-def test_the_share_masked_is_of_the_answers(any_mesh):
-  objective, batch, found = pose(any_mesh, ROWS_WITH_ANSWERS)
-  nothing = jnp.zeros(found.asked.shape[:2])
-  share = objective.summaries(found, nothing)["mask_rate"]
-  assert float(share.total) == np.asarray(found.asked).sum()
-  assert float(share.count) == np.asarray(batch.answer).sum()
-
-
-def test_rows_without_answers_are_asked_everywhere_to_the_bit(any_mesh):
-  rows = ROWS_WITH_ANSWERS
-  plain = Rows(rows.tokens, rows.segments)
-  every = Rows(
-    rows.tokens, rows.segments, answer=(rows.segments > 0).astype(np.uint8)
+@pytest.mark.parametrize(
+  "rates",
+  [
+    noise.RateRange(0.05, 0.2, 0.25),
+    noise.RateRange(0.0, 1.0),
+    noise.ScheduledRates(noise.Cosine()),
+    noise.ScheduledRates(noise.Polynomial(2.0)),
+  ],
+)
+def test_nelbo_weights_are_unbiased_for_any_density(rates):
+  """If CE(r) = r**2 the bound per token is 1/3, however rates are drawn."""
+  rows, length = 20_000, 500
+  u = corruption.stratified_uniforms(rng.stream(0, "rate"), rows)
+  r = rates.rate(u)
+  count = corruption.num_masked(r, jnp.full(rows, length))
+  where = jnp.arange(length)[None] < count[:, None]
+  weights = masked.row_weights(
+    "nelbo",
+    where,
+    jnp.ones((rows, length), bool),
+    rates.inverse_density(u),
   )
-  _, _, one = pose(any_mesh, plain)
-  _, _, other = pose(any_mesh, every)
-  hide = lambda e: (e.tokens, e.asked, e.weights, e.answers)
-  jax.tree.map(np.testing.assert_array_equal, hide(one), hide(other))
+  realised = count.astype(jnp.float32) / length
+  bound = (weights * count.astype(jnp.float32) * realised**2).sum()
+  np.testing.assert_allclose(bound, 1 / 3, rtol=5e-3)
 
 
-def test_the_buffer_is_as_long_as_answers_need(any_mesh):
-  most = int(ROWS_WITH_ANSWERS.answer.sum(axis=1).max())
-  assert most < LENGTH
-  whole, *_ = pose(any_mesh, ROWS_WITH_ANSWERS)
-  short, _, found = pose(any_mesh, ROWS_WITH_ANSWERS, most_asked=most)
-  assert short.capacity < whole.capacity
-  shards = data_shards(any_mesh)
-  by_shard = np.asarray(found.asked).reshape(2, shards, -1).sum(axis=-1)
-  assert by_shard.max() <= short.capacity
+def test_weights_are_those_of_the_whole_update(any_mesh):
+  """A loss of 1 at every masked token is a loss of 1, over all microbatches."""
+  objective = build(weighting="masked_ce")
+  found = ask(objective, any_mesh)
+  weights = np.where(np.asarray(found.asked), np.asarray(found.weights), 0)
+  np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+  by_microbatch = weights.sum(axis=(1, 2))
+  assert (by_microbatch > 0.3).all()  # no microbatch is a whole by itself
 
 
-@functools.cache
-def _gradients(mesh_size):
-  """Of an update's loss, by the parameters; with the prompts' targets moved."""
-  del mesh_size
-  mesh = jax.sharding.get_mesh()
-  denoiser = Denoiser(MODEL, VOCAB)
-  params = jax.jit(denoiser.init)(rng.stream(0, "init"))
-  objective, batch, found = pose(mesh, ROWS_WITH_ANSWERS)
-
-  @jax.jit
-  def gradient(targets):
-    def loss(params):
-      total = 0.0
-      for i in range(2):
-        part = jax.tree.map(lambda x: x[i], found)  # noqa: B023
-        part = part.__class__(**vars(part) | {"targets": targets[i]})
-        total += objective.loss(denoiser, params, part)[0]
-      return total
-
-    return jax.value_and_grad(loss)(params)
-
-  other = jnp.where(batch.answer, found.targets, (found.targets + 1) % 26)
-  return jax.device_get((gradient(found.targets), gradient(other)))
+def test_what_a_shard_is_asked_fits_the_capacity(any_mesh):
+  shards = any_mesh.shape["fsdp"]
+  plan = dataclasses.replace(PLAN, shards=shards)
+  objective = build(plan, mask_rate=(0.4, 0.6), rehearsal=0.25)
+  assert objective.cost().asked == objective.capacity
+  for update in range(4):
+    found = ask(objective, any_mesh, update, plan)
+    by_shard = np.asarray(found.asked).reshape(plan.accumulation, shards, -1)
+    assert by_shard.sum(axis=-1).max() <= objective.capacity
+  whole = plan.batch // shards * plan.length
+  assert objective.capacity < whole
 
 
-def test_what_a_prompt_says_is_no_target(any_mesh):
-  one, other = _gradients(any_mesh.size)
-  jax.tree.map(np.testing.assert_array_equal, one, other)
-  assert np.isfinite(one[0]) and one[0] > 0
-
-
-def test_meshes_agree_on_the_loss_of_answers(any_mesh):
-  one, _ = _gradients(any_mesh.size)
-  single = jax.make_mesh(
-    (1, 1, 1), any_mesh.axis_names, devices=jax.devices()[:1]
+def test_what_is_asked_is_what_the_model_cannot_read(mesh):
+  found, batch = ask(build(), mesh), make_batch(mesh)
+  np.testing.assert_array_equal(found.tokens == VOCAB.mask, found.asked)
+  np.testing.assert_array_equal(
+    np.where(found.asked, found.targets, found.tokens), batch.tokens
   )
-  with jax.set_mesh(single):
-    other, _ = _gradients(1)
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-  jax.tree.map(close, one, other)
 
 
-def test_a_vocabulary_without_a_mask_is_told():
-  plan = Plan(1, 8, LENGTH, 1, LENGTH, LENGTH)
-  args = MaskedConfig(), MaskedStage(), NoiseConfig()
-  with pytest.raises(UserError, match="no mask id"):
-    build(*args, Vocabulary(26), plan)
+def test_summaries_are_of_rows_and_rows_of_positions(mesh):
+  objective = build()
+  found = ask(objective, mesh)
+  losses = jnp.arange(16.0).reshape(2, 8)
+  told = jax.device_get(objective.summaries(found, losses))
+  rows = jax.device_get(objective.by_row(found, losses))
+  real = (np.asarray(found.context.segments) > 0).sum()
+  assert told["mask_rate"].count == real
+  assert told["mask_rate"].total == rows["masked"].sum()
+  assert told["mask_bins"].count.sum() == rows["masked"].sum()
+  assert told["mask_bins"].total.sum() == rows["cross_entropy"].sum() == 120
+  assert len(objective.tags["mask_bins"]) == len(told["mask_bins"].total)
+  np.testing.assert_array_equal(
+    rows["masked"], np.asarray(found.asked).sum(axis=-1)
+  )
+
+
+def test_a_trace_can_read_the_cost_but_not_build_the_objective(mesh):
+  """Why an objective is built outside `jit`: its capacity is a number."""
+  objective = build()
+  assert jax.eval_shape(lambda: jnp.zeros(objective.cost().asked)).size > 0
+  with pytest.raises(jax.errors.JAXTypeError):
+    jax.eval_shape(lambda: jnp.zeros(build().capacity))

@@ -147,16 +147,29 @@ def abstract_batch(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Batch:
 def kept_for_backward(
   run: Recipe, stage: StagePlan, mesh: AbstractMesh
 ) -> tuple[Layout, ...]:
-  """Returns what the blocks' forward pass leaves to their backward pass."""
+  """Returns what the blocks' forward passes leave to their backward passes.
+
+  An objective may call the model more than once; all calls of a microbatch are
+  held at the same time.
+  """
   batch = abstract_batch(run, stage, mesh)
   traced = run.step(stage).trace(run.abstract(), batch)
-  # The first loop over the layers is forward.
-  loop = next(
-    eqn
-    for eqn in _equations(traced.jaxpr.jaxpr)
-    if eqn.primitive.name == "scan"
-    and any(e.primitive.name == "name" for e in eqn.params["jaxpr"].eqns)
+  loops = filter(_is_forward, _equations(traced.jaxpr.jaxpr))
+  return tuple(layout for loop in loops for layout in _stacked(loop, mesh))
+
+
+def _is_forward(eqn: Any) -> bool:
+  """Whether it is a loop over the layers: only there products have names.
+
+  On the way back they have them inside what is computed again, or not at all.
+  """
+  return eqn.primitive.name == "scan" and any(
+    inner.primitive.name == "name" for inner in eqn.params["jaxpr"].eqns
   )
+
+
+def _stacked(loop: Any, mesh: AbstractMesh) -> Iterator[Layout]:
+  """Yields what a loop over the layers returns of each of them."""
   body, length = loop.params["jaxpr"].jaxpr, loop.params["length"]
   names: dict[Any, str] = {}
   for eqn in body.eqns:
@@ -165,17 +178,12 @@ def kept_for_backward(
     elif eqn.primitive.name == "reduce_precision":  # what is kept is rounded
       names[eqn.outvars[0]] = names.get(eqn.invars[0], "other")
   made = {var for eqn in body.eqns for var in eqn.outvars}
-  return tuple(
-    _layout(
-      names.get(inner, "other" if inner in made else "block input"),
-      outer.aval,
-      mesh,
-    )
-    for inner, outer in zip(body.outvars, loop.outvars, strict=True)
+  for inner, outer in zip(body.outvars, loop.outvars, strict=True):
     # What goes on to the next layer is not stacked.
-    if outer.aval.shape == (length, *inner.aval.shape)
-    and not isinstance(inner, Literal)
-  )
+    stacked = outer.aval.shape == (length, *inner.aval.shape)
+    if stacked and not isinstance(inner, Literal):
+      name = names.get(inner, "other" if inner in made else "block input")
+      yield _layout(name, outer.aval, mesh)
 
 
 def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
@@ -220,6 +228,8 @@ def _block_bytes(
   weights //= config.num_layers
   rows = padded_rows(run.batch_size, mesh) // data_shards(mesh)
   heads = config.num_heads // mesh.shape[RULES.heads]
-  scores = rows * heads * stage.config.length**2 * _FLOAT32
+  reads = run.objective(stage).cost().reads
+  pairs = max(queries * keys for queries, keys in reads)
+  scores = rows * heads * pairs * _FLOAT32
   size = compute_dtype(config).itemsize + _FLOAT32
   return weights * size + scores * _SCORES[config.remat]

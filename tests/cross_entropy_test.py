@@ -11,8 +11,7 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.objectives import corruption, cross_entropy, noise
-from mdm_jax.objectives.masked import row_weights
+from mdm_jax.objectives import corruption, cross_entropy
 
 V, REAL, MASK = 16, 12, 13
 VOCAB = Vocabulary(V, mask=MASK, forbidden=((REAL, V),))
@@ -283,37 +282,3 @@ def test_half_precision_logits_are_refused():
     cross_entropy.cross_entropy(
       jnp.zeros((1, V), jnp.bfloat16), jnp.zeros(1, int), VOCAB
     )
-
-
-def test_masked_ce_weighs_every_masked_token_the_same():
-  masked = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
-  real = jnp.ones((2, 4), bool)
-  weights = row_weights("masked_ce", masked, real, jnp.array([9.0, 9.0]))
-  np.testing.assert_allclose(weights, 1 / 4)
-
-
-@pytest.mark.parametrize(
-  "rates",
-  [
-    noise.RateRange(0.05, 0.2, 0.25),
-    noise.RateRange(0.0, 1.0),
-    noise.ScheduledRates(noise.Cosine()),
-    noise.ScheduledRates(noise.Polynomial(2.0)),
-  ],
-)
-def test_nelbo_weights_are_unbiased_for_any_density(rates):
-  """If CE(r) = r**2 the bound per token is 1/3, however rates are drawn."""
-  rows, length = 20_000, 500
-  u = corruption.stratified_uniforms(rng.stream(0, "rate"), rows)
-  r = rates.rate(u)
-  count = corruption.num_masked(r, jnp.full(rows, length))
-  masked = jnp.arange(length)[None] < count[:, None]
-  weights = row_weights(
-    "nelbo",
-    masked,
-    jnp.ones((rows, length), bool),
-    rates.inverse_density(u),
-  )
-  realised = count.astype(jnp.float32) / length
-  bound = (weights * count.astype(jnp.float32) * realised**2).sum()
-  np.testing.assert_allclose(bound, 1 / 3, rtol=5e-3)
