@@ -171,9 +171,14 @@ def form() -> type:
   return coercion.with_types(Config, types)
 
 
-def default_config() -> config_dict.ConfigDict:
-  """Returns every field at its default, locked: a typo in a file fails."""
-  return coercion.to_config_dict(form()())
+def default_config(*modules: str) -> config_dict.ConfigDict:
+  """Returns every field at its default, locked: a typo in a file fails.
+
+  Args:
+    *modules: of your own, imported first; an objective there adds its fields.
+  """
+  own_modules.load(modules)
+  return coercion.to_config_dict(form()(modules=modules))
 
 
 def stage(**fields: Any) -> config_dict.ConfigDict:
