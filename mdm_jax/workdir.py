@@ -43,7 +43,7 @@ _PACKAGES = (
 
 
 class Workdir:
-  """A run's folder; of several processes, the first one writes."""
+  """A run's folder. Only process 0 writes."""
 
   def __init__(self, path: epath.PathLike):
     self.path = epath.Path(at_home(os.fspath(path)))

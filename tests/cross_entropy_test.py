@@ -188,7 +188,7 @@ def test_what_comes_along_has_no_gradient(case, small_chunks):
 
 def test_chunks_follow_the_width_but_are_never_tiny():
   chunks = cross_entropy.num_chunks
-  rows = cross_entropy._ROWS_OF_WIDTH * 384
+  rows = cross_entropy._ROWS_PER_WIDTH * 384
   assert chunks(rows, 384, Vocabulary(50_000)) == 1
   assert chunks(rows + 1, 384, Vocabulary(50_000)) == 2
   assert chunks(100 * rows, 384, Vocabulary(27)) == 1  # its logits are few

@@ -79,9 +79,9 @@ RULES = ShardingRules()
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
   """Returns the mesh; a size of -1 takes the devices that are left.
 
-  On a TPU the devices are in the order of the wires between them, elsewhere in
-  that of their processes. Which process reads which rows follows from it, but
-  not which rows there are.
+  On a TPU the devices are ordered by interconnect topology (ICI), elsewhere by
+  process. The order decides which process reads which rows of a batch, never
+  which rows are in it.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.

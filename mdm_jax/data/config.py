@@ -54,7 +54,7 @@ class DataConfig:
     "", "folder of --mode=prepare; rows are read from it", path=True
   )
   block_megabytes: float = field(
-    16.0, "text a shard of --mode=prepare holds", "(0, 1048576]"
+    16.0, "Megabytes of text per prepared shard", "(0, 1048576]"
   )
 
   def check(self, path: str) -> None:

@@ -31,10 +31,9 @@ from mdm_jax.core.vocabulary import Vocabulary
 Head = Callable[[Any, Float[Array, "N D"]], Float[Array, "N V"]]
 _Losses = Callable[[Any, Float[Array, "N D"], Int[Array, "N"]], Array]
 
-# A chunk has this many rows for each of the width, so that adding up the
-# projection's gradient is little beside computing it, and more where even
-# that is a small array.
-_ROWS_OF_WIDTH = 2
+# Rows per chunk = 2 x embed_dim, so accumulating the head's gradient stays
+# cheap; more where the chunk's logits are still a small array.
+_ROWS_PER_WIDTH = 2
 _SMALL = 2**24  # logits
 
 
@@ -158,7 +157,7 @@ def _losses(head: Head, vocab: Vocabulary, label_smoothing: float) -> _Losses:
 
 def num_chunks(capacity: int, width: int, vocab: Vocabulary) -> int:
   """Returns how many chunks the buffer goes through the vocabulary in."""
-  rows = max(_ROWS_OF_WIDTH * width, _SMALL // vocab.predictable)
+  rows = max(_ROWS_PER_WIDTH * width, _SMALL // vocab.predictable)
   return -(-capacity // rows)
 
 

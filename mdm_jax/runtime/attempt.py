@@ -87,7 +87,8 @@ class Attempt:
       self.before = files.read_lines(self._folder / "attempts.jsonl")
       self.number = len(self.before) + 1
       self._claim()
-      # After a kill, nobody shall take the last attempt's end for this one's.
+      # Delete the stale exit.json: if we are killed, it must not be read as our
+      # result.
       with contextlib.suppress(OSError):
         files.delete(self._folder / "exit.json")
     try:

@@ -35,12 +35,13 @@ class SampleConfig:
   )
   entropy_bound: float | None = field(
     None,
-    "nats; reveal more a step while the sum but its largest is in it",
+    "Reveal tokens while (sum of entropies - largest) <= this many nats"
+    " (EB-sampler)",
     "[0, 1e6]",
   )
   threshold: float | None = field(
     None,
-    "reveal every token whose likeliest candidate has a probability above",
+    "Reveal every token whose top probability exceeds this",
     SHARE,
   )
   remasking: str = field(

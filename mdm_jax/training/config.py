@@ -108,7 +108,7 @@ class TrainConfig:
   )
   recheck_every: int | None = field(
     None,
-    "make every so many updates one twice, and compare every bit",
+    "Every N updates, run one twice and require identical bits",
     POSITIVE,
   )
   deterministic: Literal["auto", "true"] = field(

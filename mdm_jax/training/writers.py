@@ -132,9 +132,8 @@ class TensorBoardWriter:
 class Writers:
   """Writes everything to a workdir's metrics.jsonl and TensorBoard files.
 
-  Of several processes, the first one writes. A writer that fails, as on a full
-  disk, is told of once and then left out: a training is worth more than its
-  curves.
+  Only process 0 writes. A writer that fails, for example on a full disk, is
+  reported once and then left out: training goes on without its curves.
   """
 
   def __init__(
