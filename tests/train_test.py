@@ -19,6 +19,7 @@ from mdm_jax.runtime.session import Session
 from mdm_jax.start import Run
 from mdm_jax.training import run_log
 from mdm_jax.training.hooks import Hook, Hooks
+from mdm_jax.training.saving import Saving
 from mdm_jax.training.trainer import Trainer
 from mdm_jax.workdir import Workdir
 
@@ -209,8 +210,18 @@ class _Listener(Hook):
 
 def _heard(trainer, folder, until, **asks):
   """What a hook hears from the ninth update on."""
-  heard = []
-  with _run(trainer, folder, [_Listener(heard, **asks)]) as advance:
+  heard, save = [], Saving.save
+
+  def written(self, done, *rest):
+    heard.append(f"written {done}")
+    save(self, done, *rest)
+
+  hooks = [_Listener(heard, **asks)]
+  with (
+    _run(trainer, folder, hooks) as advance,
+    pytest.MonkeyPatch.context() as m,
+  ):
+    m.setattr(Saving, "save", written)
     state = dataclasses.replace(trainer.init(), step=np.int32(9))
     with contextlib.suppress(Stopped):
       advance(state, until)
@@ -219,7 +230,7 @@ def _heard(trainer, folder, until, **asks):
 
 def test_hooks_hear_of_everything_in_its_order(trainer, tmp_path):
   update = "<data 9,data>,<train 9,metrics 10,train>,update 10"
-  saved = "<save 9,save 10,save>,<eval 9,evaluate 10,eval>"
+  saved = "<save 9,save 10,written 10,save>,<eval 9,evaluate 10,eval>"
   later = "stage 1 at 10,<data 10,data>,<train 10,metrics 11,train>,update 11"
   expected = f"stage 0 at 9,{update},{saved},{later},end"
   assert ",".join(_heard(trainer, tmp_path, 11, wants=[10])) == expected
@@ -230,7 +241,7 @@ def test_hooks_hear_of_everything_in_its_order(trainer, tmp_path):
 def test_a_hook_stops_the_run_where_all_is_saved(trainer, tmp_path):
   heard = _heard(trainer, tmp_path, 20, wants=[10], stops=10)
   # A state that is wanted is saved; whoever wanted it has it after a resume.
-  assert heard[-5:] == ["<save 9", "save 10", "save>", "<save 9", "save>"]
+  assert heard[-5:] == ["save 10", "written 10", "save>", "<save 9", "save>"]
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest() == 10
 

@@ -20,6 +20,7 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.data.batches import Batch
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.base import Draws, Objective, Plan, Ratio
+from mdm_jax.training import ema
 from mdm_jax.training.gated import accumulated, choose
 from mdm_jax.training.guard import SpikeGuard
 from mdm_jax.training.state import TrainState
@@ -127,8 +128,9 @@ def make_train_step(
     )
     params = optax.apply_updates(state.params, updates)
     params = choose(applied, params, state.params)
-    decay = _ema_decay(parts.ema_decay, state.step)
-    average = optax.incremental_update(params, state.ema_params, 1 - decay)
+    average = ema.averaged(
+      state.ema_params, params, state.step, parts.ema_decay
+    )
     new = TrainState(
       step=state.step + 1,
       params=params,
@@ -213,9 +215,3 @@ def _joined(metrics: Metrics, summaries: Metrics) -> Metrics:
       " objective's summary another name"
     )
   return {**metrics, **summaries}
-
-
-def _ema_decay(longest: float, step: Int[Array, ""]) -> Float[Array, ""]:
-  """Averages over few updates at first: the start of a run is no guide."""
-  step = step.astype(jnp.float32)
-  return jnp.minimum(longest, (1 + step) / (10 + step))
