@@ -180,7 +180,7 @@ def _loss(vocab, mesh_size):
   hidden = place(
     np.random.default_rng(0).normal(size=(8, 4, 8)).astype(np.float32)
   )
-  weight = place(np.linspace(0.5, 2, 8, dtype=np.float32))
+  weight = place(np.linspace(0.5, 2, 32, dtype=np.float32).reshape(8, 4))
 
   def loss(params):
     return cross_entropy.masked_loss(
