@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import make_mesh
+from objectives_harness import Toy
 
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
@@ -23,7 +24,7 @@ from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import cross_entropy
 from mdm_jax.objectives import masked as masked_lib
-from mdm_jax.objectives.base import Draws, Objective, Plan
+from mdm_jax.objectives.base import Draws, Plan
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage
 from mdm_jax.training import optimizer as optimizer_lib
 from mdm_jax.training import step as step_lib
@@ -236,7 +237,7 @@ def test_two_microbatches_of_8_equal_one_of_16(mesh):
     )
 
 
-class Even(Objective):
+class Even(Toy):
   """Another objective's questions, with as much weight in each microbatch."""
 
   headline = "none"
