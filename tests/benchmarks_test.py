@@ -378,9 +378,9 @@ def test_a_turn_of_the_loop_is_the_runs_own(mesh):
     saved = []
     for _ in range(2):
       turn()
-      saved.append(turn.run.checkpoints.latest())
+      saved.append(turn.checkpoints.latest())
     assert saved == [20, 40] and int(turn.state.step) == 50
-    logged = [line["step"] for line in turn.run.workdir.read_metrics()]
+    logged = [line["step"] for line in turn.workdir.read_metrics()]
     assert logged == [20, 40]
 
 

@@ -181,13 +181,13 @@ class _Turn:
 
   def __enter__(self) -> "_Turn":
     enter = self._stack.enter_context
-    workdir = Workdir(enter(tempfile.TemporaryDirectory()))
+    self.workdir = Workdir(enter(tempfile.TemporaryDirectory()))
     keep = self._trainer.config.train.keep_latest
-    checkpoints = enter(Checkpoints(workdir.path, keep))
-    session = enter(Session(workdir.path))
+    self.checkpoints = enter(Checkpoints(self.workdir.path, keep))
+    session = enter(Session(self.workdir.path))
     run = Run(
-      *(self._trainer.config, self._trainer, workdir),
-      *(checkpoints, session, Origin()),
+      *(self._trainer.config, self._trainer, self.workdir),
+      *(self.checkpoints, session, Origin()),
     )
     self._hooks = enter(run.subscribed())
     self.state = self._trainer.init()
