@@ -1,13 +1,12 @@
-"""What an objective is: the questions of an update, and their score.
+"""The interface of a training objective: `Objective`, and its data types.
 
-An objective first poses the questions of a whole update, which no parameter
-enters: what the model reads, what each position may see, what is asked where,
-and what every answer weighs. Then it scores one microbatch at a time with the
-model in hand. The weights are made first, so that they can belong to the whole
-update: two microbatches of 8 rows give the update of one of 16.
+`Objective.examples` builds the inputs, targets and loss weights of a whole
+update, without the parameters. `Objective.loss` then computes the loss of one
+microbatch at a time. Weights are normalized over the update before it is split,
+so two microbatches of 8 rows give the same update as one of 16.
 
-`training/step.py` never looks inside the questions; logs, reports and plans
-read the names and the costs that an objective gives.
+`training/step.py` treats the examples as an opaque pytree; logs, reports and
+plans read only the names and costs that the objective returns.
 """
 
 import abc
@@ -37,20 +36,20 @@ from mdm_jax.objectives.measured import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """The usual questions: what is read, and which tokens are asked where.
+  """Model inputs, targets and loss weights: what `score` needs.
 
-  Rows may be longer or more than the batch's. A leading axis is there for all
-  microbatches, and gone for the one that is scored.
+  There may be more rows than in the batch (B), and longer ones (S). The leading
+  axis A runs over microbatches; `Objective.loss` gets one without it.
 
   Attributes:
-    tokens: what the model reads.
-    context: what it is told beside them.
-    targets: the token that position i is asked for.
-    asked: where something is asked. A weight may be 0 there.
-    weights: of each answer; what is asked in the whole update sums to 1. Read
-      at no other position.
-    capacity: positions that one data shard is asked for in one microbatch, at
-      most. More of them make the loss NaN.
+    tokens: input ids.
+    context: segments, positions, visibility and condition of the input.
+    targets: the id to predict at each position.
+    asked: True at positions with a prediction; their weight may still be 0.
+    weights: loss weight of each prediction, normalized over the whole update.
+      Not read where `asked` is False.
+    capacity: maximum number of asked positions per data shard and microbatch;
+      the size of the gather buffer. Exceeding it makes the loss NaN.
   """
 
   tokens: Int[Array, "*A B S"]
@@ -63,15 +62,15 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is known of a stage before it begins.
+  """The sizes of a stage, known before it starts.
 
   Attributes:
-    accumulation: microbatches an update.
-    batch: rows a microbatch.
-    length: tokens a row.
-    shards: data shards that a microbatch is split into.
-    most_asked: tokens of a row that may be asked for, at most.
-    most_segments: texts in a row, at most.
+    accumulation: microbatches per update.
+    batch: rows per microbatch.
+    length: tokens per row.
+    shards: data shards per microbatch.
+    most_asked: maximum number of tokens per row that may be predicted.
+    most_segments: maximum number of texts packed into a row.
   """
 
   accumulation: int
@@ -83,15 +82,16 @@ class Plan:
 
   @property
   def rows(self) -> int:
-    """Rows of an update."""
+    """Rows per update."""
     return self.accumulation * self.batch
 
 
 class Ratio(NamedTuple):
-  """A total and what it is divided by, summed over the updates of a point.
+  """A mean to log, as a total and a count.
 
-  Both are numbers, or both vectors, of which each entry is logged under a name
-  of its own (`Objective.tags`); where the count is 0 nothing is.
+  The log sums both over the updates since its last entry, then divides. Both
+  are scalars, or both vectors whose entries are named by `Objective.tags`. An
+  entry whose count is 0 is left out.
   """
 
   total: Float[Array, "*N"]
@@ -100,13 +100,11 @@ class Ratio(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What a stage's rows cost.
+  """The size of a stage's computation, for FLOP counts and memory estimates.
 
   Attributes:
-    reads: for every call of the model, how many positions of a row it computes
-      and how many these attend to.
-    asked: positions that go through the vocabulary in one data shard and one
-      microbatch.
+    reads: (queries, keys) per row, for each call of the model.
+    asked: positions projected to the vocabulary, per data shard and microbatch.
   """
 
   reads: tuple[tuple[int, int], ...]
@@ -115,14 +113,14 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """How a model that was trained so can be sampled from.
+  """How to sample from a model trained with an objective.
 
   Attributes:
-    order: in which tokens can be drawn.
-    visibility: what a position may see.
-    shift: whether position i is answered by the output before it.
-    block: tokens of a block, where they are drawn block by block.
-    begin: id in front of the first token, if the model needs one.
+    order: the orders in which tokens can be drawn.
+    visibility: which positions attend to which.
+    shift: True if the output at position i - 1 predicts the token at i.
+    block: tokens per block, for the order "blocks".
+    begin: id placed before the first token, if the model needs one.
   """
 
   order: Literal["any_order", "left_to_right", "blocks"]
@@ -133,11 +131,11 @@ class Decoding:
 
 
 class Draws:
-  """The randomness of one update, by name.
+  """Random keys of one update, by name.
 
-  What is drawn depends on the run, the update and the name alone, and for a
-  single row on the row's number in the update: not on devices, nor on how many
-  microbatches the rows are split into.
+  A key depends only on the run's seed, the update and the name; a row's key
+  also on the row's index in the update. The number of devices and the split
+  into microbatches change nothing.
   """
 
   def __init__(
@@ -148,49 +146,50 @@ class Draws:
     padded: int,
     scope: str = "",
   ):
-    """Names the update.
+    """Initializes the streams of one update.
 
     Args:
-      seed: of the run.
-      step: the update's number.
-      plan: of the stage.
-      padded: rows of a microbatch with those that only fill up the shards.
-      scope: comes before every name.
+      seed: the run's seed.
+      step: index of the update.
+      plan: sizes of the stage.
+      padded: rows per microbatch, including padding that makes the shards
+        equally large.
+      scope: prefix of every name.
     """
     self._seed, self._step, self._scope = seed, step, scope
     self._plan, self._padded = plan, padded
 
   @property
   def rows(self) -> int:
-    """Rows of the update."""
+    """Rows of the update, without padding."""
     return self._plan.rows
 
   def key(self, name: str) -> Key[Array, ""]:
-    """Returns the update's key of this name."""
+    """Returns the update's key for this name."""
     return rng.stream(self._seed, self._scope + name, self._step)
 
   def keys(self, name: str) -> Key[Array, "A B"]:
-    """Returns a key for every row."""
-    # Padding is numbered behind all rows, so that it takes no other's key.
+    """Returns one key per row."""
+    # Padding rows share the index after the last row, never a real row's key.
     rows = self._grid(jnp.arange(self.rows), self.rows)
     return _over_shards(rng.per_row(self.key(name), rows))
 
   def spread(
     self, values: Float[Array, "N"], padding: float = 0.0
   ) -> Float[Array, "A B"]:
-    """Gives every row its value, in the order of the rows' numbers.
+    """Arranges per-row values as [microbatch, row], sharded like the batch.
 
     Args:
-      values: one for each row of the update.
-      padding: for rows that only fill up the shards.
+      values: one per row of the update.
+      padding: the value of padding rows.
     """
     return _over_shards(self._grid(values, padding))
 
   def scope(self, prefix: str) -> "Draws":
-    """Returns the draws for an objective within this one.
+    """Returns draws for an objective nested inside this one.
 
-    Without a scope two of them would drop out the same units, and mask the
-    same tokens.
+    Two nested objectives without scopes would share keys, and so mask the same
+    tokens and drop the same units.
     """
     inner = f"{self._scope}{prefix}/"
     return Draws(self._seed, self._step, self._plan, self._padded, inner)
@@ -206,12 +205,12 @@ def _over_shards(rows: Array) -> Array:
 
 
 class Objective(abc.ABC):
-  """What a model is trained on: one instance a stage, built outside `jit`.
+  """A training objective; one instance per stage, built outside `jit`.
 
   Attributes:
-    headline: name of the held-out number that the best checkpoint has least of.
-    tags: by the name of a summary that is a vector, what its entries are logged
-      as. A summary that is a number is logged as train/NAME.
+    headline: name of the held-out metric that selects the best checkpoint.
+    tags: for each vector-valued summary, the log names of its entries. A scalar
+      summary is logged as train/NAME.
     label_smoothing: see `cross_entropy.cross_entropy`; read by `loss`.
   """
 
@@ -221,49 +220,49 @@ class Objective(abc.ABC):
 
   @abc.abstractmethod
   def examples(self, batch: Batch, draws: Draws) -> Any:
-    """Poses the questions of an update, without looking at any parameter.
+    """Builds the inputs, targets and weights of an update.
 
     Args:
       batch: rows [A, B, L].
-      draws: all randomness that the questions need.
+      draws: the only source of randomness.
 
     Returns:
-      A pytree, usually `Examples`. Its leaves are [A, ...], one entry for every
-      microbatch.
+      A pytree, usually `Examples`, whose leaves have a leading axis A.
     """
 
   def loss(
     self, model: Denoiser, params: Params, part: Any
   ) -> tuple[Float[Array, ""], Any]:
-    """Scores one microbatch.
+    """Computes the loss of one microbatch.
 
     Args:
       model: the denoiser.
       params: its parameters.
-      part: `examples` of the microbatch.
+      part: one microbatch of the result of `examples`.
 
     Returns:
-      The microbatch's share of the update's loss, and what `summaries` and
-      `by_row` need of it, which should be small: sums by row.
+      The microbatch's share of the update's loss, and an auxiliary pytree for
+      `summaries` and `by_row`. Keep that small, e.g. sums per row: it is kept
+      for all microbatches.
     """
     hidden = model.hidden(params, part.tokens, part.context)
     return score(model, params, part, hidden, self.label_smoothing)
 
   def summaries(self, examples: Any, aux: Any) -> dict[str, Ratio]:
-    """Returns what to log of an update.
+    """Returns the metrics to log for an update, by name.
 
     Args:
-      examples: of the whole update.
-      aux: what `loss` returned beside the loss; its leaves are [A, ...].
+      examples: the whole update's, as returned by `examples`.
+      aux: the auxiliary results of `loss`, stacked to leaves [A, ...].
     """
     del examples, aux
     return {}
 
   def by_row(self, examples: Any, aux: Any) -> dict[str, Array]:
-    """Returns columns [A, B] for the report of an update that failed.
+    """Returns arrays [A, B] for the report of a non-finite or spiking update.
 
     Args:
-      examples: of the whole update.
+      examples: as in `summaries`.
       aux: as in `summaries`.
     """
     del examples, aux
@@ -271,16 +270,16 @@ class Objective(abc.ABC):
 
   @abc.abstractmethod
   def cost(self) -> Cost:
-    """Returns what the rows of this stage cost."""
+    """Returns the size of this stage's computation."""
 
   @abc.abstractmethod
   def jobs(self, held: HeldOut, part: Part, draws: int) -> Jobs | None:
-    """Returns what to ask of held-out rows; None if nothing is of this part.
+    """Returns the evaluation jobs for held-out rows, or None if there are none.
 
     Args:
       held: the rows.
-      part: what it is for.
-      draws: times that each row is asked, for what is drawn at random.
+      part: which measurement the jobs are for.
+      draws: random draws per row.
     """
 
   @abc.abstractmethod
@@ -291,30 +290,30 @@ class Objective(abc.ABC):
     given: Mapping[str, Array],
     capacity: int,
   ) -> Any:
-    """Poses the questions of some jobs, inside `jit`.
+    """Builds the inputs and targets of some evaluation jobs, inside `jit`.
 
     Args:
-      batch: their rows [B, L].
-      keys: of each job.
-      given: as in the jobs.
-      capacity: positions that one data shard is asked for, at most.
+      batch: the jobs' rows [B, L].
+      keys: one per job.
+      given: these jobs' entries of `Jobs.given`.
+      capacity: maximum number of asked positions per data shard.
 
     Returns:
-      What `nats` takes, usually `Examples` without a leading axis.
+      The input of `nats`, usually `Examples` without the leading axis.
     """
 
   def nats(
     self, model: Denoiser, params: Params, part: Any
   ) -> Float[Array, "B L"]:
-    """Returns what the answers cost at every position of the batch's rows.
+    """Returns the cost in nats at every position of the batch's rows.
 
-    By position, so that texts of a row can be told apart. Here: weight times
-    cross-entropy, unsmoothed.
+    It is kept per position so that the texts packed into a row can be scored
+    separately. The default is weight * cross-entropy, without label smoothing.
 
     Args:
       model: the denoiser.
       params: its parameters.
-      part: what `pose` returned.
+      part: the result of `pose`.
     """
     hidden = model.hidden(params, part.tokens, part.context)
     losses = cross_entropy.masked_cross_entropy(
@@ -332,18 +331,18 @@ class Objective(abc.ABC):
   def values(
     self, part: Part, jobs: Jobs, nats: Nats, held: HeldOut
   ) -> Measured:
-    """Returns what the answers come to; on the host.
+    """Reduces the costs of all jobs to metrics, on the host.
 
     Args:
-      part: what was asked for.
-      jobs: what was asked.
-      nats: what the answers cost.
+      part: which measurement it is.
+      jobs: the jobs, as returned by `jobs`.
+      nats: their costs.
       held: the rows.
     """
 
   @abc.abstractmethod
   def decoding(self) -> Decoding:
-    """Returns how a model that was trained so can be sampled from."""
+    """Returns how to sample from a model trained with this objective."""
 
 
 def score(
@@ -353,16 +352,16 @@ def score(
   hidden: Float[Array, "B S D"],
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, "B"]]:
-  """Returns the weighted cross-entropy of what is asked, and its sum by row.
+  """Returns the weighted cross-entropy, and the unweighted sum of each row.
 
-  Only asked positions go through the vocabulary. The sums by row are not
-  weighted, and no gradient comes back by way of them.
+  Only asked positions are projected to the vocabulary. No gradient flows
+  through the sums per row.
 
   Args:
     model: the denoiser.
     params: its parameters.
-    part: the questions of one microbatch.
-    hidden: what the model made of them.
+    part: one microbatch, without the leading axis.
+    hidden: the model's output for `part`, before the head.
     label_smoothing: see `cross_entropy.cross_entropy`.
   """
   loss, by_position = cross_entropy.masked_loss(

@@ -1,10 +1,10 @@
-"""The bound of a masked model on held-out text, over all mask rates.
+"""The likelihood bound (NELBO) of a masked diffusion model on held-out text.
 
   NELBO per token = integral over r in (0, 1) of CE(r),
 
-CE(r) being the mean cross-entropy per masked token at mask rate r (see
-`noise.py`), unsmoothed. Every row is corrupted several times, its rates
-stratified over (0, 1], with keys that depend on the row alone: any two
+where CE(r) is the mean cross-entropy per masked token at mask rate r, without
+label smoothing (see `noise.py`). Every row is corrupted several times, with
+rates stratified over (0, 1]. Keys depend only on the row and the draw, so all
 checkpoints are measured on the same masks.
 """
 
@@ -45,11 +45,11 @@ _UNIT = "nats per masked token"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedBound(Objective):
-  """How masked models are measured; what they are trained on is `Masked`.
+  """The evaluation half of the masked objective; `Masked` adds the training.
 
   Attributes:
-    rates: what each row's mask rate is drawn from in training.
-    mask: id that stands for a masked token.
+    rates: the distribution of a row's mask rate in training.
+    mask: id of the mask token.
   """
 
   rates: RateDistribution
@@ -58,7 +58,11 @@ class MaskedBound(Objective):
   headline: ClassVar[str] = "nelbo_per_token"
 
   def jobs(self, held: HeldOut, part: Part, draws: int) -> Jobs:
-    """Masks every row at rates over (0, 1], or over the stage's range."""
+    """Returns one job per row and mask rate, see `Objective.jobs`.
+
+    Rates cover (0, 1] for the likelihood, the stage's range for the values,
+    and are `CURVE_RATES` for the curve.
+    """
     rows = len(held)
     match part:
       case "likelihood":
@@ -84,7 +88,7 @@ class MaskedBound(Objective):
     given: Mapping[str, Array],
     capacity: int,
   ) -> Examples:
-    """Asks for what is masked; every answer weighs the same."""
+    """Masks the rows; every masked token has weight 1."""
     x0, rate = batch.tokens, given["rate"]
     drawn = corruption.corrupt(keys, x0, batch.answer, rate, self.mask)
     return Examples(
@@ -99,7 +103,8 @@ class MaskedBound(Objective):
   def values(
     self, part: Part, jobs: Jobs, nats: Nats, held: HeldOut
   ) -> Measured:
-    """Returns the bound, the CE in the stage's range of rates, or the curve."""
+    """Returns the NELBO, the CE over the stage's mask rates, or the curve."""
+    # A row without tokens to predict costs 0 nats: the divisor only avoids 0/0.
     count = np.maximum(jobs.asked, 1).astype(nats.by_row.dtype)
     by_row = (nats.by_row / count).reshape(len(held), -1)
     by_text = nats.by_text * (1 / count)[:, None]
@@ -130,20 +135,25 @@ class MaskedBound(Objective):
 
 
 def row_rates(rows: int, draws: int) -> Float32[np.ndarray, "N K"]:
-  """Rates stratified over (0, 1] for each row, by the row's own offset."""
+  """Returns `draws` mask rates per row, stratified over (0, 1].
+
+  Each row has one random offset, so a row's rates do not depend on how many
+  rows there are.
+  """
   keys = rng.per_row(rng.stream(SEED, "row_rates"), jnp.arange(rows))
+  # From [0, 1) to (0, 1]: a rate of 0 would mask nothing.
   offset = 1 - jax.vmap(jax.random.uniform)(keys)
   strata = jnp.arange(draws, dtype=offset.dtype)[None]
   return np.asarray((strata + offset[:, None]) / draws)
 
 
 def _lengths(held: HeldOut) -> Int[np.ndarray, "N"]:
-  """Returns the tokens of each row that may be asked for."""
+  """Returns the number of tokens per row that may be masked."""
   return np.asarray(held.rows.answer[:]).sum(axis=1)
 
 
 def _text_lengths(held: HeldOut) -> Int[np.ndarray, "M"]:
-  """Returns the tokens of each text that may be asked for."""
+  """Returns the number of tokens per text that may be masked."""
   row, segment = held.texts[:, ROW], held.texts[:, SEGMENT]
   if "answer" not in held.rows.fields:
     return held.segment_sizes()[row, segment]
@@ -156,20 +166,21 @@ def _bound(
   by_text: Float[np.ndarray, "N S"],
   held: HeldOut,
 ) -> Likelihood:
-  """Returns the bound over all rows, its error over their documents.
+  """Returns the NELBO over all rows, with a standard error over documents.
 
-  A row's texts share its masks. What a text has of the row's bound are the
-  losses of its own masked tokens, in the row's measure: (row length / masked
-  tokens of the row) times their sum. So texts add up to their row, and the
-  error is that of `standard_errors.ratio`, nats by tokens.
+  The texts packed into a row share its mask rate. A text contributes the losses
+  of its own masked tokens, scaled like the row's: (row length / masked tokens
+  of the row) * sum of losses. So the texts of a row add up to the row's NELBO,
+  and the error is that of the ratio nats / tokens (`standard_errors.ratio`).
 
   Args:
-    by_row: mean cross-entropy of a masked token.
-    by_text: the part of it that is of each text of the row.
+    by_row: mean cross-entropy per masked token, for each row.
+    by_text: each text's share of its row's mean.
     held: the rows.
   """
   lengths = _lengths(held)
   row, segment = held.texts[:, ROW], held.texts[:, SEGMENT]
+  # Segments count from 1; 0 is padding.
   parts = by_text[row, segment - 1] * lengths[row]
   sizes = _text_lengths(held)
   all_asked = "answer" not in held.rows.fields
@@ -178,7 +189,7 @@ def _bound(
     "NELBO",
     total_nats=float((by_row * lengths).sum()),
     tokens=int(lengths.sum()),
-    # How many bytes a part of a text has is not known.
+    # `num_bytes` counts whole texts, so it is unknown for a subset of tokens.
     num_bytes=held.num_bytes if all_asked else None,
     stderr=ratio(parts, sizes, held.texts[:, DOCUMENT]).stderr,
     exact=False,

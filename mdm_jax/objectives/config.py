@@ -1,12 +1,12 @@
-"""What an update minimises, and on which noise; every objective's own fields.
+"""Config sections `objective` and `noise`, and the registry of objectives.
 
-An objective registers the fields it adds to the section `objective` and to a
-stage, and what makes it of them:
+An objective registers the fields that it adds to `objective` and to a stage,
+with a function that builds it from them:
 
   OBJECTIVES.register("mine", Kind(MyConfig, MyStage, build))
 
-In a config file all registered fields stand side by side; those of another
-objective than the chosen one must be left alone (`mdm_jax/config_forms.py`).
+A config file shows the fields of all registered objectives side by side; only
+those of the chosen one may be set (`mdm_jax/config_forms.py`).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from mdm_jax.core.registry import Registry
 from mdm_jax.data.config import ObjectiveStage
 from mdm_jax.objectives.measured import Chart
 
-_NARROWEST = 1e-6  # range of mask rates that float32 can draw from
+_NARROWEST = 1e-6  # below this, float32 can't draw distinct mask rates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,30 +46,34 @@ class ObjectiveConfig:
   )
 
   def check_stage(self, stage: ObjectiveStage, path: str) -> None:
-    """Raises UserError if a stage does not go with these settings.
+    """Checks a stage against these settings.
 
     Args:
-      stage: what the objective is told of it.
-      path: of the stage, as `stages[0]`.
+      stage: the objective's fields of the stage.
+      path: where the stage is in the config, such as "stages[0]".
+
+    Raises:
+      UserError: the two contradict each other.
     """
 
   def warnings(self, stages: Sequence[ObjectiveStage]) -> list[str]:
-    """Returns sentences about what the stages together leave out."""
+    """Returns warnings about the stages taken together, one sentence each."""
     del stages
     return []
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """An objective: its fields, and what makes it.
+  """A registered objective: its config fields and its constructor.
 
   Attributes:
-    config: its section, a frozen dataclass; all fields have defaults.
-    stage: what it is told of a stage, too. A field that may be None is None by
-      default, in both.
-    build: (config, stage, noise, vocabulary, plan) -> the objective of a stage;
-      see `masked.build`. "module:function" is imported when it is needed.
-    charts: which numbers of the log the report draws over updates, by name.
+    config: the class of its section `objective`, a frozen dataclass with a
+      default for every field.
+    stage: the class of its fields in a stage, likewise. In both, a field that
+      can be None must default to None.
+    build: `(config, stage, noise, vocabulary, plan) -> Objective`, called once
+      per stage; see `masked.build`. Also "module:function", imported on use.
+    charts: the logged metrics that the report plots, by name.
   """
 
   config: type[ObjectiveConfig]
@@ -82,8 +86,9 @@ OBJECTIVES: Registry[Kind] = Registry("objective", "objective.name")
 
 
 def build(config: ObjectiveConfig, *args: Any) -> Any:
-  """Returns the chosen objective of a stage; arguments as in `Kind.build`."""
+  """Builds the configured objective for one stage; args as in `Kind.build`."""
   made = OBJECTIVES[config.name].build
+  # By name, because the module of an objective imports this one.
   if isinstance(made, str):
     made = pkgutil.resolve_name(made)
   return made(config, *args)
@@ -105,7 +110,7 @@ class MaskedConfig(ObjectiveConfig):
   )
 
   def check_stage(self, stage: "MaskedStage", path: str) -> None:
-    """Raises UserError if the bound lacks mask rates in a stage."""
+    """Raises UserError if a stage never draws rates that the NELBO needs."""
     rates = stage.mask_rate
     covers = rates is None or rates == (0.0, 1.0) or stage.rehearsal > 0
     if self.weighting == "nelbo" and not covers:
@@ -116,9 +121,10 @@ class MaskedConfig(ObjectiveConfig):
       )
 
   def warnings(self, stages: Sequence["MaskedStage"]) -> list[str]:
-    """Returns a sentence if sampling meets mask rates that no stage trains."""
+    """Warns of mask rates that sampling passes through but no stage trains."""
     if any(s.mask_rate is None or s.rehearsal > 0 for s in stages):
       return []
+    # Sweep the sorted ranges; `reached` is the end of what they cover so far.
     gaps, reached = [], 0.0
     for low, high in sorted(s.mask_rate for s in stages):
       if low > reached:
@@ -148,18 +154,18 @@ class MaskedStage(ObjectiveStage):
   )
 
   def describe(self) -> str:
-    """Returns the mask rates, and how many rows rehearse all of them."""
+    """Returns the mask rates and the rehearsal share, for tables."""
     rates = self.mask_rate
     told = "U(0, 1)" if rates is None else "{:g}-{:g}".format(*rates)
     more = f" +{self.rehearsal:.0%} any" if self.rehearsal else ""
     return f"rates {told}{more}"
 
   def masked_share(self) -> tuple[float, float]:
-    """Returns the range of mask rates that the stage is made for."""
+    """Returns the range of mask rates that the stage emphasizes."""
     return self.mask_rate or (0.0, 1.0)
 
   def check(self, path: str) -> None:
-    """Raises UserError if the two don't go together."""
+    """Raises UserError if the range is too narrow, or rehearsal has none."""
     rates = self.mask_rate
     if rates and not rates[1] - rates[0] >= _NARROWEST:
       raise UserError(

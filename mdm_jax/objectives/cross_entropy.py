@@ -1,12 +1,11 @@
-"""The training objective: cross-entropy at the masked positions, and no other.
+"""Memory-efficient cross-entropy at masked positions only.
 
-Unmasked positions never reach the vocabulary: the hidden states of the masked
-ones are gathered first, into a buffer whose size the stage's rates bound
-(`corruption.max_masked`), so the loss costs what is masked. The buffer then
-goes through the vocabulary in chunks, each one's gradient computed along with
-its loss, so neither a [B, L, V] array nor all logits of the buffer are ever
-built. Rows are gathered within their own data shard, which costs no
-communication.
+The hidden states of masked positions are gathered into a buffer before the
+vocabulary projection, so its cost is proportional to the masked tokens. The
+stage's mask rates bound the buffer's size (`corruption.max_masked`). The buffer
+is projected in chunks, and each chunk's gradient is computed with its loss, so
+neither a [B, L, V] array nor the logits of the whole buffer are ever built. The
+gather stays within a data shard: it needs no communication.
 """
 
 import functools
@@ -27,8 +26,9 @@ from mdm_jax.core.sharding import (
 )
 from mdm_jax.core.vocabulary import Vocabulary
 
-# Parameters of the vocabulary projection and hidden states, to logits.
+# (params, hidden states) -> logits.
 Head = Callable[[Any, Float[Array, "N D"]], Float[Array, "N V"]]
+# (params, hidden states, targets) -> losses [N].
 _Losses = Callable[[Any, Float[Array, "N D"], Int[Array, "N"]], Array]
 
 # Rows per chunk = 2 x embed_dim, so accumulating the head's gradient stays
@@ -43,16 +43,25 @@ def cross_entropy(
   vocab: Vocabulary,
   label_smoothing: float = 0.0,
 ) -> Float[Array, "N"]:
-  """Returns -log p(target), in float32, against a smoothed target if asked.
+  """Returns the cross-entropy of each target in nats, in float32.
 
-  The smoothed target is (1 - s) at the token and s / n at each of the n ids
-  that can be predicted: never at the others, whose logits are -inf.
+  With label smoothing s, the target distribution is 1 - s at the token plus
+  s / n at each of the n predictable ids. Other ids get nothing: their logits
+  are -inf, which would make the loss infinite.
 
-  Inside a `shard_map` every tensor shard has the logits of its own ids.
+  Inside a `shard_map` over the vocabulary, `logits` holds the ids of this
+  tensor shard only; the result is that of the whole vocabulary.
+
+  Args:
+    logits: unnormalized log-probabilities, float32.
+    targets: id of the correct token.
+    vocab: which ids can be predicted.
+    label_smoothing: s, between 0 and 1.
   """
   assert logits.dtype == jnp.float32, logits.dtype
   ids = vocab_ids(logits.shape[-1])[None]
   total, largest = _over_vocabulary()
+  # log_z does not depend on the maximum, it only avoids overflow in exp.
   highest = largest(jax.lax.stop_gradient(logits.max(axis=-1)))
   exp = jnp.exp(logits - highest[:, None])
   log_z = jnp.log(total(exp.sum(axis=-1))) + highest
@@ -66,7 +75,7 @@ def cross_entropy(
 
 
 def _over_vocabulary():
-  """Returns what adds up over tensor shards, and what takes their maximum."""
+  """Returns the sum and the maximum over tensor shards, as two functions."""
   if RULES.vocab not in jax.sharding.get_abstract_mesh().manual_axes:
     return (lambda x: x,) * 2
   return (
@@ -87,15 +96,17 @@ def masked_cross_entropy(
 ) -> Float[Array, "B L"]:
   """Returns the cross-entropy at masked positions, and zeros elsewhere.
 
+  For evaluation; `masked_loss` is the one to differentiate.
+
   Args:
     head: the vocabulary projection, to float32 logits.
-    params: of the head.
+    params: the head's parameters.
     hidden: the denoiser's output before the head.
     x0: clean tokens.
-    masked: where the loss is.
-    capacity: masked tokens a data shard has at most; a batch with more is a
-      bug, and gives NaN rather than a wrong number.
-    vocab: which ids can be targets.
+    masked: True at the positions to score.
+    capacity: maximum number of masked tokens per data shard. A batch with more
+      is a bug, and gives NaN rather than a wrong number.
+    vocab: which ids can be predicted.
     label_smoothing: see `cross_entropy`.
   """
   losses = _losses(head, vocab, label_smoothing)
@@ -121,14 +132,14 @@ def masked_loss(
   vocab: Vocabulary,
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
-  """Returns the sum of weight * cross-entropy, and `masked_cross_entropy`.
+  """Returns the sum of weight * cross-entropy, and the cross-entropies.
 
-  For training: the sum's gradient needs no logits of the forward pass. What it
-  is a sum of comes along, without a gradient.
+  For training: the gradient is computed in the forward pass, so no logits are
+  kept for a backward pass. No gradient flows through the second result.
 
   Args:
-    head: as in `masked_cross_entropy`, and so are all others.
-    weight: of every masked token; read at no other position.
+    head: this and all others as in `masked_cross_entropy`.
+    weight: weight of each masked token; not read elsewhere.
   """
   losses = _losses(head, vocab, label_smoothing)
   chunks = num_chunks(capacity, hidden.shape[-1], vocab)
@@ -156,7 +167,13 @@ def _losses(head: Head, vocab: Vocabulary, label_smoothing: float) -> _Losses:
 
 
 def num_chunks(capacity: int, width: int, vocab: Vocabulary) -> int:
-  """Returns how many chunks the buffer goes through the vocabulary in."""
+  """Returns the number of chunks that a buffer is projected in.
+
+  Args:
+    capacity: size of the buffer, in tokens.
+    width: embedding size.
+    vocab: the vocabulary.
+  """
   rows = max(_ROWS_PER_WIDTH * width, _SMALL // vocab.predictable)
   return -(-capacity // rows)
 
@@ -172,10 +189,11 @@ def _weighted_sum(
   targets: Int[Array, "C N"],
   weights: Float[Array, "C N"],
 ) -> tuple[Float[Array, ""], Float[Array, "C N"]]:
-  """Sums weights * losses over chunks; returns also the losses.
+  """Returns the sum of weights * losses over chunks, and the losses.
 
-  The sum is linear in what comes back for it, so each chunk's gradient can be
-  computed where its logits are: they are not kept, nor computed again.
+  The gradient of a scalar is linear in its cotangent. So the forward pass can
+  compute each chunk's gradient while its logits exist, and the backward pass
+  only scales it: logits are neither kept nor recomputed.
   """
 
   def sum_chunks(params, *parts):
@@ -209,11 +227,11 @@ def _weighted_sum_forward(losses, params, states, targets, weights):
       by_params = jax.tree.map(add, by_params, more)
       return (total + value, by_params), (by_slot, by_states)
 
-    # In the parameters' dtype, whatever the products are in.
+    # Accumulate in the parameters' dtype: chunks may be computed in bfloat16.
     zeros = lambda w, p: jnp.zeros_like(w, p.dtype)
     start = _zero(), jax.tree.map(zeros, whole, params)
     (total, by_params), by_part = jax.lax.scan(chunk, start, parts)
-    # Once for all chunks, and to each shard its own part.
+    # Reduce-scatter the head's gradient once, not after every chunk.
     by_params = jax.tree.map(sum_over_shards, by_params, specs)
     return jax.lax.psum(total, BATCH_AXES), by_params, *by_part
 
@@ -226,7 +244,7 @@ def _weighted_sum_forward(losses, params, states, targets, weights):
 
 def _weighted_sum_backward(losses, gradients, grads):
   del losses
-  grad, _ = grads  # nothing is differentiated by way of the losses
+  grad, _ = grads  # `masked_loss` stops gradients through the losses
   scale = lambda g: g * grad.astype(g.dtype)
   return *jax.tree.map(scale, gradients), None, None
 
@@ -236,17 +254,21 @@ _weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 
 # MARK: the vocabulary's parameters, in every data shard
 
-_BY_SLOT = P(None, BATCH_AXES)  # chunks, slots of all shards
+_BY_SLOT = P(None, BATCH_AXES)  # [chunks, slots of all shards, ...]
 
 
 def _in_shards(function: Callable[..., Any], out_specs: Any):
-  """Returns a function that every shard calls by itself.
+  """Returns `function` wrapped in a `shard_map`.
 
-  Its first argument is what `_gathered` returns, each tensor shard's part of
-  it; the others are chunks of the data shard's slots.
+  Args:
+    function: takes the result of `_gathered` (this tensor shard's part), then
+      arrays with this data shard's slots.
+    out_specs: as in `jax.shard_map`.
   """
 
   def by_itself(params, *parts):
+    # Mark the parameters as different in each data shard: else the transpose
+    # would sum their gradient over shards in every chunk.
     mine = lambda p: jax.lax.pcast(p, BATCH_AXES, to="varying")
     return function(jax.tree.map(mine, params), *parts)
 
@@ -260,9 +282,10 @@ def _in_shards(function: Callable[..., Any], out_specs: Any):
 
 
 def _gathered(params: Any, dtype: jnp.dtype) -> Any:
-  """Brings parameters together once for all chunks, as the head reads them."""
+  """Gathers parameters over data shards, once for all chunks."""
 
   def gather(p):
+    # Matrices are cast first: the gather then moves the compute dtype's bytes.
     p = p.astype(dtype) if p.ndim > 1 else p
     return jax.reshard(p, gathered(jax.typeof(p).sharding.spec))
 
@@ -270,7 +293,7 @@ def _gathered(params: Any, dtype: jnp.dtype) -> Any:
 
 
 def _zero() -> Float[Array, ""]:
-  """Returns 0 for a sum that differs between shards, as the chunks do."""
+  """Returns 0, typed as varying over data shards; starts a sum over chunks."""
   return jax.lax.pcast(jnp.float32(0), BATCH_AXES, to="varying")
 
 
@@ -278,7 +301,7 @@ def _zero() -> Float[Array, ""]:
 
 
 def _pack_shards(hidden, x0, masked, capacity: int, chunks: int):
-  """Packs every data shard's masked positions, by itself."""
+  """Applies `_pack` to every data shard."""
   rows = P(BATCH_AXES)
   pack = jax.shard_map(
     functools.partial(_pack, capacity=capacity, chunks=chunks),
@@ -297,10 +320,12 @@ def _pack(
 ) -> tuple[
   Float[Array, "C N D"], Int[Array, "C N"], Int[Array, "S"], Int[Array, "M"]
 ]:
-  """Puts one shard's masked positions in the slots of a short buffer.
+  """Gathers one shard's masked positions into a buffer of `capacity` slots.
 
-  Returns also which position fills each slot, and which slot each position
-  fills; past the end for slots and positions that are left over.
+  Returns:
+    The hidden states and targets of the slots, in chunks; the position that
+    fills each slot; and the slot that each position fills. Unused slots and
+    unmasked positions have an index past the end.
   """
   slots = -(-capacity // chunks) * chunks
   flat = masked.reshape(-1)
@@ -321,14 +346,14 @@ def _pack_weights(
   position: Int[Array, "S"],
   chunks: int,
 ) -> Float[Array, "C N"]:
-  """Puts one shard's weights in the slots; NaN where there are too few."""
+  """Gathers one shard's weights; all NaN if there are too few slots."""
   weights = weight.reshape(-1).at[position].get(mode="fill", fill_value=0)
   overflow = masked.sum() > position.size
   return jnp.where(overflow, jnp.nan, weights).reshape(chunks, -1)
 
 
 def _unpack_shards(packed, masked, slot):
-  """Puts every data shard's losses back, by itself."""
+  """Applies `_unpack` to every data shard."""
   rows = P(BATCH_AXES)
   unpack = jax.shard_map(
     _unpack, in_specs=(P(None, *rows), rows, rows), out_specs=rows
@@ -341,7 +366,7 @@ def _unpack(
   masked: Bool[Array, "B L"],
   slot: Int[Array, "M"],
 ) -> Float[Array, "B L"]:
-  """Puts one shard's losses back where they came from."""
+  """Returns one shard's losses by position, 0 where nothing is masked."""
   placed = losses.reshape(-1).at[slot].get(mode="fill", fill_value=0)
   overflow = masked.sum() > losses.size
   return jnp.where(overflow, jnp.nan, placed.reshape(masked.shape))
@@ -351,9 +376,10 @@ def _unpack(
 def _move(
   x: Float[Array, "N *D"], source: Int[Array, "M"], back: Int[Array, "N"]
 ) -> Float[Array, "M *D"]:
-  """Takes rows of x, zeros past the end; `back` is the inverse of `source`.
+  """Returns x[source], with zeros for indices past the end.
 
-  Knowing the inverse, the gradient is a gather too, where JAX would scatter.
+  Given `back`, the inverse of `source`, the gradient is a gather too; JAX's own
+  would be a scatter.
   """
   return x.at[source].get(mode="fill", fill_value=0)
 

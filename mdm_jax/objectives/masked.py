@@ -1,9 +1,9 @@
-"""The masked objective: given a text with holes, what stood in them?
+"""The masked diffusion objective: predict the masked tokens of a text.
 
-Every row of an update draws a mask rate, loses that share of its tokens and is
-asked for them. Rates are systematic samples over all rows of the update
-(`corruption.stratified_uniforms`); what is lost and how many at most is in
-`corruption.py`, which rates a stage draws in `noise.py`.
+Every row of an update draws a mask rate, that share of its tokens is masked,
+and the model predicts them from the others. Rates are stratified over all rows
+of the update (`corruption.stratified_uniforms`). `corruption.py` draws the
+masks and bounds their number; `noise.py` has the distributions of rates.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from mdm_jax.objectives.bound import MaskedBound
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage, NoiseConfig
 from mdm_jax.objectives.noise import stage_rates
 
-# Equal bins of a row's mask rate, in (0, 1].
+# The log averages cross-entropy over rows in this many equal bins of mask rate.
 RATE_BINS = 10
 _BIN_NAMES = tuple(
   f"mask_bins/ce_{i / RATE_BINS:.1f}-{(i + 1) / RATE_BINS:.1f}"
@@ -40,10 +40,10 @@ _BIN_NAMES = tuple(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedExamples(Examples):
-  """What is read with holes, and asked where they are.
+  """Examples whose asked positions are masked in the input.
 
   Attributes:
-    answers: tokens of each row that may be asked for.
+    answers: number of tokens per row that may be masked.
   """
 
   answers: Float[Array, "*A B"]
@@ -51,13 +51,13 @@ class MaskedExamples(Examples):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Masked(MaskedBound):
-  """Cross-entropy of masked tokens given the others; see `build`.
+  """Cross-entropy of masked tokens given the others; made by `build`.
 
   Attributes:
     weighting: `masked_ce` or `nelbo`, see `row_weights`.
-    label_smoothing: of the targets.
-    length: tokens a row.
-    capacity: masked tokens of one data shard in one microbatch, at most.
+    label_smoothing: see `cross_entropy.cross_entropy`; training only.
+    length: tokens per row.
+    capacity: maximum number of masked tokens per data shard and microbatch.
   """
 
   weighting: str
@@ -68,9 +68,13 @@ class Masked(MaskedBound):
   tags: ClassVar[dict[str, tuple[str, ...]]] = {"mask_bins": _BIN_NAMES}
 
   def examples(self, batch: Batch, draws: Draws) -> MaskedExamples:
-    """Masks each row's answer at a rate of its own, and asks for the masked."""
+    """Masks each row at its own rate; see `Objective.examples`.
+
+    Only tokens of the row's answer are masked, by default all that are real.
+    """
     answer = batch.answer
     u = corruption.stratified_uniforms(draws.key("rate"), draws.rows)
+    # Padding rows have no answer: no rate masks any of their tokens.
     u = draws.spread(u, padding=1.0)
     rate = self.rates.rate(u)
     x0 = batch.tokens
@@ -93,7 +97,7 @@ class Masked(MaskedBound):
   def summaries(
     self, examples: MaskedExamples, aux: Float[Array, "A B"]
   ) -> dict[str, Ratio]:
-    """Returns the share masked, and cross-entropy per masked token by rate."""
+    """Returns the mask rate, and the mean CE of each bin of mask rates."""
     masked = _count(examples.asked)
     share = Ratio(masked.sum(), jnp.maximum(examples.answers.sum(), 1))
     bins = _by_rate(examples.context.condition, aux, masked)
@@ -102,9 +106,9 @@ class Masked(MaskedBound):
   def by_row(
     self, examples: MaskedExamples, aux: Float[Array, "A B"]
   ) -> dict[str, Array]:
-    """Returns each row's mask rate, masked tokens and sum of cross-entropy.
+    """Returns each row's mask rate, masked tokens and summed cross-entropy.
 
-    The cross-entropy is the one that is trained: smoothed, if targets are.
+    The cross-entropy includes label smoothing, as the training loss does.
     """
     return {
       "mask_rate": examples.context.condition,
@@ -113,11 +117,11 @@ class Masked(MaskedBound):
     }
 
   def cost(self) -> Cost:
-    """Returns one call over the whole row, and the buffer of masked tokens."""
+    """Returns one bidirectional call per row, and the gather's capacity."""
     return Cost(reads=((self.length, self.length),), asked=self.capacity)
 
   def decoding(self) -> Decoding:
-    """Returns that any token can be drawn next."""
+    """Returns the order "any_order": any masked token can be drawn next."""
     return Decoding("any_order")
 
 
@@ -131,14 +135,14 @@ def build(
   """Returns the masked objective of a stage.
 
   Args:
-    config: weighting and smoothing.
-    stage: range of mask rates and rehearsal.
-    noise: the schedule that rates come from where the stage has no range.
-    vocabulary: what the ids are.
-    plan: how many rows of what length an update has.
+    config: weighting and label smoothing.
+    stage: the range of mask rates, and the rehearsal share.
+    noise: the noise schedule, used if the stage has no range of mask rates.
+    vocabulary: gives the mask id.
+    plan: sizes of the stage.
 
   Raises:
-    UserError: the vocabulary has no mask.
+    UserError: the vocabulary has no mask token.
   """
   rates = stage_rates(stage, noise)
   return Masked(
@@ -147,7 +151,8 @@ def build(
     label_smoothing=config.label_smoothing,
     mask=vocabulary.need("mask"),
     length=plan.length,
-    # Here, because it needs values: inside a trace there are none.
+    # Computed here and not in `examples`: a buffer's size must be a Python int,
+    # and under `jit` there are only tracers.
     capacity=corruption.max_masked(
       *(rates, plan.rows, plan.most_asked, plan.shards, plan.accumulation)
     ),
@@ -160,12 +165,18 @@ def row_weights(
   answer: Bool[Array, "*B L"],
   inverse_density: Float[Array, "*B"],
 ) -> Float[Array, "*B"]:
-  """Returns what each masked token of a row weighs; all rows together sum to 1.
+  """Returns the loss weight of each masked token, by row.
 
-  `masked_ce`: the mean over masked tokens, every one weighing the same.
-  `nelbo`: the bound per token. For a row of n tokens that may be asked, k of
-  them masked, with a rate drawn from the density p, the estimate of its bound
-  is n / p(r) times the mean cross-entropy of the k.
+  `masked_ce`: the mean over all masked tokens of the update; weights sum to 1.
+  `nelbo`: an unbiased estimate of the NELBO per token. A row with n maskable
+  tokens, k of them masked at a rate r drawn from the density p, contributes
+  n / p(r) times the mean cross-entropy of the k, over the update's total n.
+
+  Args:
+    weighting: "masked_ce" or "nelbo".
+    masked: True at masked tokens.
+    answer: True at tokens that may be masked.
+    inverse_density: 1 / p(r) of each row's rate.
   """
   count, length = _count(masked), _count(answer)
   match weighting:
@@ -185,10 +196,10 @@ def _by_rate(
   cross_entropy: Float[Array, "A B"],
   masked: Float[Array, "A B"],
 ) -> Ratio:
-  """Sums cross-entropy and masked tokens over rows of about one mask rate."""
+  """Returns cross-entropy and masked tokens, summed per bin of mask rate."""
   number = jnp.ceil(rate * RATE_BINS).astype(jnp.int32) - 1
   number = jnp.clip(number, 0, RATE_BINS - 1)
   inside = number[None] == jnp.arange(RATE_BINS)[:, None, None]
-  # Chosen, not multiplied: a row that is NaN is so in its own bin only.
+  # `where`, not a product with the bins: 0 * NaN would spread a NaN row to all.
   total = lambda x: jnp.where(inside, x[None], 0.0).sum(axis=(1, 2))
   return Ratio(total(cross_entropy), total(masked))

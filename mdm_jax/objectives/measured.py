@@ -1,9 +1,9 @@
-"""What an objective measures of held-out text: numbers that know their titles.
+"""Evaluation results of an objective: metrics and curves with their titles.
 
-results.json holds every number under its own name, as `nelbo_per_token`, and
-under `measured` what each of them is called. So tables, targets, the report and
-the choice of the best checkpoint work for any objective: they draw titles and
-ask for roles, and know no name of a number.
+results.json holds every metric under its name, such as `nelbo_per_token`, and
+under "measured" its title, unit and role. So tables, targets, the report and
+the choice of the best checkpoint work for any objective: they show titles and
+look metrics up by role, never by name.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from mdm_jax.core import strict_json
 from mdm_jax.core.errors import UserError
 
-# Roles: what a number means, for those who need one of a meaning.
+# Roles: what a metric means, for code that needs e.g. "the perplexity".
 NATS = "nats per token"
 PERPLEXITY = "perplexity per token"
 BITS = "bits per byte"
@@ -25,7 +25,7 @@ SCORE = "nats that are no likelihood"
 LOSS_BY_MASKED_SHARE = "loss by masked share"
 
 Number = int | float
-# Parts of an axis, each (low, high, name of the stage).
+# Ranges of a curve's x axis, each (low, high, name of the stage).
 Bands = tuple[tuple[Number, Number, str], ...]
 
 _KEY = "measured"  # of results.json
@@ -33,16 +33,16 @@ _KEY = "measured"  # of results.json
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-  """A number of held-out text.
+  """A metric on held-out text.
 
   Attributes:
-    value: nan where it is not defined.
-    title: what it is called, for a reader.
-    unit: of the value, in words; "" where the title says it.
-    error: its standard error, nan where there is none.
-    role: what it means, one of the roles above, or any other word.
-    bound: whether the true number may be lower.
-    lower_is_better: whether the best checkpoint has the least of it.
+    value: the number; nan if undefined.
+    title: its name in tables and plots.
+    unit: in words; "" if the title says it.
+    error: standard error; nan if unknown.
+    role: one of the roles above, or any other word.
+    bound: True if the value is an upper bound.
+    lower_is_better: True if the best checkpoint has the lowest value.
   """
 
   value: float
@@ -55,26 +55,26 @@ class Value:
 
   @property
   def heading(self) -> str:
-    """Title and unit."""
+    """Title and unit, separated by a comma."""
     return f"{self.title}, {self.unit}" if self.unit else self.title
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """A number of held-out text as a function of another one.
+  """A metric on held-out text as a function of another quantity.
 
   Attributes:
-    x: rising.
-    y: the number at each of them; nan where it is not defined.
-    title: what it is called, for a reader.
-    unit: of y, in words.
-    role: what it means, as of a `Value`.
-    x_title: what x is.
-    point: what one of its points is called; x takes the place of {}.
-    form: how x is written, as `format` takes it.
-    note: what a reader should know of it, in a sentence or two.
+    x: in increasing order.
+    y: the metric at each x; nan if undefined.
+    title: its name in plots.
+    unit: unit of y, in words.
+    role: as in `Value`.
+    x_title: title of the x axis.
+    point: name of a single point in tables, with {} for x.
+    form: format specification of x, such as ".2f".
+    note: an explanation for readers, in a sentence or two.
     split: the text it was measured on.
-    bands: which part of x each stage trains on.
+    bands: the ranges of x that the stages train on.
   """
 
   x: tuple[float, ...]
@@ -90,22 +90,22 @@ class Curve:
   bands: Bands = ()
 
   def points(self) -> dict[str, float]:
-    """Returns y by x, x being written in `form`."""
+    """Returns y by x, with x formatted as `form`."""
     return {f"{x:{self.form}}": y for x, y in zip(self.x, self.y, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-  """A negative log-likelihood of held-out text, or a bound on it.
+  """The negative log-likelihood of held-out text, or an upper bound on it.
 
   Attributes:
-    name: of the numbers: NAME_per_token, NAME_stderr.
-    title: the name for a reader.
-    total_nats: of all the text.
-    tokens: of the text.
-    num_bytes: of the text in UTF-8; None if that is not known.
-    stderr: standard error of the nats per token; nan where there is none.
-    exact: whether it is the likelihood itself, and no bound.
+    name: prefix of its metrics: NAME_per_token, NAME_stderr.
+    title: its name in tables.
+    total_nats: sum over the text.
+    tokens: size of the text.
+    num_bytes: size of the text in UTF-8; None if unknown.
+    stderr: standard error of the nats per token; nan if unknown.
+    exact: False if it is a bound.
   """
 
   name: str
@@ -117,7 +117,7 @@ class Likelihood:
   exact: bool
 
   def values(self) -> dict[str, Value]:
-    """Returns it per token, as a perplexity and, if it can be, per byte."""
+    """Returns nats per token, perplexity and, if known, bits per byte."""
     bound = not self.exact
     per_token = self.total_nats / self.tokens
     kind = " bound" if bound else ""
@@ -145,14 +145,13 @@ class Likelihood:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """What was measured of some held-out text.
+  """All metrics of an evaluation.
 
   Attributes:
-    values: numbers by name; a `/` in a name makes a dictionary of them in
-      results.json.
-    curves: curves by name.
-    headline: name of the value that tells the best checkpoint.
-    likelihood: where it is one; its numbers come before the other values.
+    values: by name; a "/" in a name makes a nested dictionary in results.json.
+    curves: by name.
+    headline: name of the value that selects the best checkpoint.
+    likelihood: the likelihood, if one was measured; listed before `values`.
   """
 
   values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
@@ -161,17 +160,17 @@ class Measured:
   likelihood: Likelihood | None = None
 
   def all_values(self) -> dict[str, Value]:
-    """Returns the values, those of the likelihood first."""
+    """Returns all values by name, those of the likelihood first."""
     first = self.likelihood.values() if self.likelihood else {}
     return first | dict(self.values)
 
   def with_role(self, role: str) -> dict[str, Value]:
-    """Returns the values that have a role."""
+    """Returns the values with a role, by name."""
     found = self.all_values().items()
     return {name: value for name, value in found if value.role == role}
 
   def curve_with_role(self, role: str, split: str = "test") -> Curve | None:
-    """Returns the first curve that has a role, on a side of the text."""
+    """Returns the first curve with a role on a split, or None."""
     found = (
       curve
       for curve in self.curves.values()
@@ -180,7 +179,7 @@ class Measured:
     return next(found, None)
 
   def joined(self, other: "Measured") -> "Measured":
-    """Returns what both have; of a name that both have, the other's."""
+    """Returns the union of both; `other` wins where names are the same."""
     return Measured(
       {**self.values, **other.values},
       {**self.curves, **other.curves},
@@ -189,14 +188,14 @@ class Measured:
     )
 
   def scalars(self) -> dict[str, float]:
-    """Returns every value by its name, and the likelihood's error."""
+    """Returns all numbers by name, with the likelihood's standard error."""
     numbers = {name: v.value for name, v in self.all_values().items()}
     if self.likelihood:
       numbers[f"{self.likelihood.name}_stderr"] = self.likelihood.stderr
     return numbers
 
   def head(self) -> Value:
-    """Returns the value that tells the best checkpoint."""
+    """Returns the value that selects the best checkpoint."""
     return self.all_values()[self.headline]
 
 
@@ -208,23 +207,24 @@ def _exp(nats: float) -> float:
 # MARK: how it is measured
 
 
-# What a measurement is made for: the number that counts, numbers beside it, or
-# numbers as functions of others. The last two are of fewer rows.
+# The parts of an evaluation: the likelihood, further scalars, and curves. The
+# last two are measured on fewer rows.
 Part = Literal["likelihood", "values", "curves"]
-# Of all draws on held-out text: every checkpoint of every run meets the same.
+# Seed of all draws on held-out text. It is not the run's: every checkpoint of
+# every run must be measured on the same masks.
 SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Jobs:
-  """What is to be asked of held-out rows, one row a job.
+  """Evaluation jobs: each scores one random draw of one held-out row.
 
   Attributes:
-    key: of all draws; a job's own follows from its row and its draw.
-    rows: number of each job's row.
-    draws: number of each job's draw.
-    asked: positions that each job asks for, at most.
-    given: whatever else the objective has to know of each job.
+    key: the key that the jobs' keys are derived from, by row and draw.
+    rows: index of each job's row.
+    draws: index of each job's draw.
+    asked: maximum number of tokens that each job predicts.
+    given: other inputs of `Objective.pose`, one entry per job.
   """
 
   key: Key[Array, ""]
@@ -241,11 +241,11 @@ class Jobs:
 
 @dataclasses.dataclass(frozen=True)
 class Nats:
-  """What the answers to some jobs cost.
+  """Costs of evaluation jobs, in nats.
 
   Attributes:
-    by_row: in all, of each job.
-    by_text: the part of it that is of each of the first S texts of the row.
+    by_row: total of each job.
+    by_text: the share of each of the first S texts of the job's row.
   """
 
   by_row: Float[np.ndarray, "N"]
@@ -256,7 +256,7 @@ class Nats:
 
 
 def to_json(measured: Measured) -> dict[str, Any]:
-  """Returns numbers and curves by their names, and what they are called."""
+  """Returns metrics and curves by name, and under "measured" their titles."""
   plain: dict[str, Any] = {}
   for name, number in measured.scalars().items():
     *folders, last = name.split("/")
@@ -278,7 +278,7 @@ def to_json(measured: Measured) -> dict[str, Any]:
 
 
 def from_json(results: Mapping[str, Any]) -> Measured:
-  """Returns what `to_json` wrote; the likelihood is among the values.
+  """Reads the result of `to_json`, with the likelihood's numbers as values.
 
   Raises:
     UserError: an older version wrote it.
@@ -322,14 +322,14 @@ def _curve(points: Mapping[str, float | None], told: dict[str, Any]) -> Curve:
 def curve_in(
   results: Mapping[str, Any] | None, role: str, split: str
 ) -> Curve | None:
-  """Returns a curve of results.json by its role, None where there is none."""
+  """Returns the curve of results.json with a role on a split, or None."""
   if not results or _KEY not in results:
     return None
   return from_json(results).curve_with_role(role, split)
 
 
 def evaluation(measured: Measured) -> dict[str, Any]:
-  """Returns what evaluation.json holds: all numbers, and which one tells."""
+  """Returns the content of evaluation.json: all metrics, and the headline."""
   head = measured.head()
   told = {
     "name": measured.headline,
@@ -344,13 +344,13 @@ def evaluation(measured: Measured) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """How a number of the log is drawn over updates.
+  """How the report plots a logged metric over updates.
 
   Attributes:
-    title: what it is called, for a reader.
-    unit: in words.
-    error: name of its standard error in the log, if it has one.
-    low: where the axis begins (None: below the least).
+    title: title of the plot.
+    unit: unit of the y axis, in words.
+    error: name of the metric's standard error in the log, if there is one.
+    low: start of the y axis (None: below the smallest value).
   """
 
   title: str

@@ -1,14 +1,15 @@
-"""Noise schedules, and the distributions that mask rates are drawn from.
+"""Noise schedules alpha(t), and distributions of mask rates.
 
-Time runs from 0 (clean) to 1 (all masked); alpha(t), the share of tokens kept,
-falls from 1 to 0. A mask rate is r = 1 - alpha(t). The continuous-time bound
+Time t runs from 0 (clean) to 1 (all masked); alpha(t), the share of tokens
+kept, falls from 1 to 0. The mask rate is r = 1 - alpha(t). Substituting r for t
+in the continuous-time bound
 
   NELBO = E_t[ -alpha'(t) / (1 - alpha(t)) * sum over masked of CE ]
 
 (Shi et al. 2024, arXiv 2406.04329, eq. 6; Sahoo et al. 2024, arXiv 2406.07524,
-eq. 10) is, with r in place of t, the integral over r in (0, 1) of the mean CE
-per masked token times the length. So all a loss needs to know of a schedule is
-how densely it draws each rate: see `RateDistribution`.
+eq. 10) gives the integral over r in (0, 1) of length * mean CE per masked
+token. So a loss depends on the schedule only through the density of the mask
+rates: see `RateDistribution`.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from mdm_jax.objectives.config import MaskedStage, NoiseConfig
 
 @runtime_checkable
 class NoiseSchedule(Protocol):
-  """alpha(t) and its derivative, for t in [0, 1]."""
+  """The share of tokens kept, alpha(t), and its derivative, for t in [0, 1]."""
 
   def alpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]: ...
 
@@ -67,7 +68,7 @@ class Polynomial:
     return -self.exponent * t ** (self.exponent - 1)
 
 
-# Each makes a schedule from its settings.
+# Name -> function that builds a schedule from its settings.
 SCHEDULES: Registry[Callable[[NoiseConfig], NoiseSchedule]] = Registry(
   "noise schedule", "noise.schedule"
 )
@@ -84,29 +85,32 @@ def make_schedule(config: NoiseConfig) -> NoiseSchedule:
 def loss_weight(
   schedule: NoiseSchedule, t: Float[Array, "*B"]
 ) -> Float[Array, "*B"]:
-  """Returns -alpha'(t) / (1 - alpha(t)), the weight of the bound at t > 0."""
+  """Returns -alpha'(t) / (1 - alpha(t)), the NELBO's weight at t > 0."""
   return -schedule.dalpha(t) / (1 - schedule.alpha(t))
 
 
 @runtime_checkable
 class RateDistribution(Protocol):
-  """How a row's mask rate is drawn, by inverse transform."""
+  """A distribution of mask rates, sampled by inverse transform of u ~ U(0, 1).
+
+  Uniforms in, not keys, so that the rates of an update can be stratified.
+  """
 
   def rate(self, u: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Maps u in [0, 1] to a rate, non-decreasing."""
+    """Returns the rate at u in [0, 1], non-decreasing in u."""
     ...
 
   def inverse_density(self, u: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Returns 1 / p(r) at r = rate(u), the importance weight."""
+    """Returns 1 / p(r) at r = rate(u), the importance weight of a row."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class RateRange:
-  """r ~ U(low, high), but r ~ U(0, 1) for the share `rehearsal` of the rows.
+  """A mixture: r ~ U(low, high), or r ~ U(0, 1) with probability `rehearsal`.
 
   The density p(r) = rehearsal + (1 - rehearsal) [low <= r <= high] / (high -
-  low) is at least `rehearsal`, so 1 / p is bounded by 1 / rehearsal.
+  low) is at least `rehearsal`, so weights 1 / p are at most 1 / rehearsal.
   """
 
   low: float
@@ -114,9 +118,11 @@ class RateRange:
   rehearsal: float = 0.0
 
   def rate(self, u: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    # The inverse of a piecewise linear distribution function.
     first, last = self._inside()
     inside = self.low + (u - first) / self._density_inside()
-    outside = max(self.rehearsal, 1e-9)  # never reached where it is 0
+    # Without rehearsal no u is outside; this only avoids dividing by 0.
+    outside = max(self.rehearsal, 1e-9)
     below, above = u / outside, self.high + (u - last) / outside
     return jnp.where(u < first, below, jnp.where(u <= last, inside, above))
 
@@ -127,7 +133,7 @@ class RateRange:
     return jnp.where(is_inside, 1 / self._density_inside(), 1 / outside)
 
   def _inside(self) -> tuple[float, float]:
-    """The values of u, the distribution function, at low and high."""
+    """Returns the distribution function at `low` and `high`."""
     return self.rehearsal * self.low, 1 - self.rehearsal * (1 - self.high)
 
   def _density_inside(self) -> float:
@@ -136,7 +142,7 @@ class RateRange:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledRates:
-  """r = 1 - alpha(t) with t ~ U(0, 1)."""
+  """Mask rates r = 1 - alpha(t) with t ~ U(0, 1)."""
 
   schedule: NoiseSchedule
 
@@ -148,7 +154,7 @@ class ScheduledRates:
 
 
 def stage_rates(stage: MaskedStage, noise: NoiseConfig) -> RateDistribution:
-  """Returns the distribution of mask rates a stage trains on."""
+  """Returns the distribution of mask rates that a stage trains on."""
   if stage.mask_rate is None:
     return ScheduledRates(make_schedule(noise))
   return RateRange(*stage.mask_rate, stage.rehearsal)
