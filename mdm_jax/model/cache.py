@@ -1,13 +1,15 @@
-"""Keys and values of earlier calls, so that they need not be computed again.
+"""Key/value cache: reuses the keys and values of earlier calls.
 
-Exact wherever no position sees what comes later than the cached ones: causal,
-or by blocks. There are two ways to use a cache, by its `at`:
+Calls with a cache give exactly what one call would give if no cached position
+attends to later ones, as with causal or block visibility. `KVCache.at` selects
+one of two modes:
 
-- None: the call's keys are put behind the cached ones. Nothing is written, and
-  gradients flow back into the calls that made them (training in two passes).
-- a number: they are written into a buffer of fixed length from there on, over
-  whatever was there, and the whole buffer is attended to (decoding). So the
-  keys of an unfinished block can be replaced until its tokens are final.
+- None (training in two passes): a call's keys and values are concatenated to
+  the cached ones. Nothing is written, and gradients flow back into the calls
+  that produced the cache.
+- a number (decoding): they are written in place into a buffer of fixed length,
+  from that position on, and queries attend to the whole buffer. Writing to the
+  same position again replaces the keys of an unfinished block.
 """
 
 import jax
@@ -18,20 +20,20 @@ from mdm_jax.core.sharding import RULES
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import KVCache, Side
 
-# One layer's, or with a buffer those of all.
+# Keys and values: of one layer, or of all layers for a decoding buffer.
 Pair = tuple[Array, Array]
 
 
 def init(
   config: ModelConfig, dtype: jnp.dtype, rows: int, length: int
 ) -> KVCache:
-  """Returns an empty buffer, sharded as keys are.
+  """Returns an empty decoding cache, sharded as keys are.
 
   Args:
     config: the architecture.
-    dtype: of keys and values.
-    rows: B.
-    length: M, the most tokens of a row.
+    dtype: dtype of keys and values.
+    rows: number of rows B.
+    length: capacity M in tokens per row.
   """
   groups = config.num_kv_heads or config.num_heads
   shape = config.num_layers, rows, groups, length, config.head_size
@@ -40,12 +42,18 @@ def init(
   numbers = lambda fill: jnp.full(
     (rows, length), fill, jnp.int32, out_sharding=RULES.spec("batch", None)
   )
+  # No token has segment -1, so empty slots are visible to no query.
   side = Side(numbers(-1), numbers(0), numbers(0))
   return KVCache(keys, values, side, jnp.zeros((), jnp.int32))
 
 
 def joined(cache: KVCache, q: Side) -> Side:
-  """Returns the keys' side of a call: what is cached, and the call's own."""
+  """Returns the keys' `Side`: the cached positions and the call's own.
+
+  Args:
+    cache: keys and values of earlier calls.
+    q: the call's own positions.
+  """
   split = RULES.spec("batch", None)
 
   def join(old, new):
@@ -68,14 +76,19 @@ def extend(
   key: Float[Array, "B G S K"],
   value: Float[Array, "B G S K"],
 ) -> tuple[Pair, Pair]:
-  """Returns a layer's keys and values: to attend to, and to keep.
+  """Adds a call's keys and values to a layer's cached ones.
 
   Args:
-    cached: this layer's earlier ones; with `at`, the buffers of all layers.
-    at: where the call's own are written.
-    layer: which one this is.
-    key: of this call.
-    value: of this call.
+    cached: the layer's cached keys and values; with `at`, the buffers of all
+      layers [N, B, G, M, K]; None without a cache.
+    at: position in the buffers to write to; None to concatenate.
+    layer: index of the layer.
+    key: the call's own keys.
+    value: the call's own values.
+
+  Returns:
+    The layer's keys and values to attend to, and those to keep: the same, or
+    with `at` the updated buffers of all layers.
   """
   own = key, value
   if cached is None:
@@ -86,6 +99,8 @@ def extend(
       for old, new in zip(cached, own, strict=True)
     )
     return both, both
+  # The buffers of all layers stay together: in a scan's carry they are updated
+  # in place (see `Network._in_place`).
   buffers = tuple(
     jax.lax.dynamic_update_slice(old, new[None], (layer, 0, 0, at, 0))
     for old, new in zip(cached, own, strict=True)

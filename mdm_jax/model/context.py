@@ -1,19 +1,20 @@
-"""What the denoiser is told about its tokens: where they are, what they see.
+"""The denoiser's inputs besides tokens: positions, segments, visibility, cache.
 
-Which positions see which is a small description, never an array of all pairs.
-It gives every position two numbers, a label and a horizon, and there is one
-rule for all kinds (`visible`), which every attention kernel follows:
+Visibility, i.e. which positions attend to which, is described by two numbers
+per position instead of an L x L mask: a label and a horizon. A query attends to
+a key of its own segment if the key's label is at most the query's horizon, or
+equals the query's label (`visible`):
 
-  kind     label           horizon    a position sees, of its own segment,
-  full     0               0          everything
-  causal   p               p          itself and what is before it
-  blocks   p // S          p // S     its block and the blocks before it
-  noisy    p // S + 2^24   p // S-1   its own noisy block, clean blocks before
-  dual     noisy where `noisy` says so, else blocks
+  kind     label           horizon      attends to, within its segment
+  full     0               0            everything
+  causal   p               p            itself and everything before it
+  blocks   p // S          p // S       its block and all blocks before it
+  noisy    p // S + 2^24   p // S - 1   its noisy block, and earlier clean ones
+  dual     like noisy where `Context.noisy` is set, else like blocks
 
-with p the position and S the block's length. `noisy` and `dual` are for block
-diffusion (Arriola et al. 2025, arXiv 2503.09573), whose corrupted blocks see
-clean ones.
+Here p is the position and S the block length. `noisy` and `dual` are for block
+diffusion, where corrupted blocks attend to clean ones (Arriola et al. 2025,
+arXiv 2503.09573).
 """
 
 import dataclasses
@@ -27,17 +28,19 @@ from mdm_jax.core.errors import UserError
 
 Kind = Literal["full", "causal", "blocks", "noisy", "dual"]
 
-# More than any position: the label of a noisy block is no clean block's.
+# Above any block index, so that noisy and clean blocks never share a label.
 _NOISY = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-  """What a position may see of its segment; hashable, without arrays.
+  """Which positions of its segment a position attends to.
+
+  Without arrays and hashable, so that it can be static in `jax.jit`.
 
   Attributes:
-    kind: one of the table above.
-    block: tokens of a block; only read by the three kinds that have blocks.
+    kind: a row of the table in the module's docstring.
+    block: block length S in tokens; only read by blocks, noisy and dual.
   """
 
   kind: Kind = "full"
@@ -59,15 +62,16 @@ CAUSAL = Visibility("causal")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Side:
-  """The queries or the keys of attention, as far as visibility goes.
+  """Segments, labels and horizons of the queries or the keys of attention.
 
-  Arrays, or shapes where nothing is computed.
+  Leaves are arrays, or shapes during abstract evaluation.
 
   Attributes:
-    segments: the packed text each position belongs to [B, M]; -1 is nobody's.
-    label: what a position is found by [B, M].
-    horizon: the highest label that a position sees [B, M].
-    packed: a row may hold several texts.
+    segments: segment of each position [B, M]; 0 is padding, -1 an empty slot
+      of a cache.
+    label: by which queries find a position [B, M].
+    horizon: highest label that a position attends to [B, M].
+    packed: whether a row may hold several segments.
   """
 
   segments: Any
@@ -77,7 +81,7 @@ class Side:
 
 
 def visible(q: Side, k: Side) -> Bool[Array, "B Q K"]:
-  """Returns which keys each query sees: the one rule, for all pairs."""
+  """Returns the dense mask of which keys each query attends to."""
   pairs = lambda of_q, of_k: (of_q[:, :, None], of_k[:, None, :])
   here, there = pairs(q.segments, k.segments)
   horizon, label = pairs(q.horizon, k.label)
@@ -91,16 +95,16 @@ def make_side(
   positions: Int[Array, "B M"],
   noisy: Bool[Array, "B M"] | None = None,
 ) -> Side:
-  """Returns labels and horizons by the table above.
+  """Returns a `Side` with the labels and horizons of a visibility.
 
   Args:
-    visibility: of which kind.
-    segments: the packed text each position belongs to.
-    positions: within it.
-    noisy: which positions are of the noisy half; only read by `dual`.
+    visibility: which positions attend to which.
+    segments: segment of each position.
+    positions: position of each token within its segment.
+    noisy: which positions are corrupted; only read by `dual`.
 
   Raises:
-    ValueError: `dual` without `noisy`.
+    ValueError: `noisy` is None for `dual`.
   """
   label, horizon = _label_and_horizon(visibility, positions, noisy)
   return Side(segments, label, horizon)
@@ -128,10 +132,11 @@ class KVCache:
   """Keys and values of earlier calls; see `model/cache.py`.
 
   Attributes:
-    keys: of all layers, rotated [N, B, G, M, K].
-    values: of all layers [N, B, G, M, K].
-    side: what they are seen by; an empty slot has segment -1.
-    at: where a call's own are written, a number; None puts them behind these.
+    keys: rotated keys of all layers [N, B, G, M, K].
+    values: values of all layers [N, B, G, M, K].
+    side: segments, labels and horizons of the cached positions.
+    at: position in the buffers that the next call writes to, a scalar; None to
+      concatenate instead.
   """
 
   keys: Any
@@ -143,28 +148,28 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What the denoiser is told beside the tokens; see `row_context`.
+  """The denoiser's inputs besides the tokens; usually made by `row_context`.
 
-  Arrays, or shapes where nothing is computed; with one more axis in front, a
-  context for each of several calls.
+  Leaves are arrays, or shapes during abstract evaluation. An additional leading
+  axis holds the contexts of several calls.
 
   Attributes:
-    segments: the packed text each token belongs to [B, S] (0: padding); tokens
-      of different segments don't see each other.
-    positions: for the rotary angles and for visibility [B, S].
-    visibility: what a position sees of its segment.
-    noisy: which tokens are of the noisy half [B, S]; only for `dual`.
-    condition: each row's mask rate [B]; only read with time conditioning.
-    keys: for dropout, one a row [B]; None switches it off.
-    cache: keys and values of earlier calls. The positions then have to be
-      given: those of `row_context` begin at 0 in every call.
+    segments: segment of each token [B, S], 0 for padding; tokens of different
+      segments don't attend to each other.
+    positions: position of each token [B, S], for RoPE and visibility.
+    visibility: which positions of its segment a position attends to.
+    noisy: which tokens are corrupted [B, S]; only read by `dual`.
+    condition: mask rate of each row [B]; only read with time conditioning.
+    keys: dropout keys, one per row [B]; None disables dropout.
+    cache: keys and values of earlier calls. Pass positions explicitly then:
+      `row_context` starts at 0 in every call.
     keep: also return the keys and values that this call attended to.
-    shift: position i is answered by the output before it, and the first of a
-      segment or of a call by its own: so are models that were trained to
-      predict the next token. With a cache, give a call the token before those
-      that are asked for.
-    packed: a row may hold several texts; if not, it holds one from its start,
-      and padding behind it.
+    shift: use the output at i - 1 as the prediction for position i, as in
+      models trained on next-token prediction. The first position of a segment
+      or call keeps its own output, so with a cache start the call one token
+      early.
+    packed: whether a row may hold several segments. If not, it holds one
+      segment from its start on, followed by padding.
   """
 
   segments: Any
@@ -180,7 +185,7 @@ class Context:
 
   @property
   def side(self) -> Side:
-    """These tokens as queries, or as keys."""
+    """Segments, labels and horizons of these tokens, as queries or as keys."""
     side = make_side(self.visibility, self.segments, self.positions, self.noisy)
     return dataclasses.replace(side, packed=self.packed)
 
@@ -188,15 +193,20 @@ class Context:
 def row_context(segments: Int[Array, "*A B S"], **more: Any) -> Context:
   """Returns a context whose positions count from 0 within each segment.
 
+  Example:
+    segments = jnp.array([[1, 1, 1, 2, 2, 0]])  # two texts, and padding
+    context = row_context(segments, visibility=CAUSAL)
+
   Args:
-    segments: of packed rows.
+    segments: segment of each token, 0 for padding.
     **more: other fields of `Context`.
   """
   return Context(segments, segment_positions(segments), **more)
 
 
 def segment_positions(segments: Int[Array, "*A S"]) -> Int[Array, "*A S"]:
-  """Returns each token's position within its packed segment."""
+  """Returns each token's position within its segment, from 0."""
+  # The distance to the latest start of a segment.
   last = segments.ndim - 1
   index = jnp.arange(segments.shape[-1])
   index = jnp.expand_dims(index, tuple(range(last)))
@@ -205,7 +215,7 @@ def segment_positions(segments: Int[Array, "*A S"]) -> Int[Array, "*A S"]:
 
 
 def starts(segments: Int[Array, "*A S"]) -> Bool[Array, "*A S"]:
-  """Returns which tokens are the first of their segment."""
+  """Returns which tokens are the first of their segment (or padding)."""
   before = [(0, 0)] * (segments.ndim - 1) + [(1, 0)]
   changes = segments != jnp.pad(segments, before)[..., :-1]
   return changes.at[..., 0].set(True)

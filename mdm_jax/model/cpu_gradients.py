@@ -1,8 +1,8 @@
-"""Gradients written by hand for XLA's CPU compiler; used on CPUs alone.
+"""Custom gradients that are faster with XLA's CPU backend; used on CPUs only.
 
-Each function here computes what the plain one of the same purpose does, and its
-gradient by products that the compiler runs without turning arrays around, or
-from fewer arrays. For any other device JAX's own gradients are taken.
+Each function equals its plain counterpart. Its hand-written gradient avoids
+transposes, which XLA's CPU backend executes as copies, or stores fewer arrays.
+Other devices use JAX's own gradients. docs/performance.md has the measurements.
 """
 
 import functools
@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float
 
 
 def wanted() -> bool:
-  """Returns whether what is being traced will run on CPUs.
+  """Returns whether the program being traced will run on CPUs.
 
-  By the current mesh. One that has no devices is a plan's, for others than
-  these.
+  This follows from the current mesh. An abstract mesh has no device kind: it is
+  a plan for other hardware, for which the answer is no.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -30,10 +30,17 @@ def wanted() -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def product(equation: str, spec: P, x: Array, weight: Array) -> Array:
-  """An einsum whose gradients are the einsums one would write by hand.
+  """Einsum whose gradients are einsums that need no transposed result.
 
-  JAX's own ask for transposed results, which costs XLA's CPU backend as much
-  as the product. The weight's gradient is summed up in the weight's dtype.
+  JAX's own gradients transpose their result, which takes XLA's CPU backend as
+  long as the product. The weight's gradient is accumulated in the weight's
+  dtype.
+
+  Args:
+    equation: einsum of two operands with an explicit result.
+    spec: sharding of the result.
+    x: activations.
+    weight: cast to the dtype of `x`.
   """
   return jnp.einsum(equation, x, weight.astype(x.dtype), out_sharding=spec)
 
@@ -57,9 +64,18 @@ def _product_backward(equation, spec, residuals, grad):
 
 
 def _weight_gradient(axes: str, weight: Array, left, right) -> Array:
-  """Returns the product of two named arrays that has the weight's axes."""
-  # XLA turns the first factor around: better the smaller one. The barrier
-  # keeps it from turning the other one after all.
+  """Returns the gradient of a weight with these axes from two factors.
+
+  Args:
+    axes: einsum axes of the weight.
+    weight: the weight, for its dtype and sharding.
+    left: axes and array of the first factor.
+    right: axes and array of the second.
+  """
+  # XLA transposes the first factor, so the smaller one goes first. The result
+  # then has the first factor's axes in front; the barrier keeps XLA from
+  # merging the final transpose into the product, which would transpose the
+  # larger factor after all.
   first, second = (left, right)
   if left[1].size > right[1].size:
     first, second = right, left
@@ -85,7 +101,7 @@ product.defvjp(_product_forward, _product_backward)
 def swiglu(
   gate: Float[Array, "B L F"], up: Float[Array, "B L F"]
 ) -> Float[Array, "B L F"]:
-  """silu(gate) * up (arXiv 2002.05202); its gradient keeps the two alone."""
+  """Returns silu(gate) * up (arXiv 2002.05202); stores only its inputs."""
   return jax.nn.silu(gate) * up
 
 
@@ -95,6 +111,7 @@ def _swiglu_forward(gate, up):
 
 def _swiglu_backward(residuals, grad):
   gate, up = residuals
+  # silu(x) = x s(x), and its derivative is s(x) (1 + x (1 - s(x))).
   share = jax.nn.sigmoid(gate)
   return grad * up * share * (1 + gate * (1 - share)), grad * gate * share
 
@@ -109,16 +126,23 @@ def attend(
   value: Float[Array, "B G L K"],
   visible: Bool[Array, "B N L"],
 ) -> Float[Array, "B G N K"]:
-  """Attends, and computes the weights again for the gradient.
+  """Computes attention; its gradient recomputes the attention weights.
 
-  Reading N x L weights a head back takes as long as computing them, and no
-  memory has to hold them for all layers (arXiv 2205.14135, appendix B.2).
+  Reading N x L weights per head from memory takes as long as computing them,
+  and storing them would take memory in every layer. Source: FlashAttention,
+  Dao et al. 2022, arXiv 2205.14135, appendix B.2.
+
+  Args:
+    query: queries; heads of a group may be stacked along N.
+    key: keys.
+    value: values.
+    visible: which keys each query attends to, the same for all groups.
   """
   return _attend_forward(query, key, value, visible)[0]
 
 
 def _attend_forward(query, key, value, visible):
-  # Shardings are named: einsum forgets that of a batch of one row.
+  # Output shardings are explicit, as einsum loses that of a one-row batch.
   scores = _scores(query, key, visible)
   highest = scores.max(axis=-1, keepdims=True)
   weights = jnp.exp(scores - highest)
@@ -130,8 +154,11 @@ def _attend_forward(query, key, value, visible):
     preferred_element_type=jnp.float32,
     out_sharding=jax.typeof(query).sharding,
   )
+  # Dividing [N, K] outputs instead of [N, L] weights.
   mixed = (mixed / total).astype(value.dtype)
   log_total = highest + jnp.log(total)
+  # Names, for remat="dots" to store them: with the log normaliser the gradient
+  # recomputes the weights without another max and sum.
   mixed, log_total = checkpoint_name((mixed, log_total), "attention")
   return mixed, (query, key, value, visible, mixed, log_total)
 
@@ -146,7 +173,8 @@ def _attend_backward(residuals, grad):
   grad_weights = jnp.einsum(
     "bgnk,bglk->bgnl", grad, value, preferred_element_type=jnp.float32
   )
-  # The softmax's own gradient: what every query's weights gain on average.
+  # Softmax gradient: weights * (gradient - its mean under the weights). That
+  # mean equals grad . mixed, a float32 sum over K instead of L.
   both = grad.astype(jnp.float32) * mixed.astype(jnp.float32)
   mean = both.sum(axis=-1, keepdims=True)
   grad_scores = weights * (grad_weights - mean) * _scale(query)
@@ -166,6 +194,7 @@ def _scores(query, key, visible) -> Float[Array, "B G N L"]:
     key,
     preferred_element_type=jnp.float32,
   )
+  # Finite, not -inf: a query without any visible key gets a mean, not NaN.
   return jnp.where(visible[:, None], scores, -1e30)
 
 

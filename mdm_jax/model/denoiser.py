@@ -1,10 +1,13 @@
-"""The denoiser: a pre-norm transformer that is told what sees what.
+"""The denoiser: a pre-norm transformer p(x0 | xt) over a token context.
 
-RMSNorm, rotary positions, SwiGLU; biases only where queries, keys and values
-are to have some. Blocks are stacked along a leading layer axis and run by one
-scan, so compile time does not grow with depth. NNX modules only hold the
-parameters: outside `model/` they are a plain nested dict, and `Denoiser` merges
-them back (`bind`).
+It uses RMSNorm, rotary positions and SwiGLU, with optional biases on queries,
+keys and values only. Which positions attend to which is an input (`Context`),
+not a property of the model.
+
+Blocks are stacked along a leading layer axis and run by one `lax.scan`, so
+compile time does not grow with depth. NNX modules only hold the parameters:
+outside `model/` parameters are a plain nested dict, which `Denoiser._bind`
+merges back into a module.
 """
 
 import dataclasses
@@ -33,24 +36,27 @@ from mdm_jax.model.kernels import KERNELS, Case, Kernel
 
 Params = dict[str, Any]
 
-# By what is kept for the backward pass; all else is computed again.
+# Rematerialisation policies by `model.remat`: which values the forward pass
+# stores. The backward pass recomputes all others.
 _KEPT = {
-  # Products and attention have names, nothing else has.
+  # Stores every value with a checkpoint_name. Only matmuls and attention have
+  # one (`layers.project`, `kernels._plain`, `cpu_gradients.attend`).
   "dots": jax.checkpoint_policies.save_any_names_but_these(),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-  """Returns the activations' dtype; `auto` depends on the backend."""
+  """Returns the dtype of activations; `auto` depends on the JAX backend."""
   if config.dtype == "auto":
+    # Matmuls on a CPU are no faster in bfloat16 (docs/performance.md).
     on_cpu = jax.default_backend() == "cpu"
     return jnp.dtype(jnp.float32 if on_cpu else jnp.bfloat16)
   return jnp.dtype(config.dtype)
 
 
 class Network(nnx.Module):
-  """All parameters of the denoiser, and its forward pass."""
+  """Parameters and forward pass of the denoiser, as an NNX module."""
 
   def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
     self.config = config
@@ -60,6 +66,7 @@ class Network(nnx.Module):
       rngs(), table, "vocab", "embed", fan_in=width
     )
     keys = jax.random.split(rngs(), config.num_layers)
+    # Every parameter of a block gets a leading axis of size num_layers.
     self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
     self.final_norm = layers.RMSNorm(width, config.norm_eps)
     if not config.tie_embeddings:
@@ -74,6 +81,7 @@ class Network(nnx.Module):
     dtype = compute_dtype(self.config)
     x = embedding.look_up(dtype, self.embedding[...], tokens)
     shared, side = self._shared(context)
+    # `at` is set only for a decoding cache, which is updated in place.
     run = self._stacked if shared.at is None else self._in_place
     x, kept = run(x, shared, context)
     if context.shift:
@@ -81,13 +89,16 @@ class Network(nnx.Module):
     return (x, KVCache(*kept, side, shared.at)) if context.keep else x
 
   def _stacked(self, x, shared: Shared, context: Context):
-    """One scan over the layers, which may be differentiated."""
+    """Scans over the layers; supports gradients and rematerialisation."""
 
     def body(x, layer):
       block, index, cached = layer
       x, kept = block(x, index, shared, cached)
       return x, kept if context.keep else None
 
+    # "none" is not wrapped at all: jax.checkpoint rounds every stored array
+    # once more (reduce_precision). prevent_cse is off because it is unnecessary
+    # inside a scan, and costs optimisations (see jax.checkpoint's docs).
     if self.config.remat != "none":
       policy = _KEPT[self.config.remat]
       body = jax.checkpoint(body, prevent_cse=False, policy=policy)
@@ -96,10 +107,11 @@ class Network(nnx.Module):
     return jax.lax.scan(body, x, (self.blocks, index, cached))
 
   def _in_place(self, x, shared: Shared, context: Context):
-    """A scan that carries the buffers: as its input and output they are copied.
+    """Scans over the layers with the key/value buffers in the carry.
 
-    Measured on a CPU, 6 layers, 8 rows, a buffer of 1024: 28 ms a call for one
-    token against 78.
+    A carry is updated in place; as scanned inputs and outputs the buffers would
+    be copied. Measured on a CPU with 6 layers, 8 rows and buffers of 1,024
+    tokens: 28 ms instead of 78 ms per call for one token.
     """
 
     def body(carry, layer):
@@ -112,7 +124,7 @@ class Network(nnx.Module):
     return jax.lax.scan(body, (x, buffers), (self.blocks, index))[0]
 
   def _shared(self, context: Context) -> tuple[Shared, Side]:
-    """Returns what all blocks need, and the side of the keys they see."""
+    """Returns the inputs that all blocks share, and the keys' `Side`."""
     c, cache = self.config, context.cache
     cos, sin = layers.rotary(context.positions, c.head_size, c.rope_theta)
     condition = None
@@ -123,6 +135,7 @@ class Network(nnx.Module):
     q = context.side
     k = q if cache is None else caching.joined(cache, q)
     kernel = self._kernel(context, k.segments.shape[1])
+    # Here and not in the blocks: a mask is built once, not once per layer.
     prepared = kernel.prepare(context.visibility, q, k)
     at = None if cache is None else cache.at
     return Shared(kernel, prepared, at, cos, sin, condition, context.keys), k
@@ -140,6 +153,7 @@ class Network(nnx.Module):
     return KERNELS[kernel_choice.chosen(self.config.attention, case).name]()
 
   def _condition(self, rate: Float[Array, "B"]) -> Float[Array, "B D"]:
+    # Sinusoids of the mask rate at log-spaced frequencies from 1 to 1,000.
     half = self.config.embed_dim // 2
     frequency = 1000.0 ** jnp.linspace(0.0, 1.0, half)
     angles = rate[:, None] * frequency[None]
@@ -150,18 +164,24 @@ class Network(nnx.Module):
 
 
 def _shifted(x: Float[Array, "B L D"], segments) -> Float[Array, "B L D"]:
-  """Moves every output one to the right, within its segment."""
+  """Moves outputs one position right; the first of a segment stays."""
   before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
   return jnp.where(starts(segments)[:, :, None], x, before)
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-  """The denoiser as pure functions of a parameter dict.
+  """The denoiser as pure functions of a nested dict of parameters.
+
+  Example:
+    denoiser = Denoiser(config, vocab)
+    params = denoiser.init(jax.random.key(0))
+    hidden = denoiser.hidden(params, tokens, row_context(segments))
+    logits = denoiser.logits(params, hidden[0])  # [L, V], of the first row
 
   Attributes:
     config: the architecture.
-    vocab: the ids; those that can't be predicted get a logit of -inf.
+    vocab: vocabulary; ids that must not be predicted get a logit of -inf.
   """
 
   config: ModelConfig
@@ -170,13 +190,13 @@ class Denoiser:
   def attention(
     self, length: int, visibility: Visibility = FULL, packed: bool = True
   ) -> kernel_choice.Choice:
-    """Returns what computes attention here, in rows of `length` tokens."""
+    """Returns which attention kernel rows of `length` tokens use here."""
     dtype, size = compute_dtype(self.config).name, self.config.head_size
     case = Case(dtype, size, length, length, visibility, packed)
     return kernel_choice.chosen(self.config.attention, case)
 
   def init(self, key: Key[Array, ""]) -> Params:
-    """Returns fresh parameters, sharded over the current mesh."""
+    """Returns initial float32 parameters, sharded over the current mesh."""
     return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
   def hidden(
@@ -187,37 +207,44 @@ class Denoiser:
   ) -> Float[Array, "B L D"] | tuple[Float[Array, "B L D"], KVCache]:
     """Returns the last block's output, before the final norm and the head.
 
-    With `context.keep` also a cache of what was attended to, for later calls.
-
     Args:
-      params: from `init`.
-      tokens: what is read, corrupted or not.
-      context: where the tokens are and what they see.
+      params: nested dict of parameters, as from `init`.
+      tokens: input ids, usually the corrupted xt.
+      context: positions, segments and visibility of the tokens.
+
+    Returns:
+      Hidden states; with `context.keep` also the keys and values that this call
+      attended to, as a cache for later calls.
+
+    Raises:
+      ValueError: time conditioning is on and `context.condition` is None.
     """
     return self._bind(params).hidden(tokens, context)
 
   def init_cache(self, rows: int, length: int) -> KVCache:
-    """Returns an empty cache for so many tokens of each row, to be written to.
+    """Returns an empty decoding cache of `length` tokens per row, with `at` 0.
 
-    Sharded over the current mesh as keys are; `at` is 0.
+    It is sharded over the current mesh as keys are.
     """
     return caching.init(self.config, compute_dtype(self.config), rows, length)
 
   def head(self, params: Params) -> Params:
-    """Returns the parameters that `logits` reads."""
+    """Returns the subset of the parameters that `logits` reads."""
     table = "embedding" if self.config.tie_embeddings else "head"
     return {name: params[name] for name in ("final_norm", table)}
 
   def logits(
     self, params: Params, hidden: Float[Array, "N D"]
   ) -> Float[Array, "N V"]:
-    """Returns float32 logits of any hidden states; -inf at forbidden ids.
+    """Returns float32 logits; -inf at ids that must not be predicted.
 
-    Inside a `shard_map`, of the ids that this shard has of the vocabulary.
+    Inside a `shard_map` over the tensor axis, V is this shard's part of the
+    vocabulary.
 
     Args:
-      params: from `init`, or what `head` returns of them.
-      hidden: the last block's output, normed here.
+      params: all parameters, or the subset from `head`.
+      hidden: outputs of the last block at any N positions; the final norm is
+        applied here.
     """
     table = params["embedding" if self.config.tie_embeddings else "head"]
     h = layers.rms_norm(
@@ -227,6 +254,7 @@ class Denoiser:
       "nd,vd->nv",
       h,
       table.astype(h.dtype),
+      # The loss and the sampler need float32 logits (see `tokens.draw`).
       preferred_element_type=jnp.float32,
       out_sharding=RULES.spec("batch", "vocab"),
     )
@@ -238,5 +266,6 @@ class Denoiser:
     return Network(self.config, self.vocab.size, rngs)
 
   def _bind(self, params: Params) -> Network:
+    # Only the module's structure is needed, so nothing is initialised.
     abstract = nnx.eval_shape(lambda: self._build(jax.random.key(0)))
     return nnx.merge(nnx.graphdef(abstract), params)

@@ -1,10 +1,10 @@
-"""Rows of the vocabulary's table, which is split over devices.
+"""Embedding lookup in a table that is sharded over the vocabulary.
 
-The table is brought together over the data axes, as every parameter is, but
-never over the tensor axis: each tensor shard finds the ids that it has, and the
-sum over the shards is the row (Shoeybi et al. 2019, arXiv 1909.08053,
-section 3). No device ever holds a table for all of the vocabulary, nor its
-gradient.
+The table is gathered over the data axes, as every parameter is, but never over
+the tensor axis: each tensor shard looks up the ids it holds, and the sum over
+shards is the result (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053,
+section 3). No device ever holds the table, or its gradient, for the whole
+vocabulary.
 """
 
 import functools
@@ -21,16 +21,17 @@ from mdm_jax.core.sharding import RULES, sum_over_shards
 def look_up(
   dtype: jnp.dtype, table: Float[Array, "V D"], ids: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:
-  """Returns the rows of the table at some ids.
+  """Returns the embeddings of some ids.
 
-  The gradient is summed up in the table's dtype: half of all tokens may be the
-  mask, and in bfloat16 most of what is added to its row would be lost.
+  The gradient is accumulated in the table's dtype: half of all tokens may be
+  MASK, and in bfloat16 most of the terms added to its row would be lost.
 
   Args:
-    dtype: of the result; the table is communicated in it.
-    table: all rows.
-    ids: which ones.
+    dtype: dtype of the result.
+    table: embedding table, in the parameters' dtype.
+    ids: ids to look up.
   """
+  # Cast before the gather: communication is then in the smaller dtype.
   whole = jax.reshard(table.astype(dtype), RULES.spec("vocab", None))
   find = jax.shard_map(
     _find,
@@ -70,7 +71,11 @@ def _in_shards(ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
 def _find(
   table: Float[Array, "W D"], ids: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:
-  """Returns the rows of all shards at one shard's ids, W being its share."""
+  """Looks up a data shard's ids in the tables of all tensor shards.
+
+  Runs inside a `shard_map`; W is the number of ids in one tensor shard.
+  """
+  # Ids of other shards are out of range and give zeros, so the sum is the row.
   rows = table.at[_own(ids, len(table))].get(mode="fill", fill_value=0)
   return jax.lax.psum(rows, RULES.vocab)
 
@@ -78,15 +83,18 @@ def _find(
 def _add(
   size: int, dtype: jnp.dtype, ids: Int[Array, "B L"], grad: Array
 ) -> Float[Array, "W E"]:
-  """Adds up a shard's gradients by id, then all data shards'."""
+  """Sums the gradient of each id over a shard's tokens, then over shards."""
   total = jnp.zeros((size, grad.shape[-1]), dtype)
   total = total.at[_own(ids, size)].add(grad.astype(dtype), mode="drop")
-  if jax.lax.axis_size(RULES.batch) == 1:  # then XLA adds to the head's own
+  # With one data shard nothing needs to be reduced, and XLA accumulates into
+  # the same array as the head's gradient (tied embeddings).
+  if jax.lax.axis_size(RULES.batch) == 1:
     return total
   return sum_over_shards(total, P(None, RULES.embed))
 
 
 def _own(ids: Int[Array, "B L"], size: int) -> Int[Array, "B L"]:
-  """Returns an id's row in this shard's share; `size` where it has none."""
+  """Returns ids as rows of this shard's table; `size` if held elsewhere."""
+  # Out of range on the right: a negative index would count from the end.
   own = ids - jax.lax.axis_index(RULES.vocab) * size
   return jnp.where((own >= 0) & (own < size), own, size)

@@ -1,9 +1,9 @@
-"""Floating-point operations of an update, counted by hand.
+"""Analytic FLOPs of the model, for plans and model FLOPs utilisation (MFU).
 
-Only matrix products count, two operations a multiply and add; the backward pass
-is twice the forward. What is computed again to save memory is not counted, nor
-are softmaxes, norms, time conditioning and the optimizer: this is the work the
-model asks for.
+Only matrix products count, with two operations per multiply-add; the backward
+pass is twice the forward pass. Rematerialisation, softmaxes, norms, time
+conditioning and the optimizer are not counted: MFU relates the work that the
+model requires to the peak, not the work that an implementation does.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,19 @@ from collections.abc import Sequence
 from mdm_jax.core import accelerators
 from mdm_jax.model.config import ModelConfig
 
+# (queries, keys) per row, for each call of the model in an update.
 Reads = Sequence[tuple[int, int]]
 
 
 def trunk_flops(config: ModelConfig, rows: int, reads: Reads) -> float:
-  """Returns FLOPs of one forward pass of the blocks.
+  """Returns the FLOPs of one forward pass through the blocks.
 
   Args:
     config: the denoiser.
-    rows: B.
-    reads: for every call of the model, the positions of a row that it computes
-      and how many these attend to: all of them, whatever is packed.
+    rows: number of rows B.
+    reads: for each call of the model, the positions of a row it computes and
+      how many positions each attends to. Segments of a packed row are ignored:
+      masked pairs count, too.
   """
   width, hidden = config.embed_dim, config.mlp_size
   queries = config.head_size * config.num_heads
@@ -32,27 +34,28 @@ def trunk_flops(config: ModelConfig, rows: int, reads: Reads) -> float:
 
 
 def head_flops(config: ModelConfig, positions: int, vocab_size: int) -> float:
-  """Returns FLOPs of one forward pass of the vocabulary projection."""
+  """Returns the FLOPs of projecting some positions to the vocabulary."""
   return 2.0 * positions * config.embed_dim * vocab_size
 
 
 def update_flops(
   config: ModelConfig, rows: int, reads: Reads, positions: int, vocab_size: int
 ) -> float:
-  """Returns FLOPs of an update.
+  """Returns the FLOPs of an update, forward and backward.
 
   Args:
     config: the denoiser.
-    rows: of the whole update.
-    reads: as of `trunk_flops`.
-    positions: that go through the head, all rows together.
-    vocab_size: rows of the embedding, padding included.
+    rows: rows of the whole update, over all microbatches.
+    reads: as in `trunk_flops`.
+    positions: positions projected to the vocabulary, over all rows.
+    vocab_size: rows of the embedding table, padding included.
   """
   trunk = trunk_flops(config, rows, reads)
+  # A product's backward pass is two products of the same size.
   return 3 * (trunk + head_flops(config, positions, vocab_size))
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Returns a device's peak by its data sheet, None for one not listed."""
+  """Returns peak FLOP/s from a device's data sheet; None if not listed."""
   device = accelerators.by_kind(device_kind)
   return device.flops if device else None

@@ -1,8 +1,8 @@
-"""Ways to compute attention, by the names that `model.attention` has for them.
+"""Attention kernels, chosen by name with `model.attention`.
 
-A kernel is two functions. `prepare` is called once for all layers and turns the
-description of what sees what into what the kernel reads; `attend` is called in
-every layer. A kernel of one's own, in a module of one's own:
+A kernel is two functions. `prepare` runs once per call of the model and turns
+the visibility into what the kernel reads, such as a mask or row lengths;
+`attend` runs in every layer. To add a kernel, register it in your own module:
 
   @KERNELS.register("mine")
   class Mine(Kernel):
@@ -28,17 +28,18 @@ from mdm_jax.model.context import FULL, Side, Visibility, visible
 
 _HALF = ("bfloat16", "float16")
 _LEAST_CAPABILITY = (8, 0)
-# Largest head of cuDNN's flash attention, from a compute capability on.
+# Largest head size of cuDNN's flash attention, by the compute capability from
+# which on it is supported.
 _LARGEST_HEAD = {(8, 0): 128, (9, 0): 256}
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a program runs.
+  """The hardware that a program runs on.
 
   Attributes:
-    backend: as JAX names it.
-    capability: an NVIDIA GPU's, as `9.0`; None for all else.
+    backend: JAX's name for it: "cpu", "gpu" or "tpu".
+    capability: compute capability of an NVIDIA GPU, such as "9.0"; else None.
   """
 
   backend: str
@@ -47,16 +48,16 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What a kernel would have to compute.
+  """An attention problem, described by shapes and dtype.
 
   Attributes:
-    dtype: the name of that of queries, keys and values.
-    head: entries of a head.
-    queries: of a row.
-    keys: of a row.
-    visibility: what a position sees.
-    packed: a row may hold several texts.
-    cache: some keys are those of earlier calls.
+    dtype: name of the dtype of queries, keys and values.
+    head: size K of a head.
+    queries: queries per row.
+    keys: keys per row.
+    visibility: which positions of its segment a position attends to.
+    packed: whether a row may hold several segments.
+    cache: whether some keys come from earlier calls.
   """
 
   dtype: str
@@ -69,42 +70,44 @@ class Case:
 
   @property
   def plain(self) -> bool:
-    """Whether lengths, and maybe an order, say all of what sees what."""
+    """Whether row lengths, and causality, fully describe the visibility."""
     kind = self.visibility.kind in ("full", "causal")
     return kind and not self.packed and not self.cache
 
 
 class Kernel:
-  """One way to compute attention; holds no state.
+  """One way to compute attention; stateless.
 
   Attributes:
-    called: whose kernel it is, as a plan says it.
+    called: whose kernel it is, as the plan prints it ("XLA's own").
   """
 
   called: ClassVar[str] = "your own"
 
   def lacks(self, case: Case, place: Place) -> str | None:
-    """Returns what the kernel can't do of a case; None if it is right.
+    """Returns what the kernel does not support; None if it can be used.
+
+    Messages put the answer behind "has no", as in "cuDNN's has no float32".
 
     Args:
-      case: what would have to be computed.
-      place: what it would run on.
+      case: the attention problem.
+      place: the hardware.
     """
     del case, place
     return None
 
   def remark(self, case: Case) -> str:
-    """Returns what a plan adds about the kernel in a case."""
+    """Returns text that the plan appends to the kernel's name; "" for none."""
     del case
     return ""
 
   def prepare(self, visibility: Visibility, q: Side, k: Side) -> Any:
-    """Returns what `attend` is given in every layer.
+    """Returns the layer-independent input of `attend`.
 
     Args:
-      visibility: what a query sees.
-      q: the queries.
-      k: the keys; the same object as `q` where a row attends to itself.
+      visibility: which positions of its segment a query attends to.
+      q: the queries' segments and labels.
+      k: the keys'; the same object as `q` if there is no cache.
     """
     raise NotImplementedError
 
@@ -115,24 +118,24 @@ class Kernel:
     value: Float[Array, "B G M K"],
     prepared: Any,
   ) -> Float[Array, "B G R Q K"]:
-    """Returns each query's mean of the values that it sees.
+    """Returns the attention output of every query.
 
     Args:
-      query: G groups of R heads, each of size K.
-      key: one head for all R of a group.
-      value: likewise.
-      prepared: from `prepare`.
+      query: G groups of R heads of size K; already rotated, not yet scaled.
+      key: one head per group (grouped-query attention), already rotated.
+      value: one head per group.
+      prepared: result of `prepare`.
     """
     raise NotImplementedError
 
 
 class _Kernels(Registry[type[Kernel]]):
-  """Also knows `auto`, which is no kernel, and what a name was before."""
+  """Registry that also accepts `auto` and explains renamed kernels."""
 
   _renamed = {"fused": "xla"}
 
   def check(self, name: str, field: str = "") -> None:
-    """As any registry's; see `Registry.check`."""
+    """Raises UserError for an unknown or renamed kernel; see `Registry`."""
     if name in self._renamed and name not in self:
       raise UserError(
         f"{field or self.field}={name!r} is called {self._renamed[name]!r} now"
@@ -141,6 +144,7 @@ class _Kernels(Registry[type[Kernel]]):
       super().check(name, field)
 
   def __iter__(self) -> Iterator[str]:
+    # Listed as a valid value, although no kernel is registered under it.
     yield "auto"
     yield from super().__iter__()
 
@@ -149,29 +153,29 @@ KERNELS = _Kernels("attention kernel", "model.attention")
 
 
 def dense(visibility: Visibility, q: Side, k: Side) -> Bool[Array, "B Q K"]:
-  """Returns which keys each query sees, an entry for every pair."""
-  if visibility == FULL and q is k:  # the rule, without comparing zeros
+  """Returns the boolean mask of which keys each query attends to."""
+  # With full visibility all labels and horizons are 0, so `visible` would only
+  # add comparisons of zeros.
+  if visibility == FULL and q is k:
     return q.segments[:, :, None] == k.segments[:, None, :]
   return visible(q, k)
 
 
 @KERNELS.register("reference")
 class Reference(Kernel):
-  """Plain products, the softmax in float32."""
+  """Attention as two einsums with a float32 softmax; works everywhere."""
 
   called = "plain products"
 
   def prepare(self, visibility: Visibility, q: Side, k: Side):
-    """Returns an entry for every pair."""
+    """Returns the dense mask [B, Q, K]."""
     return dense(visibility, q, k)
 
   def attend(self, query, key, value, prepared):
-    """As `Kernel.attend`.
-
-    The heads of a group stand below each other, as if they were one with R
-    times the queries: products of rank 4 are 1.7 times as fast on a CPU as of
-    rank 5.
-    """
+    """Returns the attention output; see `Kernel.attend`."""
+    # Stack the R heads of a group along the query axis, as one head with R
+    # times the queries: on a CPU, rank-4 products are 1.7 times as fast as
+    # rank-5 ones.
     batch, groups, repeats, queries, size = query.shape
     below = _reshape(query, batch, groups, repeats * queries, size)
     pairs = jnp.tile(prepared, (1, repeats, 1))
@@ -181,13 +185,14 @@ class Reference(Kernel):
 
 
 def _plain(query, key, value, visible) -> Float[Array, "B G N K"]:
-  """Attends by the formula; [B N M] says which key each query sees."""
+  """Computes attention from the mask `visible`, [B, N, M]."""
   scores = jnp.einsum(
     "bgnk,bgmk->bgnm",
     query * query.shape[-1] ** -0.5,
     key,
     preferred_element_type=jnp.float32,
   )
+  # Finite, not -inf: a query without any visible key gets a mean, not NaN.
   scores = jnp.where(visible[:, None], scores, -1e30)
   mixed = jnp.einsum(
     "bgnm,bgmk->bgnk",
@@ -195,6 +200,7 @@ def _plain(query, key, value, visible) -> Float[Array, "B G N K"]:
     value,
     out_sharding=jax.typeof(query).sharding,
   )
+  # With a name, remat="dots" stores it and need not recompute the softmax.
   return checkpoint_name(mixed, "attention")
 
 
@@ -205,25 +211,27 @@ class XLA(Kernel):
   called = "XLA's own"
 
   def prepare(self, visibility: Visibility, q: Side, k: Side):
-    """Returns an entry for every pair, the same for all heads."""
+    """Returns the dense mask [B, 1, Q, K], shared by all heads."""
     return {"mask": dense(visibility, q, k)[:, None]}
 
   def attend(self, query, key, value, prepared):
-    """As `Kernel.attend`."""
+    """Returns the attention output; see `Kernel.attend`."""
     return _by_jax(query, key, value, prepared, None)
 
 
 @KERNELS.register("cudnn")
 class CuDNN(Kernel):
-  """`jax.nn.dot_product_attention` by cuDNN's flash attention, on a GPU.
+  """`jax.nn.dot_product_attention` with cuDNN's flash attention, on a GPU.
 
-  JAX's function takes no segments: what lengths can't say is a dense mask.
+  JAX's function takes no segment ids, so a visibility that row lengths can't
+  express needs a dense mask.
   """
 
   called = "cuDNN's"
 
   def lacks(self, case: Case, place: Place) -> str | None:
-    """Says what the kernel, its gradient and a mask can't do of a case."""
+    """Returns the first property that cuDNN does not support, or None."""
+    # The limits are those of the kernel, its gradient and its mask together.
     capability = parsed(place.capability)
     if capability is None or capability < _LEAST_CAPABILITY:
       return f"way to run on a GPU of compute capability {place.capability}"
@@ -239,17 +247,18 @@ class CuDNN(Kernel):
     return None
 
   def remark(self, case: Case) -> str:
-    """Says what a dense mask takes, which JAX makes a bias of."""
+    """Returns the size of the dense mask, if one is needed."""
     if case.plain:
       return ""
+    # JAX turns the boolean mask into a bias in the dtype of the queries.
     size = case.queries * case.keys * jnp.dtype(case.dtype).itemsize / 2**20
     return f"; its mask is dense, {size:.2f} MiB a row"
 
   def prepare(self, visibility: Visibility, q: Side, k: Side):
-    """Returns lengths where they say all, else an entry for every pair."""
+    """Returns row lengths where they suffice, else the dense mask."""
     if q is not k or q.packed or visibility.kind not in ("full", "causal"):
       return {"mask": dense(visibility, q, k)[:, None]}
-    # A row of nothing but padding has one position, that nobody reads.
+    # A row of padding only counts as one token, whose output nobody reads.
     lengths = jnp.maximum((q.segments > 0).sum(axis=1), 1)
     return {
       "query_seq_lengths": lengths,
@@ -258,23 +267,25 @@ class CuDNN(Kernel):
     }
 
   def attend(self, query, key, value, prepared):
-    """As `Kernel.attend`."""
+    """Returns the attention output; see `Kernel.attend`."""
     return _by_jax(query, key, value, prepared, "cudnn")
 
 
 def parsed(capability: str | None) -> tuple[int, ...] | None:
-  """Returns a compute capability's parts; None for one of another maker."""
+  """Returns the parts of an NVIDIA compute capability; None for any other."""
   try:
     return tuple(int(part) for part in (capability or "").split("."))
-  except ValueError:  # as gfx90a
+  except ValueError:  # None, or an AMD architecture such as gfx90a
     return None
 
 
 def _by_jax(query, key, value, prepared: dict[str, Any], kernel: str | None):
-  """Attends through `jax.nn.dot_product_attention` (kernel None: XLA's)."""
+  """Calls `jax.nn.dot_product_attention`; kernel None is XLA's own."""
+  # It takes [B, tokens, heads, K], and groups query heads as we do.
   batch, groups, repeats, queries, size = query.shape
   heads = _reshape(query, batch, groups * repeats, queries, size)
   inputs = [jnp.swapaxes(x, 1, 2) for x in (heads, key, value)]
+  # Arrays are arguments of the shard_map; flags such as is_causal are static.
   arrays = {k: v for k, v in prepared.items() if isinstance(v, jax.Array)}
   fixed = {k: v for k, v in prepared.items() if k not in arrays}
 
@@ -290,10 +301,10 @@ def _by_jax(query, key, value, prepared: dict[str, Any], kernel: str | None):
 
 
 def _by_device(attend: Callable[..., Array], *inputs: Any):
-  """Attends on every device to its own rows and heads.
+  """Returns `attend` run by every device on its own rows and heads.
 
-  JAX reshapes inside, and newer versions forget there how one row is split;
-  and a kernel knows nothing of a mesh.
+  A kernel call is not split over the mesh by itself. And JAX's function
+  reshapes, where newer versions lose the sharding of a batch of one row.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return attend
@@ -302,9 +313,9 @@ def _by_device(attend: Callable[..., Array], *inputs: Any):
 
 
 def _reshape(x: Array, *shape: int) -> Array:
-  """Reshapes what is behind the batch and the heads.
+  """Reshapes the axes behind batch and heads, which stay sharded.
 
-  The sharding is named: JAX's newer versions forget that of a batch of one row.
+  The sharding is explicit, as newer JAX versions lose that of a one-row batch.
   """
   old = jax.typeof(x).sharding
   spec = P(*old.spec[:2], *[None] * (len(shape) - 2))

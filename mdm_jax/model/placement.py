@@ -1,4 +1,4 @@
-"""Whether a model can be split over a mesh, and the mesh where it can't."""
+"""Checks that a model's sizes divide over a mesh, and falls back if not."""
 
 import jax
 
@@ -16,14 +16,22 @@ from mdm_jax.model.config import ModelConfig
 
 
 def mesh_for_use(config: MeshConfig, model: ModelConfig) -> jax.sharding.Mesh:
-  """Returns a mesh to sample or evaluate on, whatever number of devices it is.
+  """Returns a mesh to sample or evaluate on, for any number of devices.
 
-  The config's, if the model splits over it; else every device has the whole
-  model and a part of the rows, which is said.
+  This is the config's mesh if the model can be sharded over it. Otherwise it
+  prints why, and returns a mesh on which every device holds the whole model and
+  a part of the rows.
+
+  Args:
+    config: sizes of the mesh axes.
+    model: the architecture.
 
   Raises:
-    UserError: the config's sizes do not multiply to the number of devices.
+    UserError: the product of the axis sizes is not the number of devices, or
+      the attention kernel can't run here.
   """
+  # A model may be used on other devices than it was trained on, so a mesh that
+  # can't split it is no error here.
   mesh = make_mesh(config)
   try:
     check_model(model, mesh)
@@ -38,20 +46,31 @@ def mesh_for_use(config: MeshConfig, model: ModelConfig) -> jax.sharding.Mesh:
 
 
 def training_mesh(config: MeshConfig, model: ModelConfig) -> jax.sharding.Mesh:
-  """Returns a config's mesh, checked to split its model."""
+  """Returns the config's mesh.
+
+  Raises:
+    UserError: the sizes don't fit the devices, or the model can't be sharded.
+  """
   mesh = make_mesh(config)
   check_model(model, mesh)
   return mesh
 
 
 def check_model(model: ModelConfig, mesh: AnyMesh) -> None:
-  """Raises UserError if the model can't be computed on the mesh's devices."""
+  """Raises UserError if the model can't run on, or be sharded over, a mesh.
+
+  Args:
+    model: the architecture.
+    mesh: real devices, or an abstract mesh.
+  """
+  # An abstract mesh stands for other devices than this process has.
   here = isinstance(mesh, jax.sharding.Mesh)
   if here and model.attention == "cudnn" and jax.default_backend() != "gpu":
     raise UserError(
       "model.attention=cudnn needs a GPU, this is a"
       f" {jax.default_backend()}; nearest valid: auto"
     )
+  # Query heads are grouped by key/value head, so only the latter are split.
   heads = model.num_kv_heads or model.num_heads
   for what, size, axis in (
     ("key/value heads", heads, RULES.heads),
@@ -62,5 +81,5 @@ def check_model(model: ModelConfig, mesh: AnyMesh) -> None:
 
 
 def check_vocabulary(size: int, mesh: AnyMesh) -> None:
-  """Raises UserError if the rows of the vocabulary's table can't be split."""
+  """Raises UserError if a vocabulary of `size` ids can't be sharded."""
   check_splits("the vocabulary's ids", size, RULES.vocab, mesh)
