@@ -1,6 +1,7 @@
-"""From the whole config to what trains: here a run is put together.
+"""Builds a trainer from the whole config.
 
-Below, every part knows its own section; here they meet.
+Every package below reads only its own section of the config; this is the one
+place where the sections are combined into a run.
 """
 
 import jax
@@ -21,22 +22,26 @@ from mdm_jax.training.trainer import Recipe, Trainer
 
 
 class Blueprint(Recipe):
-  """The parts of a run that need no rows and no devices.
+  """The parts of a run that need neither rows nor devices.
+
+  A plan for a mesh that isn't there (`fit.py`) needs no more than these.
 
   Attributes:
-    config: of the run.
-    vocab: what the ids are.
+    config: the run's config.
+    vocab: which ids are text, and which are special.
   """
 
   def __init__(self, config: Config, vocab: Vocabulary, rows: list[int]):
-    """Puts the parts together.
+    """Builds the model, the optimizer and the curriculum.
 
     Args:
-      config: of the run.
-      vocab: what the ids are.
-      rows: that every stage draws from.
+      config: the run's config.
+      vocab: which ids are text, and which are special.
+      rows: the number of rows of each stage.
     """
     self.config, self.vocab = config, vocab
+    # In this order: the rows turn epochs into updates, and the learning-rate
+    # schedule has one cycle per stage.
     curriculum = make_curriculum(
       config.stages, rows, config.rows_per_update, config.train.skip_updates
     )
@@ -69,15 +74,16 @@ class Blueprint(Recipe):
 def make_trainer(
   config: Config, data: PreparedData, mesh: jax.sharding.Mesh
 ) -> Trainer:
-  """Returns a run that can make updates; call it on the run's mesh.
+  """Returns a run's trainer; use it under `jax.set_mesh(mesh)`.
 
   Args:
-    config: of the run.
-    data: its rows.
-    mesh: the devices.
+    config: the run's config.
+    data: the run's rows and tokenizer.
+    mesh: the devices to train on.
 
   Raises:
-    UserError: the vocabulary or the stages can't be trained so.
+    UserError: the vocabulary does not split over the mesh, or the stages can't
+      be trained on these rows.
   """
   vocab = data.tokenizer.vocab
   check_vocabulary(vocab.size, mesh)

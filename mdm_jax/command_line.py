@@ -1,4 +1,4 @@
-"""From the command line to a config; a mistake is one line and exit code 2."""
+"""Parses flags into a `Config`; a mistake is one line and exit code 2."""
 
 import glob
 import io
@@ -25,20 +25,21 @@ flags.DEFINE_list(
   [],
   "Python modules to import first; they register pieces of your own.",
 )
-# What config files import, by where it was before.
+# Modules that config files import and that have moved, old name to new, so that
+# an import error can name the new one.
 _MOVED = {"mdm_jax.core.config": "mdm_jax.config"}
-# --config.objective=NAME is short for its name.
+# --config.objective=NAME is shorthand for --config.objective.name=NAME.
 _OBJECTIVE = re.compile(r"^(--?config\.objective)(?==|$)")
 
 
 def read_config(num_samples: int | None = None) -> Config:
-  """Returns the config that the parsed flags ask for.
+  """Returns the validated config that the parsed flags describe.
 
   Args:
-    num_samples: takes the place of `sample.num_samples` if given.
+    num_samples: overrides `sample.num_samples` if given.
 
   Raises:
-    UserError: no config was given, or it can't work.
+    UserError: no config was given, or it is invalid.
   """
   value = flags.FLAGS["config"].value
   if value is None:
@@ -49,26 +50,32 @@ def read_config(num_samples: int | None = None) -> Config:
   if num_samples is not None:
     value.sample.num_samples = num_samples
   named = dict.fromkeys([*value.modules, *flags.FLAGS.modules])
-  modules.load(named)  # a config file's, or of a folder and checked before
+  # Loading runs their code, which is safe here: the user's config file or flags
+  # name them. A saved config's modules are imported already; if not,
+  # `config.from_dict` has refused it.
+  modules.load(named)
   value.modules = tuple(named)
   return config_lib.from_config_dict(value)
 
 
 def fail(message: Any) -> int:
-  """Prints the one line of a failure; returns its exit code."""
+  """Prints a failure as one line on stderr; returns its exit code."""
   print(f"error: {message}", file=sys.stderr)
   return message.code if isinstance(message, Failure) else Exit.USER
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Parses all flags; a mistake is one line on stderr and exit code 2."""
+  """Parses all flags; on a mistake, exits with one line and exit code 2."""
   take_any_text()
+  # The shell leaves the ~ in --config=~/FILE as it is.
   argv = [re.sub(r"(?<=-config=)~.*", lambda p: at_home(p[0]), a) for a in argv]
   argv = [_OBJECTIVE.sub(r"\1.name", given) for given in argv]
   path = _config_path(argv)
   try:
-    flags.FLAGS(argv, known_only=True)  # --workdir decides how config is read
+    # Two passes: --workdir and --modules decide which --config flags exist.
+    flags.FLAGS(argv, known_only=True)
     modules.load(flags.FLAGS.modules)  # they may add fields
+    # Before the config flags exist: this check suggests the nearest field.
     _check_overrides(argv)
     _define_config(path)
     flags.FLAGS.unparse_flags()
@@ -83,7 +90,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def parse_plain(argv: list[str]) -> list[str]:
-  """Parses the flags of a program whose --config is only handed on."""
+  """Parses flags of a program that passes --config on without reading it."""
   take_any_text()
   try:
     rest = flags.FLAGS(argv)
@@ -95,10 +102,12 @@ def parse_plain(argv: list[str]) -> list[str]:
 
 
 def take_any_text() -> None:
-  """Shows ? for what stdout can't, and reads what is not UTF-8 as surrogates.
+  """Lets stdin and stdout take any text, whatever the locale.
 
-  A pipe on Windows or a locale of old takes few characters, and a text may hold
-  any; what was typed is checked where it is used, so that a session goes on.
+  A sampled text may hold any character, but a pipe on Windows or an old locale
+  can encode only a few: stdout shows ? for the others. Input that is not UTF-8
+  is read as surrogates and checked where it is used, so that one bad line does
+  not end an interactive session.
   """
   for stream, errors in (
     (sys.stdout, "replace"),
@@ -110,7 +119,7 @@ def take_any_text() -> None:
 
 
 def _config_path(argv: list[str]) -> str | None:
-  """Returns the file that --config names, without its argument, if any."""
+  """Returns the file that --config names, without its :ARGUMENT, if any."""
   for given, following in itertools.pairwise([*argv[1:], ""]):
     name, equals, value = given.lstrip("-").partition("=")
     if given.startswith("-") and name == "config":
@@ -126,7 +135,8 @@ def _check_overrides(argv: list[str]) -> None:
 
 
 def _define_config(path: str | None) -> None:
-  """--config reads a file, or else overrides what the workdir has saved."""
+  """Defines --config, from its file or else from the workdir's saved config."""
+  # absl's own parsers refuse None, which many fields allow.
   for kind, parser in (
     (int, flags.IntegerParser()),
     (float, flags.FloatParser()),
@@ -149,7 +159,10 @@ def _define_config(path: str | None) -> None:
 
 
 class _OrNone(flags.ArgumentParser):
-  """Lets None be given for a field; whether it may be is checked later."""
+  """Makes a flag parser accept None as well.
+
+  Whether the field allows None is checked when the config is built.
+  """
 
   def __init__(self, parser: flags.ArgumentParser):
     self._parser = parser
@@ -163,7 +176,9 @@ class _OrNone(flags.ArgumentParser):
 
 
 def _tell(error: BaseException, path: str | None) -> str:
-  """Says what is wrong in the flags, or in which line of a config file."""
+  """Describes a mistake, with the config file's line if it is in there."""
+  # Flag parsers wrap what a config file raises: search the whole chain for the
+  # innermost line of that file.
   chain = [error]
   while chain[-1].__context__ is not None:
     chain.append(chain[-1].__context__)

@@ -1,15 +1,15 @@
-"""The configuration: frozen dataclasses, and the way in from a config file.
+"""The config of a run: frozen dataclasses, and how files and flags become one.
 
-Every room defines its own section (`data/config.py`, `model/config.py`, ...);
-here they are put together. A config file starts from `default_config()`, a
-locked `ConfigDict` with the same names, and changes what it wants;
-`from_config_dict` turns the result into validated dataclasses. Nothing below
-the programs ever sees a `ConfigDict`.
+Every package defines its own section (`data/config.py`, `model/config.py`,
+...); `Config` combines them. A config file starts from `default_config()`, a
+locked `ConfigDict` with the same field names, and changes fields of it;
+`from_config_dict` turns the result into validated dataclasses. A `ConfigDict`
+never goes below the programs.
 
-What an objective is told, of the run and of each stage, is its own (see
-`objectives/config.py`). Files and flags are written in one form that has the
-fields of all objectives, None where one isn't given; `from_dict` keeps those of
-the chosen objective.
+Every objective has its own fields, of the run and of each stage
+(`objectives/config.py`). Files and flags use one form that has the fields of
+all objectives, None where not given; `from_dict` keeps the chosen objective's
+and refuses those of others.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from mdm_jax.objectives.config import (
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
 
-_MOST_ROWS = 2**24  # of an update, which are numbered one by one
+_MOST_ROWS = 2**24  # per update, where each row has its own number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,17 +74,19 @@ class Config:
   sample: SampleConfig = SampleConfig()
 
   def __post_init__(self):
+    # First: the registry look-ups below need the names that these register.
     own_modules.check_loaded(self.modules)
     kind = OBJECTIVES[self.objective.name]
     stages = tuple(
       s if s.objective else dataclasses.replace(s, objective=kind.stage())
       for s in self.stages
     )
+    # The dataclass is frozen.
     object.__setattr__(self, "stages", stages)
     fields.check(self)
 
   def check(self, path: str) -> None:
-    """Raises UserError if sections don't go together."""
+    """Raises UserError if sections contradict each other."""
     del path  # this is the top
     if self.init_from and self.tokenizer.path:
       raise UserError(
@@ -105,8 +107,10 @@ class Config:
       self._check_objective(part, f"stages[{i}]")
 
   def _check_rates(self, part: StageConfig, path: str) -> None:
-    """No update may overshoot: learning rate, and what decays."""
+    """Raises UserError if a learning rate, or its decay, exceeds 1."""
     rate = self.optimizer.learning_rate * part.lr_factor
+    # Decoupled weight decay multiplies parameters by 1 - decay; past 1 it would
+    # flip their signs.
     decay = rate * self.optimizer.weight_decay
     if rate > 1 or decay > 1:
       raise UserError(
@@ -131,12 +135,12 @@ class Config:
 
   @property
   def rows_per_update(self) -> int:
-    """Rows an optimizer update sees: the effective batch."""
+    """Rows per optimizer update: the effective batch size."""
     return self.data.batch_size * self.optimizer.accumulation
 
   @property
   def rows(self) -> RowsConfig:
-    """What the run's rows depend on."""
+    """Everything that the prepared rows depend on."""
     return RowsConfig(
       data=self.data,
       tokenizer=self.tokenizer,
@@ -148,7 +152,7 @@ class Config:
 
   @property
   def sample_length(self) -> int:
-    """Tokens of a sample."""
+    """Tokens per sample: `sample.length`, or else the last stage's length."""
     return self.sample.length or self.stages[-1].length
 
 
@@ -156,7 +160,11 @@ class Config:
 
 
 def form() -> type:
-  """Returns the config as it is written, with the fields of all objectives."""
+  """Returns the config's class as files and flags write it.
+
+  It has the fields of all registered objectives, None where not given.
+  """
+  # Made anew on every call: modules may have registered more objectives.
   kinds = {name: OBJECTIVES[name] for name in OBJECTIVES}
   objective = coercion.union(
     ObjectiveConfig, {name: kind.config for name, kind in kinds.items()}
@@ -172,37 +180,58 @@ def form() -> type:
 
 
 def default_config(*modules: str) -> config_dict.ConfigDict:
-  """Returns every field at its default, locked: a typo in a file fails.
+  """Returns a ConfigDict of all fields at their defaults.
+
+  It is locked: a misspelled field in a config file raises an error.
+
+  Example:
+    def get_config(arg: str = ""):
+      config = default_config()
+      config.model.num_layers = 12
+      return apply_arg(config, arg)
 
   Args:
-    *modules: of your own, imported first; an objective there adds its fields.
+    *modules: Python modules of your own to import first; an objective that they
+      register adds its fields.
   """
   own_modules.load(modules)
   return coercion.to_config_dict(form()(modules=modules))
 
 
 def stage(**fields: Any) -> config_dict.ConfigDict:
-  """Returns one stage for a config file's `config.stages` tuple."""
+  """Returns one stage for a config file's `config.stages` tuple.
+
+  Example:
+    config.stages = (stage(length=128, updates=200, mask_rate=(0.4, 0.6)),)
+
+  Args:
+    **fields: the stage's fields that differ from their defaults.
+  """
   part = type(form()().stages[0])
   return coercion.to_config_dict(coercion.coerce(fields, part, "stages[.]"))
 
 
 def to_config_dict(config: Config) -> config_dict.ConfigDict:
-  """Returns a config as a config file makes it."""
+  """Returns a config in the form that config files build."""
   return coercion.to_config_dict(coercion.coerce(to_dict(config), form(), ""))
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> Config:
-  """Returns the validated dataclasses for a config file's result."""
+  """Returns the validated config that a config file has built.
+
+  Raises:
+    UserError: see `from_dict`.
+  """
+  # Through JSON, so that a file and a saved config take the same path.
   return from_dict(json.loads(config.to_json()))
 
 
 def from_dict(raw: Any) -> Config:
-  """Returns the config of plain JSON values.
+  """Returns the validated config of plain JSON values.
 
   Raises:
-    UserError: a name or a type is wrong, a value can't work, a field is not the
-      chosen objective's, or a module of `modules` was not imported before.
+    UserError: a name or type is wrong, a value is invalid, a field belongs to
+      another objective, or a module of `modules` was not imported before.
   """
   if isinstance(raw, dict) and isinstance(raw.get("modules"), list):
     own_modules.check_loaded(map(str, raw["modules"]))  # they may add fields
@@ -221,20 +250,26 @@ def from_dict(raw: Any) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-  """Returns plain JSON values: lists, dicts, numbers and strings."""
+  """Returns a config as plain JSON values; `from_dict` is the inverse."""
   raw = json.loads(json.dumps(dataclasses.asdict(config)))
+  # In files an objective's fields stand directly in the stage.
   for part in raw["stages"]:
     part |= part.pop("objective")
   return raw
 
 
 def _owned(written: Any, cls: type, path: str, whole: Any) -> Any:
-  """Returns the chosen objective's part of what is given in a section."""
+  """Returns the chosen objective's fields of a section.
+
+  Raises:
+    UserError: a field of another objective is given.
+  """
   names = [f.name for f in _fields(cls)]
   given = {}
   for at in _fields(written):
     value, owners = getattr(written, at.name), at.metadata.get("of")
     if at.name in names:
+      # In an objective's field, None means not given: its default applies.
       given |= {} if value is None and owners else {at.name: value}
     elif owners and value is not None:
       raise UserError(

@@ -1,8 +1,8 @@
-"""What changed between the config a run was started with and another one.
+"""Compares the config of a resumed run with the one it was started with.
 
-A field that shapes the parameters, the rows or the order of the updates is
-marked `fixed` in config.py: with another value the run would be neither
-the old one nor a new one. All others may change whenever a run is resumed.
+Fields that shape the parameters, the rows or the order of the updates are
+declared with `core.fields.fixed`: with another value, a resumed run would be
+neither the old one nor a new one. All other fields may change at any resume.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from mdm_jax.config import Config
 from mdm_jax.core import fields
 from mdm_jax.core.errors import UserError
 
-# Only their product, the rows of an update, decides what is learned.
+# Only their product, the rows per update, affects what is learned.
 _FACTORS = "data.batch_size", "optimizer.accumulation"
-# The last stage may go on for longer; what came before it is done.
+# The last stage may be made longer; the stages before it are over.
 _ENDS = "updates", "epochs"
 _COUNT = "number of stages"
 _HEADER = "field", "saved", "now"
@@ -24,7 +24,7 @@ _HEADER = "field", "saved", "now"
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """A field with another value, by its name on the command line."""
+  """A changed field, under its name on the command line."""
 
   path: str
   before: Any
@@ -33,14 +33,19 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-  """All changes: those that would make it another run, and the others."""
+  """All changed fields.
+
+  Attributes:
+    fatal: changes that would make it another run.
+    benign: changes that a run can be resumed with.
+  """
 
   fatal: tuple[Change, ...]
   benign: tuple[Change, ...]
 
 
 def compare(saved: Config, now: Config) -> Changes:
-  """Returns what differs, each change in the order of the config's fields."""
+  """Returns the fields that differ, in the config's own order."""
   found = list(_changes(saved, now))
   kept = lambda change, fixed: fixed and not _allowed(change, saved, now)
   return Changes(
@@ -50,10 +55,10 @@ def compare(saved: Config, now: Config) -> Changes:
 
 
 def check(saved: Config, now: Config) -> tuple[Change, ...]:
-  """Returns the changes a run can go on with, to be told.
+  """Returns the changes that a run can be resumed with, for the log.
 
   Raises:
-    UserError: a field that a run keeps has changed; a table says from what.
+    UserError: a fixed field has changed; the message lists both values.
   """
   changes = compare(saved, now)
   if changes.fatal:
@@ -65,7 +70,7 @@ def check(saved: Config, now: Config) -> tuple[Change, ...]:
 
 
 def table(changes: tuple[Change, ...]) -> str:
-  """Returns one aligned line a change under a header, indented by two."""
+  """Returns an aligned table of changes, indented by two spaces."""
   cells = [
     _HEADER,
     *((c.path, _text(c.before), _text(c.after)) for c in changes),
@@ -79,7 +84,7 @@ def table(changes: tuple[Change, ...]) -> str:
 
 
 def _text(value: Any) -> str:
-  """Writes a value as a flag takes it; quoted if it would not be seen."""
+  """Formats a value as a flag takes it; quotes what would be invisible."""
   plain = not isinstance(value, str) or (value and value.isprintable())
   return str(value) if plain else json.dumps(value)
 
@@ -87,10 +92,10 @@ def _text(value: Any) -> str:
 def _changes(
   before: Any, after: Any, prefix: str = ""
 ) -> Iterator[tuple[Change, bool]]:
-  """Yields every changed field under two sections, and whether it is fixed."""
+  """Yields the fields that differ, and whether each is fixed."""
   for field in dataclasses.fields(before):
     if not hasattr(after, field.name):
-      continue  # of another objective; that is told by its name
+      continue  # another objective's: its name is among the changes
     old, new = getattr(before, field.name), getattr(after, field.name)
     path = fields.path_of(prefix, field)
     if dataclasses.is_dataclass(old):
@@ -111,7 +116,7 @@ def _stage_changes(
 
 
 def _allowed(change: Change, saved: Config, now: Config) -> bool:
-  """Whether a fixed field may have changed, given the rest of the config."""
+  """Returns whether a fixed field may change, given the whole config."""
   if change.path in _FACTORS:
     return saved.rows_per_update == now.rows_per_update
   if len(saved.stages) != len(now.stages):

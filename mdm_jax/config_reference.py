@@ -1,4 +1,4 @@
-"""The configuration reference, written from the dataclasses.
+"""Generates docs/configuration.md from the config dataclasses.
 
 python -m mdm_jax.config_reference > docs/configuration.md
 """
@@ -27,7 +27,7 @@ This file is made by
 
 
 def reference() -> str:
-  """Returns the whole reference as Markdown."""
+  """Returns the whole configuration reference as Markdown."""
   parts = [_INTRO, *(_section(path, cls) for path, cls in sections())]
   return "\n".join(parts)
 
@@ -35,7 +35,12 @@ def reference() -> str:
 def sections(
   cls: type | None = None, path: str = ""
 ) -> Iterator[tuple[str, type]]:
-  """Yields every section under one, or of the config, and where it is."""
+  """Yields the dotted path and the class of a section and all within it.
+
+  Args:
+    cls: the section (None: the whole config).
+    path: its dotted path, "" for the whole config.
+  """
   cls = cls or form()
   yield path, cls
   prefix = f"{path}." if path else ""
@@ -47,6 +52,7 @@ def sections(
 
 
 def _section(path: str, cls: type) -> str:
+  # The first line of a section's docstring is part of the page.
   summary = cls.__doc__.strip().partition("\n")[0]
   lines = [f"## {f'`{path}`' if path else 'Top level'}", "", summary, ""]
   lines += ["| field | type | bounds | default | |"]
@@ -66,7 +72,7 @@ def _section(path: str, cls: type) -> str:
 
 
 def _inner(hint: Any) -> tuple[type | None, bool]:
-  """Returns the dataclass a field holds, if it does, and if it holds many."""
+  """Returns a field's section class, if it has one, and if it is a tuple."""
   if dataclasses.is_dataclass(hint):
     return hint, False
   args = typing.get_args(hint)

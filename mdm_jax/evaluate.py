@@ -1,4 +1,4 @@
-"""From a checkpoint to numbers: likelihood, samples, the guide's targets."""
+"""Evaluates a checkpoint: likelihood bound, samples, the guide's targets."""
 
 import dataclasses
 import functools
@@ -38,13 +38,17 @@ from mdm_jax.sampling.generate import Samples, TextSampler, effective
 from mdm_jax.trained_model import load_model
 from mdm_jax.workdir import Workdir
 
+# A curve reads its rows once for every mask rate.
 _CURVE_ROWS = 64
-# Fields of `eval` that the final results depend on.
+# Fields of `eval` that change the final results.
 _SHAPING = "final_rows", "masks_per_row", "samples", "judge"
 
 
 class Measures:
-  """What a model is measured with; each part is compiled once a process."""
+  """Evaluates parameters of one model, on held-out text and by its samples.
+
+  Programs are compiled once and used for every evaluation of the process.
+  """
 
   def __init__(
     self,
@@ -54,7 +58,16 @@ class Measures:
     mesh: jax.sharding.Mesh,
     poll: Callable[[], None] = lambda: None,
   ):
-    """Makes what measures; `poll` is called between its longer parts."""
+    """Builds the evaluator and the sampler.
+
+    Args:
+      config: the run's config, perhaps with other `eval` and `sample` settings.
+      data: the run's rows and tokenizer.
+      denoiser: the model.
+      mesh: the devices.
+      poll: called between the longer parts; may raise to stop.
+    """
+    # First: a judge that can not be loaded should fail before the training.
     check_judge(config.eval.judge)
     self._poll = poll
     self.config, self.data = config, data
@@ -68,11 +81,11 @@ class Measures:
     )
 
   def what(self, step: int | None, latest: int | None) -> dict[str, Any]:
-    """Returns what tells the results of an evaluation from those of another.
+    """Returns what the results of an evaluation depend on.
 
     Args:
-      step: of the checkpoint that is measured.
-      latest: updates that the run has made.
+      step: the checkpoint that is measured.
+      latest: the newest checkpoint.
     """
     config = self.config
     settings = {name: getattr(config.eval, name) for name in _SHAPING}
@@ -86,23 +99,27 @@ class Measures:
   def read_final(
     self, workdir: Workdir, checkpoints: Checkpoints
   ) -> dict[str, Any] | None:
-    """Returns the stored results if an evaluation now would be of the same."""
+    """Returns stored results, or None if evaluating now could change them."""
     found = workdir.read_results() or {}
     what = self.what(checkpoints.best(), checkpoints.latest())
     same = all(found.get(name) == value for name, value in what.items())
     return found if same else None
 
   def validation(self, params: Params) -> tuple[Measured, dict[str, int]]:
-    """Returns what chooses a checkpoint, and of how much text it is."""
+    """Measures validation text; the result chooses the best checkpoint.
+
+    Returns:
+      The measured numbers, and how much text they are of.
+    """
     held = self.data.validation.subset(self.config.eval.rows)
     return self._measure(params, held), _sizes(held)
 
   def test(self, params: Params) -> Measured:
-    """Returns all that is measured of the text that is reported.
+    """Measures the test text: all numbers that are reported.
 
-    Curves, and what stands beside the likelihood, are of a few rows. Curves
-    that choose how to sample are of validation text too: test text chooses
-    nothing.
+    Curves and secondary numbers are measured on a few rows only. Curves that
+    the sampler's `optimal` schedule follows are measured on validation text as
+    well: test text chooses nothing.
     """
     few = self._few(self.data.test)
     found = self._measure(params, self._reported)
@@ -121,7 +138,7 @@ class Measures:
     return held.subset(count)
 
   def _chosen_by(self, params: Params) -> Measured:
-    """Returns the curves of validation text that choose how to sample."""
+    """Returns validation curves for the sampler's `optimal` schedule."""
     held = self._few(self.data.validation)
     found = self._measure(params, held, "curves").curves.items()
     chosen = {
@@ -132,7 +149,7 @@ class Measures:
     return Measured(curves=chosen)
 
   def _with_bands(self, measured: Measured) -> Measured:
-    """Marks on curves by the masked share what each stage trains on."""
+    """Marks on the curves the mask rates that each stage trains on."""
     found = ((s.objective.masked_share(), s.name) for s in self.config.stages)
     bands = tuple((*share, name) for share, name in found if share)
     curves = {
@@ -144,11 +161,11 @@ class Measures:
     return dataclasses.replace(measured, curves=curves)
 
   def sizes(self) -> dict[str, int]:
-    """Returns how much text is reported."""
+    """Returns how much test text is measured."""
     return _sizes(self._reported)
 
   def baselines(self) -> dict[str, dict[str, Any]]:
-    """Returns what others need for the same bytes of test text."""
+    """Returns what n-gram models and xz need for the same test text."""
     return baselines.baselines(
       self._training,
       self._reported,
@@ -170,19 +187,27 @@ class Measures:
     return NgramJudge(self._training)
 
   def sample(self, params: Params) -> Samples:
-    """Returns a few samples, to look at while a training goes on."""
+    """Draws a few texts, to look at while a run trains."""
     settings = self.config.sample
     return self._draw(params, settings, settings.num_samples)
 
   def _curve(self, params: Params) -> Curve | None:
-    """Returns what the optimal schedule follows from; it takes a while."""
+    """Returns the curve that the `optimal` schedule follows, if it is chosen.
+
+    It takes a while: the curve is measured with these parameters.
+    """
     if self.config.sample.schedule != "optimal":
       return None
     found = self._chosen_by(params)
     return found.curve_with_role(LOSS_BY_MASKED_SHARE, "validation")
 
   def samples(self, params: Params) -> dict[str, Any]:
-    """Returns samples, one of them step by step, and all measures of them."""
+    """Draws texts and measures them.
+
+    Returns:
+      Plain values: the settings, some of the texts, one of them step by step,
+      and their metrics.
+    """
     config, shown = self.config, self.config.sample.num_samples
     count = max(config.eval.samples, shown)
     drawn = self._draw(params, config.sample, count)
@@ -205,11 +230,15 @@ class Measures:
   def _text_metrics(self, params: Params, drawn: Samples) -> dict[str, Any]:
     config, data = self.config, self.data
     path = config.eval.judge
+    # Unless another judge is given, it is the n-gram model of the baselines.
     judge = make_judge(path, []) if path else self._ngrams
     copies = training_ngrams(config.rows, self._training)
     measure = samples_lib.TextMeasures(judge, copies, config.data.language)
+    # Also at T = 1 without filters: the model's own distribution.
     plain = samples_lib.untruncated(config.sample)
     count = len(drawn.texts)
+    # Held-out texts of the samples' length: shorter ones repeat less, so the
+    # metrics could not be compared.
     own = running_texts(data.test, data.tokenizer, count, config.sample_length)
     if len(own.texts) < count:
       console.print(f"warning: test text for comparison: {own.told}")
@@ -223,7 +252,7 @@ class Measures:
     } | {"judge": judge.name, "test text": own.told}
 
   def _unmasking(self, drawn: Samples) -> dict[str, Any]:
-    """The first sample as pieces of text, None where it is masked."""
+    """Returns the first sample at every step: its pieces, None where masked."""
     vocab, tokenizer = self.data.tokenizer.vocab, self.data.tokenizer
     steps = [
       [None if i == vocab.mask else tokenizer.decode([i]) for i in ids]
@@ -233,7 +262,17 @@ class Measures:
 
 
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
-  """Measures a run's best checkpoint, writes and returns the results."""
+  """Evaluates a run's best checkpoint.
+
+  Writes results.json and unmasking.json, and prints tables.
+
+  Args:
+    config: the run's config, perhaps with other `eval` and `sample` settings.
+    workdir: the run's folder.
+
+  Returns:
+    The results, as in results.json.
+  """
   data, config = open_rows(config, workdir)
   with Checkpoints(workdir.path) as checkpoints:
     model = load_model(workdir, config, checkpoints=checkpoints)
@@ -251,7 +290,18 @@ def evaluate_params(
   step: int,
   params: Params,
 ) -> dict[str, Any]:
-  """Measures a step's parameters, writes results.json and prints tables."""
+  """Evaluates parameters; prints tables and writes results.json.
+
+  Args:
+    workdir: the run's folder.
+    measures: evaluates them.
+    checkpoints: the run's, for its tokens and seconds so far.
+    step: update of the checkpoint that has the parameters.
+    params: the averaged parameters.
+
+  Returns:
+    The results, as in results.json.
+  """
   measured = measures.test(params)
   run = checkpoints.progress(checkpoints.latest())
   wall, tokens = run["wall_seconds"], run["tokens_seen"]
@@ -269,7 +319,7 @@ def evaluate_params(
   table = targets.check(measured, results)
   results["targets"] = [dataclasses.asdict(t) for t in table]
   results = strict_json.plain(results)
-  tables.show(measured, results)  # first: it may be that nothing can be stored
+  tables.show(measured, results)  # before the write, which may fail
   workdir.write_results(results, unmasking)
   return results
 
@@ -286,13 +336,14 @@ def _sizes(held: HeldOut) -> dict[str, int]:
 def _objective(
   config: Config, data: PreparedData, mesh: jax.sharding.Mesh
 ) -> Objective:
-  """Returns the objective of the last stage: a run is measured by its end."""
+  """Returns the last stage's objective: every evaluation uses it."""
   stage = config.stages[-1]
   plan = Plan(
     accumulation=config.optimizer.accumulation,
     batch=config.data.batch_size,
     length=stage.length,
     shards=data_shards(mesh),
+    # Upper bounds, valid for any held-out row.
     most_asked=stage.length,
     most_segments=stage.length,
   )

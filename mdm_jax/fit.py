@@ -1,9 +1,10 @@
-"""Whether a run fits a mesh of devices that need not be there.
+"""Checks whether a run fits a mesh of devices that you don't have.
 
   python -m mdm_jax.plan --config=configs/8b.py --mesh=64x4 --device=v5e
 
-prints how every parameter is split and what a device holds, without any text
-and without an accelerator; a run that can't fit is refused with the numbers.
+prints how every parameter is sharded and what each device holds. It needs
+neither the text nor an accelerator. A run that can't fit is refused with the
+numbers.
 """
 
 import dataclasses
@@ -27,15 +28,19 @@ _MIB = 2**20
 
 
 def plan_mesh(config: Config, mesh: str, device: str | None) -> dict[str, Any]:
-  """Prints what every device of a mesh would hold; returns the bytes.
+  """Prints what each device of a mesh would hold; returns the bytes.
 
   Args:
-    config: of the run.
-    mesh: sizes, as 64x4.
-    device: name of the accelerator that has to be large enough.
+    config: the run's config.
+    mesh: axis sizes, as in 64x4.
+    device: name of the accelerator that the run must fit, if any.
+
+  Returns:
+    Bytes per device: `held` during the whole run, `passing` during a part of an
+    update, and the `total` at its peak.
 
   Raises:
-    UserError: the run does not split over the mesh, or not fit the device.
+    UserError: the run does not split over the mesh, or does not fit the device.
   """
   accelerator = device and accelerators.by_name(device)
   devices = sharding.planned_mesh(sharding.parse_mesh(mesh))
@@ -51,11 +56,14 @@ def plan_mesh(config: Config, mesh: str, device: str | None) -> dict[str, Any]:
 
 
 def blueprint(config: Config, mesh: AbstractMesh) -> Blueprint:
-  """Returns a run as it would be on accelerators, checked to split.
+  """Returns the run as accelerators would train it.
 
   Raises:
-    UserError: it does not split.
+    UserError: the run does not split over the mesh.
   """
+  # `auto` would ask this machine's devices. Accelerators compute in bfloat16 by
+  # default; cuDNN's attention can't be traced without a GPU, so the plan has
+  # XLA's.
   auto = {"dtype": "bfloat16", "attention": "xla"}
   chosen = {k: v for k, v in auto.items() if getattr(config.model, k) == "auto"}
   model = dataclasses.replace(config.model, **chosen)
@@ -63,13 +71,14 @@ def blueprint(config: Config, mesh: AbstractMesh) -> Blueprint:
   placement.check_model(config.model, mesh)
   vocab = planned_vocabulary(config.tokenizer)
   placement.check_vocabulary(vocab.size, mesh)
-  # How many rows a stage has says when it ends, not what it holds.
+  # The number of rows decides how long a stage takes, not what it holds: those
+  # of one update will do.
   rows = [config.rows_per_update] * len(config.stages)
   return Blueprint(config, vocab, rows)
 
 
 def describe(run: Blueprint, mesh: AbstractMesh, found: Footprint) -> list[str]:
-  """Returns lines: what is planned, how arrays lie, what a device holds."""
+  """Returns lines: the plan, how arrays are sharded, what a device holds."""
   config = run.config
   sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
   rows = config.data.batch_size
@@ -111,7 +120,7 @@ def _mib(size: int) -> str:
 
 
 def _parts(found: Footprint) -> dict[str, int]:
-  """Names what is in memory all the time, and what for a part of an update."""
+  """Returns bytes by name: first those held throughout, then temporaries."""
   passing = {
     "head": "the head: a table, its gradient, a chunk of logits",
     "block": "or a block: its parameters, their gradient, scores",
@@ -122,7 +131,10 @@ def _parts(found: Footprint) -> dict[str, int]:
 
 
 def _attention(config: Config, device: Accelerator) -> list[str]:
-  """Says what `auto` takes on a GPU: cuDNN's can't be traced without one."""
+  """Returns which kernel `auto` takes on a GPU, one line per choice.
+
+  The plan itself has XLA's attention: cuDNN's can't be traced without a GPU.
+  """
   model = config.model
   if model.attention != "auto" or device.capability is None:
     return []
@@ -142,7 +154,7 @@ def _attention(config: Config, device: Accelerator) -> list[str]:
 
 
 def _verdict(run: Blueprint, found: Footprint, device: Accelerator) -> str:
-  """Says that a run fits a device; raises UserError where it can't."""
+  """Returns a line that the run fits, or raises UserError."""
   need, have = found.total / GIB, device.memory / GIB
   if found.total <= device.memory:
     return f"fits {device.name}: {need:.2f} of {have:.0f} GiB"
@@ -156,8 +168,9 @@ def _verdict(run: Blueprint, found: Footprint, device: Accelerator) -> str:
 
 
 def _cure(run: Blueprint, found: Footprint, device: Accelerator) -> str:
-  """Says what to change: the mesh, or what an update needs at once."""
+  """Returns what to change so that the run fits."""
   cures = []
+  # Smaller microbatches shrink only the temporaries.
   if sum(found.held.values()) <= device.memory:
     cures.append("data.batch_size smaller, optimizer.accumulation larger")
     if run.config.model.remat != "full":

@@ -1,4 +1,4 @@
-"""Prompts typed at a prompt: one text for each, the model loaded once."""
+"""Interactive sampling: a text for every prompt typed in the terminal."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,11 @@ a new program, which takes some seconds the first time."""
 def converse(config: Config, workdir: Workdir) -> list[str]:
   """Reads prompts until the end of the input; returns the texts drawn.
 
-  A mistake is told in one line, and the next prompt is read.
+  The model is loaded once. A mistake is reported in one line, and the next
+  prompt is read.
+
+  Raises:
+    UserError: there are several processes, or no model to load.
   """
   if distributed.count() > 1:
     raise UserError(
@@ -49,7 +53,7 @@ def converse(config: Config, workdir: Workdir) -> list[str]:
 
 
 class _Talk:
-  """What is said: settings that change, and texts so far."""
+  """A session: its current settings and the texts so far."""
 
   def __init__(self, model: sample.Model, settings: SampleConfig):
     self.texts: list[str] = []
@@ -57,7 +61,7 @@ class _Talk:
     self._turn = 0
 
   def take(self, line: str) -> bool:
-    """Acts on a line; False if it was the last."""
+    """Handles a line of input; returns False if it ends the session."""
     name, _, value = line[1:].partition(" ")
     if not line.startswith("/"):
       self._draw(line)
@@ -74,7 +78,7 @@ class _Talk:
 
   def _draw(self, prompt: str) -> None:
     start = time.perf_counter()
-    # The same prompt twice gives two texts; a new seed begins anew.
+    # Each turn adds 1 to the seed, so that the same prompt gives a new text.
     fields = dataclasses.asdict(self._settings)
     fields["seed"] = (fields["seed"] + self._turn) % 2**32
     drawn = self._model.generate(prompt, **fields)
@@ -93,12 +97,13 @@ class _Talk:
     if value:
       fields = dataclasses.asdict(self._settings) | {name: _parsed(value)}
       self._settings = self._model.settings(**fields)
+      # A seed that is set starts the same sequence of texts again.
       self._turn = 0 if name == "seed" else self._turn
     console.print(f"  {name} {getattr(self._settings, name)}")
 
 
 def _parsed(value: str) -> Any:
-  """Returns a number, a list or None as JSON has them, else the words."""
+  """Parses JSON numbers, lists and null, and None; other text stays text."""
   try:
     return json.loads({"None": "null"}.get(value, value))
   except (ValueError, RecursionError):
@@ -114,6 +119,7 @@ def _lines():
 
 
 def _edit_lines() -> None:
-  """Lets the arrow keys move and bring back lines, where they can."""
+  """Enables line editing and history, where Python has readline."""
+  # `input` uses readline once it is imported.
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401

@@ -1,4 +1,4 @@
-"""Flags, and which program they ask for; no logic.
+"""The command-line program: trains, evaluates, samples and plans runs.
 
   python -m mdm_jax.main --config=configs/quickstart.py
   python -m mdm_jax.main --mode=eval --workdir=runs/quickstart
@@ -6,11 +6,11 @@
   python -m mdm_jax.main --mode=sample --workdir=runs/quickstart --interactive
   python -m mdm_jax.main --mode=sample --workdir=runs/quickstart --prompts=FILE
 
---mode=data and --mode=plan look at what a run would do; prepare writes the rows
-of a corpus too large for memory; train does what the config says; eval,
+--mode=data and --mode=plan show what a run would do; prepare writes the rows of
+a corpus too large for memory; train, the default, trains and evaluates; eval,
 sample, frontier (a temperature sweep), compare (orders, steps, budgets) and
-report (a page) look at what it did. Exit codes: docs/reliability.md.
-Any field of the config can be set: --config.data.batch_size=4. Without
+report (an HTML page) use what was trained. Exit codes: docs/reliability.md.
+Every field of the config is a flag: --config.data.batch_size=4. Without
 --config, the config saved in the workdir is used.
 """
 
@@ -30,7 +30,7 @@ from mdm_jax.core.progress import console
 from mdm_jax.workdir import Workdir
 
 flags.adopt_module_key_flags(command_line)
-_LAST_SECONDS = 20.0  # that the interpreter may take to end
+_LAST_SECONDS = 20.0  # for the interpreter to exit by itself
 
 _MODE = flags.DEFINE_enum(
   "mode",
@@ -95,7 +95,7 @@ _JSON = flags.DEFINE_bool(
 
 
 def main(_: list[str]) -> int:
-  """Runs the program the flags ask for; returns the exit code."""
+  """Runs the program that the flags ask for; returns the exit code."""
   code = _main()
   _end_soon(code)
   return code
@@ -122,8 +122,8 @@ def _main() -> int:
 
 
 def _fail_unforeseen(error: Exception) -> int:
-  """Tells too little memory in one line, and all else as it is."""
-  from mdm_jax.core import memory  # not before: a wrong flag answers at once
+  """Reports lack of memory in one line, other errors with a traceback."""
+  from mdm_jax.core import memory  # late, so that wrong flags fail at once
 
   told = memory.told(error)
   if told:
@@ -133,18 +133,20 @@ def _fail_unforeseen(error: Exception) -> int:
 
 
 def _end_soon(code: int) -> None:
-  """Sees to it that nothing keeps the process alive that has failed."""
+  """Ends a process that a leftover thread would keep alive."""
   sys.stdout.flush()
-  if "jax" not in sys.modules:  # a mistake in the flags
+  if "jax" not in sys.modules:  # the flags were wrong; nothing has started
     return
   from mdm_jax.core import distributed
 
   if distributed.count() > 1:
-    # An end in peace waits for the others; after a failure they wait for us.
+    # A normal exit waits for the other processes; after a failure they may be
+    # waiting for this one in a collective, so it leaves at once.
     if code not in (Exit.DONE, Exit.STOPPED):
       distributed.leave(code)
     return
-  # A thread of Orbax's, after a save that failed, waits for a signal.
+  # After a failed save, a thread of Orbax's waits for a signal that never
+  # comes, and the interpreter waits for the thread.
   timer = threading.Timer(_LAST_SECONDS, os._exit, (code,))
   timer.daemon = True
   timer.start()
@@ -153,10 +155,11 @@ def _end_soon(code: int) -> None:
 def _run(config: Config, workdir: Workdir) -> Any:
   from mdm_jax.core import determinism
 
+  # Before JAX starts a backend: only then does XLA read its flags.
   determinism.ask_for(config.train.deterministic == "true")
   _keep_compiled_programs()
   _join()
-  # Imported here, so that --help and a wrong flag answer at once.
+  # Imported late, so that --help and wrong flags are answered at once.
   from mdm_jax import (
     evaluate,
     fit,
@@ -179,7 +182,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
       return plan.plan_run(config)
     case "prepare":
       return prepare.prepare_rows(config, workdir.path, _WORKERS.value)
-    case "train":  # has its own way to stop: it saves
+    case "train":  # handles signals itself, to save before it stops
       return train.train_and_evaluate(config, workdir)
     case "eval":
       return evaluate.evaluate_workdir(config, workdir)
@@ -202,7 +205,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
 
 
 def _prompt_flags() -> list[str]:
-  """Returns the flags that were given and say where prompts come from."""
+  """Returns the given flags that are sources of prompts."""
   ways = {
     "--prompt": _PROMPT.value,
     "--prompts": _PROMPTS.value,
@@ -212,7 +215,7 @@ def _prompt_flags() -> list[str]:
 
 
 def _join() -> None:
-  """Joins the other processes, if there are any; one of them prints."""
+  """Joins the other processes, if there are any; only process 0 prints."""
   from mdm_jax.core import distributed
 
   distributed.initialize(
@@ -226,7 +229,7 @@ def _join() -> None:
 
 
 def _keep_compiled_programs() -> None:
-  """Compiles nothing twice, not even in another process."""
+  """Turns on JAX's compilation cache on disk, unless it is set already."""
   import jax
 
   cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))

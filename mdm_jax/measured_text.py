@@ -1,4 +1,4 @@
-"""Which text is measured: the run's own, unless another one is asked for."""
+"""Opens the held-out text that an evaluation measures, the run's or another."""
 
 import dataclasses
 import hashlib
@@ -13,17 +13,17 @@ from mdm_jax.data.prepared import PreparedData, prepare
 from mdm_jax.data.stage_rows import make_held_out
 from mdm_jax.workdir import Workdir
 
-_OTHER = "other_text"  # of a manifest: what is measured on purpose
+_OTHER = "other_text"  # manifest key of text that is not the run's own
 
 
 def open_rows(config: Config, workdir: Workdir) -> tuple[PreparedData, Config]:
-  """Returns the rows of a run, to measure it on, and the config of those.
+  """Returns a run's rows for an evaluation, and the config that made them.
 
-  A `data.test_corpus` or `data.validation_corpus` that is not the run's own is
-  measured in the place of that side, and said; all else has to be the run's.
+  If `data.test_corpus` or `data.validation_corpus` is not the run's own, that
+  corpus is measured instead, and a line says so. All else must be the run's.
 
   Raises:
-    UserError: the rows are not those that the run was started with.
+    UserError: the rows differ from those that the run was started with.
   """
   saved = config_lib.from_dict(workdir.read_config_dict())
   named = {f"{side}_corpus": side for side in splits.HELD_OUT}
@@ -31,6 +31,8 @@ def open_rows(config: Config, workdir: Workdir) -> tuple[PreparedData, Config]:
   config = dataclasses.replace(
     config, data=dataclasses.replace(asked := config.data, **own)
   )
+  # First the run's own rows, with the run's own corpora: only they have hashes
+  # to check.
   data = prepare(config.rows, workdir.path, for_training=False)
   workdir.check_tokenizer(data.tokenizer.sha256)
   workdir.check_data(data.manifest, _advice(saved, config))
@@ -52,7 +54,7 @@ def _advice(saved: Config, config: Config) -> str:
 def _with_other(
   data: PreparedData, config: Config, side: str, corpus: str
 ) -> PreparedData:
-  """Returns a run's data with another text on a side."""
+  """Returns the data with another corpus as one of its held-out splits."""
   field, form = f"data.{side}_corpus", records.form_of(config.data)
   documents, tally = corpora.load_and_count(
     corpus, None, config.data.on_bad_record, form, field
@@ -73,11 +75,11 @@ def _with_other(
 
 
 def describe(data: PreparedData, config: Config, side: str) -> dict[str, Any]:
-  """Returns what text numbers are of, as plain values.
+  """Describes the measured text as plain values, to be stored with results.
 
   Returns:
-    The side of the split; whether the run held it out itself; the corpus; and
-    a hash of the rows, or of the texts of another corpus than the run's.
+    The split; whether it is the run's own; the corpus; and a hash of the run's
+    prepared rows, or of the documents of another corpus.
   """
   told = {"split": side, "own": True, "corpus": config.data.corpus}
   if other := data.manifest.get(_OTHER, {}).get(side):

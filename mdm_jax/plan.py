@@ -1,4 +1,4 @@
-"""What a run is going to do, before it does it.
+"""Plans a run before it trains: stages, updates, time, scaling laws.
 
   python -m mdm_jax.plan --config=configs/quickstart.py
 
@@ -37,15 +37,15 @@ class StageForecast:
 
   Attributes:
     name: of the stage.
-    unit: what it reads.
-    length: tokens a row.
+    unit: the unit of text that it reads, as in `sentences`.
+    length: tokens per row.
     asked: what the objective asks in it, in a few words.
-    rows: prepared rows it draws from.
-    tokens: in these rows.
-    epochs: passes over them.
+    rows: number of prepared rows.
+    tokens: tokens in these rows.
+    epochs: passes over these rows.
     updates: optimizer updates.
-    flops: 6 N D.
-    seconds: of its updates, as tried out; None for a stage that is over.
+    flops: training compute, 6 N D for N parameters and D tokens.
+    seconds: for the updates left, as timed here; None for a stage that is over.
   """
 
   name: str
@@ -66,18 +66,18 @@ class Plan:
 
   Attributes:
     name: of the run.
-    corpus: its text.
-    devices: kind and mesh.
-    params: parameters of the denoiser.
-    parameters: their names, shapes and shardings, as a table.
-    vocabulary: ids, the padding ones too.
-    rows_per_update: the effective batch.
+    corpus: name of the training text.
+    devices: their kind, and the mesh.
+    params: number of parameters of the denoiser.
+    parameters: a table of their names, shapes and shardings.
+    vocabulary: number of ids, padding of the table included.
+    rows_per_update: the effective batch size.
     held_out_rows: validation rows that there are.
     stages: in order.
-    unique_tokens: of the largest stage's rows.
-    tokens: to be seen, repeats included.
-    laws: what the scaling laws expect of this compute and this corpus.
-    notes: sentences on how these devices do it.
+    unique_tokens: tokens in the rows of the largest stage.
+    tokens: tokens that all updates read, repeats included.
+    laws: what scaling laws predict for this compute and corpus.
+    notes: sentences on how the run uses these devices.
     warnings: sentences.
   """
 
@@ -98,7 +98,7 @@ class Plan:
 
   @property
   def seconds(self) -> float:
-    """Of all updates that are left; evaluations and saving come on top."""
+    """Seconds of all updates left, without evaluations and saves."""
     return sum((s.seconds or 0.0 for s in self.stages), 0.0)
 
 
@@ -117,12 +117,15 @@ def plan_run(config: Config) -> dict[str, Any]:
 
 
 def make_plan(config: Config, trainer: Trainer, after: int = 0) -> Plan:
-  """Returns the plan of a run, its updates tried out on the current mesh.
+  """Returns the plan of a run, timing a few updates on the current mesh.
+
+  The trial has a training state of its own, which is freed: call this before
+  the run's state exists.
 
   Args:
-    config: of the run.
-    trainer: the run.
-    after: updates that are done already.
+    config: the run's config.
+    trainer: makes its updates.
+    after: updates already made.
   """
   data, mesh = trainer.data, trainer.mesh
   params = num_params(trainer.denoiser)
@@ -132,6 +135,7 @@ def make_plan(config: Config, trainer: Trainer, after: int = 0) -> Plan:
     _forecast(config, stage, counts, params, seconds.get(stage.index), after)
     for stage in trainer.curriculum.stages
   )
+  # All stages read one corpus, so their tokens are not added up.
   unique = max(stage.tokens for stage in stages)
   tokens = sum(stage.tokens * stage.epochs for stage in stages)
   sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -156,7 +160,7 @@ def make_plan(config: Config, trainer: Trainer, after: int = 0) -> Plan:
 
 
 def _notes(config: Config, trainer: Trainer) -> list[str]:
-  """Says what attention is computed by, and which rows are added."""
+  """Returns sentences on attention kernels, padding and determinism."""
   lengths = sorted({s.config.length for s in trainer.curriculum.stages})
   by_choice: dict[str, list[str]] = {}
   for length in lengths:
@@ -180,7 +184,7 @@ def _notes(config: Config, trainer: Trainer) -> list[str]:
 
 
 def _steps(every: int, updates: int) -> str:
-  """Says how many steps the optimizer makes, if not one an update."""
+  """Describes the steps of an optimizer that does not step every update."""
   steps, left = divmod(updates, every)
   return (
     f"optimizer.every={every}: {steps:,} steps, each by the mean gradient of"
@@ -216,13 +220,14 @@ def _forecast(
 
 
 def num_params(denoiser: Denoiser) -> int:
-  """Returns the number of parameters."""
+  """Returns the number of parameters of a denoiser."""
   return int(parameter_overview.count_parameters(_shapes(denoiser)))
 
 
 def _parameters(denoiser: Denoiser) -> str:
-  """Returns a table of names, shapes, sizes and shardings."""
-  # What reads only shapes: nothing is computed.
+  """Returns a table of the parameters' names, shapes and shardings."""
+  # By default clu adds means and deviations, for which it needs values;
+  # shardings it reads off shapes.
   shapes = _shapes(denoiser)
   kind = "sharding"
   return parameter_overview.get_parameter_overview(shapes, include_stats=kind)
@@ -236,7 +241,7 @@ def _shapes(denoiser: Denoiser):
 
 
 def show(plan: Plan) -> None:
-  """Prints the model, the stages, the data budget and the warnings."""
+  """Prints the parameters, the stages, the token budget and the warnings."""
   console.print(plan.parameters, soft_wrap=True, markup=False, highlight=False)
   console.print(_stage_table(plan))
   for line in (

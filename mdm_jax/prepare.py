@@ -1,4 +1,4 @@
-"""A corpus of any size to a folder of sharded rows, in several processes.
+"""Prepares a corpus of any size as sharded rows, with several processes.
 
 python -m mdm_jax.main --mode=prepare --config=FILE \\
   --config.data.prepared=FOLDER --workers=4
@@ -25,12 +25,19 @@ from mdm_jax.runtime.signals import stop_request
 def prepare_rows(
   config: Config, workdir: epath.PathLike | None, workers: int | None
 ) -> dict[str, Any]:
-  """Fills the folder `data.prepared`, prints and returns what is in it.
+  """Fills the folder `data.prepared`, and prints what is in it.
 
   Args:
-    config: of the run that will train on it.
+    config: of the run that will train on the rows.
     workdir: the run's folder, which may hold its tokenizer.
-    workers: processes (None: one a core).
+    workers: number of processes (None: one per core).
+
+  Returns:
+    The folder's manifest.
+
+  Raises:
+    UserError: no folder is given, or this is one of several processes.
+    Stopped: a signal came; the same command continues.
   """
   if not config.data.prepared:
     raise UserError(
@@ -54,7 +61,7 @@ def prepare_rows(
 
 
 def tell(config: Config, manifest: dict[str, Any]) -> None:
-  """Prints what a prepared folder holds, a line each."""
+  """Prints what a prepared folder holds, one fact per line."""
   size = manifest["documents"]["bytes"] / 1e6
   lines = [
     f"{size:,.1f} MB in {manifest['blocks']['count']:,} blocks",
@@ -74,7 +81,7 @@ def tell(config: Config, manifest: dict[str, Any]) -> None:
 
 
 def _shown(pool: Workers) -> preparation.Run:
-  """Returns what does a pass, and shows how far it is."""
+  """Returns a function that runs a pass in a pool, with a progress bar."""
 
   def run(name: Pass, job: Job, blocks: list[Block]) -> None:
     if not blocks:

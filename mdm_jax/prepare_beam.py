@@ -1,12 +1,12 @@
-"""The same preparation by Apache Beam, on as many machines as its runner has.
+"""Prepares a corpus with Apache Beam, on as many machines as its runner has.
 
   pip install -e '.[beam]'
   python -m mdm_jax.prepare_beam --config=FILE --config.data.prepared=FOLDER \\
     --runner=FlinkRunner --beam=--flink_master=HOST:8081
 
-Every pass is a pipeline over the blocks; what joins them runs here, as in
---mode=prepare, and the bytes are the same. The corpus and the folder are on a
-file system that all machines see under the same path.
+Every pass is a Beam pipeline over the blocks; the steps between passes run in
+this process, as in --mode=prepare, and the files have the same bytes. All
+machines must see the corpus and the folder under the same paths.
 """
 
 import contextlib
@@ -21,16 +21,19 @@ from mdm_jax.data import folder, inputs, passes, preparation
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
 
-with contextlib.suppress(ImportError):  # told by `_check`, in one line
+with contextlib.suppress(ImportError):  # `_check` reports it in one line
   import apache_beam as beam
   from apache_beam.options.pipeline_options import PipelineOptions
 
 
 def beam_run(options: list[str]) -> preparation.Run:
-  """Returns what does a pass over blocks as a pipeline.
+  """Returns a function that runs a pass over blocks as a Beam pipeline.
 
   Args:
-    options: of the pipeline, as Beam's own flags.
+    options: pipeline options, written as Beam's own flags.
+
+  Raises:
+    UserError: Apache Beam is not installed.
   """
   _check()
 
@@ -72,6 +75,7 @@ def main(_: list[str]) -> int:
 
 
 def _define_flags() -> None:
+  # By the program alone: importing this module must add no flags.
   flags.DEFINE_string("runner", "DirectRunner", "Of Beam, by its name.")
   flags.DEFINE_multi_string("beam", [], "An option of Beam's, as --a=b.")
 

@@ -1,4 +1,4 @@
-"""What each stage is going to read: counts, difficulty and its cut, examples.
+"""Shows what each stage is going to read: counts, difficulty, examples.
 
 python -m mdm_jax.main --mode=data --config=configs/quickstart.py
 """
@@ -15,7 +15,7 @@ _BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
 def show_data(config: Config) -> dict[str, Any]:
-  """Prepares the rows of a config, prints and returns what they are."""
+  """Prepares and prints a config's rows; returns their manifest."""
   data = prepare(config.rows)
   show(config, data)
   return data.manifest
@@ -35,7 +35,7 @@ def show(config: Config, data: PreparedData) -> None:
 
 
 def describe(config: Config, data: PreparedData) -> dict[str, str]:
-  """Returns a text about each stage, by its number and name."""
+  """Returns a text about each stage, keyed by its number and name."""
   names = data.manifest["rows"]
   return {
     f"{i + 1} {stage.name}": _describe(stage, names[f"stage_{i + 1}"])
@@ -69,9 +69,9 @@ def _selection(stage: StageConfig, counts: dict[str, Any]) -> str:
 
 
 def _histogram(histogram: list[int], cut: float) -> list[str]:
-  """Two lines: bars from difficulty 0 to 1, and where the cut is."""
+  """Returns two lines: bars for difficulties 0 to 1, and a mark at the cut."""
   most = max(max(histogram), 1)
-  # A bin that is not empty is never drawn as if it were.
+  # Rounded up, so that only an empty bin looks empty.
   heights = [-(-(len(_BARS) - 1) * count // most) for count in histogram]
   bars = "".join(_BARS[height] for height in heights)
   at = min(int(cut * len(histogram)), len(histogram) - 1)

@@ -1,4 +1,4 @@
-"""From a run's folder to one page a person can look at."""
+"""Writes a run's report: one HTML page, made from the files of its folder."""
 
 from mdm_jax.config import Config, to_dict
 from mdm_jax.core.progress import console
@@ -8,9 +8,9 @@ from mdm_jax.workdir import Workdir
 
 
 def report_workdir(config: Config, workdir: Workdir) -> str:
-  """Writes report.html from the run's files, prints and returns its path.
+  """Writes report.html into a run's folder; prints and returns its path.
 
-  A run that goes on or was not evaluated has a page too, with less on it.
+  A run that still trains, or was not evaluated, gets a page with less on it.
   """
   page = render(
     RunReport(

@@ -1,4 +1,4 @@
-"""What a run goes on from: a checkpoint, and what changed since."""
+"""Chooses the checkpoint that a run resumes from."""
 
 import dataclasses
 
@@ -13,12 +13,12 @@ from mdm_jax.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """What a run goes on from.
+  """Where an attempt at a run starts.
 
   Attributes:
-    update: of the checkpoint, None for a fresh start.
-    measured: whether that was evaluated.
-    changes: of the config since, told and kept.
+    update: of the checkpoint to resume from, None for a fresh start.
+    measured: whether that checkpoint was evaluated.
+    changes: fields of the config that have changed since, all of them allowed.
   """
 
   update: int | None = None
@@ -27,11 +27,11 @@ class Origin:
 
   @property
   def done(self) -> int:
-    """Updates that need not be made."""
+    """Updates made before this attempt."""
     return self.update or 0
 
   def told(self) -> str | None:
-    """Returns what has changed since, in words, or None."""
+    """Returns what has changed in the config, in words, or None."""
     if not self.changes:
       return None
     table = config_changes.table(self.changes)
@@ -40,7 +40,7 @@ class Origin:
   def check_not_beyond(
     self, updates: int, workdir: Workdir, checkpoints: Checkpoints
   ) -> None:
-    """Raises UserError where more was done than the stages' updates."""
+    """Raises UserError if the run has made more than `updates` updates."""
     if self.done <= updates:
       return
     table = config_changes.table(self.changes)
@@ -58,16 +58,25 @@ def find_origin(
   checkpoints: Checkpoints,
   latest: int | None,
 ) -> Origin:
-  """Chooses the checkpoint to go on from; looks, and changes nothing.
+  """Chooses the checkpoint to resume from; writes nothing.
+
+  Args:
+    config: the config of this attempt.
+    workdir: the run's folder.
+    checkpoints: the run's checkpoints.
+    latest: the newest whole checkpoint, if there is any.
 
   Raises:
-    UserError: the config is of another run, or the step it names isn't there.
+    UserError: the config is another run's, or has a `train.restore_step` that
+      was not saved.
   """
   wanted = config.train.restore_step
   saved = None
   if latest is not None:
     saved = config_lib.from_dict(workdir.read_config_dict())
-  # Once restored to, the same command goes on from what came after.
+  # A saved config with this restore_step means that an earlier attempt went
+  # back to it: from then on the same command resumes from the newest
+  # checkpoint.
   if wanted is None or (saved and saved.train.restore_step == wanted):
     update = latest
   elif checkpoints.has(wanted):

@@ -1,4 +1,4 @@
-"""From a checkpoint and prompts to text.
+"""Samples texts from a trained model: free, from a prompt, or into a template.
 
 model = mdm_jax.load("runs/quickstart")
 print(model.generate("We the [MASK:3] of", num_samples=2).texts)
@@ -42,11 +42,11 @@ from mdm_jax.workdir import Workdir
 
 
 def load(workdir: str, step: int | None = None) -> "Model":
-  """Returns the model of a run's folder, ready to draw texts.
+  """Loads a trained model from a run's folder.
 
   Args:
-    workdir: the folder.
-    step: of the checkpoint (None: the best one).
+    workdir: the run's folder.
+    step: update of the checkpoint (None: the best checkpoint).
 
   Raises:
     UserError: there is no run, no such checkpoint, or it can't be read.
@@ -55,7 +55,7 @@ def load(workdir: str, step: int | None = None) -> "Model":
 
 
 def load_with(config: Config, workdir: Workdir) -> "Model":
-  """Returns what `load` does, with other settings than the run's."""
+  """Loads a run's best checkpoint, with settings from another config."""
   return _with_curve(workdir, config)
 
 
@@ -68,17 +68,22 @@ def _with_curve(
 
 
 class Model:
-  """A trained model that draws texts.
+  """A trained model that samples texts.
 
   Attributes:
-    config: of the run; `config.sample` holds the settings of every call.
+    config: the run's config; `config.sample` has the default settings.
     tokenizer: text to ids and back.
-    watch: called with (step, token ids [B, L]) while texts are drawn: set it
-      before the first call.
+    watch: called with (step, token ids [B, L]) during sampling; set it before
+      the first call.
   """
 
   def __init__(self, model: TrainedModel, curve: Curve | None = None):
-    """Takes a model, and the curve that the optimal schedule follows."""
+    """Wraps a trained model.
+
+    Args:
+      model: the denoiser, its parameters and its tokenizer.
+      curve: its loss by mask rate, which `schedule=optimal` follows.
+    """
     self.config, self.tokenizer = model.config, model.tokenizer
     self.watch: Watch | None = None
     self._model, self._mesh = model, model.mesh
@@ -91,24 +96,30 @@ class Model:
     num_samples: int = 1,
     **settings: Any,
   ) -> Samples:
-    """Draws `num_samples` texts for each prompt, one prompt after the other.
+    """Draws `num_samples` texts for each prompt, prompt by prompt.
 
-    Row b depends on its prompt, `seed` and b only. A way to draw is compiled at
-    its first use; seed, temperature, min_p and top_p may change without.
+    Row b depends only on its prompt, `seed` and b. A new combination of
+    settings is compiled at its first use; seed, temperature, min_p and top_p
+    may change without compiling.
+
+    Example:
+      samples = model.generate(["We the", "[MASK:5] of"], order="random")
+      samples.texts  # two strings
 
     Args:
-      prompts: texts to go on with, or with [MASK], [MASK:5] where tokens are to
-        be drawn (`mdm_jax.sampling.template`); "" gives free text.
-      num_samples: texts of each prompt.
-      **settings: fields of `SampleConfig`, where they differ from the run's.
+      prompts: each the beginning of a text, or a template with [MASK] or
+        [MASK:5] where tokens are drawn (`mdm_jax.sampling.template`); "" for
+        free text.
+      num_samples: texts per prompt.
+      **settings: fields of `SampleConfig` that differ from the run's.
 
     Returns:
-      Texts, and how they came about: token ids [steps + 1, B, L], for every
-      token [B, L] its step, probability and entropy in nats, and the denoiser
-      calls of each text [B]. B is len(prompts) x num_samples.
+      The texts and how they were drawn: token ids [steps + 1, B, L]; the step,
+      probability and entropy in nats of every token [B, L]; the denoiser calls
+      of every text [B]. B = len(prompts) x num_samples.
 
     Raises:
-      UserError: a prompt or a setting can't work.
+      UserError: a prompt or a setting is invalid.
     """
     canvas, config = self._asked(prompts, num_samples, settings)
     with jax.set_mesh(self._mesh):
@@ -122,13 +133,18 @@ class Model:
     num_samples: int = 1,
     **settings: Any,
   ) -> Iterator[Samples]:
-    """Yields what `generate` returns, some texts at a time, for any number."""
+    """Yields what `generate` returns, a few texts at a time.
+
+    Memory does not grow with the number of texts.
+    """
     canvas, config = self._asked(prompts, num_samples, settings)
     with jax.set_mesh(self._mesh):
       parts = self._sampler(canvas.tokens.shape[1]).stream(
         self._model.params, canvas, config, self._curve, num_samples
       )
-    while True:  # the caller's mesh is its own meanwhile
+    # Entered for each part: held across a yield, the mesh would stay the
+    # current one in the caller's code.
+    while True:
       with jax.set_mesh(self._mesh):
         part = next(parts, None)
       if part is None:
@@ -146,7 +162,7 @@ class Model:
       raise UserError("no text is asked for: give prompts and num_samples")
     config = self.settings(**settings)
     length = config.length or self.config.stages[-1].length
-    self._sampler(length)  # says if it is too long, before there are rows
+    self._sampler(length)  # raises early where this length can't be sampled
     return template.canvas(prompts, self.tokenizer, length), config
 
   def fill(
@@ -156,16 +172,19 @@ class Model:
     lengths: Int[np.ndarray, "B"] | None = None,
     **settings: Any,
   ) -> Samples:
-    """Draws the free tokens of each row; all others stay as they are.
+    """Draws the free tokens of each row and keeps all others.
 
     Args:
-      tokens: ids; those at free positions don't matter.
-      free: what is to be drawn: any pattern, of its own in each row.
+      tokens: ids; at free positions they are ignored.
+      free: which positions to draw, any pattern in each row.
       lengths: tokens of each row before its padding (None: all L).
-      **settings: fields of `SampleConfig`, where they differ from the run's.
+      **settings: fields of `SampleConfig` that differ from the run's.
+
+    Returns:
+      As `generate`.
 
     Raises:
-      UserError: a token is no id, or a setting can't work.
+      UserError: a given token is no text id, or a setting is invalid.
     """
     if not len(tokens):
       raise UserError("no text is asked for: tokens has no row")
@@ -186,10 +205,10 @@ class Model:
       )
 
   def settings(self, **settings: Any) -> SampleConfig:
-    """Returns the run's settings with some changed, all checked.
+    """Returns the run's settings with some changed, all validated.
 
     Raises:
-      UserError: a name or a value can't be.
+      UserError: there is no such setting, or a value is invalid.
     """
     names = [field.name for field in dataclasses.fields(SampleConfig)]
     for name in settings:
@@ -219,20 +238,21 @@ def sample_workdir(
   """Draws texts from a run's best checkpoint and prints them.
 
   Args:
-    config: the run's, or with other settings.
+    config: the run's config, perhaps with other settings.
     workdir: the run's folder.
-    prompt: what every text begins with, or a template.
-    trace: whether to show the first text while it is drawn, and to store in
-      the folder `samples` of the workdir how all came about.
-    page: an HTML file to write that shows the same.
-    keep: whether to return the texts, too, or nothing: for any number of them.
-    file: of prompts, in place of `prompt`.
+    prompt: the beginning of every text, or a template.
+    trace: whether to show the first text while it is drawn, and to store in the
+      workdir's folder `samples` how all were drawn.
+    page: path of an HTML page to write that shows how all were drawn.
+    keep: whether to return the texts; False keeps memory constant for any
+      number of them.
+    file: path of a file with prompts, instead of `prompt`.
 
   Returns:
-    The texts; of a file, for each prompt {"prompt": ..., "texts": [...]}.
+    The texts; with `file`, {"prompt": ..., "texts": [...]} for each prompt.
 
   Raises:
-    UserError: the prompt or a setting can't work, or a file can't be written.
+    UserError: a prompt or a setting is invalid, or a file can't be written.
   """
   given = prompts_lib.read(file) if file else [prompt]
   model = load_with(config, workdir)
@@ -263,6 +283,8 @@ def _draw_all(
 ) -> list[str]:
   count = config.sample.num_samples
   names = _names(len(prompts), count)
+  # A trace or a page needs every step of every text in memory; without them
+  # texts are printed as they come.
   if not trace and not page:
     return _print_all(model.stream(prompts, count), names, keep)
   if trace:
@@ -290,7 +312,7 @@ def _names(prompts: int, samples: int) -> Iterator[str]:
 def _print_all(
   parts: Iterable[Samples], names: Iterator[str], keep: bool
 ) -> list[str]:
-  """Prints texts as they come; returns them if they are to be kept."""
+  """Prints texts as they come; returns them if `keep` is set."""
   kept = []
   for part in parts:
     for text, calls in zip(part.texts, part.calls, strict=True):

@@ -1,7 +1,7 @@
-"""How a run starts, or goes on: all that happens before the first update.
+"""Starts or resumes a run: everything before the first update.
 
-take the workdir -> choose the checkpoint to go on from -> prepare the data
--> build the trainer -> tell the plan -> restore or initialise
+lock the workdir -> choose the checkpoint to resume from -> prepare the data ->
+build the trainer -> print the plan -> restore or initialise the state
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from mdm_jax.workdir import Workdir
 
 @contextlib.contextmanager
 def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
-  """Yields a run that nobody else works on, with its mesh as the current one.
+  """Yields a run that only this program works on, with its mesh set.
 
   Raises:
     UserError: the config, the data or the workdir can't be used.
@@ -52,6 +52,7 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
     Stopped: a signal came.
   """
   workdir.create()
+  # Before the lock is taken: a folder of another version stays as it is.
   for path in (workdir.path, config.init_from):
     if path:
       Workdir(path).check_format()
@@ -69,10 +70,14 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
   ):
     with session.attempt.ledger.spend(Cause.RESTORE):
       latest = distributed.first_alone(checkpoints.latest)
+      # Set twice: where find_origin refuses the config, the attempt is recorded
+      # as one that added nothing to the newest checkpoint.
       session.attempt.begin(latest or 0)
       origin = distributed.first_alone(
         lambda: find_origin(config, workdir, checkpoints, latest)
       )
+      # Processes that start apart would wait for each other, or train on
+      # different states.
       distributed.agree("the checkpoint to go on from", origin.update)
       session.attempt.begin(origin.done)
     data = prepare_on_all(config.rows, workdir.path)
@@ -91,10 +96,10 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
 
 
 class Run:
-  """One attempt at a run: what it is made of, and where it goes on from.
+  """One attempt at a run.
 
   Attributes:
-    trainer: its pure parts.
+    trainer: makes its updates; the only part that `train.train` needs.
   """
 
   def __init__(
@@ -117,22 +122,25 @@ class Run:
 
   @property
   def done(self) -> int:
-    """Updates that were made before this attempt."""
+    """Updates made before this attempt."""
     return self._origin.done
 
   @property
   def updates(self) -> int:
-    """Updates of all stages."""
+    """Updates of all stages together."""
     return self.trainer.curriculum.updates
 
   @property
   def is_finished(self) -> bool:
-    """Whether all updates are made and evaluated."""
+    """Whether all updates were made and the last state was evaluated."""
     return self.done == self.updates and self._origin.measured
 
   @property
   def is_evaluated_late(self) -> bool:
-    """Whether an earlier attempt saved its last update, unmeasured."""
+    """Whether the restored state should have been evaluated, but was not.
+
+    This happens where an attempt ended between the save and the evaluation.
+    """
     due = self._origin.update is not None and is_evaluated_at(
       self.done, self.updates, self._config.eval.every
     )
@@ -141,13 +149,14 @@ class Run:
   # MARK: the start
 
   def restore_or_init(self) -> TrainState:
-    """Says what is going to happen, and returns the state to go on from.
+    """Prints the data and the plan; returns the state to start from.
 
     Raises:
-      UserError: the checkpoint is of another architecture or optimizer.
+      UserError: the checkpoint has another architecture or optimizer.
     """
-    # First what is only looked at: a config that can't resume the run must
-    # leave it as it is, and the calibration's state must be gone before ours.
+    # Checks come first: a config that can not resume the run must leave its
+    # files unchanged. The plan comes before the state: the trial updates need a
+    # state of their own, and there may be no memory for two.
     update = self._origin.update
     if update is not None:
       self._checkpoints.check(update, self.trainer.abstract())
@@ -156,6 +165,8 @@ class Run:
       plan_lib.show(plan_lib.make_plan(self._config, self.trainer, self.done))
     self._session.check()
     with self._spend(Cause.RESTORE):
+      # Going back to an older checkpoint must not leave newer ones behind: they
+      # belong to a history that is not this one.
       self._checkpoints.set_aside_after(update)
       state = self._init() if update is None else self._restore(update)
     self._write_what_it_is()
@@ -188,7 +199,11 @@ class Run:
   def subscribed(
     self, hooks: Iterable[Hook] = ()
   ) -> Iterator[tuple[Hook, Saving]]:
-    """Yields all hooks as one, the given ones last, and the one that saves."""
+    """Yields all hooks as one, and the hook that saves.
+
+    Args:
+      hooks: the caller's own; they are called after the library's.
+    """
     train, trainer = self._config.train, self.trainer
     with self._writers() as writers, ProgressLine(self.updates) as line:
       log = RunLog(
@@ -218,7 +233,10 @@ class Run:
   def _writers(self) -> Writers:
     update = self._origin.update
     if update is None:
+      # A fresh start drops all lines of an attempt that saved nothing.
       return Writers(self._workdir.path, after=-1)
+    # Lines after the restored update will be written again, and so will its
+    # evaluation if that is due: without this they would be there twice.
     redo = WRITTEN if self.is_evaluated_late else ()
     return Writers(self._workdir.path, after=update, redo=redo)
 
@@ -229,7 +247,10 @@ class Run:
   # MARK: the results
 
   def read_results(self) -> dict[str, Any] | None:
-    """Returns the results, if they are what the final evaluation would give."""
+    """Returns the stored results, or None if they have to be made again.
+
+    That is so where the settings or the text of the evaluation have changed.
+    """
     told = f"{self._workdir.path} is finished: nothing to train"
     results = self._measures.read_final(self._workdir, self._checkpoints)
     if results is None:
@@ -239,7 +260,7 @@ class Run:
     return results
 
   def measure_best(self) -> dict[str, Any]:
-    """Measures the best checkpoint and writes the results."""
+    """Evaluates the best checkpoint; writes and returns the results."""
     with self._spend(Cause.EVAL):
       step, params = averaged_params(self._checkpoints, self.trainer.denoiser)
       return evaluate_lib.evaluate_params(
@@ -251,7 +272,7 @@ class Run:
 
 
 class _Beginning(Hook):
-  """Logs what the run is, or what has changed since it began."""
+  """Logs the config and data of a new run, or the changes at a resume."""
 
   def __init__(
     self, config: Config, data: PreparedData, origin: Origin, log: RunLog

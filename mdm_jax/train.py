@@ -1,15 +1,17 @@
-"""The training loop: from a config and a workdir to a measured model.
+"""The training loop: from a config and a workdir to an evaluated model.
 
-The state saved under update k is the state after k updates; batch, masks and
-learning rate of the next one follow from k alone, so a resumed run continues
-exactly where it was. A state is saved before it is evaluated: whatever happens
-there loses nothing, and is done again. Keep the order inside the loop: dispatch
-an update, and only then read the numbers of the one before (the log does, in
-`on_metrics`), so the device never waits. All processes of several take the same
-turns.
+The state saved at update k is the state after k updates. The batch, the masks
+and the learning rate of the next one depend on k alone, so a resumed run
+continues exactly where it was. A state is saved before it is evaluated: if the
+evaluation dies, no update is lost, and it is repeated.
 
-Look into `start.py` for what comes before the loop, into `training/hooks.py`
-for who hears what it does.
+Keep the order inside the loop: dispatch an update first, and only then read the
+metrics of the one before (the log does, in `on_metrics`), so that the device
+never waits. All processes take the same branches, because updates, saves and
+evaluations are collective.
+
+See `start.py` for what comes before the loop, and `training/hooks.py` for what
+is called from it.
 """
 
 from collections.abc import Iterable
@@ -29,17 +31,24 @@ from mdm_jax.workdir import Workdir
 def train_and_evaluate(
   config: Config, workdir: Workdir, hooks: Iterable[Hook] = ()
 ) -> dict[str, Any]:
-  """Trains all stages, or what is left of them, and returns the results.
+  """Trains all stages, or what is left of them, and evaluates the best model.
+
+  Example:
+    config = from_config_dict(default_config())
+    results = train_and_evaluate(config, Workdir("runs/mine"))
 
   Args:
-    config: of the run.
-    workdir: its folder; a run that was begun there is resumed.
-    hooks: what else is to hear of every update; see `training/hooks.py`.
+    config: the run's config.
+    workdir: the run's folder; a run that is in there is resumed.
+    hooks: more to call at every update; see `training/hooks.py`.
+
+  Returns:
+    The results of the final evaluation, as in results.json.
 
   Raises:
     UserError: the config, the data or the workdir can't be used.
     StorageError: the workdir can't be written, is full, or is damaged.
-    NumericsError: losses or gradients stayed without a finite value.
+    NumericsError: too many updates had no finite loss or gradient.
     CrashLoop: the last attempts all died without saving anything new.
     Aborted: another process is gone.
     Stopped: a signal came; the same command resumes.
@@ -53,6 +62,7 @@ def train_and_evaluate(
       state = run.restore_or_init()
       with run.subscribed(hooks) as (subscribed, saving):
         subscribed.on_start(state)
+        # Which checkpoint is best depends on this evaluation.
         if run.is_evaluated_late:
           _evaluate(run.done, state, subscribed)
         train(run.trainer, state, run.updates, subscribed, saving)
@@ -62,12 +72,20 @@ def train_and_evaluate(
 def train(
   trainer: Trainer, state: TrainState, until: int, hooks: Hook, saving: Saving
 ) -> TrainState:
-  """Makes what is left of the first `until` updates; returns the state then.
+  """Makes the updates from `state.step` up to `until`.
 
-  The state it is given is consumed.
+  Args:
+    trainer: makes the updates.
+    state: where to start; it is donated, so don't use it again.
+    until: number of the update to end after.
+    hooks: called at every step of the loop.
+    saving: the one of them that saves.
+
+  Returns:
+    The state after `until` updates.
 
   Raises:
-    Stopped: a hook asked for it, and all that was done is saved.
+    Stopped: a hook asked to stop; the state has been saved.
   """
   stage = None
   for update in range(int(state.step), until):
@@ -76,6 +94,7 @@ def train(
       stage = trainer.curriculum.stage_at(update)
       hooks.on_stage(stage, update)
 
+    # train.skip_updates: the update counts, but its rows are left out.
     if trainer.passes_over(update):
       state = trainer.pass_over(state)
     else:
@@ -86,6 +105,8 @@ def train(
         hooks.on_metrics(done, metrics)
     hooks.on_update(done, state)
 
+    # Hooks are asked at every update, whatever else is due: their answers may
+    # need all processes.
     why = hooks.should_stop(done)
     wanted = hooks.wants_state(done)
     if wanted or why or saving.is_due(done):
@@ -93,8 +114,11 @@ def train(
         kept = {}
         hooks.on_save(done, state, kept)
         saving.save(done, state, kept)
+    # A stop does not wait for the evaluation; the next attempt makes up for it
+    # (`Run.is_evaluated_late`).
     if wanted and not why:
       _evaluate(done, state, hooks)
+    # After the last update there is nothing left to stop.
     if why and done < trainer.curriculum.updates:
       with hooks.during(Cause.SAVE, update):
         saving.wait()

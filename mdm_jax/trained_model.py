@@ -1,11 +1,11 @@
-"""A trained model out of a run's folder: the one way to load it.
+"""Loads a trained model from a run's folder.
 
   model = load_model(Workdir("runs/quickstart"))
   with jax.set_mesh(model.mesh):
     denoiser, params = model.denoiser, model.params
 
-Whatever else parameters may come from is to be made a `TrainedModel` here: then
-it samples and is measured like any other.
+Sampling and evaluation take a `TrainedModel`: an importer of other checkpoints
+belongs here and returns one.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from mdm_jax.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-  """A denoiser with its parameters, and what its token ids mean.
+  """A denoiser with its parameters and its tokenizer.
 
   Attributes:
-    config: of the run that trained it, or with other settings.
+    config: of the run that trained it, perhaps with other settings.
     tokenizer: text to ids and back.
     denoiser: the pure functions of the network.
-    mesh: the devices that hold the parameters; make it the current one.
-    params: averaged over the training's updates.
-    step: the update they are of.
+    mesh: the devices that hold the parameters; use with `jax.set_mesh`.
+    params: the parameters averaged over updates (EMA).
+    step: the update that they were saved after.
   """
 
   config: Config
@@ -49,16 +49,17 @@ def load_model(
   step: int | None = None,
   checkpoints: Checkpoints | None = None,
 ) -> TrainedModel:
-  """Returns the model of a run, on the devices of this machine.
+  """Loads the model of a run onto the devices of this machine.
 
   Args:
     workdir: the run's folder.
-    config: other settings than the saved ones, of the same model.
-    step: of the checkpoint (None: the best one).
-    checkpoints: of the folder, if they are open already.
+    config: a config with other settings for the same model (None: the saved
+      one).
+    step: update of the checkpoint (None: the best checkpoint).
+    checkpoints: the run's checkpoints, if they are open already.
 
   Raises:
-    UserError: there is no run or no such checkpoint, or it has another model.
+    UserError: there is no run or no such checkpoint, or its model is another.
     StorageError: what was saved is damaged.
   """
   if config is None:
@@ -78,17 +79,22 @@ def load_model(
 def averaged_params(
   checkpoints: Checkpoints, denoiser: Denoiser, step: int | None = None
 ) -> tuple[int, Params]:
-  """Returns a step and its averaged parameters, on the current mesh.
+  """Reads averaged parameters (EMA) onto the current mesh.
 
   Args:
-    checkpoints: of a run.
-    denoiser: whose parameters they are.
-    step: which to read (None: the best one).
+    checkpoints: the run's checkpoints.
+    denoiser: the model that the parameters belong to.
+    step: update of the checkpoint (None: the best checkpoint).
+
+  Returns:
+    The update of the checkpoint, and its averaged parameters.
 
   Raises:
-    UserError: there is no such checkpoint, or it has another model.
+    UserError: there is no such checkpoint, or its model is another.
     StorageError: what was saved is damaged.
   """
+  # A partial restore: the raw parameters and the optimizer's state are not
+  # read.
   like = {"ema_params": jax.eval_shape(denoiser.init, jax.random.key(0))}
   if step is None:
     step, found = checkpoints.restore_best_part(like)

@@ -1,4 +1,4 @@
-"""The evaluation of states while the training goes on, as a hook."""
+"""Evaluates the state during the training, as a hook of the loop."""
 
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.progress import duration
@@ -9,24 +9,25 @@ from mdm_jax.training.hooks import Hook
 from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.state import TrainState
 
-WRITTEN = "validation/", "samples/"  # names of what an evaluation writes
+WRITTEN = "validation/", "samples/"  # prefixes of what it logs
 
 
 def is_evaluated_at(done: int, updates: int, every: int) -> bool:
-  """Returns whether a state is evaluated: every so many updates, and the last.
+  """Returns whether the state after `done` updates is evaluated.
 
   Args:
-    done: updates that it is the state after.
-    updates: of the whole run.
-    every: so many (0: the last one only).
+    done: updates made.
+    updates: updates of the whole run; the last state is always evaluated.
+    every: updates between evaluations (0: the last state only).
   """
   return done == updates or bool(every and done and done % every == 0)
 
 
 class Validation(Hook):
-  """Measures the averaged parameters on a few validation rows.
+  """Evaluates the averaged parameters on validation rows.
 
-  What it finds is logged, and kept beside the checkpoint: it tells the best.
+  The result is logged, and recorded with the checkpoint: it decides which
+  checkpoint is the best.
   """
 
   def __init__(

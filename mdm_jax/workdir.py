@@ -1,16 +1,17 @@
-"""The files of a run's folder, beside checkpoints and metrics.
+"""Reads and writes the files of a run's folder, except its checkpoints.
 
-config.json     the run's config; what eval, sample and a resume read
-versions.json   the packages it was started with, and the format of its files
+config.json     the run's config: what eval, sample and a resume read
+versions.json   packages of the run's start, and the format of its files
 data.json       what its stages read: counts, difficulty, examples
 results.json    the last evaluation
 unmasking.json  one of its samples, step by step
 report.html     all of it as a page
-frontier.csv    the judge's opinion and entropy by temperature; also .png
+frontier.csv    judge's nats per byte and entropy by temperature; also .png
 ways.csv        the same, and denoiser calls, by order and steps; also .md
 
 `runtime/attempt.py` has lock.json, attempts.jsonl and exit.json;
-`checkpoints/checkpoint.py` checkpoints, checkpoints.jsonl and set_aside.
+`checkpoints/checkpoint.py` checkpoints, checkpoints.jsonl and set_aside;
+`training/writers.py` metrics.jsonl.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from mdm_jax.core import distributed, files
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.core.fields import at_home
 
-# Of the files of a workdir, all together; 1 until mdm_jax 0.1.
+# Version of all file formats in a workdir; 1 until mdm_jax 0.1.
 FORMAT = 2
 _PACKAGES = (
   "mdm_jax",
@@ -49,18 +50,21 @@ class Workdir:
     self.path = epath.Path(at_home(os.fspath(path)))
 
   def create(self) -> None:
-    """Makes the folder, and sees that it can be written.
+    """Makes the folder and checks that it can be written.
 
     Raises:
       StorageError: it can't.
-      UserError: what a bucket needs is not installed.
+      UserError: it is in a bucket, and the package for that is not installed.
     """
     try:
       files.make_folder(self.path)
+      # By trying: permissions do not tell of a read-only disk or bucket. A name
+      # per process, as several may try at once.
       probe = self.path / f".writable.{distributed.index()}"
       files.write(probe, b"")
       files.delete(probe)
     except OSError as error:
+      # A local path is made with its parents, but a bucket has to exist.
       missing = isinstance(error, FileNotFoundError)
       if missing and not files.is_local(self.path):
         why = f"there is no bucket {self.path.parts[2]}"
@@ -71,12 +75,13 @@ class Workdir:
       ) from error
 
   def has_config(self) -> bool:
-    """Whether a run was started here."""
+    """Returns whether a run was started here."""
     return files.exists(self.path / "config.json")
 
   def check_format(self) -> None:
-    """Raises UserError if another version's run was started here."""
+    """Raises UserError if the run here has files of another format."""
     saved = self._read("versions.json") or {"format": FORMAT}
+    # Versions before 0.2 wrote no format.
     found = saved.get("format", 1)
     if found != FORMAT:
       by = saved["packages"]["mdm_jax"]
@@ -87,10 +92,10 @@ class Workdir:
       )
 
   def read_config_dict(self) -> dict[str, Any]:
-    """Returns the saved config as plain values; no code is run.
+    """Returns the saved config as plain values; runs no code.
 
     Raises:
-      UserError: there is none, or it is of another version.
+      UserError: there is none, it is no JSON, or it has another format.
     """
     self.check_format()
     try:
@@ -103,7 +108,7 @@ class Workdir:
       raise UserError(f"{self.path / 'config.json'}: {error}") from None
 
   def write_config(self, config: Config, tokenizer_sha256: str) -> None:
-    """Stores what a resume, an evaluation or a sample has to know."""
+    """Stores what a resume, an evaluation or sampling needs to know."""
     self._write("config.json", config_lib.to_dict(config))
     packages = {p: importlib.metadata.version(p) for p in _PACKAGES}
     self._write(
@@ -116,7 +121,7 @@ class Workdir:
     )
 
   def tokenizer_sha256(self) -> str | None:
-    """Returns the hash of the tokenizer the run was started with."""
+    """Returns the hash of the run's tokenizer, None before its start."""
     saved = self._read("versions.json")
     return None if saved is None else saved["tokenizer_sha256"]
 
@@ -131,7 +136,12 @@ class Workdir:
       )
 
   def check_data(self, manifest: dict[str, Any], advice: str = "") -> None:
-    """Raises UserError, with some advice, if it was started with other rows."""
+    """Raises UserError if the run was started with other rows.
+
+    Args:
+      manifest: of the rows at hand.
+      advice: ends the message.
+    """
     saved = (self.read_data() or manifest)["files"]
     changed = [n for n in saved if saved[n] != manifest["files"].get(n)]
     if changed:
@@ -151,7 +161,7 @@ class Workdir:
   def write_results(
     self, results: dict[str, Any], unmasking: dict[str, Any]
   ) -> None:
-    """Stores the last evaluation, and a sample step by step."""
+    """Stores an evaluation, and one of its samples step by step."""
     self._write("unmasking.json", unmasking)
     self._write("results.json", results)
 
@@ -160,25 +170,25 @@ class Workdir:
     return self._read("results.json")
 
   def read_unmasking(self) -> dict[str, Any] | None:
-    """Returns a sample of the last evaluation step by step, or None."""
+    """Returns the last evaluation's sample step by step, or None."""
     return self._read("unmasking.json")
 
   def read_metrics(self) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl; none before a run's first."""
+    """Returns the lines of metrics.jsonl, [] where there is none."""
     return files.read_lines(self.path / "metrics.jsonl")
 
   def write_frontier(self, table: str, plot: bytes) -> None:
-    """Stores a temperature sweep."""
+    """Stores a temperature sweep: a CSV table and a PNG plot."""
     self._write_bytes("frontier.csv", table.encode())
     self._write_bytes("frontier.png", plot)
 
   def write_ways(self, table: str, markdown: str) -> None:
-    """Stores a comparison of ways to draw."""
+    """Stores a comparison of ways to sample: CSV and Markdown tables."""
     self._write_bytes("ways.csv", table.encode())
     self._write_bytes("ways.md", markdown.encode())
 
   def write_page(self, html: str) -> epath.Path:
-    """Stores the report and returns where."""
+    """Stores the report and returns its path."""
     self._write_bytes("report.html", html.encode())
     return self.path / "report.html"
 
@@ -201,7 +211,7 @@ class Workdir:
 
 @contextlib.contextmanager
 def _storing(path: epath.Path) -> Iterator[None]:
-  """Tells in one line what can't be stored."""
+  """Turns an error of the file system into a StorageError of one line."""
   try:
     yield
   except OSError as error:
