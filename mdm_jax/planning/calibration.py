@@ -1,4 +1,4 @@
-"""How long an update of each stage takes on the devices at hand, by trying."""
+"""Measures how long an update of each stage takes on the devices at hand."""
 
 import time
 
@@ -9,15 +9,23 @@ from mdm_jax.training.curriculum import StagePlan
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.trainer import Trainer
 
-_SECONDS = 1.0  # of trying a stage, if its updates are short
+_SECONDS = 1.0  # of timing per stage, if its updates are short
 _MOST_UPDATES = 10
 
 
 def update_seconds(trainer: Trainer, after: int = 0) -> dict[int, float]:
-  """Returns seconds an update of every stage that has updates past `after`.
+  """Returns the seconds per update of every stage that has updates left.
 
-  The stages' programs are compiled on the way, and the run will use them. The
-  state is a throwaway one: call this before there is another.
+  The stages' programs are compiled here, and the run uses them later. The trial
+  needs a training state of its own, which is freed at the end: call this before
+  the run's state exists.
+
+  Args:
+    trainer: makes the updates; called on its mesh.
+    after: updates already made; stages that end by then are left out.
+
+  Returns:
+    Seconds by index of the stage.
   """
   left = [s for s in trainer.curriculum.stages if s.end > after]
   state = trainer.init()
@@ -30,11 +38,11 @@ def update_seconds(trainer: Trainer, after: int = 0) -> dict[int, float]:
 def _time_stage(
   trainer: Trainer, state: TrainState, stage: StagePlan
 ) -> tuple[TrainState, float]:
-  state = _update(trainer, state, stage)  # compiles
+  state = _update(trainer, state, stage)  # compiles: not timed
   began = time.monotonic()
   state = _update(trainer, state, stage)
-  # Each process by its own clock would do another number of updates, and wait
-  # for the others in one that they don't do.
+  # Process 0 decides: with clocks of their own, processes would make different
+  # numbers of updates, and hang in the collectives of the last one.
   more = distributed.broadcast(_fit(time.monotonic() - began))
   for _ in range(more):
     state = _update(trainer, state, stage)
@@ -43,7 +51,7 @@ def _time_stage(
 
 
 def _fit(seconds: float) -> int:
-  """Returns how many updates there is time for beside one that took so long."""
+  """Returns how many more updates fit into the trial, from the time of one."""
   return min(int(_SECONDS / max(seconds, 1e-9)), _MOST_UPDATES - 1)
 
 

@@ -1,8 +1,8 @@
-"""What a device of a mesh holds of a run, from shapes and shardings alone.
+"""Computes the memory a run needs per device, from shapes and shardings alone.
 
-The state and what is kept for the backward pass are read off the traced update,
-to the byte. What an update needs at once beside them is an estimate of its two
-largest parts: how a compiler lays them out is its own affair.
+The training state and what is kept for the backward pass are read off the
+traced update, to the byte. Temporaries beside them are an estimate, from the
+two largest parts of an update: the compiler decides how they are laid out.
 """
 
 import dataclasses
@@ -25,20 +25,21 @@ from mdm_jax.training.curriculum import StagePlan
 from mdm_jax.training.trainer import Recipe
 
 _FLOAT32 = 4
-# Arrays as large as attention's scores that a block's backward pass has at
-# once, by what XLA took for TPUs: docs/scaling.md.
+# Arrays of the size of attention's scores that a block's backward pass holds at
+# once, by `model.remat`; fitted to what XLA's TPU compiler allocated
+# (docs/scaling.md).
 _SCORES = {"none": 5, "dots": 5, "full": 9}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """An array, and how it lies on a mesh.
+  """An array and its sharding on a mesh.
 
   Attributes:
-    name: its path in the state, or of what computes it.
+    name: its path in the state, or the name of the operation that computes it.
     shape: of the whole array.
-    dtype: of its entries.
-    shards: how many parts each axis is split in.
+    dtype: of its elements.
+    shards: number of parts that each axis is split into.
   """
 
   name: str
@@ -48,11 +49,11 @@ class Layout:
 
   @property
   def bytes(self) -> int:
-    """Bytes a device."""
+    """Bytes per device."""
     return math.prod(self.shape) // math.prod(self.shards) * self.dtype.itemsize
 
   def __str__(self) -> str:
-    """As `4096/64 x 14336/4`: sizes, and what they are divided by."""
+    """Formats as `4096/64 x 14336/4`: sizes, and what they are divided by."""
     parts = zip(self.shape, self.shards, strict=True)
     text = " x ".join(f"{n}/{k}" if k > 1 else str(n) for n, k in parts)
     return text or "scalar"
@@ -63,11 +64,12 @@ class Footprint:
   """What a device holds.
 
   Attributes:
-    params: every parameter; its average, moments and gradient lie as it does.
-    kept: what the forward pass of the costliest stage leaves to the backward
-      pass, all layers together.
-    held: bytes from the first update to the last.
-    passing: bytes for a part of an update.
+    params: every parameter; its average, moments and gradient have its
+      sharding.
+    kept: what the forward pass keeps for the backward pass in the stage that
+      needs most, all layers together.
+    held: bytes held during the whole run, by name.
+    passing: bytes held during a part of an update, by name.
   """
 
   params: tuple[Layout, ...]
@@ -77,14 +79,21 @@ class Footprint:
 
   @property
   def total(self) -> int:
-    """Bytes at the worst moment of an update."""
+    """Bytes at the peak of an update."""
+    # The head and a block are never at work at the same time, so only the
+    # larger of the two counts.
     head, block = self.passing["head"], self.passing["block"]
     passing = sum(self.passing.values()) - min(head, block)
     return sum(self.held.values()) + passing
 
 
 def footprint(run: Recipe, mesh: AbstractMesh) -> Footprint:
-  """Returns what a device of the mesh holds in the run's costliest stage."""
+  """Returns what a device of the mesh holds in the stage that needs most.
+
+  Args:
+    run: the run without rows and devices.
+    mesh: axis sizes; no devices are needed.
+  """
   with jax.sharding.use_abstract_mesh(mesh):
     stages = [_of_stage(run, stage, mesh) for stage in run.curriculum.stages]
   return max(stages, key=lambda found: found.total)
@@ -95,6 +104,7 @@ def _of_stage(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Footprint:
   params = layouts(state.params, mesh)
   size = sum(p.bytes for p in params)
   kept = kept_for_backward(run, stage, mesh)
+  # With several microbatches, one's gradient is held beside the sum so far.
   microbatches = run.accumulation
   return Footprint(
     params=params,
@@ -114,7 +124,7 @@ def _of_stage(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Footprint:
 
 
 def layouts(tree: Any, mesh: AbstractMesh) -> tuple[Layout, ...]:
-  """Returns how every array of a tree of shapes lies."""
+  """Returns the layout of every array in a tree of shapes."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return tuple(
     _layout(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, mesh)
@@ -133,7 +143,7 @@ def _layout(name: str, value: Any, mesh: AbstractMesh) -> Layout:
 
 
 def abstract_batch(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Batch:
-  """Returns the shapes of an update's rows."""
+  """Returns the shapes and shardings of one update's rows."""
   sharding = NamedSharding(mesh, RULES.spec(None, "batch", None))
   shape = (
     run.accumulation,
@@ -147,10 +157,15 @@ def abstract_batch(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Batch:
 def kept_for_backward(
   run: Recipe, stage: StagePlan, mesh: AbstractMesh
 ) -> tuple[Layout, ...]:
-  """Returns what the blocks' forward passes leave to their backward passes.
+  """Returns the arrays that the blocks keep for the backward pass.
 
-  An objective may call the model more than once; all calls of a microbatch are
-  held at the same time.
+  An objective may call the model more than once; the arrays of all calls of a
+  microbatch are held at the same time.
+
+  Args:
+    run: the run without rows and devices.
+    stage: whose update is traced.
+    mesh: axis sizes.
   """
   batch = abstract_batch(run, stage, mesh)
   traced = run.step(stage).trace(run.abstract(), batch)
@@ -159,9 +174,10 @@ def kept_for_backward(
 
 
 def _is_forward(eqn: Any) -> bool:
-  """Whether it is a loop over the layers: only there products have names.
+  """Returns whether an equation is the forward loop over the layers.
 
-  On the way back they have them inside what is computed again, or not at all.
+  Only its products are named (`checkpoint_name`); the backward loop has the
+  names inside what it recomputes, or not at all.
   """
   return eqn.primitive.name == "scan" and any(
     inner.primitive.name == "name" for inner in eqn.params["jaxpr"].eqns
@@ -169,17 +185,17 @@ def _is_forward(eqn: Any) -> bool:
 
 
 def _stacked(loop: Any, mesh: AbstractMesh) -> Iterator[Layout]:
-  """Yields what a loop over the layers returns of each of them."""
+  """Yields the arrays that a loop over the layers returns per layer."""
   body, length = loop.params["jaxpr"].jaxpr, loop.params["length"]
   names: dict[Any, str] = {}
   for eqn in body.eqns:
     if eqn.primitive.name == "name":
       names |= dict.fromkeys(eqn.outvars, eqn.params["name"])
-    elif eqn.primitive.name == "reduce_precision":  # what is kept is rounded
+    elif eqn.primitive.name == "reduce_precision":  # JAX rounds what it keeps
       names[eqn.outvars[0]] = names.get(eqn.invars[0], "other")
   made = {var for eqn in body.eqns for var in eqn.outvars}
   for inner, outer in zip(body.outvars, loop.outvars, strict=True):
-    # What goes on to the next layer is not stacked.
+    # The carry, passed to the next layer, has no axis of layers.
     stacked = outer.aval.shape == (length, *inner.aval.shape)
     if stacked and not isinstance(inner, Literal):
       name = names.get(inner, "other" if inner in made else "block input")
@@ -187,7 +203,7 @@ def _stacked(loop: Any, mesh: AbstractMesh) -> Iterator[Layout]:
 
 
 def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
-  """Yields all equations, an inner one after the one it is in."""
+  """Yields all equations of a jaxpr, nested ones after their parents."""
   for eqn in jaxpr.eqns:
     yield eqn
     for value in jax.tree.leaves(list(eqn.params.values())):
@@ -200,7 +216,10 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
 
 
 def _head_bytes(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> int:
-  """The table of a tensor shard, its gradient, and a chunk of logits."""
+  """Returns the bytes of a tensor shard's table, its gradient, and logits.
+
+  The logits are those of one chunk of masked positions, in float32.
+  """
   config = run.denoiser.config
   capacity = run.objective(stage).cost().asked
   width = config.embed_dim
@@ -217,13 +236,17 @@ def _block_bytes(
   params: tuple[Layout, ...],
   mesh: AbstractMesh,
 ) -> int:
-  """A layer's parameters, their gradient, and attention's scores."""
+  """Returns the bytes of a layer's parameters, their gradient, and scores.
+
+  Parameters are gathered over the fsdp axis, layer by layer, so they are
+  counted unsplit there.
+  """
   config = run.denoiser.config
   weights = sum(
     p.bytes // p.dtype.itemsize * mesh.shape[RULES.embed]
     for p in params
     if p.name.startswith("blocks/") and len(p.shape) > 2
-    if not p.name.endswith("bias")  # not split over it, and small
+    if not p.name.endswith("bias")  # not split over fsdp, and small
   )
   weights //= config.num_layers
   rows = padded_rows(run.batch_size, mesh) // data_shards(mesh)

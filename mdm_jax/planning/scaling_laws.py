@@ -1,11 +1,11 @@
-"""What published scaling laws expect of a model, a corpus and its repetition.
+"""Published scaling laws for models that are trained on repeated data.
 
 Throughout: `params` is the number of parameters N; `unique_tokens` is the size
 of the corpus U, in tokens, never in millions; `epochs` E is how often it is
-read, and a fraction below 1 reads a smaller corpus once; losses are in nats a
+read, and a fraction below 1 reads a smaller corpus once; losses are in nats per
 token. Functions raise ValueError where one of these numbers is not positive.
-All laws were fitted on English web text (C4) in GPT-2 tokens: an order of
-magnitude, not a promise, for another corpus or vocabulary.
+All laws were fitted on English web text (C4) in GPT-2 tokens: for another
+corpus or vocabulary they give an order of magnitude, not a prediction.
 
 Sources: Prabhudesai et al. 2025 (arXiv 2507.15857), Muennighoff et al. 2023
 (arXiv 2305.16264) and Quokka (Ni et al. 2025, arXiv 2510.03280).
@@ -23,10 +23,11 @@ Number = int | float
 DIFFUSION_R_STAR = 512.85
 AR_R_STAR = 31.93
 
-# What a model that knows nothing loses a token, in the laws' own tokens.
+# Loss per token of uniform guessing, in the GPT-2 tokens of the laws.
 UNIFORM_LOSS = math.log(50_257)
 
-# Unique tokens of the runs behind R* and the critical compute.
+# Range of unique tokens in the runs that R* and the critical compute were
+# fitted to.
 FITTED_UNIQUE_TOKENS = (25e6, 100e6)
 
 # Muennighoff et al. 2023, appendix A; alpha = beta in their fit.
@@ -46,18 +47,18 @@ def training_flops(params: Number, tokens: Number) -> float:
 
 
 def critical_flops(unique_tokens: Number) -> float:
-  """Returns the compute, FLOPs, past which diffusion beats autoregression.
+  """Returns the training FLOPs past which diffusion beats autoregression.
 
   C = 2.12e15 U^2.174 (Prabhudesai et al. 2025), with U in millions of tokens.
-  The paper's first version prints it without that unit, and raw tokens make it
-  1e13 times too large; hence raw tokens as the argument, converted inside.
+  The paper's first version leaves the unit out, and raw tokens would make it
+  1e13 times too large; so the argument is raw tokens, converted inside.
   """
   _check_positive(unique_tokens=unique_tokens)
   return 2.12e15 * (unique_tokens / 1e6) ** 2.174
 
 
 def in_fitted_range(unique_tokens: Number) -> bool:
-  """Whether R* and the critical compute were fitted on such corpus sizes."""
+  """Returns whether R* and the critical compute were fitted on such corpora."""
   low, high = FITTED_UNIQUE_TOKENS
   return low <= unique_tokens <= high
 
@@ -65,11 +66,17 @@ def in_fitted_range(unique_tokens: Number) -> bool:
 def effective_tokens(
   unique_tokens: Number, epochs: Number, r_star: float
 ) -> float:
-  """Returns the fresh tokens that reading a corpus `epochs` times is worth.
+  """Returns how many fresh tokens reading a corpus `epochs` times is worth.
 
   D' = U + U R* (1 - exp(-(E - 1) / R*)) (Prabhudesai et al. 2025, after
-  Muennighoff et al. 2023), never more than the tokens read. R* counts repeats:
-  the R*-th is worth 1/e of a fresh pass. It is no advice on when to stop.
+  Muennighoff et al. 2023), never more than the tokens read. R* is a number of
+  repeats: the R*-th repeat is worth 1/e of a fresh pass. It does not say when
+  to stop.
+
+  Args:
+    unique_tokens: U.
+    epochs: E.
+    r_star: `DIFFUSION_R_STAR` or `AR_R_STAR`.
   """
   fresh, passes = _fresh(unique_tokens, epochs)
   return _saturating(fresh, passes - 1, r_star)
@@ -78,7 +85,7 @@ def effective_tokens(
 def ar_loss(params: Number, unique_tokens: Number, epochs: Number) -> float:
   """Returns the loss of an autoregressive model (Muennighoff et al. 2023).
 
-  Epochs never harm in this law: runs that overfitted were left out of its fit.
+  More epochs never increase it: runs that overfitted were left out of the fit.
   """
   _check_positive(params=params)
   fresh, passes = _fresh(unique_tokens, epochs)
@@ -92,8 +99,8 @@ def ar_loss(params: Number, unique_tokens: Number, epochs: Number) -> float:
 def one_epoch_diffusion_loss(params: Number, tokens: Number) -> float:
   """Returns the bound of masked diffusion on fresh tokens (Quokka, eq. 13).
 
-  A fit for plentiful data, not to be mixed with `diffusion_loss`: for 100M
-  parameters and tokens it lies 1.9 nats above that one's first epoch.
+  A fit for plentiful data; don't compare it with `diffusion_loss`: for 100M
+  parameters and tokens it is 1.9 nats above that law's first epoch.
   """
   _check_positive(params=params, tokens=tokens)
   return 2.413 + 798.6 / params**0.379 + 4604.9 / tokens**0.378
@@ -105,7 +112,8 @@ def diffusion_loss(
   """Returns the bound of masked diffusion on repeated data (Quokka, eq. 15).
 
   Its D' = U E^1.49 exp(-((E - 1) / e_p)^0.40) falls again after `best_epochs`,
-  and may exceed the tokens read: a term of a fit, unlike `effective_tokens`.
+  and may exceed the tokens read: it is a term of a fit, unlike
+  `effective_tokens`.
   """
   fresh, passes = _fresh(unique_tokens, epochs)
   repeats = (passes - 1) / overfitting_scale(params, unique_tokens)
@@ -123,15 +131,16 @@ def overfitting_scale(params: Number, unique_tokens: Number) -> float:
 
 
 def best_epochs(params: Number, unique_tokens: Number) -> float:
-  """Returns the epochs, at least 1, with the lowest `diffusion_loss`.
+  """Returns the number of epochs, at least 1, with the lowest `diffusion_loss`.
 
-  The paper's tables 3 and 4 lie 3 % below to 8 % above (12 % at 11 epochs), as
-  its coefficients are printed rounded. By its authors' account the fit allows
-  more epochs than their runs did.
+  The paper's tables 3 and 4 lie 3 % below to 8 % above (12 % at 11 epochs),
+  because its coefficients are printed rounded. Its authors say that the fit
+  allows more epochs than their runs did.
   """
   scale, epochs = overfitting_scale(params, unique_tokens), math.inf
-  # log D' is level where E - 1 = e_p (3.725 (1 - 1 / E))^2.5: from above, this
-  # closes in on the last such E. It is a maximum, but one epoch may be better.
+  # The derivative of log D' is zero where E - 1 = e_p (3.725 (1 - 1 / E))^2.5.
+  # From above, this iteration converges to the largest such E: a local maximum,
+  # but one epoch may still be better.
   for _ in range(50):
     level = _GAIN / _DECAY * (1 - 1 / epochs)
     epochs = 1 + scale * level ** (1 / _DECAY)
@@ -143,21 +152,21 @@ def best_epochs(params: Number, unique_tokens: Number) -> float:
 def diffusion_wins(
   params: Number, unique_tokens: Number, epochs: Number
 ) -> bool:
-  """Whether `diffusion_loss` is below `ar_loss` for one run, at equal compute.
+  """Returns whether `diffusion_loss` is below `ar_loss` at equal compute.
 
-  Differences under 0.2 nats say nothing: for the best runs of Prabhudesai et
+  Differences under 0.2 nats mean nothing: for the best runs of Prabhudesai et
   al. 2025 the laws give 3.53 (diffusion) and 3.89, where 3.55 and 3.71 were
-  measured. And one side is a bound, the other an exact likelihood.
+  measured. One side is a bound, the other an exact likelihood.
   """
   run = params, unique_tokens, epochs
   return diffusion_loss(*run) < ar_loss(*run)
 
 
 def crossover_epochs(params: Number, unique_tokens: Number) -> float:
-  """Returns the epochs from which `diffusion_wins` until it overfits, or inf.
+  """Returns the epochs from which on diffusion wins, to 1 %; inf if never.
 
-  To within 1 %. Past `best_epochs` diffusion gets worse and autoregression
-  better, so what does not win there never will.
+  It wins from there until it overfits. Past `best_epochs` diffusion gets worse
+  and autoregression better, so a run that does not win by then never will.
   """
   start = math.inf
   last = best_epochs(params, unique_tokens)
@@ -170,23 +179,25 @@ def crossover_epochs(params: Number, unique_tokens: Number) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-  """What the laws say of one run.
+  """What the laws predict for one run.
 
   Attributes:
     flops: training compute, FLOPs.
     critical_flops: compute past which diffusion should win, FLOPs.
-    past_critical_flops: whether the first exceeds the second.
+    past_critical_flops: whether `flops` exceeds `critical_flops`.
     effective_tokens_diffusion: fresh tokens the run is worth to diffusion.
     effective_tokens_ar: the same for an autoregressive model.
-    overfitting_scale: e_p of Quokka's law, epochs.
+    overfitting_scale: e_p of Quokka's law, in epochs.
     best_epochs: epochs after which Quokka's law turns upwards.
     crossover_epochs: epochs from which diffusion wins, until it overfits.
-    diffusion_loss: Quokka's law, nats a token.
-    ar_loss: Muennighoff's law, nats a token.
-    diffusion_wins: whether the first is the lower.
-    losses_in_reach: whether both are below uniform guessing; a law that says
-      more was fitted on far larger corpora, and says nothing of this one.
-    in_fitted_range: whether R* and `critical_flops` were fitted on such sizes.
+    diffusion_loss: Quokka's law, nats per token.
+    ar_loss: Muennighoff's law, nats per token.
+    diffusion_wins: whether `diffusion_loss` is the lower of the two.
+    losses_in_reach: whether both are below uniform guessing; a law that
+      predicts more was fitted on far larger corpora and does not apply to this
+      one.
+    in_fitted_range: whether R* and `critical_flops` were fitted on such
+      corpora.
   """
 
   flops: float
@@ -205,7 +216,7 @@ class Forecast:
 
 
 def forecast(params: Number, unique_tokens: Number, epochs: Number) -> Forecast:
-  """Returns everything the laws say of one run."""
+  """Returns everything that the laws predict for one run."""
   run, read = (params, unique_tokens, epochs), (unique_tokens, epochs)
   flops = training_flops(params, unique_tokens * epochs)
   critical = critical_flops(unique_tokens)
@@ -227,8 +238,9 @@ def forecast(params: Number, unique_tokens: Number, epochs: Number) -> Forecast:
 
 
 def _fresh(unique_tokens: Number, epochs: Number) -> tuple[Number, Number]:
-  """Tokens read at least once, and how often: below 1 epoch, a part once."""
+  """Returns the tokens read at least once, and how often they are read."""
   _check_positive(unique_tokens=unique_tokens, epochs=epochs)
+  # Below 1 epoch: a part of the corpus, read once.
   return unique_tokens * min(1, epochs), max(1, epochs)
 
 
