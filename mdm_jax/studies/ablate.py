@@ -2,10 +2,10 @@
 
   python -m mdm_jax.studies.ablate --config=configs/ablation.py --seeds=3
 
-Each run is the command that it prints: stop this program when you like, and the
-same command goes on. A config file for it has `VARIANTS`, a dict from what may
-follow its colon to what that changes; the first is what the others are
-compared with.
+Every run is a command of its own, which is printed. Stop this program at any
+time; the same command resumes. The config file needs `VARIANTS`, a dict from
+config arguments (what may follow the colon of --config=FILE:ARGUMENT) to
+descriptions; the first variant is the baseline of the comparison.
 """
 
 import os
@@ -29,20 +29,22 @@ from mdm_jax.workdir import Workdir
 
 _COLUMNS = 3  # of a table on the screen
 
-# Measures of samples that are compared, by way of sampling, with their titles.
+# Metrics of samples in the comparison with their titles, then the ways of
+# sampling with what they add to a title.
 _TEXT = {"seq_rep_4": "seq-rep-4", "unigram_entropy": "entropy"}
 _TEXT |= {"judge_nll": "judge"}
 _WAYS = {"sampling": "", "untruncated": ", T=1"}
 
 
 def main(_: list[str]) -> int:
-  """Runs what is not finished yet and prints the comparison."""
+  """Trains what is not finished yet, and prints the comparison."""
   try:
     variants = _chosen(flags.FLAGS.config, flags.FLAGS.variants)
     folder = at_home(
       flags.FLAGS.workdir or os.path.join("runs", _name(flags.FLAGS.config))
     )
-    # All variants with one seed first: a sweep cut short compares them all.
+    # Seeds in the outer loop: if the sweep is cut short, all variants have the
+    # same number of runs.
     for seed in range(flags.FLAGS.seeds):
       for variant in variants:
         code = _train(variant, seed, _run_folder(folder, variant, seed))
@@ -56,7 +58,7 @@ def main(_: list[str]) -> int:
   results = {v: _results(folder, v, flags.FLAGS.seeds) for v in variants}
   for table in _tables(results):
     console.print(table)
-  try:  # last: it may be that nothing can be stored
+  try:  # after printing, since this may fail
     _write(folder, results)
   except OSError as error:
     told = f"{folder} can't be written: {error.strerror}"
@@ -85,7 +87,7 @@ def _run_folder(folder: str, variant: str, seed: int) -> str:
 
 
 def _train(variant: str, seed: int, workdir: str) -> int:
-  """Trains and measures one run in a process of its own."""
+  """Trains and evaluates one run in its own process."""
   argument = f"{variant},quick" if flags.FLAGS.quick else variant
   command = [
     "python",
@@ -98,6 +100,8 @@ def _train(variant: str, seed: int, workdir: str) -> int:
   if flags.FLAGS.modules:
     command.append(f"--modules={','.join(flags.FLAGS.modules)}")
   console.rule(shlex.join(command))
+  # The printed command says `python`, for people to paste; this one must be the
+  # interpreter at hand.
   return subprocess.run([sys.executable, *command[1:]]).returncode
 
 
@@ -112,11 +116,17 @@ def _results(folder: str, variant: str, seeds: int) -> list[dict]:
 def compare(
   results: Mapping[str, list[dict]],
 ) -> dict[str, dict[str, Estimate]]:
-  """Returns every measure of every variant, and its loss to the first.
+  """Returns the mean of every measure of every variant.
 
-  The loss is the difference in what tells the best checkpoint, run by run of
-  the same seed: what the seeds have in common, as the initial parameters,
-  cancels.
+  `loses` is the difference to the first variant in the number that chooses the
+  best checkpoint. It is taken between runs of the same seed, so that what they
+  share, such as the initial parameters, cancels.
+
+  Args:
+    results: the results.json of every seed, by variant.
+
+  Returns:
+    By variant and title: the mean over seeds and its standard error.
   """
   base = [_head(run) for run in next(iter(results.values()))]
   names = _names(results)
@@ -134,13 +144,13 @@ def compare(
 
 
 def _head(run: dict) -> float:
-  """Returns what tells the best checkpoint, made so that less is better."""
+  """Returns the number that chooses the best checkpoint; lower is better."""
   head = from_json(run).head()
   return head.value if head.lower_is_better else -head.value
 
 
 def _names(results: Mapping[str, list[dict]]) -> list[str]:
-  """Returns the title of every measure that some run has, in their order."""
+  """Returns the titles of all measures, in order of first appearance."""
   runs = (run for runs in results.values() for run in runs)
   return list(dict.fromkeys(name for run in runs for name in measures(run)))
 
@@ -148,8 +158,8 @@ def _names(results: Mapping[str, list[dict]]) -> list[str]:
 def measures(run: dict) -> dict[str, float | None]:
   """Returns the numbers of a results.json that are compared, by title.
 
-  They are all values of held-out text, both ends of its curves, and some
-  measures of samples.
+  They are all values of test text, both ends of its curves, and some metrics of
+  samples.
   """
   measured = from_json(run)
   found = {v.title: v.value for v in measured.all_values().values()}
@@ -166,7 +176,7 @@ def measures(run: dict) -> dict[str, float | None]:
 
 
 def _tables(results: Mapping[str, list[dict]]) -> list[Table]:
-  """Returns the comparison in parts that a terminal has room for."""
+  """Returns the comparison as tables narrow enough for a terminal."""
   lines = compare(results)
   names = list(next(iter(lines.values())))
   return [
@@ -190,7 +200,7 @@ def _cell(found: Estimate) -> str:
 
 
 def _write(folder: str, results: Mapping[str, list[dict]]) -> None:
-  """Writes ablation.csv, a line a run, and ablation.md, the comparison."""
+  """Writes ablation.csv, one line per run, and ablation.md, the comparison."""
   names = _names(results)
   rows = [
     [variant, seed, *(found.get(name) for name in names)]
@@ -207,7 +217,7 @@ def _write(folder: str, results: Mapping[str, list[dict]]) -> None:
 
 
 def _define_flags() -> None:
-  """Only for the program: main.py has flags of the same names."""
+  """Called by the program alone: main.py has flags of the same names."""
   flags.DEFINE_string("config", None, "Config file with VARIANTS.")
   flags.DEFINE_list("variants", None, "Some of them (default: all).")
   flags.DEFINE_integer("seeds", 3, "Runs of each variant.", lower_bound=1)

@@ -1,9 +1,9 @@
-"""Ways to draw texts from one checkpoint: what each is like, and costs.
+"""Compares ways to sample from one checkpoint: orders, steps and budgets.
 
-All use the run's temperature and filters, so that the ways differ in where and
-how many tokens a step reveals, and in nothing else. Neither number of a row
-means much without the other, nor without the calls it took: a way is better if
-the judge likes its texts more at the same entropy and the same calls.
+All use the run's temperature and filters, so the ways differ only in which
+positions a step reveals, and how many. The judge's number, the entropy and the
+denoiser calls belong together: one way is better than another if the judge
+finds its texts more likely at the same entropy and the same number of calls.
 """
 
 import dataclasses
@@ -26,21 +26,23 @@ _ORDERS = (
   *("random", "spread", "left_to_right"),
   *("confidence", "margin", "entropy"),
 )
-_IN_FULL = "random", "spread", "confidence"  # also one token a step
+_IN_FULL = "random", "spread", "confidence"  # also with one token per step
 _STEPS = 12, 24, 48
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-  """One way to draw texts, and what they are like.
+  """One way to sample, and what its texts are like.
 
   Attributes:
-    way: the settings.
-    num_steps: denoiser calls that were allowed.
-    calls: the mean number of them that a text took.
-    judge_nll: nats a byte, with its standard error.
-    unigram_entropy: nats, with its standard error.
-    n: texts.
+    way: name of the settings.
+    num_steps: denoiser calls allowed.
+    calls: denoiser calls made, mean over the texts.
+    judge_nll: the judge's nats per byte.
+    judge_nll_stderr: its standard error.
+    unigram_entropy: entropy of a text's own tokens, in nats.
+    unigram_entropy_stderr: its standard error.
+    n: number of texts.
   """
 
   way: str
@@ -54,7 +56,11 @@ class Way:
 
 
 def ways(length: int) -> dict[str, dict[str, Any]]:
-  """Returns the settings that are compared, by name."""
+  """Returns the settings to compare, by name.
+
+  Args:
+    length: tokens per text; as many steps reveal one token each.
+  """
   result = {
     f"{order}, {n} steps": {"order": order, "num_steps": n}
     for order in _ORDERS
@@ -69,6 +75,7 @@ def ways(length: int) -> dict[str, dict[str, Any]]:
     name = f"confidence, blocks of {block}, 24 steps"
     fields = {"order": "confidence", "block_length": block}
     result[name] = {**fields, "num_steps": 24}
+  # With a budget, num_steps is only the upper limit.
   for order, bound in (("entropy", 1), ("entropy", 20), ("spread", 20)):
     name = f"{order}, entropy bound {bound}"
     fields = {"order": order, "entropy_bound": bound}
@@ -88,12 +95,15 @@ def ways(length: int) -> dict[str, dict[str, Any]]:
 def compare_workdir(
   config: Config, workdir: Workdir, only: str = ""
 ) -> list[dict[str, Any]]:
-  """Draws from a run's best checkpoint in many ways; writes ways.csv and .md.
+  """Samples from a run's best checkpoint in many ways; writes ways.csv and .md.
 
   Args:
-    config: the run's, or with another temperature or other filters.
+    config: the run's config, perhaps with other temperature or filters.
     workdir: the run's folder.
-    only: compares the ways whose name holds it.
+    only: compare only the ways whose names contain this.
+
+  Returns:
+    The table's rows as plain values; the last one is validation text.
 
   Raises:
     UserError: no way has such a name, or there is no checkpoint.
@@ -115,7 +125,7 @@ def compare_workdir(
   )
   name = "validation text"
   rows.append(_way(name, 0, 0.0, judge, own.texts, own.documents))
-  # First: it may be that nothing can be stored.
+  # Printed before it is written, since writing may fail.
   title = f"{rows[0].n} texts each, judged by {judge.name}"
   cells = list(map(_cells, rows))
   console.print(tables.for_terminal(_COLUMNS, cells, title))
@@ -131,6 +141,7 @@ def _draw(
   settings: dict[str, Any],
   count: int,
 ) -> Way:
+  # The run's own settings of these must not leak into the comparison.
   base = {"order": "random", "schedule": "linear", "remasking": "none"}
   base |= dict.fromkeys(("block_length", "entropy_bound", "threshold"))
   drawn = model.generate("", count, **{**base, **settings})

@@ -1,7 +1,7 @@
-"""Quality against diversity: a judge's opinion and entropy, by temperature.
+"""Sweeps the temperature: likelihood by a judge against entropy of the texts.
 
-A low temperature buys likely text with monotony, so neither number means much
-without the other. Held-out text shows where both should be.
+A low temperature gives likely but monotonous text, so neither number means much
+without the other. Validation text shows where both should be.
 """
 
 import dataclasses
@@ -26,13 +26,15 @@ TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """One way to draw texts, and what they are like.
+  """One way to sample, and what its texts are like.
 
   Attributes:
-    drawn: how.
-    judge_nll: nats a byte, with its standard error.
-    unigram_entropy: nats, with its standard error.
-    n: texts.
+    drawn: name of the settings.
+    judge_nll: the judge's nats per byte.
+    judge_nll_stderr: its standard error.
+    unigram_entropy: entropy of a text's own tokens, in nats.
+    unigram_entropy_stderr: its standard error.
+    n: number of texts.
   """
 
   drawn: str
@@ -44,11 +46,20 @@ class Point:
 
 
 def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
-  """Sweeps the temperature of a run's best checkpoint; writes CSV and PNG."""
+  """Sweeps the temperature of a run's best checkpoint; writes CSV and PNG.
+
+  Args:
+    config: the run's config, perhaps with other settings.
+    workdir: the run's folder.
+
+  Returns:
+    The points as plain values: the run's own settings, the temperatures without
+    filters, validation text.
+  """
   data, config = open_rows(config, workdir)
   judge = make_judge(config.eval.judge, training_texts(config.rows))
   points = _sweep(sample.load_with(config, workdir), data, judge)
-  _show(points, judge.name)  # first: it may be that nothing can be stored
+  _show(points, judge.name)  # before the write, which may fail
   workdir.write_frontier(_as_csv(points), _as_png(points, judge.name))
   return [dataclasses.asdict(point) for point in points]
 
@@ -57,6 +68,7 @@ def _sweep(
   model: sample.Model, data: PreparedData, judge: Judge
 ) -> list[Point]:
   config = model.config
+  # Filters would hide what the temperature does.
   plain = samples_lib.untruncated(config.sample)
   ways = {"the run's settings": config.sample} | {
     f"T = {t:g}": dataclasses.replace(plain, temperature=t)
@@ -94,7 +106,7 @@ def _as_csv(points: list[Point]) -> str:
 
 
 def _as_png(points: list[Point], judge: str) -> bytes:
-  # Imported here: it takes longer than all the rest of a start.
+  # Imported here: matplotlib takes longer than the rest of a start.
   from matplotlib.figure import Figure
 
   own, *swept, text = points
