@@ -1,4 +1,4 @@
-"""The configuration of the optimizer and of the training loop."""
+"""Config sections `optimizer` and `train`."""
 
 import dataclasses
 import re
@@ -133,10 +133,13 @@ class TrainConfig:
 
 
 def update_ranges(text: str) -> tuple[tuple[int, int], ...]:
-  """Reads `train.skip_updates`: half-open ranges of updates, counted from 0.
+  """Parses `train.skip_updates`, such as "1200:1500,1800:1810".
+
+  Returns:
+    Half-open ranges of updates, counted from 0.
 
   Raises:
-    UserError: a part of it is not START:END with START < END.
+    UserError: a part is not START:END with START < END.
   """
   ranges = []
   for part in text.split(",") if text else ():

@@ -1,4 +1,4 @@
-"""When each stage of the curriculum runs, counted in optimizer updates."""
+"""The curriculum: which updates belong to which stage."""
 
 import bisect
 import dataclasses
@@ -14,14 +14,14 @@ _MOST_UPDATES = 2**31 - 1  # an update's number has 32 bits
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-  """One stage's place in the run.
+  """The range of updates that a stage covers.
 
   Attributes:
     index: position in `config.stages`.
-    config: the stage.
-    rows: prepared rows the stage draws from.
-    start: its first optimizer update.
-    end: one past its last.
+    config: the stage's config.
+    rows: number of prepared rows that the stage draws from.
+    start: its first update, counted from 0.
+    end: one past its last update.
   """
 
   index: int
@@ -32,17 +32,17 @@ class StagePlan:
 
   @property
   def updates(self) -> int:
-    """Optimizer updates of this stage."""
+    """Number of updates of this stage."""
     return self.end - self.start
 
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-  """The stages, one after the other.
+  """All stages of a run, in order.
 
   Attributes:
-    stages: in the order they are run.
-    passed_over: half-open ranges of updates that are not done.
+    stages: in the order of training.
+    passed_over: half-open ranges of updates to skip (`train.skip_updates`).
   """
 
   stages: tuple[StagePlan, ...]
@@ -50,17 +50,17 @@ class Curriculum:
 
   @property
   def updates(self) -> int:
-    """Optimizer updates of the whole run."""
+    """Number of updates of the whole run."""
     return self.stages[-1].end
 
   def stage_at(self, update: int) -> StagePlan:
-    """Returns the stage that an update belongs to; the last one after it."""
+    """Returns the stage of an update; after the end of the run, the last."""
     ends = [stage.end for stage in self.stages]
     at = bisect.bisect_right(ends, update)
     return self.stages[min(at, len(ends) - 1)]
 
   def passes_over(self, update: int) -> bool:
-    """Returns whether an update is skipped on purpose, with its rows."""
+    """Returns whether the config skips an update, and with it its rows."""
     return any(start <= update < end for start, end in self.passed_over)
 
 
@@ -70,16 +70,16 @@ def make_curriculum(
   rows_per_update: int,
   skip_updates: str = "",
 ) -> Curriculum:
-  """Lays the stages out in updates.
+  """Returns the curriculum of some stages.
 
   Args:
-    stages: in the order they are run.
-    rows: prepared for each.
-    rows_per_update: the effective batch.
-    skip_updates: updates to pass over, as `1200:1500,1800:1810`.
+    stages: in the order of training.
+    rows: number of prepared rows of each stage.
+    rows_per_update: the effective batch size, over all microbatches.
+    skip_updates: updates to skip, such as "1200:1500,1800:1810".
 
   Raises:
-    UserError: they are more updates than can be counted.
+    UserError: the updates don't fit an int32 counter.
   """
   plans, start = [], 0
   for index, (stage, count) in enumerate(zip(stages, rows, strict=True)):

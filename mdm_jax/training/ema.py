@@ -1,6 +1,7 @@
-"""The moving average of the parameters (EMA), which is evaluated and sampled.
+"""Exponential moving average (EMA) of the parameters.
 
-`step.py` applies it after every update; `trained_model.py` reads it back.
+The EMA is what evaluations and samples use. `step.py` updates it after every
+update; `trained_model.py` loads it.
 """
 
 import jax.numpy as jnp
@@ -13,18 +14,22 @@ from mdm_jax.model.denoiser import Params
 def averaged(
   average: Params, params: Params, step: Int[Array, ""], decay: float
 ) -> Params:
-  """Returns the average with one more update in it.
+  """Returns decay * average + (1 - decay) * params, with a warmed-up decay.
 
   Args:
-    average: of the parameters after each update before.
-    params: after this one.
-    step: the number of this update, from 0.
-    decay: share of the old average that is kept, once there are many updates.
+    average: the EMA before this update.
+    params: the parameters after this update.
+    step: index of this update, from 0.
+    decay: the decay after warm-up.
   """
   return optax.incremental_update(params, average, 1 - warmed_up(decay, step))
 
 
 def warmed_up(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
-  """Averages over few updates at first: the start of a run is no guide."""
+  """Returns the decay at an update: lower at first, to forget the random init.
+
+  min(decay, (1 + step) / (10 + step)), as TensorFlow's
+  `ExponentialMovingAverage` does.
+  """
   step = step.astype(jnp.float32)
   return jnp.minimum(decay, (1 + step) / (10 + step))

@@ -1,12 +1,13 @@
-"""Optax transformations for updates that may turn out not to be applied.
+"""Optax transformations that leave their state alone in a skipped update.
 
-A bad update (not finite, or a spike) must change no bit of the optimizer's
-state. Every transformation's `update` is told `applied`, a scalar:
+An update that is not finite, or a spike, must not change a bit of the
+optimizer's state. Every transformation's `update` gets `applied`, a bool
+scalar:
 
-Gated   keeps its own state where `applied` is False; chosen inside the loop
-        that computes it, this costs no copy of the state
-gate    makes any other transformation so, by a choice between the state before
-        and after: that needs room for both
+Gated   a transformation that keeps its own state where `applied` is False;
+        selecting inside the loop that computes the state costs no copy of it
+gate    wraps any other transformation, by selecting between the states before
+        and after; this needs memory for both
 """
 
 import functools
@@ -24,37 +25,38 @@ Path = tuple[Any, ...]
 
 
 class Gated(optax.GradientTransformationExtraArgs):
-  """A transformation that keeps every bit of its state if not applied.
+  """Marks a transformation that keeps its state where `applied` is False.
 
-  Its `update` takes `applied`, and works on a mesh with Explicit axes. The
-  class is only a mark, for transformations that see to it themselves.
+  The class adds no behavior. It asserts that `update` takes the extra argument
+  `applied`, and that it runs on a mesh with Explicit axes, so `gate` returns it
+  as it is.
   """
 
 
 def choose(condition: Bool[Array, ""] | bool, new: Any, old: Any) -> Any:
-  """Returns the new leaves, or the old ones bit by bit.
+  """Returns `new` where the condition holds, else `old`, to the bit.
 
-  Inside the loop that computes a leaf: `new` must follow element by element
-  from `old`, or both are in memory at once.
+  If `new` is computed elementwise from `old`, XLA fuses the selection into that
+  loop; otherwise both are in memory at once.
   """
   return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 def gate(transformation: optax.GradientTransformation) -> Gated:
-  """Returns any optax transformation, made to keep its state if not applied.
+  """Wraps an optax transformation to keep its state where `applied` is False.
 
-  On a mesh it runs with automatic axes, as most of optax expects; the state's
-  arrays lie as the parameters of the same path and shape do, all others are
-  whole on every device.
+  On a mesh it runs with Auto axes, since most of optax, such as Muon's matrix
+  products, fails on Explicit ones. State arrays with the path and shape of a
+  parameter are sharded like it; all others are replicated.
 
   Args:
-    transformation: one that is `Gated` already is returned as it is. If its
-      `update` takes extra arguments, it also gets `step` and `applied`.
+    transformation: returned as it is if it is `Gated` already. If its `update`
+      takes extra arguments, it gets `step` and `applied`.
   """
   if isinstance(transformation, Gated):
     return transformation
   inner = optax.with_extra_args_support(transformation)
-  # Optax mixes dtypes, which JAX can be told to refuse.
+  # Optax mixes dtypes, which fails under jax_numpy_dtype_promotion="strict".
   promote = functools.partial(jax.numpy_dtype_promotion, "standard")
 
   def init(params: optax.Params) -> optax.OptState:
@@ -70,7 +72,8 @@ def gate(transformation: optax.GradientTransformation) -> Gated:
       with promote():
         return inner.update(grads, state, params, applied=applied, **extra)
 
-    if not jax.tree.leaves(state):  # there is nothing to keep
+    # Without a state there is nothing to select, and Explicit axes can stay.
+    if not jax.tree.leaves(state):
       return run(grads, state, params, applied, extra)
     applied, extra = jax.tree.map(jnp.asarray, (applied, extra))
     specs = _specs(grads), _specs(state)
@@ -83,10 +86,10 @@ def gate(transformation: optax.GradientTransformation) -> Gated:
 
 
 def chain(*parts: optax.GradientTransformation) -> Gated:
-  """Returns `optax.chain` of the parts, each gated by itself.
+  """Returns `optax.chain` of the parts, each gated separately.
 
-  So a choice between two states is made only for the parts that need one.
-  Parts without a state run as they are, with the mesh's Explicit axes.
+  Only the parts that aren't `Gated` then need memory for two states. Parts
+  without a state run unwrapped, on the mesh's Explicit axes.
   """
   return Gated(*optax.chain(*map(gate, parts)))
 
@@ -94,10 +97,10 @@ def chain(*parts: optax.GradientTransformation) -> Gated:
 def accumulate(
   transformation: optax.GradientTransformation, every: int
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns `optax.MultiSteps`, which passes `step` and `applied` on.
+  """Returns `optax.MultiSteps`, forwarding `step` and `applied`.
 
-  The mean gradient of `every` applied updates makes one step; the updates
-  before it change no parameter.
+  The mean gradient of `every` applied updates makes one optimizer step; the
+  other updates change no parameter.
   """
   steps = optax.MultiSteps(transformation, every)
   return optax.GradientTransformationExtraArgs(steps.init, steps.update)
@@ -106,14 +109,14 @@ def accumulate(
 def accumulated(
   state: optax.OptState, applied: Bool[Array, ""]
 ) -> dict[str, Float[Array, ""]]:
-  """Returns a metric: 1 if the update only added to an accumulated gradient.
+  """Returns the metric `accumulated`: 1 if the update only added a gradient.
 
   Args:
-    state: of the optimizer, after the update.
-    applied: whether the update was.
+    state: the optimizer's state after the update.
+    applied: whether the update was applied.
 
   Returns:
-    Nothing if no part of the optimizer is an `optax.MultiSteps`.
+    The metric, or {} if the optimizer has no `optax.MultiSteps`.
   """
   is_steps = lambda node: isinstance(node, optax.MultiStepsState)
   nodes = jax.tree.leaves(state, is_leaf=is_steps)
@@ -127,7 +130,7 @@ def accumulated(
 
 
 def _with_auto_axes(function: Callable[..., Any], specs: Any) -> Any:
-  """Returns the function with automatic axes inside, explicit ones outside."""
+  """Wraps a function to run with Auto axes; outputs are sharded as `specs`."""
   if jax.sharding.get_abstract_mesh().empty:
     return function
   return jax.sharding.auto_axes(function, out_sharding=specs)
@@ -138,9 +141,10 @@ def _specs(tree: Any) -> Any:
 
 
 def _state_specs(state: Any, params: optax.Params) -> Any:
-  """Returns how a state lies: its copies of parameters lie as those do.
+  """Returns the PartitionSpecs of a state, matching its parameters' copies.
 
-  A copy has the parameter's shape, and its path ends with the parameter's.
+  A leaf is such a copy if its path ends with a parameter's path and the shapes
+  are equal. It gets the parameter's spec; all other leaves are replicated.
   """
   known = {
     (path, p.shape): jax.typeof(p).sharding.spec

@@ -1,7 +1,7 @@
-"""Whether a gradient's norm is a spike, by the norms of the last updates.
+"""Detection of gradient-norm spikes, relative to the last applied updates.
 
-Only what was applied is remembered: a norm that is not finite, or that was a
-spike itself, would move the very mean that the next ones are held against.
+The window holds the norms of applied updates only: a spike or a non-finite norm
+would shift the mean and deviation that the next norms are compared with.
 """
 
 import dataclasses
@@ -12,19 +12,19 @@ from jaxtyping import Array, Bool, Float
 
 from mdm_jax.training.config import TrainConfig
 
-# What a state carries for the guard; an empty dict where it is off, since
-# checkpoints can't hold an array without elements.
+# The guard's part of the train state. It is an empty dict if the guard is off,
+# since checkpoints can't hold an array without elements.
 Norms = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class SpikeGuard:
-  """A spike is so many deviations above the mean of a window of norms.
+  """Calls a norm a spike if it exceeds mean + sigmas * deviation of a window.
 
   Attributes:
-    sigmas: deviations; None switches the guard off.
-    window: norms of applied updates that are remembered. Nothing is a spike
-      before half of them are there.
+    sigmas: the threshold, in standard deviations; None turns the guard off.
+    window: number of applied updates in the window. Nothing is a spike until it
+      is half full.
   """
 
   sigmas: float | None = None
@@ -40,14 +40,14 @@ class SpikeGuard:
     }
 
   def is_spike(self, seen: Norms, norm: Float[Array, ""]) -> Bool[Array, ""]:
-    """Returns whether a norm, finite or not, is far above those seen."""
+    """Returns whether a norm is a spike, given the window's norms."""
     if self.sigmas is None:
       return jnp.zeros((), bool)
     filled = jnp.minimum(seen["count"], self.window)
     valid = jnp.arange(self.window) < filled
     number = jnp.maximum(filled, 1).astype(jnp.float32)
     mean = jnp.where(valid, seen["norms"], 0.0).sum() / number
-    # In two passes: the difference of two large numbers would be none.
+    # Two passes: E[x^2] - E[x]^2 cancels in float32 if the norms are close.
     off = jnp.where(valid, seen["norms"] - mean, 0.0)
     deviation = jnp.sqrt(jnp.square(off).sum() / number)
     far = norm > mean + self.sigmas * deviation
@@ -56,9 +56,10 @@ class SpikeGuard:
   def remember(
     self, seen: Norms, norm: Float[Array, ""], applied: Bool[Array, ""]
   ) -> Norms:
-    """Returns the window, the oldest norm replaced if this one was applied."""
+    """Returns the window, with the oldest norm replaced if `applied`."""
     if self.sigmas is None:
       return {}
+    # A ring buffer: `count` keeps growing, its remainder is the oldest entry.
     here = jnp.arange(self.window) == seen["count"] % self.window
     return {
       "norms": jnp.where(here & applied, norm, seen["norms"]),
@@ -67,5 +68,5 @@ class SpikeGuard:
 
 
 def make_guard(config: TrainConfig) -> SpikeGuard:
-  """Returns the guard that a config asks for."""
+  """Returns the configured guard."""
   return SpikeGuard(config.spike_sigmas, config.spike_window)

@@ -1,4 +1,4 @@
-"""Hooks: what the training loop tells while it goes on, to whoever subscribes.
+"""Hooks: callbacks of the training loop.
 
   class Norms(Hook):
     def on_update(self, done, state):
@@ -7,19 +7,20 @@
 
   train_and_evaluate(config, workdir, hooks=[Norms()])
 
-The library's own come first (the session, the log, the limit of updates that
-were not applied, saving, the evaluation), then yours, in the order given; all
-of them hear of one thing before any hears of the next:
+The library's own hooks are called first (session, log, limit of skipped
+updates, saving, evaluation), then yours, in the order given. Each event is
+passed to all hooks before the next one:
 
   on_start
   each update:  on_stage (if one begins), during DATA, during TRAIN with
                 on_metrics in it, on_update, should_stop, wants_state,
-                if it is saved: during SAVE with on_save in it,
-                if it is wanted: during EVAL with on_evaluate in it
+                if the state is saved: during SAVE with on_save in it,
+                if a hook wants it: during EVAL with on_evaluate in it
   on_end
 
-Every process of several calls its own hooks. What runs on all devices, or waits
-for the other processes, must do so equally often everywhere, never by a clock.
+In a multi-process run every process calls its own hooks. Whatever runs on all
+devices or waits for other processes must happen at the same updates everywhere:
+decide by the update's number, never by a clock, or the processes deadlock.
 """
 
 import contextlib
@@ -34,68 +35,70 @@ from mdm_jax.training.step import Metrics
 
 
 class Hook:
-  """Hears what the loop does; a subclass takes what it needs.
+  """Callbacks that do nothing; override the ones you need.
 
-  `done` counts updates from the start of the run: the state given with it is
-  the one after so many. The next update consumes its arrays: keep numbers of
-  it, not the state.
+  `done` is the number of updates since the start of the run, and `state` the
+  state after them. The next update donates its arrays: keep numbers computed
+  from a state, not the state.
   """
 
   def on_start(self, state: TrainState) -> None:
-    """Hears that updates begin, from a new or a restored state."""
+    """Called once before the first update, with a new or restored state."""
 
   def on_stage(self, stage: StagePlan, update: int) -> None:
-    """Hears of the stage that `update` and those after it belong to."""
+    """Called before `update`, the first one of this process in a stage."""
 
   def during(self, cause: Cause, update: int) -> AbstractContextManager[None]:
-    """Surrounds a part of the loop: DATA, TRAIN, SAVE or EVAL.
+    """Returns a context manager around a phase of the loop.
 
     Args:
-      cause: what is done, as the ledger of the run's time calls it.
-      update: the number of the update it is done for, from 0.
+      cause: DATA, TRAIN, SAVE or EVAL.
+      update: index of the update that it belongs to, from 0.
     """
     return contextlib.nullcontext()
 
   def on_metrics(self, done: int, metrics: Metrics) -> None:
-    """Hears that an update was dispatched.
+    """Called when an update has been dispatched.
 
     Args:
-      done: updates, with this one.
-      metrics: its numbers. They may still be computed: to read them at once
-        keeps the device waiting for the next update.
+      done: number of updates, including this one.
+      metrics: the update's metrics. The device may still be computing them:
+        reading them right here delays the dispatch of the next update. Read
+        them one update later, as `run_log.RunLog` does.
     """
 
   def on_update(self, done: int, state: TrainState) -> None:
-    """Hears that an update was made, or passed over."""
+    """Called after an update was dispatched, or skipped by the config."""
 
   def should_stop(self, done: int) -> str | None:
-    """Returns why to stop here, in a word; the same on every process.
+    """Returns the reason to stop here, in a word, or None.
 
-    What was done is saved first, and the same command resumes.
+    Must agree on all processes. The state is saved first, and running the same
+    command again resumes.
     """
 
   def wants_state(self, done: int) -> bool:
-    """Returns whether to save this state and then to call `on_evaluate`."""
+    """Returns whether to save this state and then call `on_evaluate`."""
     return False
 
   def on_save(self, done: int, state: TrainState, kept: dict[str, Any]) -> None:
-    """Hears that a state is going to be saved.
+    """Called before a state is saved.
 
     Args:
-      done: updates.
+      done: number of updates.
       state: the state after them.
-      kept: is saved beside it; what is added has to be plain JSON values.
+      kept: saved with the checkpoint; add plain JSON values to it.
     """
 
   def on_evaluate(self, done: int, state: TrainState) -> None:
-    """Takes a saved state that it wanted."""
+    """Called with a saved state, if this hook's `wants_state` was True."""
 
   def on_end(self, state: TrainState) -> None:
-    """Hears that there are no more updates; not of a stop or an error."""
+    """Called after the last update; not after a stop or an error."""
 
 
 class Hooks(Hook):
-  """Several hooks as one."""
+  """Passes every call on to several hooks, in order."""
 
   def __init__(self, *hooks: Hook):
     self._hooks = hooks
@@ -124,7 +127,8 @@ class Hooks(Hook):
       hook.on_update(done, state)
 
   def should_stop(self, done: int) -> str | None:
-    # All are asked: one may have to answer together with other processes.
+    # Ask all hooks, without a short circuit: one may need to exchange messages
+    # with other processes at every call.
     reasons = [hook.should_stop(done) for hook in self._hooks]
     return next(filter(None, reasons), None)
 

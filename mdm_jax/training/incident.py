@@ -1,12 +1,12 @@
-"""What is written down when updates in a row could not be applied.
+"""The report on consecutive updates that were not applied (`numerics_report/`).
 
-report.json   the numbers of these updates, computed again, and where the state
-              itself is not finite
-rows.jsonl    the rows they read, one a line
+report.json   losses, gradient norms and metrics per row of these updates,
+              recomputed, and which parts of the state are not finite
+rows.jsonl    the rows they read, one per line
 
-The parameters have not changed since before the first of them, but by what was
-under way already: so every forward and backward pass can be done again, with
-the same rows, masks and dropout.
+Skipped updates leave the parameters as they were, so every forward and backward
+pass can be repeated with the same rows, masks and dropout. Only an update that
+was already dispatched when the last failure was noticed may have changed them.
 """
 
 import json
@@ -31,15 +31,19 @@ def write_report(
   state: TrainState,
   updates: list[int],
 ) -> epath.Path:
-  """Does updates again without applying them; returns the report's path.
+  """Recomputes some updates without applying them, and writes the report.
 
-  Every process has to call it: the passes run on all devices. One writes.
+  All processes must call it, since the passes run on all devices; only process
+  0 writes.
 
   Args:
-    folder: where to write; it is made if it is not there.
-    trainer: of the run.
-    state: with the parameters that the updates were tried on.
-    updates: their numbers, counted from 0.
+    folder: where to write; created if missing.
+    trainer: the run's trainer.
+    state: the state with the parameters that the updates were computed from.
+    updates: indices of the updates, from 0.
+
+  Returns:
+    The path of report.json.
   """
   counts = jax.device_get(jax.jit(count_nonfinite)(state))
   report = {
@@ -84,7 +88,7 @@ def _describe(trainer: Trainer, state: TrainState, update: int) -> dict:
 def _summaries(
   ratios: Mapping[str, Ratio], tags: Mapping[str, tuple[str, ...]]
 ) -> dict[str, dict[str, float]]:
-  """Returns totals and counts by the names they are logged under."""
+  """Returns totals and counts by log name."""
   told = {}
   for name, ratio in ratios.items():
     parts = zip(*(np.ravel(part).tolist() for part in ratio), strict=True)
@@ -116,12 +120,12 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 
 def _some(counts: Any) -> dict[str, int]:
-  """Leaves out the paths where there is nothing to count."""
+  """Returns the counts above 0, by path."""
   return {path: n for path, n in _by_path(counts).items() if n}
 
 
 def _strict(value: Any) -> Any:
-  """Spells out numbers that JSON does not have."""
+  """Replaces nan and inf by strings, which strict JSON can hold."""
   if isinstance(value, dict):
     return {key: _strict(item) for key, item in value.items()}
   if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The learning rate of every update: a warm-up, then cosine cycles."""
+"""Learning-rate schedule: linear warm-up, then one cosine cycle per stage."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,7 @@ _MAX_WARMUP_SHARE = 0.25
 
 
 def warmup_updates(config: OptimizerConfig, curriculum: Curriculum) -> int:
-  """Returns the warm-up's updates, cut to a quarter of the run."""
+  """Returns the length of the warm-up, at most a quarter of the run."""
   longest = max(1, int(curriculum.updates * _MAX_WARMUP_SHARE))
   if config.warmup_steps > longest:
     logging.warning(
@@ -30,11 +30,11 @@ def warmup_updates(config: OptimizerConfig, curriculum: Curriculum) -> int:
 def learning_rate_schedule(
   config: OptimizerConfig, curriculum: Curriculum
 ) -> optax.Schedule:
-  """Returns update -> learning rate: one warm-up, one cosine cycle a stage.
+  """Returns the schedule, a function from update to learning rate.
 
-  Stage i's cycle starts at learning_rate * lr_factor_i and its last update is
-  exactly at the floor, learning_rate * min_lr_ratio. The warm-up happens once;
-  the cycle it falls into starts where it ends.
+  Stage i's cycle starts at the peak learning_rate * lr_factor_i; its last
+  update has exactly the floor, learning_rate * min_lr_ratio. There is one
+  warm-up, at the start of the run; the cycle of its stage begins at its end.
   """
   warmup = warmup_updates(config, curriculum)
   floor = config.learning_rate * config.min_lr_ratio
@@ -42,6 +42,7 @@ def learning_rate_schedule(
   peaks = np.array([config.learning_rate * s.config.lr_factor for s in stages])
   ends = np.array([s.end for s in stages])
   starts = np.maximum([s.start for s in stages], np.minimum(warmup, ends))
+  # Minus 1: the last update of a cycle is at the floor, not the one after it.
   last = np.maximum(ends - starts - 1, 1)
 
   def schedule(update: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -52,6 +53,7 @@ def learning_rate_schedule(
     peak = pick(peaks)
     done = (update - pick(starts)) / pick(last)
     cosine = (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1))) / 2
+    # Plus 1: a learning rate of 0 would waste the first update.
     ramp = (update + 1) / max(warmup, 1)
     return jnp.where(
       update < warmup, peak * ramp, floor + (peak - floor) * cosine

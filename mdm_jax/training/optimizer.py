@@ -1,9 +1,9 @@
-"""Optimizers by name: optax chains that can be read, changed and replaced.
+"""Optimizers as optax chains: AdamW, Lion, Muon, Adafactor, or your own.
 
-A builder gets the config and the learning-rate schedule, and returns an optax
-transformation; `OPTIMIZERS.register` gives it a name for `optimizer.name`.
-Whatever it returns, an update that is not applied keeps every bit of its state
-(`gated.py`).
+`OPTIMIZERS` maps a name, as in `optimizer.name`, to a builder: a function from
+the config and the learning-rate schedule to an optax transformation. Register
+your own with `OPTIMIZERS.register`. Any transformation is made to keep its
+state to the bit in an update that is not applied (`gated.py`).
 """
 
 import functools
@@ -29,10 +29,10 @@ Builder = Callable[
 OPTIMIZERS: Registry[Builder] = Registry("optimizer", "optimizer.name")
 
 _UNDECAYED = ("scale", "bias", "embedding")
-# Fields that only some optimizers use.
+# Fields that not every optimizer uses; a warning names those without effect.
 _SPECIAL = "clip_norm", "weight_decay", "b1", "b2", "eps", "momentum"
-# Muon's matrices by the name of their leaf: which axes are summed over and
-# which come out. Axis 0 is the layer.
+# Muon's matrices by leaf name: (reduction axes, output axes). Weights are
+# stacked over layers, axis 0, and have their heads as axes of their own.
 _MATRICES = {
   "query": MuonDimensionNumbers((1,), (2, 3, 4)),
   "key": MuonDimensionNumbers((1,), (2, 3)),
@@ -42,22 +42,24 @@ _MATRICES = {
   "up": MuonDimensionNumbers((1,), (2,)),
   "down": MuonDimensionNumbers((1,), (2,)),
 }
-# Makes an orthogonal update as large as AdamW's are (arXiv 2502.16982), so that
-# the same learning rate and weight decay suit both.
+# The RMS of a typical AdamW update. Scaling Muon's orthogonal updates to it
+# lets both share a learning rate and weight decay (arXiv 2502.16982).
 _ADAM_RMS = 0.2
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
-  """Returns the optimizer that the config names.
+  """Returns the configured optimizer.
 
   Args:
-    config: of the optimizer; a field that was set but is not used is logged.
-    schedule: update -> learning rate.
+    config: the optimizer's config. Fields that are set but have no effect are
+      logged as warnings.
+    schedule: a function from update to learning rate.
 
   Returns:
-    A transformation whose `update` takes two more arguments. `step`: the number
-    of the update, which the learning rate is of. `applied` (default True):
-    where it is False the state keeps every bit and the update is -0.0.
+    A transformation whose `update` takes two extra arguments: `step`, the index
+    of the update, which determines the learning rate; and `applied` (default
+    True). If `applied` is False, the state is unchanged to the bit and the
+    updates are -0.0.
 
   Raises:
     UserError: no optimizer has that name.
@@ -81,7 +83,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
     updates, state = inner.update(
       grads, state, params, step=step, applied=applied
     )
-    # Adding -0.0 changes nothing, not even the sign of a zero.
+    # Adding 0.0 would turn a parameter of -0.0 into 0.0; -0.0 changes no bit.
     nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
     return choose(applied, updates, nothing), state
 
@@ -93,7 +95,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
 
 @OPTIMIZERS.register("adamw")
 def adamw(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
-  """AdamW (arXiv 1711.05101) behind a clip of the gradient's norm."""
+  """AdamW (arXiv 1711.05101) with clipping by the global gradient norm."""
   return chain(
     optax.clip_by_global_norm(config.clip_norm),
     _adam(config),
@@ -104,7 +106,7 @@ def adamw(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
 
 @OPTIMIZERS.register("lion")
 def lion(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
-  """Lion (arXiv 2302.06675); its steps ask for a 3 to 10 times lower rate."""
+  """Lion (arXiv 2302.06675); use a 3 to 10 times lower learning rate."""
   return chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.scale_by_lion(config.b1, _given(config.b2, 0.99)),
@@ -115,7 +117,7 @@ def lion(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
 
 @OPTIMIZERS.register("muon")
 def muon(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
-  """Muon for the blocks' matrices, Adam for all else (arXiv 2502.16982)."""
+  """Muon for the blocks' matrices, Adam for the rest (arXiv 2502.16982)."""
   matrices = optax.chain(
     scale_by_muon(
       beta=_given(config.momentum, 0.95),
@@ -136,10 +138,10 @@ def muon(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
 
 @OPTIMIZERS.register("adafactor")
 def adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
-  """Adafactor (arXiv 1804.04235) with learning rates of AdamW's kind.
+  """Adafactor (arXiv 1804.04235) with an absolute learning rate, like AdamW's.
 
-  They are not relative to a parameter's size. Squares are factored over the two
-  longest axes of an array where both have at least 128 entries.
+  Updates are not scaled by the RMS of the parameter. Second moments are
+  factored over an array's two largest axes if both have at least 128 entries.
   """
   return chain(
     optax.clip_by_global_norm(config.clip_norm),
@@ -155,12 +157,12 @@ def adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> Gated:
-  """Returns `optax.scale_by_adam`, gated without a copy of the moments.
+  """Returns a gated `optax.scale_by_adam` that needs no copy of the moments.
 
   Args:
     b1: decay of the first moment.
     b2: decay of the second moment.
-    eps: is added to the second moment's root.
+    eps: added to the square root of the second moment.
   """
   mean = lambda m, g: b1 * m + (1 - b1) * g
   square = lambda v, g: b2 * v + (1 - b2) * jnp.square(g)
@@ -176,9 +178,11 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Gated:
       mu=jax.tree.map(mean, state.mu, grads),
       nu=jax.tree.map(square, state.nu, grads),
     )
-    # The direction follows from what is kept: computed from the new moments
-    # themselves, it would need them beside the old ones.
+    # Compute the direction from the selected moments: using `new` here would
+    # keep it in memory beside the old moments.
     state = choose(applied, new, state)
+    # While no update has been applied, count is 0 and the correction is 0/0;
+    # `make_optimizer` replaces the updates of an unapplied step.
     count = state.count.astype(jnp.float32)
     corrected = lambda x, decay: x / (1 - decay**count)
     direction = lambda m, v: (
@@ -192,10 +196,11 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Gated:
 def scale_by_step(
   schedule: optax.Schedule,
 ) -> optax.GradientTransformationExtraArgs:
-  """Multiplies by minus the learning rate of the update's number.
+  """Returns a transformation that multiplies by -schedule(step).
 
-  `optax.scale_by_learning_rate` counts the updates that were applied instead,
-  so that after a skipped one its rate is that of an earlier update.
+  `step` is the index of the update, applied or not.
+  `optax.scale_by_learning_rate` counts applied updates instead: after skipped
+  ones its learning rate lags behind the logged one.
   """
 
   def update(updates, state, params=None, *, step, **_):
@@ -207,7 +212,7 @@ def scale_by_step(
 
 
 def decay_mask(params: Params) -> dict[str, Any]:
-  """Returns True where weight decay applies: not norms, biases, embeddings."""
+  """Returns True for leaves with weight decay: no norm, bias or embedding."""
   return _by_name(lambda name: not name.endswith(_UNDECAYED))(params)
 
 
@@ -220,7 +225,7 @@ def _given(value: float | None, default: float) -> float:
 
 
 def _by_name(function: Callable[[str], Any]) -> Callable[[Params], Any]:
-  """Returns a tree map of the function over the names of leaves."""
+  """Returns a function that maps a tree's leaves by their names."""
   return functools.partial(
     jax.tree_util.tree_map_with_path, lambda path, _: function(path[-1].key)
   )
@@ -242,7 +247,7 @@ def _scale_to_adams_size(updates: Params, params: Params | None) -> Params:
 
 
 class _Watched(OptimizerConfig):
-  """The config, remembering which fields a builder has read."""
+  """A config that records which fields a builder reads."""
 
   def __getattribute__(self, name: str) -> Any:
     if name in _SPECIAL:

@@ -1,8 +1,8 @@
-"""Numbers of the updates, on their way to the screen and the files.
+"""Training metrics: averaged, logged, and shown on the progress line.
 
-Every `train.log_every` updates become one point. The updates since the last
-point are kept beside a checkpoint, so that a resumed run's next point is the
-mean over the same updates.
+One log entry ("point") averages `train.log_every` updates. The metrics of the
+updates since the last point are saved with every checkpoint, so after a resume
+the next point averages the same updates as in an uninterrupted run.
 """
 
 import contextlib
@@ -34,11 +34,16 @@ _GIB = 2**30
 
 
 class RunLog(Hook):
-  """Collects what updates return, one behind; writes it point by point.
+  """Collects the metrics of updates and writes their means.
+
+  It reads the metrics of an update only when the next one has been dispatched,
+  so that the device never waits for the log.
 
   Attributes:
-    clock: tokens and seconds of the run, over all its attempts.
-    failed: the last updates in a row that were not applied, oldest first.
+    writers: where points are written.
+    line: the progress line.
+    failed: the most recent consecutive updates that were not applied, oldest
+      first; counted from 1.
   """
 
   def __init__(
@@ -50,14 +55,14 @@ class RunLog(Hook):
     progress: Mapping[str, Any] | None = None,
     every: int = 1,
   ):
-    """Goes on from the progress saved beside a checkpoint, if any.
+    """Initializes the log, from a checkpoint's progress if there is one.
 
     Args:
-      trainer: of the run.
-      writers: where the points go.
+      trainer: the run's trainer.
+      writers: where to write points.
       line: the progress line.
-      attempt: whose ledger the points tell of.
-      progress: saved beside the checkpoint that the run goes on from.
+      attempt: the running attempt, for goodput and health metrics.
+      progress: what `progress` returned when the checkpoint was saved.
       every: updates between two points.
     """
     progress, self._every = progress or {}, every
@@ -77,12 +82,13 @@ class RunLog(Hook):
 
   @property
   def seconds(self) -> float:
-    """Seconds of the run, over all its attempts."""
+    """Seconds of the run, over all attempts."""
     return self._seconds_before + time.monotonic() - self._started
 
   def on_stage(self, stage: StagePlan, update: int) -> None:
-    """Names the stage of what follows `update`; its points are its own."""
+    """Starts a stage; no point averages updates of two stages."""
     self.flush()
+    # After a resume within the stage, keep the window from the checkpoint.
     if update == stage.start:
       self._window = []
     self._stage = stage
@@ -90,12 +96,12 @@ class RunLog(Hook):
     self._restart()
 
   def on_metrics(self, done: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the numbers of an update just dispatched; reads those before."""
+    """Stores the metrics of the update just dispatched; reads the last ones."""
     self.flush()
     self._pending = done, metrics
 
   def on_save(self, done: int, state: TrainState, kept: dict[str, Any]) -> None:
-    """Writes all there is, and keeps what the next point needs."""
+    """Flushes the log, and saves what the next point needs."""
     self.flush()
     self.writers.flush()
     kept |= self.progress()
@@ -105,7 +111,7 @@ class RunLog(Hook):
 
   @contextlib.contextmanager
   def during(self, cause: Cause, update: int) -> Iterator[None]:
-    """Excludes the time of an evaluation from the updates' throughput."""
+    """Excludes the time of evaluations from throughput."""
     began = time.monotonic()
     yield
     if cause == Cause.EVAL:
@@ -113,7 +119,7 @@ class RunLog(Hook):
       self._last = time.monotonic()
 
   def flush(self) -> None:
-    """Reads the numbers that are still on the device."""
+    """Reads the metrics still on the device; writes a point if one is due."""
     if self._pending is None:
       return
     update, metrics = self._pending
@@ -129,7 +135,7 @@ class RunLog(Hook):
       self._write_point(update)
 
   def progress(self) -> dict[str, Any]:
-    """What a checkpoint has to remember beside the state."""
+    """Returns the log's state, to save with a checkpoint."""
     return {
       "tokens_seen": self._tokens,
       "wall_seconds": self.seconds,
@@ -144,7 +150,8 @@ class RunLog(Hook):
       self.failed = []
       return
     self.failed.append(update)
-    # Rows and masks follow from the number, so that this is all one needs.
+    # Rows and masks are a function of the update's index, which is enough to
+    # repeat it. Minus 1: `update` counts from 1 here.
     rows = ", ".join(map(str, self._trainer.row_numbers(update - 1)))
     if values.get("nonfinite", 1):
       why = f"not finite ({self._named_bad(values)})"
@@ -156,7 +163,7 @@ class RunLog(Hook):
     )
 
   def _named_bad(self, values: dict[str, Any]) -> str:
-    """Names the objective's summaries that are not finite."""
+    """Returns the names of the objective's summaries that are not finite."""
     tags = self._objective.tags if self._objective else {}
     bad = []
     for name, value in values.items():
@@ -166,7 +173,7 @@ class RunLog(Hook):
     return ", ".join(bad) or "the gradient alone"
 
   def _write_point(self, update: int) -> None:
-    """Writes means since the last time, and moves the progress line."""
+    """Writes the means since the last point, and updates the progress line."""
     seconds = max(time.monotonic() - self._since, 1e-9)
     made = max(len(self._durations), 1)
     means = _means(self._window)
@@ -234,12 +241,16 @@ class RunLog(Hook):
 
 
 def _fetched(value: Any) -> float | Ratio:
-  """Keeps float32 for ratios: a resume has to add up the same numbers."""
+  """Returns a fetched metric as a float; a ratio stays in float32.
+
+  Sums of ratios must be the same to the bit whether or not a resume lies
+  between the updates, and a checkpoint restores them in float32.
+  """
   return Ratio(*value) if isinstance(value, Ratio) else float(value)
 
 
 def _means(window: list[dict[str, Any]]) -> dict[str, float]:
-  """Means of the numbers, over the updates where they are finite."""
+  """Returns the means of the scalar metrics, over their finite values."""
   means = {}
   for name, value in window[0].items():
     if not isinstance(value, Ratio):
@@ -253,7 +264,7 @@ def _means(window: list[dict[str, Any]]) -> dict[str, float]:
 def _ratios(
   window: list[dict[str, Any]], tags: Mapping[str, tuple[str, ...]]
 ) -> dict[str, float]:
-  """Sums over updates, divided; what counts nothing is left out."""
+  """Returns total / count of the ratios, without those whose count is 0."""
   scalars = {}
   for name, value in window[0].items():
     if isinstance(value, Ratio):
@@ -265,7 +276,7 @@ def _ratios(
 
 
 def _summed(ratios: list[Ratio]) -> Ratio:
-  """Adds up entries, each over the updates where it is finite."""
+  """Returns the sum of some ratios, each entry over its finite values."""
   finite = [np.isfinite(r.total) & np.isfinite(r.count) for r in ratios]
   add = lambda parts: np.sum(
     [np.where(f, x, np.float32(0)) for f, x in zip(finite, parts, strict=True)],
@@ -275,13 +286,14 @@ def _summed(ratios: list[Ratio]) -> Ratio:
 
 
 def _memory() -> dict[str, float]:
-  """GiB in use, of the fullest device, and of this process at its peak."""
+  """Returns GiB in use on the fullest device, and this process's peak."""
   found = [device.memory_stats() or {} for device in jax.local_devices()]
   names = {
     "memory/in_use_gib": "bytes_in_use",
     "memory/peak_gib": "peak_bytes_in_use",
     "memory/limit_gib": "bytes_limit",
   }
+  # Not every backend reports these.
   told = {
     tag: max(stats[name] for stats in found) / _GIB
     for tag, name in names.items()
@@ -294,7 +306,11 @@ def _memory() -> dict[str, float]:
 def _seconds_left(
   trainer: Trainer, now: StagePlan, update: int, seconds: float
 ) -> tuple[float, float]:
-  """Time left for the stage and the run, a row's cost being its length."""
+  """Estimates the seconds left for the stage and for the run.
+
+  An update of a later stage is assumed to take time proportional to the length
+  of its rows.
+  """
   stage = (now.end - update) * seconds
   later = sum(
     s.updates * seconds * s.config.length / now.config.length
@@ -304,7 +320,7 @@ def _seconds_left(
 
 
 def _to_plain(values: dict[str, Any]) -> dict[str, Any]:
-  """Returns numbers as JSON has them: what is not finite as a word."""
+  """Returns metrics as JSON values; nan and inf become strings."""
   spell = lambda x: x if math.isfinite(x) else repr(x)
 
   def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""When the loop saves its state; `checkpoints/` knows how."""
+"""When the training loop saves a checkpoint; `checkpoints/` does the saving."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from mdm_jax.training.state import TrainState
 
 
 class Saving(Hook):
-  """Saves every so many updates or minutes, and hears of saves that failed."""
+  """Saves every N updates or minutes, and raises errors of earlier saves."""
 
   def __init__(self, checkpoints: Checkpoints, config: TrainConfig):
     self._checkpoints, self._config = checkpoints, config
@@ -21,21 +21,22 @@ class Saving(Hook):
     self._checkpoints.check_save()
 
   def is_due(self, done: int) -> bool:
-    """Returns whether to save after so many updates; the same everywhere."""
+    """Returns whether to save now; all processes get the same answer."""
     config = self._config
     if done % config.checkpoint_every == 0:
       return True
     if not config.checkpoint_minutes or done % config.log_every:
       return False
-    # By one clock: processes that disagree would wait for each other for ever.
+    # Process 0's clock decides: saving is collective, so processes that
+    # disagree would wait for each other forever.
     minutes = (time.monotonic() - self._saved_at) / 60
     return distributed.broadcast(minutes >= config.checkpoint_minutes)
 
   def save(self, done: int, state: TrainState, kept: dict[str, Any]) -> None:
-    """Begins to save a state, and what is to be kept beside it."""
+    """Starts saving a state, with the values in `kept`."""
     self._checkpoints.save(done, state, kept)
     self._saved_at = time.monotonic()
 
   def wait(self) -> None:
-    """Returns when all is on disk; raises StorageError if that failed."""
+    """Waits for the pending save; raises StorageError if it failed."""
     self._checkpoints.wait()

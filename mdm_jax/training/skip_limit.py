@@ -1,4 +1,4 @@
-"""When to give up: too many updates in a row that could not be applied."""
+"""Ends a run after too many consecutive updates that were not applied."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from mdm_jax.training.trainer import Trainer
 
 
 class SkipLimit(Hook):
-  """Ends a run whose updates can't be applied any more, with a report.
+  """Raises NumericsError, with a report, after too many skipped updates.
 
   Args:
-    most: updates in a row that may be skipped, one less.
-    log: knows which were.
-    trainer: makes them again for the report.
-    checkpoints: of the run, for the message.
+    most: number of consecutive skipped updates that ends the run.
+    log: the log, which counts them.
+    trainer: recomputes them for the report.
+    checkpoints: the run's checkpoints, for the message.
     folder: the workdir.
   """
 
@@ -38,6 +38,8 @@ class SkipLimit(Hook):
   def on_update(self, done: int, state: TrainState) -> None:
     self._check(state)
 
+  # The log reads metrics one update late, except that it catches up before a
+  # save and at the end. So check then too: it may have found one more failure.
   def on_save(self, done: int, state: TrainState, kept: dict[str, Any]) -> None:
     self._check(state)
 
@@ -45,7 +47,7 @@ class SkipLimit(Hook):
     self._check(state)
 
   def _check(self, state: TrainState) -> None:
-    """Raises NumericsError once there are too many."""
+    """Raises NumericsError if there are too many."""
     failed = self._log.failed
     if len(failed) < self._most:
       return

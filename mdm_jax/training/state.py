@@ -1,4 +1,4 @@
-"""The train state: everything a run carries from one update to the next."""
+"""The train state: parameters, EMA, optimizer state and update count."""
 
 import dataclasses
 from typing import Any
@@ -17,14 +17,18 @@ _NO_GUARD = SpikeGuard()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Parameters, their average, the optimizer's state and the update count.
+  """Everything that a run carries from one update to the next.
 
-  No random key and no data position: both follow from `step`. Leaves are arrays
-  in a run, but also shapes or whatever else a tree map makes of them.
+  There is no random key and no data position: both are functions of `step`.
+  Fields are typed loosely because leaves may be arrays, `ShapeDtypeStruct`s or
+  anything else that `jax.tree.map` returns.
 
   Attributes:
-    step: updates done, applied or not, an int32 scalar.
-    guard: norms that a spike is told by; see `guard.SpikeGuard`.
+    step: number of updates done, applied or not; an int32 scalar.
+    params: the parameters.
+    ema_params: their moving average; see `ema.averaged`.
+    opt_state: the optimizer's state.
+    guard: gradient norms of recent updates; see `guard.SpikeGuard`.
   """
 
   step: Any
@@ -40,7 +44,7 @@ def init_state(
   key: Key[Array, ""],
   guard: SpikeGuard = _NO_GUARD,
 ) -> TrainState:
-  """Returns a fresh state, created sharded over the current mesh."""
+  """Returns a new state with random parameters, sharded over the mesh."""
   init = jax.jit(_init, static_argnums=(0, 1, 3))
   return init(denoiser, optimizer, key, guard)
 
@@ -50,7 +54,7 @@ def state_from(
   optimizer: optax.GradientTransformation,
   guard: SpikeGuard = _NO_GUARD,
 ) -> TrainState:
-  """Returns the state before the first update of given parameters."""
+  """Returns a new state with the given parameters."""
   return jax.jit(_start, static_argnums=(1, 2))(params, optimizer, guard)
 
 
@@ -59,8 +63,9 @@ def abstract_state(
   optimizer: optax.GradientTransformation,
   guard: SpikeGuard = _NO_GUARD,
 ) -> TrainState:
-  """Returns shapes, dtypes and shardings of the state, without computing it."""
-  # The key is made inside: there may be no device for it.
+  """Returns the state's shapes, dtypes and shardings, without computing it."""
+  # The key is made inside `eval_shape`: with a planned mesh there may be no
+  # device to put it on.
   return jax.eval_shape(
     lambda: _init(denoiser, optimizer, jax.random.key(0), guard)
   )

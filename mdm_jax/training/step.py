@@ -1,10 +1,10 @@
-"""One optimizer update, jitted once a stage.
+"""The jitted train step: one optimizer update, compiled once per stage.
 
-pose the questions of all rows -> for each microbatch: loss and gradient
--> optimizer with the sum of the gradients -> average the parameters
+objective.examples of all rows -> scan over microbatches: objective.loss and its
+gradient -> optimizer, with the summed gradient -> EMA of the parameters
 
-What is asked and how it is scored is up to the objective
-(`objectives/base.py`), of which nothing is known here.
+The step works for any objective (`objectives/base.py`): it never looks inside
+the examples.
 """
 
 import dataclasses
@@ -25,24 +25,24 @@ from mdm_jax.training.gated import accumulated, choose
 from mdm_jax.training.guard import SpikeGuard
 from mdm_jax.training.state import TrainState
 
-# By name: what all updates have, and what the objective says of this one.
+# By name: metrics of every update, and the objective's summaries.
 Metrics = Mapping[str, Float[Array, ""] | Ratio]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-# Parameters, the update's number and its rows, to numbers about it.
+# (params, step, batch) -> numbers for an incident report.
 Diagnosis = Callable[[Params, Int[Array, ""], Batch], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """What every update of a run is made of, whatever its stage.
+  """The parts of a train step that are the same in all stages.
 
   Attributes:
-    seed: of all that is drawn.
+    seed: seed of all random keys.
     model: the denoiser.
-    optimizer: what turns gradients into updates.
-    schedule: the learning rate of each update, for the log.
-    guard: what tells spikes of the gradient.
-    ema_decay: of the averaged parameters.
+    optimizer: made by `optimizer.make_optimizer`.
+    schedule: update -> learning rate; for the log, the optimizer has its own.
+    guard: detects spikes of the gradient norm.
+    ema_decay: decay of the averaged parameters.
   """
 
   seed: int
@@ -56,13 +56,13 @@ class Parts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pass:
-  """What an update's forward and backward pass finds.
+  """The result of an update's forward and backward pass.
 
   Attributes:
-    loss: the weighted mean that is differentiated.
-    grads: of the parameters, summed over microbatches.
-    examples: what was asked.
-    aux: what the objective returned beside the loss, of every microbatch.
+    loss: the loss, summed over microbatches.
+    grads: its gradient with respect to the parameters.
+    examples: the objective's examples.
+    aux: the auxiliary results of `Objective.loss`, stacked over microbatches.
   """
 
   loss: Float[Array, ""]
@@ -71,15 +71,15 @@ class Pass:
   aux: Any
 
 
-# Parameters, the update's number and its rows.
+# (params, step, batch) -> Pass.
 _Pass = Callable[[Params, Int[Array, ""], Batch], Pass]
 
 
 def make_pass(parts: Parts, objective: Objective, plan: Plan) -> _Pass:
-  """Returns an update's forward and backward pass in one stage.
+  """Returns the forward and backward pass of a stage's updates.
 
-  The weights are those of the whole update: every microbatch knows the share
-  that falls to it, so 2 x 8 rows give the update of 1 x 16.
+  Loss weights are normalized over the whole update, so the microbatches' losses
+  and gradients are summed, not averaged: 2 x 8 rows give the update of 1 x 16.
   """
 
   def loss_fn(params: Params, part: Any):
@@ -89,6 +89,7 @@ def make_pass(parts: Parts, objective: Objective, plan: Plan) -> _Pass:
     params: Params, step: Int[Array, ""], batch: Batch
   ) -> Pass:
     draws = Draws(parts.seed, step, plan, batch.tokens.shape[1])
+    # For all microbatches at once: the weights depend on the whole update.
     examples = objective.examples(batch, draws)
 
     def add(total, part):
@@ -106,10 +107,15 @@ def make_pass(parts: Parts, objective: Objective, plan: Plan) -> _Pass:
 def make_train_step(
   parts: Parts, objective: Objective, plan: Plan
 ) -> TrainStep:
-  """Returns the jitted update of one stage; it consumes the state it is given.
+  """Returns the jitted train step of one stage, which donates its state.
 
-  An update that is not finite, or a spike, leaves every bit of the parameters,
-  their average and the optimizer's state as it was; only `step` goes on.
+  An update that is not finite, or a spike, is not applied: parameters, EMA and
+  optimizer state stay the same to the bit, and only `step` advances.
+
+  Args:
+    parts: what all stages share.
+    objective: the stage's objective.
+    plan: sizes of the stage.
   """
   forward_backward = make_pass(parts, objective, plan)
   optimizer, guard = parts.optimizer, parts.guard
@@ -118,9 +124,12 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch):
     found = forward_backward(state.params, state.step, batch)
     norm = optax.tree.norm(found.grads)
+    # One NaN or inf anywhere in the gradient makes its norm NaN or inf.
     finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
     spike = finite & guard.is_spike(state.guard, norm)
     applied = finite & ~spike
+    # Selected inside the optimizer, not by `lax.cond`: on a GPU the host would
+    # wait for the gradient in every update (docs/performance.md).
     updates, opt_state = optimizer.update(
       *(found.grads, state.opt_state, state.params),
       step=state.step,
@@ -156,11 +165,11 @@ def make_train_step(
 
 
 def make_diagnosis(parts: Parts, objective: Objective, plan: Plan) -> Diagnosis:
-  """Returns a jitted second look at an update, which changes nothing.
+  """Returns a jitted function that recomputes an update without applying it.
 
-  Its numbers are whole on every device: the loss, the objective's summaries and
-  columns by row, and for each parameter the gradient's norm and its count of
-  entries that are not finite.
+  It returns the loss, the objective's summaries and its arrays by row, and for
+  each parameter the gradient's norm and number of non-finite entries, all
+  replicated.
   """
   forward_backward = make_pass(parts, objective, plan)
 
@@ -183,18 +192,18 @@ def make_diagnosis(parts: Parts, objective: Objective, plan: Plan) -> Diagnosis:
 
 
 def count_nonfinite(tree: Any) -> Any:
-  """Returns each leaf's number of entries that are not finite."""
+  """Returns the number of non-finite entries of each leaf."""
   return jax.tree.map(lambda x: (~jnp.isfinite(x)).sum(), tree)
 
 
 def _count_tokens(batch: Batch) -> Float[Array, ""]:
-  """Counts the tokens that are not padding; exact by row, then in float32."""
+  """Returns the number of tokens that are not padding."""
   by_row = (batch.segments > 0).sum(axis=-1)
   return by_row.astype(jnp.float32).sum()
 
 
 def _summaries(objective: Objective, found: Pass) -> dict[str, Ratio]:
-  """Returns what the objective says of an update, each entry with a name."""
+  """Returns the objective's summaries, after checking their shapes."""
   summaries = objective.summaries(found.examples, found.aux)
   for name, (total, count) in summaries.items():
     tags = objective.tags.get(name)

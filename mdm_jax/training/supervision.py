@@ -1,4 +1,4 @@
-"""The session's part in the loop: signals, lock, ledger, watchdog."""
+"""The hook for signals, the workdir's lock, goodput and the watchdog."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,20 +11,21 @@ from mdm_jax.training.trainer import Trainer
 
 
 class Supervision(Hook):
-  """Tells the session of a run how far it is, and stops when a signal came."""
+  """Reports progress to the run's session, and stops the loop on a signal."""
 
   def __init__(self, session: Session, trainer: Trainer):
     self._session, self._trainer = session, trainer
 
   @contextlib.contextmanager
   def during(self, cause: Cause, update: int) -> Iterator[None]:
-    """Counts the time; of an update that fails, keeps which rows it read."""
+    """Records the time; if an update fails, also the rows that it read."""
     attempt = self._session.attempt
     with attempt.ledger.spend(cause):
       try:
         yield
       except Exception:
-        # Of this update or, being read late, of the one before.
+        # The failing update may be the one before: a computation's error shows
+        # up when its metrics are read, one update late.
         if cause in (Cause.DATA, Cause.TRAIN):
           attempt.rows = self._trainer.row_numbers(update).tolist()
         raise

@@ -1,4 +1,4 @@
-"""What makes a run's updates: its recipe, its rows, its devices."""
+"""`Trainer`: computes a run's updates from its config, rows and devices."""
 
 import dataclasses
 import functools
@@ -39,14 +39,15 @@ from mdm_jax.training.step import (
 
 
 class Recipe:
-  """How a run is trained: all of it but its rows and devices.
+  """A trainer without rows and devices, e.g. to plan or compile a run.
 
   Attributes:
-    parts: what every update is made of.
-    curriculum: its stages in updates.
-    accumulation: microbatches of an update.
-    batch_size: rows of a microbatch.
-    recheck_every: every so many updates one is made twice (None: none is).
+    parts: what all updates share.
+    curriculum: the stages.
+    make_objective: builds a stage's objective from its plan.
+    accumulation: microbatches per update.
+    batch_size: rows per microbatch.
+    recheck_every: compute every N-th update twice and compare (None: never).
   """
 
   def __init__(
@@ -70,7 +71,7 @@ class Recipe:
 
   @property
   def optimizer(self) -> optax.GradientTransformationExtraArgs:
-    """What turns gradients into updates."""
+    """The optimizer."""
     return self.parts.optimizer
 
   @property
@@ -84,7 +85,8 @@ class Recipe:
     return abstract_state(parts.model, parts.optimizer, parts.guard)
 
   def plan(self, stage: StagePlan) -> Plan:
-    """Returns what is known of a stage's updates, on the current mesh."""
+    """Returns the sizes of a stage, for the current mesh."""
+    # Without rows, assume the maximum: every token predicted, in its own text.
     length = stage.config.length
     return Plan(
       accumulation=self.accumulation,
@@ -96,19 +98,19 @@ class Recipe:
     )
 
   def objective(self, stage: StagePlan) -> Objective:
-    """Returns what a stage trains on, for the current mesh."""
+    """Returns a stage's objective, for the current mesh."""
     return self.make_objective(stage, self.plan(stage))
 
   def step(self, stage: StagePlan) -> TrainStep:
-    """Returns a stage's compiled update, for the current mesh."""
+    """Returns a stage's jitted train step, for the current mesh."""
     return make_train_step(self.parts, self.objective(stage), self.plan(stage))
 
 
 class Trainer(Recipe):
-  """A recipe with its rows and devices; call it on their mesh.
+  """A recipe with rows and devices. Call its methods under `jax.set_mesh`.
 
   Attributes:
-    data: the rows.
+    data: the prepared rows.
     mesh: the devices.
   """
 
@@ -125,11 +127,12 @@ class Trainer(Recipe):
     )
     self.data, self.mesh = data, mesh
     stages = self.curriculum.stages
+    # One jitted function per stage: a new one would be compiled again.
     self._steps = functools.cache(lambda index: self.step(stages[index]))
     self._diagnoses = functools.cache(self._make_diagnosis)
 
   def plan(self, stage: StagePlan) -> Plan:
-    """Returns what is known of a stage's updates and of its rows."""
+    """Returns the sizes of a stage, using the maxima over its prepared rows."""
     name, length = stage_name(stage.index), stage.config.length
     counts = self.data.manifest.get("rows", {}).get(name, {})
     return dataclasses.replace(
@@ -139,25 +142,28 @@ class Trainer(Recipe):
     )
 
   def init(self) -> TrainState:
-    """Returns the state before the first update, of new parameters."""
+    """Returns the initial state with random parameters."""
     key = rng.stream(self.parts.seed, "init")
     return init_state(
       self.parts.model, self.parts.optimizer, key, self.parts.guard
     )
 
   def init_from(self, params: Params) -> TrainState:
-    """Returns the state before the first update, of given parameters."""
+    """Returns the initial state with the given parameters."""
     return state_from(params, self.parts.optimizer, self.parts.guard)
 
   def update(
     self, state: TrainState, update: int, batch: Batch | None = None
   ) -> tuple[TrainState, Metrics]:
-    """Does one update, consuming the state; returns the next and metrics.
+    """Runs one update; donates the state.
 
     Args:
-      state: the state before it.
-      update: its number.
-      batch: its rows, if they were made already.
+      state: the state before the update.
+      update: index of the update.
+      batch: the update's rows, if already on the devices.
+
+    Returns:
+      The next state, and metrics.
     """
     stage = self.curriculum.stage_at(update)
     if batch is None:
@@ -167,11 +173,17 @@ class Trainer(Recipe):
   def update_twice(
     self, state: TrainState, update: int, batch: Batch
   ) -> tuple[TrainState, Metrics]:
-    """Does what `update` does, twice, from a copy and from the state.
+    """Runs one update twice, to detect hardware that computes wrongly.
+
+    Args:
+      state: as in `update`.
+      update: as in `update`.
+      batch: as in `update`.
 
     Raises:
-      NumericsError: the two differ in any bit.
+      NumericsError: the results differ in any bit.
     """
+    # The copy goes first, because an update donates the state it gets.
     again = self.update(jax.tree.map(jnp.copy, state), update, batch)
     first = self.update(state, update, batch)
     if not bool(_same_bits(first, again)):
@@ -185,22 +197,22 @@ class Trainer(Recipe):
   def checked_update(
     self, state: TrainState, update: int, batch: Batch
   ) -> tuple[TrainState, Metrics]:
-    """Does an update, and every `recheck_every`-th of them twice."""
+    """Runs one update; every `recheck_every`-th one twice."""
     every = self.recheck_every
     twice = every and (update + 1) % every == 0
     make = self.update_twice if twice else self.update
     return make(state, update, batch)
 
   def passes_over(self, update: int) -> bool:
-    """Returns whether the config skips an update on purpose."""
+    """Returns whether the config skips an update."""
     return self.curriculum.passes_over(update)
 
   def pass_over(self, state: TrainState) -> TrainState:
-    """Skips an update and its rows; the states share all else."""
+    """Returns the state with one more update counted, its rows skipped."""
     return dataclasses.replace(state, step=state.step + 1)
 
   def diagnose(self, params: Params, update: int) -> dict[str, Any]:
-    """Returns what `make_diagnosis` finds of an update, fetched."""
+    """Returns `make_diagnosis`'s results for an update, on the host."""
     stage = self.curriculum.stage_at(update)
     found = self._diagnoses(stage.index)(
       params, jnp.asarray(update, jnp.int32), self.batch(stage, update)
@@ -208,13 +220,13 @@ class Trainer(Recipe):
     return jax.device_get(found)
 
   def batch(self, stage: StagePlan, update: int) -> Batch:
-    """Returns the rows of an update on the devices."""
+    """Returns the rows of an update, on the devices."""
     numbers = self._row_numbers(stage, update)
     rows = self.data.stages[stage.index]
     return batches.make_batch(rows, numbers, self.accumulation, self.mesh)
 
   def row_numbers(self, update: int) -> Int[np.ndarray, "N"]:
-    """Returns which of its stage's rows an update reads, in their order."""
+    """Returns the indices of the stage's rows that an update reads."""
     return self._row_numbers(self.curriculum.stage_at(update), update)
 
   def _row_numbers(self, stage: StagePlan, update: int):
@@ -232,7 +244,10 @@ class Trainer(Recipe):
 
 @jax.jit
 def _same_bits(a: Any, b: Any) -> Bool[Array, ""]:
-  """Whether two trees hold the same, NaN being equal to itself."""
+  """Returns whether two trees are equal to the bit.
+
+  Bits, not values: NaN is not equal to itself, and -0.0 is equal to 0.0.
+  """
   same = jax.tree.map(lambda x, y: (_bits(x) == _bits(y)).all(), a, b)
   return jnp.stack(jax.tree.leaves(same)).all()
 

@@ -1,6 +1,6 @@
-"""Where numbers go: metrics.jsonl and TensorBoard, under the same names.
+"""Metric writers: metrics.jsonl and TensorBoard, with the same names.
 
-Method names are those of clu's metric writers, so one of them drops in.
+Methods are named as in clu's metric writers, so those can be used instead.
 """
 
 import math
@@ -18,19 +18,19 @@ from tensorboardX.proto import event_pb2
 from mdm_jax.core import buckets, distributed, files, strict_json
 
 _FLUSH_SECONDS = 10.0
-_WHOLE_SECONDS = 30.0  # the same in a bucket, where a flush writes all of it
+_WHOLE_SECONDS = 30.0  # in a bucket, where a flush uploads the whole file
 
 Scalars = Mapping[str, float]
 
 
 class _Buckets:
-  """Lets tensorboardX write to buckets as all else here does."""
+  """Makes tensorboardX write to buckets through `core/buckets.py`."""
 
   def open(self, path: str) -> buckets.Appender:
     return buckets.Appender(path)
 
   def directory_check(self, path: str) -> None:
-    """A bucket has no folders."""
+    """Does nothing: a bucket has no folders to create."""
 
 
 for _scheme in buckets.SCHEMES:
@@ -38,29 +38,29 @@ for _scheme in buckets.SCHEMES:
 
 
 class _Due:
-  """Tells when a file that grows is to be flushed, for whoever is watching."""
+  """Decides when a growing file is flushed, so that readers see it grow."""
 
   def __init__(self, path: epath.Path, seconds: float):
     self._seconds = seconds if files.is_local(path) else _WHOLE_SECONDS
     self._last = -math.inf
 
   def now(self) -> bool:
-    """Whether it is time, once a time."""
+    """Returns whether a flush is due; True starts the next interval."""
     due = time.monotonic() - self._last >= self._seconds
     self._last = time.monotonic() if due else self._last
     return due
 
 
 class JsonlWriter:
-  """One JSON object a line: the step and its scalars."""
+  """Writes one JSON object per line: the step and its scalars or texts."""
 
   def __init__(self, path: epath.Path, after: int, redo: tuple[str, ...] = ()):
-    """Appends to `path`, first dropping lines that will be written again.
+    """Opens `path` to append, without lines that will be written again.
 
     Args:
-      path: of the file.
-      after: lines of later steps are dropped.
-      redo: and those of this step whose names begin with one of these.
+      path: the file.
+      after: the step of the checkpoint; lines of later steps are dropped.
+      redo: name prefixes; lines of step `after` with such a name are dropped.
     """
     kept = [
       line
@@ -91,15 +91,16 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-  """An event file; what an earlier run wrote beyond `after` is hidden.
+  """Writes a TensorBoard event file.
 
-  Written by this thread: tensorboardX's own writer has another one, which a
-  full disk kills without a word, and then waits for it for ever.
+  It writes in the calling thread. tensorboardX's own writer has a background
+  thread: a full disk kills it silently, and closing then waits for it forever.
   """
 
   def __init__(self, folder: epath.Path, after: int):
     files.make_folder(folder)
     self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+    # TensorBoard hides what earlier event files have from this step on.
     started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._due = _Due(folder, _FLUSH_SECONDS)
     self._write(after + 1, session_log=started)
@@ -133,7 +134,7 @@ class Writers:
   """Writes everything to a workdir's metrics.jsonl and TensorBoard files.
 
   Only process 0 writes. A writer that fails, for example on a full disk, is
-  reported once and then left out: training goes on without its curves.
+  reported once and then dropped: losing curves must not end a run.
   """
 
   def __init__(
@@ -154,15 +155,15 @@ class Writers:
     self._each("close")
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
-    """Writes numbers of one step."""
+    """Writes the scalars of one step."""
     self._each("write_scalars", step, scalars)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """Writes texts of one step."""
+    """Writes the texts of one step."""
     self._each("write_texts", step, texts)
 
   def flush(self) -> None:
-    """Hands all that was written to the system: a kill then loses none."""
+    """Flushes all files to the operating system, so that a kill loses none."""
     self._each("flush")
 
   def _open(self, path: epath.Path, make: Callable[[], Any]) -> None:
