@@ -1,25 +1,26 @@
-"""A denoiser of 8B parameters in the shape of LLaMA 3, for text read once.
+"""An 8B denoiser in the shape of LLaMA 3, for text that is read once.
 
   python -m mdm_jax.main --config=configs/8b.py
 
-The architecture is that of arXiv 2407.21783, table 3, attending both ways; all
-else is `configs/large.py` with longer rows. An update is made of 8
+The architecture is that of arXiv 2407.21783, table 3, with bidirectional
+attention; all else is `configs/large.py` with longer rows. An update has 8
 microbatches, and only the blocks' inputs are kept for the backward pass, so
-that it fits 16 GiB a device on a mesh of 64 x 4:
+that it fits 16 GiB per device on a mesh of 64 x 4:
 
   python -m mdm_jax.plan --config=configs/8b.py --mesh=64x4 --device=v5e
 
-It was never trained.
+It was planned and compiled, never trained.
 """
 
 from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):
-  """`:quick` scales down to a CPU and about a minute."""
+  """Returns the config; `:quick` scales it down to a CPU and about a minute."""
   config = config_lib.default_config()
   config.name = "8b"
   config.data.update(corpus="text:corpus/*.jsonl", batch_size=64)
+  # Of so much text, a thousandth is enough to measure.
   config.data.update(eval_fraction=0.001, test_fraction=0.001)
   config.tokenizer.vocab_size = 128_000
   config.model.update(
@@ -30,6 +31,7 @@ def get_config(arg: str = ""):
     mlp_dim=14_336,
     tie_embeddings=False,
     rope_theta=500_000.0,
+    # Keeps only the blocks' inputs, and computes the rest again.
     remat="full",
   )
   config.stages = (

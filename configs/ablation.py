@@ -1,11 +1,11 @@
-"""The recipe's claims, one change at a time, small enough for two CPU cores.
+"""Tests the recipe's claims one change at a time, on two CPU cores.
 
   python -m mdm_jax.studies.ablate --config=configs/ablation.py
 
-The base is `configs/recommended.py` with more rehearsal, a smaller model,
-shorter rows, fewer documents, and a learning rate for the few updates. Each
-variant changes one thing of it; all make equally many updates of equally many
-rows. See docs/results.md.
+The base is `configs/recommended.py` with more rehearsal, a smaller model
+without dropout, shorter rows, fewer documents, and a learning rate for few
+updates. Each variant changes one thing; all make the same number of updates of
+the same number of rows. See docs/results.md for what came out.
 """
 
 from mdm_jax import config as config_lib
@@ -25,7 +25,10 @@ VARIANTS = {
 
 
 def get_config(arg: str = ""):
-  """`:VARIANT` is one of `VARIANTS`; `:VARIANT,quick` takes half a minute."""
+  """Returns the config of `:VARIANT`, one of `VARIANTS` (none: the base).
+
+  `:VARIANT,quick` takes half a minute.
+  """
   config = config_lib.default_config()
   config.name = "ablation"
   config.data.update(corpus="sotu", batch_size=8)
@@ -69,6 +72,8 @@ def get_config(arg: str = ""):
     ),
   )
   config.optimizer.update(
+    # Learning rate and warm-up fit 800 updates; they were chosen for the base
+    # and are the same in all variants.
     learning_rate=5e-3,
     warmup_steps=40,
     min_lr_ratio=0.05,
@@ -77,7 +82,7 @@ def get_config(arg: str = ""):
     ema_decay=0.99,
   )
   config.train.checkpoint_every = 200
-  # Only at the end: every variant is measured after its last update.
+  # Variants are compared after their last update: none may choose its best.
   config.eval.update(every=0, final_rows=128)
   config.sample.update(
     order="random",
@@ -121,6 +126,7 @@ def _change(config, variant: str):
       _make_uniform(config)
       config.objective.label_smoothing = 0.0
       updates = sum(stage.updates for stage in config.stages)
+      # The last stage reads all text; it gets the updates of all three.
       config.stages = config.stages[-1:]
       config.stages[0].update(name="all", updates=updates, lr_factor=1.0)
 

@@ -2,16 +2,16 @@
 
   python -m mdm_jax.main --config=configs/baseline.py
 
-It follows the guide to the letter: no rehearsal, so half of all mask rates are
-never trained, and the printed plan says so. `configs/recommended.py` is the
-column to start from.
+It follows the guide exactly: there is no rehearsal, so half of all mask rates
+are never trained, and the plan warns about it. To train a good model, start
+from `configs/recommended.py`.
 """
 
 from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):
-  """`:quick` scales down to a CPU and about a minute."""
+  """Returns the config; `:quick` scales it down to a CPU and about a minute."""
   config = config_lib.default_config()
   config.name = "baseline"
   config.data.update(corpus="sotu", batch_size=16)

@@ -1,19 +1,20 @@
-"""A denoiser of 1.3B parameters, for text that is read once.
+"""A 1.3B denoiser, for text that is read once.
 
   python -m mdm_jax.main --config=configs/large.py
 
-`configs/medium.py`, wider, with longer rows and larger batches. docs/scaling.md
-says what it takes; it was never trained to its end.
+It is `configs/medium.py`, wider, with longer rows and larger batches. See
+docs/scaling.md for the devices it needs; it was never trained to its end.
 """
 
 from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):
-  """`:quick` scales down to a CPU and about a minute."""
+  """Returns the config; `:quick` scales it down to a CPU and about a minute."""
   config = config_lib.default_config()
   config.name = "large"
   config.data.update(corpus="text:corpus/*.jsonl", batch_size=512)
+  # Of so much text, a thousandth is enough to measure.
   config.data.update(eval_fraction=0.001, test_fraction=0.001)
   config.tokenizer.vocab_size = 50_000
   config.model.update(num_layers=24, embed_dim=2048, num_heads=16)

@@ -1,22 +1,23 @@
-"""A denoiser of 350M parameters, for text that is read once.
+"""A 350M denoiser, for text that is read once.
 
   python -m mdm_jax.main --config=configs/medium.py
 
-The stages of `configs/recommended.py` with updates instead of epochs. What
-fights repetition there (dropout, label smoothing) is off here, and half of
-every batch is masked at any rate: with so much text the likelihood bound is
-what pays. `data.corpus` is yours to name. docs/scaling.md says what it takes;
-it was never trained to its end.
+It has the stages of `configs/recommended.py`, in updates instead of epochs.
+What guards against repeated text there (dropout, label smoothing) is off, and
+half of every batch draws its mask rate from all of (0, 1), because with so much
+text the likelihood bound is what counts. Set `data.corpus` to your own text.
+See docs/scaling.md for the devices it needs; it was never trained to its end.
 """
 
 from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):
-  """`:quick` scales down to a CPU and about a minute."""
+  """Returns the config; `:quick` scales it down to a CPU and about a minute."""
   config = config_lib.default_config()
   config.name = "medium"
   config.data.update(corpus="text:corpus/*.jsonl", batch_size=256)
+  # Of so much text, a thousandth is enough to measure.
   config.data.update(eval_fraction=0.001, test_fraction=0.001)
   config.tokenizer.vocab_size = 50_000
   config.model.update(num_layers=24, embed_dim=1024, num_heads=16)

@@ -1,19 +1,19 @@
-"""The guide's quick quality fix: the baseline's last stage once more, longer.
+"""The guide's quick quality fix: retrains the baseline's last stage, longer.
 
   python -m mdm_jax.main --config=configs/baseline.py
   python -m mdm_jax.main --config=configs/quick_fix.py
 
-The parameters come from a finished run, runs/baseline or the one that
---config.init_from names, and the optimizer starts anew. Of the recommended
-values only the four of high priority are used: 300 epochs instead of 150,
-learning rate 1e-4, label smoothing 0.1 and temperature 0.6. See docs/recipe.md.
+It starts from the parameters of a finished run, runs/baseline or the folder
+that --config.init_from names, with a new optimizer. Of the recommended values
+it takes the four of high priority: 300 epochs instead of 150, learning rate
+1e-4, label smoothing 0.1 and temperature 0.6. See docs/recipe.md.
 """
 
 from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):
-  """`:quick` scales down to a minute, from runs/baseline_quick."""
+  """Returns the config; `:quick` takes a minute, from runs/baseline_quick."""
   config = config_lib.default_config()
   config.name = "quick_fix"
   config.data.update(corpus="sotu", batch_size=16)
@@ -46,5 +46,6 @@ def get_config(arg: str = ""):
     top_p=0.9,
   )
   quick = "quick" in arg.split(",")
+  # A scaled-down model can only start from a scaled-down model's parameters.
   config.init_from = "runs/baseline_quick" if quick else "runs/baseline"
   return config_lib.apply_arg(config, arg)

@@ -2,9 +2,10 @@
 
   python -m mdm_jax.main --config=configs/recommended.py
 
-Beside the guide's values, a share of every batch is masked at any rate
-(`rehearsal`), so that the denoiser also learns the states that sampling starts
-from. Words after a colon, separated by commas, ask for something else:
+One thing is added to the guide's values: a share of every batch draws its mask
+rate from all of (0, 1) (`rehearsal`), so that the denoiser also learns the
+heavily masked states that sampling starts from. Words after a colon, separated
+by commas, choose something else:
 
   recommended.py:strict       the guide's values and nothing else: no rehearsal
   recommended.py:high         the baseline with the high priorities changed
@@ -21,9 +22,9 @@ from mdm_jax.core.errors import UserError
 
 PRIORITIES = ("high", "medium", "low")
 
-# What the values below were in the baseline, by the guide's priority of
-# changing them. The guide gives the last four none: only the whole recipe has
-# them.
+# The baseline's values of the fields below, by the priority that the guide
+# gives to changing them. To those under `full` it gives none: only the whole
+# recipe changes them.
 BASELINE = {
   "high": {
     "stages[2].epochs": 150.0,
@@ -53,7 +54,7 @@ BASELINE = {
 
 
 def get_config(arg: str = ""):
-  """`:quick`, `:strict`, or any of `:high,medium,low`."""
+  """Returns the config; takes `:quick`, `:strict` or `:high,medium,low`."""
   config = config_lib.default_config()
   config.name = "recommended"
   config.data.update(corpus="sotu", batch_size=8)
@@ -70,6 +71,7 @@ def get_config(arg: str = ""):
       length=64,
       epochs=75,
       mask_rate=(0.75, 0.90),
+      # The least that was tried, and enough (docs/results.md).
       rehearsal=0.1,
       lr_factor=1.0,
     ),
@@ -102,6 +104,7 @@ def get_config(arg: str = ""):
     weight_decay=0.01,
     clip_norm=1.0,
     b2=0.95,
+    # 8 x 2 rows: the baseline's 16 per update.
     accumulation=2,
   )
   config.sample.update(
@@ -128,11 +131,12 @@ def get_config(arg: str = ""):
 
 
 def _undo_all_but(config, changed: list[str]):
-  """Goes back to the baseline in what belongs to no priority in `changed`."""
+  """Restores the baseline in every field of another priority."""
   for priority, values in BASELINE.items():
     if priority not in changed:
       for path, value in values.items():
         config_path.set_value(path, config, value)
+  # The guide has no rehearsal: what is built on its baseline has none.
   _leave_out_rehearsal(config)
 
 
