@@ -1,8 +1,8 @@
-"""A corpus in blocks of about one size, each of them read by itself.
+"""Cuts a corpus into blocks of similar size that can be read independently.
 
-Where it is cut depends on the files and the size of a block, never on who reads
-them. A `.jsonl` is cut between lines; a document is never divided, so one that
-is larger than a block makes its block larger.
+Block boundaries depend only on the files and the block size, never on who reads
+them. Files of lines are cut between lines. A document is never divided, so a
+document larger than a block makes its block larger.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from mdm_jax.data.records import Form
 from mdm_jax.data.splits import TRAIN
 from mdm_jax.data.text_files import Span, Tally
 
-_COMPRESSED = 4  # text is about so many times larger than its .gz or .parquet
+_COMPRESSED = 4  # text is about this many times the size of its .gz or .parquet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Block:
   """A part of a corpus.
 
   Attributes:
-    number: from 0, in the order of its corpus.
-    root: the folder of the files, or the name of a TFDS data set.
-    spans: parts of its files, or of its splits: examples instead of bytes.
-    most: documents that are read of it (None: all).
-    sha256: of its documents, once they were read.
-    side: which its corpus was given for; `train` is also split.
+    number: position among the blocks of the same corpus, from 0.
+    root: folder of the files, or `tfds:NAME`.
+    spans: parts of files, or of TFDS splits (examples instead of bytes).
+    most: read at most this many documents (None: all).
+    sha256: hash of the block's documents; empty until they have been counted.
+    side: which split the corpus was given for; only `train` is split further.
   """
 
   number: int
@@ -43,17 +43,17 @@ class Block:
 
 
 def cut(data: DataConfig) -> list[Block]:
-  """Returns the blocks of a run's corpus, then of those given for a side.
+  """Returns the blocks of `data.corpus`, then those of the held-out corpora.
 
   Raises:
-    UserError: one can't be cut, or holds nothing to cut.
+    UserError: a corpus can't be cut into blocks, or no file matches.
   """
   size = max(int(data.block_megabytes * 1e6), 1)
   found = []
   for side, (field, corpus) in corpora.sources(data).items():
     root, weighted = _spans(corpus, field, size, records.form_of(data))
     groups = enumerate(_group(weighted, size))
-    # No block has to give more than all of them.
+    # One block alone may have to supply all of `max_documents`.
     most = data.max_documents if side == TRAIN else None
     found += [Block(i, root, spans, most, side=side) for i, spans in groups]
   return found
@@ -62,7 +62,7 @@ def cut(data: DataConfig) -> list[Block]:
 def _spans(
   corpus: str, field: str, size: int, form: Form
 ) -> tuple[str, Iterator[tuple[Span, int]]]:
-  """Returns the root of a corpus, and its parts with their sizes in bytes."""
+  """Returns a corpus' root, and its spans with their sizes in bytes of text."""
   kind, _, name = corpus.partition(":")
   if kind == "tfds" and name:
     return corpus, _split_spans(name, size)
@@ -73,7 +73,16 @@ def _spans(
 
 
 def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
-  """Returns the documents of a block that hold text."""
+  """Returns the documents of a block, without blank ones.
+
+  Args:
+    data: how files are read.
+    block: what to read.
+    tally: counts the files and records read, and the bad ones.
+
+  Raises:
+    UserError: a file can't be read, or a record is bad and may not be skipped.
+  """
   form = records.form_of(data)
   if block.root.startswith("tfds:"):
     name = block.root.removeprefix("tfds:")
@@ -89,7 +98,10 @@ def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
 
 
 def files(blocks: list[Block]) -> str:
-  """Returns a hash of which files there are and how large, wherever."""
+  """Returns a hash of the names and sizes of all files, relative to the root.
+
+  It stays the same when the corpus is moved to another folder.
+  """
   known = set()
   for block in blocks:
     for span in block.spans:
@@ -100,7 +112,10 @@ def files(blocks: list[Block]) -> str:
 
 
 def state(blocks: list[Block]) -> str:
-  """Returns a hash of the parts of files, and how large and old those are."""
+  """Returns a hash of all spans with the sizes and mtimes of their files.
+
+  It changes when a file is edited between two runs of --mode=prepare.
+  """
   digest = hashlib.sha256()
   for block in blocks:
     for span in block.spans:
@@ -113,7 +128,7 @@ def state(blocks: list[Block]) -> str:
 
 
 def _within(path: pathlib.Path, root: str) -> str:
-  """Returns a path that stays the same where its root moves."""
+  """Returns the path relative to `root`, so a moved corpus hashes the same."""
   inside = path.is_relative_to(root)
   return str(path.relative_to(root)) if inside else str(path)
 
@@ -121,14 +136,15 @@ def _within(path: pathlib.Path, root: str) -> str:
 def _file_spans(
   paths: list[pathlib.Path], size: int, form: Form
 ) -> Iterator[tuple[Span, int]]:
-  """Yields parts of files, and about how much text each holds, in bytes."""
+  """Yields spans of files with the approximate size of their text in bytes."""
   for path in paths:
     packed = path.name.lower().endswith((".gz", ".parquet"))
     whole = path.stat().st_size * (_COMPRESSED if packed else 1)
     parts = records.parts(path, form)
-    if not parts:
+    if not parts:  # can only be read as a whole, or is empty
       yield Span(str(path)), whole
       continue
+    # `parts` counts bytes for files of lines and row groups for .parquet.
     step = max(size * parts // max(whole, 1), 1)
     for start in range(0, parts, step):
       end = min(start + step, parts)
@@ -136,6 +152,7 @@ def _file_spans(
 
 
 def _split_spans(name: str, size: int) -> Iterator[tuple[Span, int]]:
+  # Assumes that the examples of a split are about equally long.
   for part, (examples, total) in corpora.tfds_splits(name).items():
     step = max(size * examples // max(total, 1), 1)
     for start in range(0, examples, step):
@@ -146,7 +163,7 @@ def _split_spans(name: str, size: int) -> Iterator[tuple[Span, int]]:
 def _group(
   weighted: Iterator[tuple[Span, int]], size: int
 ) -> Iterator[tuple[Span, ...]]:
-  """Puts neighbours together, until they would be more than a block."""
+  """Groups consecutive spans into blocks of at most `size` bytes."""
   group, total = [], 0
   for span, weight in weighted:
     if group and total + weight > size:

@@ -1,10 +1,11 @@
-"""The cache: rows of a corpus that fits in memory, made when first asked for.
+"""The cache of prepared rows, for a corpus that fits in memory.
 
-A folder of it holds the tokenizer, one pair of arrays a stage, one each for
-validation and test text with a table of where that is, and a manifest with
-their sizes and hashes. Its name is a hash of all it depends on (the text and
-the fields that shape rows), so equal work is found again and different work
-never collides. It appears whole, by a rename, or not at all.
+Rows are made when they are first asked for. A cache folder holds the tokenizer,
+the arrays of each stage, those of validation and test text with a table of
+their texts, and a manifest with counts and hashes. The folder's name is a hash
+of everything the rows depend on (the text and the config fields that shape
+them), so equal inputs share a folder and different ones never do. It is renamed
+into place when complete, so it is never seen half-written.
 """
 
 import hashlib
@@ -30,17 +31,22 @@ from mdm_jax.data.stores import InMemory
 from mdm_jax.data.text_files import Document, Tally
 from mdm_jax.data.tokenizer import Tokenizer
 
-_FORMAT = 4  # rows of another one are made anew
-# What takes the time of a pass, and of what follows it.
+# Part of the folder's hash: raise it when the same inputs give other rows.
+_FORMAT = 4
+# Progress labels of passes that are named for something else than the slow
+# part: deciding the split follows `count`, training the tokenizer `sample`.
 _SHOWN: dict[Pass, str] = {"count": "split", "sample": "tokenizer"}
 
 
 def folder_of(config: RowsConfig, given: Tokenizer | None) -> pathlib.Path:
-  """Returns the folder of a config's rows, once they are there.
+  """Returns the cache folder of a config's rows, making them if necessary.
 
   Args:
     config: what rows depend on.
-    given: the tokenizer to use instead of the config's.
+    given: tokenizer to use instead of the one the config describes.
+
+  Raises:
+    UserError: the corpus can't be read, or the folder can't be written.
   """
   found, total = corpora.load_all(config.data), Tally()
   for _, tally in found.values():
@@ -60,7 +66,10 @@ def folder_of(config: RowsConfig, given: Tokenizer | None) -> pathlib.Path:
 
 
 def training_texts(config: RowsConfig) -> list[str]:
-  """Returns the text of the train split."""
+  """Returns the documents of the train split as text.
+
+  The corpus is read and split again: the cache keeps only ids.
+  """
   store = InMemory(corpora.load_all(config.data))
   counted = preparation.count(Job(config, store), store.blocks, run_here)
   return preparation.sample(counted, run_here)[0]
@@ -82,6 +91,7 @@ def _write(
 ) -> None:
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that it can be renamed into place.
     partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix="tmp-"))
   except OSError as error:
     raise UserError(

@@ -12,7 +12,7 @@ from mdm_jax.core.fields import COUNT, MANY, POSITIVE, SHARE, SIZE, field, fixed
 class DataConfig:
   """Which text, and how many rows of it a step sees."""
 
-  corpus: str = field(  # the same text may be elsewhere: rows are compared
+  corpus: str = field(  # not fixed: a resume may find it elsewhere
     "sotu", "`sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`"
   )
   batch_size: int = fixed(8, "global rows a microbatch", SIZE)
@@ -58,7 +58,7 @@ class DataConfig:
   )
 
   def check(self, path: str) -> None:
-    """Raises UserError if too little is left to train on."""
+    """Raises UserError on an unknown language or too little training text."""
     languages.check(f"{path}.language", self.language)
     if self.eval_fraction + self.test_fraction > 0.9:
       raise UserError(
@@ -87,14 +87,14 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveStage:
-  """What an objective is told of a stage: a dataclass of its own fields."""
+  """What a stage's config tells the objective; subclasses add the fields."""
 
   def describe(self) -> str:
-    """Returns what is asked in the stage, in a few words."""
+    """Returns what the stage asks of the model, in a few words for tables."""
     return ""
 
   def masked_share(self) -> tuple[float, float] | None:
-    """Returns which shares of a text are masked; None if that means nothing."""
+    """Returns the lowest and highest mask rate, or None if there is none."""
     return None
 
 
@@ -127,7 +127,7 @@ class StageConfig:
   )
 
   def check(self, path: str) -> None:
-    """Raises UserError if no text is left."""
+    """Raises UserError if no text can satisfy both word limits."""
     if self.max_words is not None and self.max_words < self.min_words:
       raise UserError(
         f"{path}.min_words={self.min_words} is more than"
@@ -137,15 +137,15 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowsConfig:
-  """What rows depend on: the part of a run's config that this room is given.
+  """The part of a run's config that its rows depend on.
 
   Attributes:
     data: which text.
-    tokenizer: how it becomes ids.
-    stages: how each of them reads it.
-    init_from: folder of a run whose tokenizer is taken, or nothing.
-    accumulation: microbatches of an update; a stage has rows for one update.
-    modules: what a process that makes rows has to import first.
+    tokenizer: how text becomes ids.
+    stages: units, limits and row length of each stage.
+    init_from: workdir of the run whose tokenizer is reused ('': none).
+    accumulation: microbatches per update; a stage needs rows for one update.
+    modules: the user's modules that a process making rows has to import first.
   """
 
   data: DataConfig
