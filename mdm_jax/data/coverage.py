@@ -1,4 +1,4 @@
-"""How much of the training text a stage leaves out, and how much all do."""
+"""Counts how much training text is left out, by each stage and by all."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +10,23 @@ from mdm_jax.data.segments import Unit
 
 
 class Coverage:
-  """Counts the characters that stages read, white space left out."""
+  """Counts the characters that stages read, without white space."""
 
   def __init__(self, texts: Sequence[str]):
-    """Names the text; nothing of it is read yet."""
+    """Starts with nothing read.
+
+    Args:
+      texts: documents of the train split.
+    """
     self._texts = texts
     self._read: dict[int, np.ndarray] = {}
+    # Documents read in full need no mask of characters.
     self._whole: set[int] = set()
 
   def add(self, units: Sequence[Unit]) -> None:
-    """Adds what a stage reads."""
+    """Marks the text of a stage's units as read."""
     for unit in units:
+      # Only "paragraphs" have no starts, and they hold the whole document.
       if not unit.starts:
         self._whole.add(unit.document)
         self._read.pop(unit.document, None)
@@ -35,7 +41,7 @@ class Coverage:
     return self._read[document]
 
   def counts(self) -> dict[str, int]:
-    """Returns the characters of the text, and those that no stage reads."""
+    """Returns how many characters there are, and how many no stage reads."""
     characters = unread = 0
     for i, text in enumerate(self._texts):
       own = len("".join(text.split()))
@@ -49,7 +55,7 @@ class Coverage:
 
 
 def told(counts: dict[str, int]) -> str:
-  """Says what no stage reads; nothing, if all of it is read."""
+  """Describes how much of the text no stage reads; '' if all of it is read."""
   if not counts["unread"]:
     return ""
   share = counts["unread"] / counts["characters"]
@@ -60,7 +66,7 @@ def told(counts: dict[str, int]) -> str:
 
 
 def left_out(stage: StageConfig, counts: dict[str, Any]) -> list[str]:
-  """Says what a stage does not read, and where it found no sentences."""
+  """Returns lines on how much text a stage leaves out, and for what reasons."""
   if stage.unit == "paragraphs":
     return []
   lines = []

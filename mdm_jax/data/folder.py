@@ -1,4 +1,4 @@
-"""A folder of sharded rows: made block by block, and gone on with."""
+"""Prepares a folder of sharded rows block by block, and can be resumed."""
 
 import fcntl
 import hashlib
@@ -32,11 +32,15 @@ from mdm_jax.data.tokenizer import Tokenizer
 
 _SAMPLE = "training_sample.json"
 _NGRAMS = "training_8grams.npz"
-_JOB = "job.json"  # what records are of
+_JOB = "job.json"  # config and files that the records in `work` were made from
 
 
 def path_of(config: RowsConfig) -> pathlib.Path:
-  """Returns the folder `data.prepared`; raises UserError if it is a bucket."""
+  """Returns the path of `data.prepared`.
+
+  Raises:
+    UserError: it is a bucket, whose files can't be memory-mapped.
+  """
   if "://" in config.data.prepared:
     raise UserError(
       f"data.prepared={config.data.prepared} is a bucket; rows are mapped into"
@@ -48,16 +52,20 @@ def path_of(config: RowsConfig) -> pathlib.Path:
 def prepare_folder(
   config: RowsConfig, given: Tokenizer | None, run: Run
 ) -> dict[str, Any]:
-  """Fills the folder `data.prepared`, or goes on with it; returns its manifest.
+  """Fills the folder `data.prepared`, resuming where an earlier call stopped.
 
   Args:
     config: what rows depend on.
-    given: the tokenizer to use instead of the config's.
-    run: does a pass over blocks.
+    given: tokenizer to use instead of the one the config describes.
+    run: executes a pass over blocks.
+
+  Returns:
+    The folder's manifest.
 
   Raises:
-    UserError: the corpus can't be prepared, a stage finds nothing in it, or the
-      folder is of another config.
+    UserError: the corpus can't be cut into blocks, a stage finds no text, or
+      the folder was begun with another config.
+    StorageError: the folder can't be written.
   """
   folder = path_of(config)
   wanted, store = folder_inputs.of(config, given), OnDisk(folder, config.data)
@@ -68,6 +76,8 @@ def prepare_folder(
       _begin(job, wanted, found)
       _fill(job, wanted, given, found, run)
   folder_inputs.check_made(folder, wanted, config.data)
+  # Also in a folder that is already finished: a kill may have come between
+  # writing the manifest and removing the records.
   shutil.rmtree(store.work, ignore_errors=True)
   manifest = journal.get(folder / MANIFEST)
   row_checks.check_stages(config, manifest["rows"])
@@ -78,7 +88,7 @@ def prepare_folder(
 
 
 class _owned:
-  """Holds a folder of work alone; a process that dies lets go of it."""
+  """Locks the work folder; the operating system frees a dead process's lock."""
 
   def __init__(self, work: pathlib.Path):
     self._work = work
@@ -104,8 +114,9 @@ class _owned:
 
 
 def _begin(job: Job, wanted: dict[str, Any], found: list[Block]) -> None:
-  """Goes on with the work of before, if it is this one."""
-  # It decides which bytes are written, but not how they are read.
+  """Records what is being prepared, or checks that a resume does the same."""
+  # The block size shapes the files, but readers of a finished folder need not
+  # have the same one, so it isn't part of `wanted`.
   size = {"data.block_megabytes": job.config.data.block_megabytes}
   now = {"inputs": wanted, "blocks": size, "files": blocks.state(found)}
   for place in (job.store.work, job.store.folder):
@@ -116,7 +127,7 @@ def _begin(job: Job, wanted: dict[str, Any], found: list[Block]) -> None:
   before = job.store[_JOB]
   same = before["files"] == now["files"]
   made = before["inputs"]
-  if same:  # they may have moved
+  if same:  # the same files under a new path are the same corpus
     made = folder_inputs.renamed(made, wanted)
   folder_inputs.check(job.store.folder, made | before["blocks"], wanted | size)
   if not same:
@@ -133,7 +144,7 @@ def _fill(
   found: list[Block],
   run: Run,
 ) -> None:
-  """Writes every file of a folder, the manifest last."""
+  """Writes every file of the folder, the manifest last."""
   folder = job.store.folder
   made = preparation.make(job, found, given, run)
   counted = made.counted
@@ -157,6 +168,7 @@ def _fill(
     **made.told,
     "files": dict(sorted(files.items())),
   }
+  # Hash of all documents, from the blocks' hashes: nothing is read again.
   text = hashlib.sha256("".join(b.sha256 for b in counted.blocks).encode())
   manifest["documents"] |= {"bytes": counted.size, "text": text.hexdigest()}
   journal.put(folder / MANIFEST, manifest)
@@ -166,7 +178,7 @@ def _fill(
 
 
 def _ngrams(counted: Counted) -> dict[str, np.ndarray]:
-  """Returns the 8-grams of a corpus that is more than its sample."""
+  """Merges the blocks' 8-gram hashes, for a corpus larger than its sample."""
   hashes = np.zeros(0, np.uint64)
   for block in counted.corpus:
     more = counted.job.store[passes.ngrams_name(block)]
@@ -175,12 +187,12 @@ def _ngrams(counted: Counted) -> dict[str, np.ndarray]:
 
 
 def training_texts(folder: pathlib.Path) -> list[str]:
-  """Returns the text of the train split, or a sample of it."""
+  """Returns the train split's text, or a sample if the corpus is too large."""
   return journal.get(folder / _SAMPLE)["texts"]
 
 
 def training_ngrams(folder: pathlib.Path) -> Ngrams | None:
-  """Returns the 8-grams of the train split, if it is larger than the sample."""
+  """Returns the train split's 8-grams; None if `training_texts` has it all."""
   if not (folder / _NGRAMS).exists():
     return None
   found = journal.get(folder / _NGRAMS)

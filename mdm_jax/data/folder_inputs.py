@@ -1,4 +1,4 @@
-"""What a folder of sharded rows was made with, and has to be read with."""
+"""Checks that a folder of sharded rows was prepared with the current config."""
 
 import pathlib
 from typing import Any
@@ -11,13 +11,14 @@ from mdm_jax.data.config import DataConfig, RowsConfig
 from mdm_jax.data.inputs import MANIFEST
 from mdm_jax.data.tokenizer import Tokenizer
 
+# Raise it when folders of earlier versions must not be read any more.
 FORMAT = 3
-# Fields that say where text is; what it is, its files say.
+# Names of corpora may change if the files are the same (`renamed`).
 _NAMES = "corpus", "validation_corpus", "test_corpus"
 
 
 def of(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:
-  """Returns what a folder was made with, and has to be read with."""
+  """Returns the config fields that shape a folder's rows, and a format."""
   return {
     "format": FORMAT,
     "data": {
@@ -30,9 +31,9 @@ def of(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:
 def check_made(
   folder: pathlib.Path, wanted: dict[str, Any], data: DataConfig
 ) -> None:
-  """Raises UserError if a finished folder was made with another config.
+  """Raises UserError if a finished folder was prepared with another config.
 
-  A corpus with another name is the same if its files are, and that is told.
+  A corpus may have another name if its files are the same; a warning says so.
   """
   manifest = journal.get(folder / MANIFEST)
   if not isinstance(manifest, dict) or "inputs" not in manifest:
@@ -55,7 +56,7 @@ def check_made(
 
 
 def renamed(made: Any, wanted: dict[str, Any]) -> Any:
-  """Returns what was made, with the names of the corpora that are wanted."""
+  """Returns `made` with the corpus names of `wanted`, to compare all else."""
   if not isinstance(made, dict) or not isinstance(made.get("data"), dict):
     return made
   names = {name: wanted["data"][name] for name in _NAMES}
@@ -63,7 +64,7 @@ def renamed(made: Any, wanted: dict[str, Any]) -> Any:
 
 
 def _is_there(manifest: dict[str, Any], data: DataConfig) -> bool:
-  """Whether the corpora of a config have the files of what was prepared."""
+  """Whether the corpora have the same files that the folder was made from."""
   try:
     return blocks.files(blocks.cut(data)) == manifest.get("from")
   except UserError:
@@ -71,7 +72,7 @@ def _is_there(manifest: dict[str, Any], data: DataConfig) -> bool:
 
 
 def check(folder: pathlib.Path, made: Any, wanted: Any) -> None:
-  """Raises UserError for the first field that was made with another value."""
+  """Raises UserError naming the first field whose values differ, if any."""
   differs = inputs.difference(made, wanted)
   if differs:
     raise UserError(
