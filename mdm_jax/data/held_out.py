@@ -1,4 +1,4 @@
-"""Held-out text as rows, and which document each part of a row is from."""
+"""Held-out rows, with a table of the text that each segment stands for."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,20 +9,21 @@ from jaxtyping import Int64
 from mdm_jax.data.packing import Tokens
 from mdm_jax.data.rows import Rows
 
-# Columns of the table of texts.
+# Columns of `HeldOut.texts`.
 ROW, SEGMENT, DOCUMENT, BYTES, PIECE = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """Rows to measure on.
+  """Packed rows of held-out text.
 
   Attributes:
-    rows: all of the text, packed.
-    texts: a line a packed text, by row, then segment: its row, its segment
-      (1, 2, ...), the number of its document, the UTF-8 bytes of the original
-      text that it stands for, which add up to the documents' bytes whatever the
-      tokenizer makes of them, and its number in the document, from 0.
+    rows: the text, joined to pieces of a row at most and packed.
+    texts: one line per segment, sorted by row, then segment. Its columns are
+      the row, the segment in it (from 1), the document, the UTF-8 bytes of
+      original text that the segment stands for, and the segment's number within
+      its document (from 0). Bytes add up to the size of the documents for every
+      tokenizer.
   """
 
   rows: Rows
@@ -38,13 +39,14 @@ class HeldOut:
 
   @property
   def documents(self) -> int:
-    """Documents that some of the text is from."""
+    """Number of documents with at least one segment in the rows."""
     return len(np.unique(self.texts[:, DOCUMENT]))
 
   def segment_sizes(self) -> Int64[np.ndarray, "N S"]:
-    """Returns the tokens of each segment of each row; segment 0 is padding."""
+    """Returns the tokens of each row's segments; column 0 counts padding."""
     segments = np.asarray(self.rows.segments[:], np.int64)
     most = int(segments.max(initial=0)) + 1
+    # One bincount over all (row, segment) cells; no loop over rows.
     cells = segments + most * np.arange(len(segments))[:, None]
     sizes = np.bincount(cells.reshape(-1), minlength=most * len(segments))
     return sizes.reshape(len(segments), most)
@@ -55,6 +57,7 @@ class HeldOut:
       return self
     picked = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
     rows = self.rows.take(picked)
+    # Renumber the rows in the table, and drop the lines of rows not picked.
     new = np.searchsorted(picked, self.texts[:, ROW])
     kept = picked[np.minimum(new, count - 1)] == self.texts[:, ROW]
     texts = self.texts[kept]
@@ -68,16 +71,18 @@ def original_bytes(
   pieces: Sequence[Tokens],
   widths: Int64[np.ndarray, "V"],
 ) -> list[int]:
-  """Returns the bytes of a document's text that each piece stands for.
+  """Returns the bytes of a document's original text that each piece stands for.
 
-  They add up to the document's. A tokenizer that changes text gives ids of
-  other bytes: those of a sentence then share the original's in proportion.
+  The numbers add up to the document's UTF-8 bytes. A tokenizer that normalises
+  text has ids that spell other bytes; each sentence's original bytes are then
+  divided among its ids in proportion to theirs.
 
   Args:
-    texts: of a document, one after the other.
-    encoded: their ids.
-    pieces: the same ids cut anew, and others that stand for no text.
-    widths: bytes of each id.
+    texts: consecutive sentences that make up the document.
+    encoded: the ids of each sentence.
+    pieces: the same ids, divided differently; the last piece may also have ids
+      that stand for no text.
+    widths: bytes that each id spells [V].
   """
   sizes, owed = [np.zeros(0, np.int64)], 0
   for text, ids in zip(texts, encoded, strict=True):
@@ -86,11 +91,12 @@ def original_bytes(
     if len(ends) and ends[-1]:
       sizes.append(np.diff(ends * owed // ends[-1], prepend=0))
       owed = 0
-    else:  # nothing is left of it: what comes next has its bytes
+    else:  # no ids are left: the next sentence gets its bytes too
       sizes.append(np.zeros(len(ids), np.int64))
   ends = np.cumsum(np.concatenate(sizes))
   last = np.cumsum([len(piece) for piece in pieces])
-  # What ends the document stands for no text.
+  # The end-of-text id is in no sentence, so it adds no bytes.
   upto = np.concatenate([[0], ends])[np.minimum(last, len(ends))]
+  # Trailing text that normalisation removed belongs to the last piece.
   upto[-1] += owed
   return np.diff(upto, prepend=0).tolist()

@@ -1,4 +1,4 @@
-"""What rows depend on beside the text: a given tokenizer, and some fields."""
+"""What prepared rows depend on besides the text: config fields, a tokenizer."""
 
 import dataclasses
 import hashlib
@@ -12,20 +12,25 @@ from mdm_jax.data.config import RowsConfig
 from mdm_jax.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
+# Fields of a stage that shape its rows; others (epochs, ...) may change.
 _UNIT_FIELDS = ("unit", "length", "easiest", "min_words", "max_words")
 
 
 def given_tokenizer(
   config: RowsConfig, workdir: epath.PathLike | None
 ) -> Tokenizer | None:
-  """Returns the tokenizer of the run that this one starts from, if any.
+  """Returns the tokenizer of the run in `init_from`; None if that is not set.
 
   Args:
     config: what rows depend on.
-    workdir: the run's folder, which has a copy once it was started.
+    workdir: this run's folder; it holds a copy once the run has started.
+
+  Raises:
+    UserError: `init_from` holds no tokenizer.
   """
   if not config.init_from:
     return None
+  # The run's own copy first: `init_from` may have been deleted since.
   if workdir is not None and tokenizers.is_saved_in(workdir):
     return tokenizers.load_tokenizer(workdir)
   if not tokenizers.is_saved_in(config.init_from):
@@ -37,7 +42,7 @@ def given_tokenizer(
 
 
 def row_inputs(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:
-  """Returns all that shapes rows beside the text, as plain values."""
+  """Returns what shapes rows besides the text, as plain JSON values."""
   path = config.tokenizer.path
   sha256 = given.sha256 if given else path and file_sha256(epath.Path(path))
   return {
@@ -54,10 +59,16 @@ def row_inputs(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:
 
 
 def difference(made: Any, wanted: Any, path: str = "") -> str | None:
-  """Names the first field in which two nests of plain values differ.
+  """Describes the first difference of two nested structures of plain values.
+
+  Args:
+    made: what the rows were made with.
+    wanted: what the config asks for.
+    path: of both values, for the message.
 
   Returns:
-    As `stages[0].length is 64, here 48`: what was made, then what is wanted.
+    For example `stages[0].length is 64, here 48` (made, then wanted), or None
+    if they are equal.
   """
   if isinstance(made, dict) and isinstance(wanted, dict):
     names = [*wanted, *(name for name in made if name not in wanted)]
@@ -76,7 +87,7 @@ def difference(made: Any, wanted: Any, path: str = "") -> str | None:
 
 
 def file_sha256(path: epath.PathLike) -> str:
-  """Returns the hash of a file, which is read piece by piece."""
+  """Returns the sha256 of a file without loading it into memory as a whole."""
   try:
     with epath.Path(path).open("rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
-"""Files that are whole or not there: written beside, then renamed.
+"""Writes files atomically: to a temporary name, then renamed into place.
 
-Several processes may write the same file with the same bytes at once.
+A reader sees a whole file or none. Several processes may write the same bytes
+to the same path at once.
 """
 
 import hashlib
@@ -16,26 +17,35 @@ import numpy as np
 from mdm_jax.core import safe_files
 from mdm_jax.core.errors import StorageError
 
-UNFINISHED = "tmp-"  # how the name begins of what a kill may leave
+UNFINISHED = "tmp-"  # prefix of temporary files; a kill may leave some behind
 
 
 def put(path: pathlib.Path, value: Any) -> dict[str, Any]:
-  """Writes a file; returns its size and hash.
+  """Writes a file atomically; returns its size in bytes and its sha256.
 
   Args:
-    path: its end says what it holds: plain values (.json), an array (.npy),
-      several with names (.npz), or else bytes.
-    value: to be written.
+    path: where to; the suffix sets the format: .json for plain values, .npy for
+      one array, .npz for a dict of arrays.
+    value: what to write; bytes are written unchanged under any suffix.
+
+  Returns:
+    `{"bytes": ..., "sha256": ...}` of the file.
 
   Raises:
-    StorageError: the disk is full, or does not take it.
+    StorageError: the file can't be written, for example to a full disk.
+
+  Example:
+    >>> put(folder / "ids.npy", np.arange(3))["bytes"]
+    152
   """
   content = _content(path.suffix, value)
   try:
+    # In the same folder: os.replace is atomic only within a file system.
     handle, beside = tempfile.mkstemp(prefix=UNFINISHED, dir=path.parent)
     with open(handle, "wb") as file:
       file.write(content)
       file.flush()
+      # The content must be on disk before the final name exists.
       os.fsync(file.fileno())
     os.replace(beside, path)
   except OSError as error:
@@ -62,10 +72,10 @@ def _content(suffix: str, value: Any) -> bytes:
 
 
 def get(path: pathlib.Path) -> Any:
-  """Returns what `put` wrote; a single array is memory-mapped.
+  """Returns what `put` wrote to a .json, .npy or .npz; .npy is memory-mapped.
 
   Raises:
-    UnsafeFile: it should be plain values, and is not.
+    UnsafeFile: a .json file holds something else than plain values.
   """
   if path.suffix == ".json":
     return safe_files.read_json(path)
@@ -76,6 +86,6 @@ def get(path: pathlib.Path) -> Any:
 
 
 def sweep(folder: pathlib.Path) -> None:
-  """Removes what killed processes left half-written in a folder."""
+  """Deletes temporary files that killed processes left in a folder."""
   for path in folder.glob(f"{UNFINISHED}*"):
     path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Token sequences into rows of one length, several texts a row if they fit."""
+"""Packs token sequences into rows of a fixed length, several per row."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ from mdm_jax.data import rows
 from mdm_jax.data.rows import Rows
 
 Tokens = Integer[np.ndarray, "_"]
-Values = Sequence[np.ndarray]  # of each text, one a token
+Values = Sequence[np.ndarray]  # per text, one value a token
 
 
 def join_sentences(
@@ -18,13 +18,20 @@ def join_sentences(
 ) -> list[Tokens]:
   """Joins consecutive sentences of a document into pieces of up to `length`.
 
-  A piece starts at a sentence's start, unless that sentence alone is longer
-  than a row and had to be cut. Nothing is lost.
+  A piece starts where a sentence starts, unless the sentence is longer than a
+  row and had to be cut. No token is lost.
 
   Args:
-    sentences: a document's sentences, in order.
-    length: the longest piece.
-    last: the id that ends the document, if there is one.
+    sentences: ids of the document's sentences, in order.
+    length: most tokens in a piece.
+    last: id that ends the document (None: no such id).
+
+  Returns:
+    The pieces, in order; none is empty.
+
+  Example:
+    >>> join_sentences([np.array([1, 2]), np.array([3, 4])], 3, last=9)
+    [array([1, 2]), array([3, 4, 9])]
   """
   pieces, current = [], []
 
@@ -36,9 +43,11 @@ def join_sentences(
   room = length
   ending = [] if last is None else [np.array([last])]
   for sentence in [*sentences, *ending]:
+    # Start a new piece rather than divide a sentence that fits in one.
     if len(sentence) > room:
       flush()
       room = length
+    # Longer than a row, so it must be cut; `current` is empty here.
     while len(sentence) > length:
       pieces.append(sentence[:length])
       sentence = sentence[length:]
@@ -51,13 +60,23 @@ def join_sentences(
 def pack(
   texts: Sequence[Tokens], length: int, vocab: Vocabulary, **others: Values
 ) -> Rows:
-  """Packs texts of at most `length` tokens into rows, longest first, best fit.
+  """Packs texts into rows by best-fit decreasing: longest first.
+
+  Each text becomes a segment of a row, numbered from 1; padding is 0.
 
   Args:
-    texts: token sequences; longer ones are an error.
-    length: tokens a row.
-    vocab: of the ids, of which one fills rows up.
-    **others: further fields of `rows.FIELDS`: of each text, a value a token.
+    texts: token sequences of 1 to `length` tokens.
+    length: tokens per row.
+    vocab: the ids' vocabulary, which has the padding id.
+    **others: further fields of `rows.FIELDS`; of each text, a value per token.
+
+  Raises:
+    ValueError: a text is empty or longer than a row.
+
+  Example:
+    >>> rows = pack([np.array([5]), np.array([1, 2, 3])], 4, vocab)
+    >>> rows.tokens, rows.segments
+    (array([[1, 2, 3, 5]], dtype=uint16), array([[1, 1, 1, 2]], dtype=uint16))
   """
   return pack_and_tell(texts, length, vocab, **others)[0]
 
@@ -65,7 +84,7 @@ def pack(
 def pack_and_tell(
   texts: Sequence[Tokens], length: int, vocab: Vocabulary, **others: Values
 ) -> tuple[Rows, Int64[np.ndarray, "N 2"]]:
-  """Returns what `pack` does, and the row and segment of each text."""
+  """Returns what `pack` does, and the (row, segment) of each text."""
   bins = _best_fit([len(text) for text in texts], length)
   empty = lambda name: _empty(name, (len(bins), length), vocab)
   given = {"tokens": texts} | others
@@ -91,9 +110,12 @@ def _empty(name: str, shape: tuple[int, int], vocab: Vocabulary) -> np.ndarray:
 
 
 def _best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-  """Best-fit decreasing: which texts share a row."""
+  """Returns the indices of the texts in each row, by best-fit decreasing."""
   bins: list[list[int]] = []
+  # by_room[r] lists the rows with room for r more tokens. That makes the search
+  # O(length) per text, however many rows there are.
   by_room: list[list[int]] = [[] for _ in range(length + 1)]
+  # Ties go by index, so the same texts always give the same rows.
   for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
     size = sizes[index]
     if not 0 < size <= length:

@@ -1,9 +1,9 @@
-"""Text without sentences: lists, code, scripts without marks, one long line.
+"""Divides text without sentences: lists, code, scripts without full stops.
 
-A document has sentences if a tenth of its words stand in sentences of 3 to 60
-words; ordinary prose has half and more there. The others are divided into
-pieces: whole lines, as many as the limits ask for, and of a longer line parts
-of it, cut where a word begins.
+A document counts as having sentences if at least a tenth of its words are in
+sentences of 3 to 60 words; in ordinary prose, half of them and more are. Other
+documents are divided into pieces: whole lines, as many as the word limits ask
+for, and parts of longer lines, cut where a word begins.
 """
 
 import bisect
@@ -14,16 +14,16 @@ from collections.abc import Iterator, Sequence
 
 from mdm_jax.data import words
 
-_SENTENCE = 3, 60  # words
-_SHARE = 0.1
-_FEW = 10  # words of a part of a line, where the limits ask for fewer
+_SENTENCE = 3, 60  # words of a usual sentence, at least and at most
+_SHARE = 0.1  # of the words, in usual sentences
+_FEW = 10  # least words of a part of a line, where the stage asks for fewer
 
-# Where a piece starts and ends in its text, and its words.
+# (start, end) in the text, number of words.
 Piece = tuple[int, int, int]
 
 
 def has_sentences(counts: Sequence[int]) -> bool:
-  """Whether a text is divided into sentences, by the words of each."""
+  """Whether a text has sentences, by the number of words in each."""
   least, most = _SENTENCE
   within = sum(n for n in counts if least <= n <= most)
   return within >= _SHARE * sum(counts)
@@ -32,13 +32,13 @@ def has_sentences(counts: Sequence[int]) -> bool:
 def divide(
   text: str, sentences: Sequence[str], least: int, most: int
 ) -> Iterator[Piece]:
-  """Yields consecutive pieces of a text; together they hold all of it.
+  """Yields consecutive pieces that together cover the whole text.
 
   Args:
-    text: without sentences of a usual length.
-    sentences: what it was divided into all the same; joined, they are the text.
-    least: words a piece should have; only what is left at an end has fewer.
-    most: words that it may have.
+    text: a document without sentences of usual length.
+    sentences: what the sentence splitter found in it; they join to the text.
+    least: words per piece; fewer only at the end, or where more would not fit.
+    most: words per piece at most.
   """
   start, end, total = 0, 0, 0
   for _, upto, count in _atoms(text, sentences, least, most):
@@ -56,7 +56,7 @@ def divide(
 def _atoms(
   text: str, sentences: Sequence[str], least: int, most: int
 ) -> Iterator[Piece]:
-  """Yields what is not divided: sentences, else lines, else parts of those."""
+  """Yields the smallest parts: sentences, else lines, else parts of lines."""
   for start, sentence in _placed(0, sentences):
     count = words.count(sentence)
     if count <= min(most, _SENTENCE[1]):
@@ -76,13 +76,14 @@ def _placed(start: int, parts: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 
 def _parts(line: str, offset: int, least: int, most: int) -> Iterator[Piece]:
-  """Yields parts of a line, if possible up to a space or a mark."""
+  """Yields parts of a line, cut after spaces or punctuation if possible."""
   starts = words.starts(line)
   good = [i for i, at in enumerate(starts) if _is_gap(line[at - 1])]
   first = 0
   while first < len(starts):
     next_ = bisect.bisect_left(good, first + least)
     found = good[next_] if next_ < len(good) else len(starts)
+    # No gap within `most` words: divide evenly instead of leaving a short rest.
     parts = math.ceil((found - first) / most)
     last = first + math.ceil((found - first) / parts)
     start = starts[first] if first else 0

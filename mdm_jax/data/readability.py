@@ -1,7 +1,7 @@
-"""How readable an English text is, by the formulas of Flesch and Kincaid.
+"""Readability of English text, by the formulas of Flesch and Kincaid.
 
-Both count syllables. The packages for this look them up in a dictionary that
-they download when first asked, so here a spelling rule estimates them.
+Both need syllable counts. Packages such as textstat look syllables up in a
+dictionary that they download; a spelling rule estimates them here.
 """
 
 import re
@@ -17,19 +17,19 @@ _LETTERS = regex.compile(r"\p{L}")
 _LATIN = regex.compile(r"\p{Latin}")
 _POSSESSIVE = re.compile("['\u2019]s?")
 _VOWELS = re.compile("[aeiouy]+")
-# A last e, es or ed, also before -ly, -ment and the like: made, times, useful.
+# A silent e, es or ed, alone or before -ly, -ment, ...: made, times, useful.
 _SILENT = re.compile(
   "(?:[^aeiouyl]e|[aeiouy]le|[^aeiouysxzcgh]es|[^aeioutdyl]ed|[aeiouy]l+ed)"
   "(?:ly|ments?|ness|ful)?$"
 )
-# Neighbours that are two syllables: period, being, but not nation, million.
+# Adjacent vowels in separate syllables: period, being; not nation, million.
 _HIATUS = re.compile("(?<![cstgxln])i[aou]|[ey]ing")
 
 
 def applies(text: str, language: str) -> bool:
-  """Whether the formulas say something: English, most letters being Latin.
+  """Whether the formulas apply: English, and at least half Latin letters.
 
-  A text without letters is no reason against it.
+  Text without letters passes.
   """
   if language != "en":
     return False
@@ -40,14 +40,19 @@ def applies(text: str, language: str) -> bool:
 
 
 def syllables(word: str) -> int:
-  """Estimates the syllables of a lower-case word: its groups of vowels."""
+  """Estimates the syllables of a lower-case word by its groups of vowels.
+
+  Example:
+    >>> syllables("readability"), syllables("made")
+    (5, 1)
+  """
   word = _POSSESSIVE.sub("", word)
   groups = len(_VOWELS.findall(word)) + len(_HIATUS.findall(word))
   return max(groups - bool(_SILENT.search(word)), 1)
 
 
 def reading_ease(words: Count, sentences: Count, syllables: Count):
-  """Returns Flesch's reading ease from counts: 100 is easy, 0 hard.
+  """Returns Flesch's reading ease: about 100 for easy text, 0 for hard text.
 
   Source: Flesch 1948, A new readability yardstick.
   """
@@ -55,7 +60,7 @@ def reading_ease(words: Count, sentences: Count, syllables: Count):
 
 
 def grade(words: Count, sentences: Count, syllables: Count):
-  """Returns the Flesch-Kincaid grade from counts: years of US school.
+  """Returns the Flesch-Kincaid grade: years of US school needed to follow.
 
   Source: Kincaid et al. 1975, Derivation of new readability formulas.
   """
