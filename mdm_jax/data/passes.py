@@ -1,18 +1,18 @@
-"""What is done with one block of a corpus, pass by pass.
+"""The passes that turn one block of a corpus into rows.
 
-Each pass is a function of the block, the config and what earlier passes kept;
-it returns one record. So blocks can be done by anyone, anywhere, in any order,
-and more than once. This is the only way from text to rows: of a corpus in
-memory there is one block.
+A pass is a function of the block, the config, and the records of earlier
+passes; it returns one record. So blocks can be processed in any order, by any
+process, and repeatedly. There is no other way from text to rows: a corpus in
+memory is one block.
 
-count    documents, bytes, hashes; bad records
-sample   how much is on each side; text for the tokenizer and the judge
-words    in how many units a word is, for stages that select the easiest
-signals  what the difficulty of each unit is a mean of, in bins
-rows     the rows of every stage and of the held-out texts
+count    documents, bytes, hashes, bad records
+sample   size of each split; text for the tokenizer and the n-gram judge
+words    number of units with each word, for stages with `easiest` < 1
+signals  signals of each unit whose mean rank is its difficulty, in bins
+rows     rows of every stage and of held-out text
 
-`words` and `signals` are for several blocks. In one, units are ranked among
-each other in the last pass, exactly.
+`words` and `signals` are needed only with several blocks. The units of a single
+block are ranked exactly, in the last pass.
 """
 
 import dataclasses
@@ -42,23 +42,25 @@ from mdm_jax.data.stage_rows import make_held_out, make_rows, stage_name
 from mdm_jax.data.stores import Store
 from mdm_jax.data.text_files import Document
 
-WORD_BINS = 2**22  # words are counted by a hash of so many values
-_PIECE = 2**16  # characters that are sampled together
+# Words are counted by a hash, so that the table (32 MiB) does not grow with the
+# corpus. Two words with the same hash are counted together.
+WORD_BINS = 2**22
+_PIECE = 2**16  # characters per sampled piece of text
 
 Pass = Literal["count", "sample", "words", "signals", "rows"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What all blocks share.
+  """What the passes over all blocks share.
 
   Attributes:
     config: what rows depend on.
-    store: has the documents, and keeps what is made of them.
-    split: which documents are held out, once they are counted.
-    sampled: share of the train split that the sample is.
-    copied: share of its 8-grams that are kept, where that is not all of it.
-    one_block: whether the corpus is a single one.
+    store: reads documents and keeps the records.
+    split: which documents are held out (None: not decided yet).
+    sampled: share of the train split in the sample.
+    copied: share of the train split's 8-grams that are kept.
+    one_block: whether the corpus is a single block.
   """
 
   config: RowsConfig
@@ -70,12 +72,12 @@ class Job:
 
   @property
   def shares(self) -> Shares:
-    """What is held out of the corpus."""
+    """The shares of the corpus to hold out."""
     return splits.shares_of(self.config.data)
 
   @property
   def ranked(self) -> dict[str, StageConfig]:
-    """The stages whose units are ranked over several blocks, by their names."""
+    """Stages, by name, whose units are ranked across several blocks."""
     stages = enumerate(() if self.one_block else self.config.stages)
     return {
       stage_name(i): stage
@@ -85,7 +87,9 @@ class Job:
 
 
 def _name(name: Pass, block: Block) -> str:
-  """Returns the name of the record that says that a pass has done a block."""
+  """Returns the name of a pass' record of a block."""
+  # `most` is in the name: a block that `max_documents` cuts short has other
+  # records than the whole block.
   part = "" if block.most is None else f".first_{block.most}"
   side = "" if block.side == TRAIN else f".{block.side}"
   suffix = "npz" if name in ("words", "signals") else "json"
@@ -93,24 +97,24 @@ def _name(name: Pass, block: Block) -> str:
 
 
 def ngrams_name(block: Block) -> str:
-  """Returns the name of the 8-grams of a block, of a larger corpus."""
+  """Returns the name of a block's 8-grams; only a large corpus has them."""
   return f"ngrams.{block.number:06d}.npy"
 
 
 def is_done(name: Pass, job: Job, block: Block) -> bool:
-  """Whether a pass has done a block."""
+  """Whether the record of a pass over a block exists."""
   return _name(name, block) in job.store
 
 
 def run(name: Pass, job: Job, block: Block) -> None:
-  """Does a pass over a block, if it is not done."""
-  modules.load(job.config.modules)  # this process may know none of them yet
+  """Runs a pass over a block, unless its record exists."""
+  modules.load(job.config.modules)  # a new worker has imported none of them
   if not is_done(name, job, block):
     job.store[_name(name, block)] = _PASSES[name](job, block)
 
 
 def record(name: Pass, job: Job, block: Block) -> dict[str, Any]:
-  """Returns what a pass has kept of a block."""
+  """Returns the record that a pass made of a block."""
   return job.store[_name(name, block)]
 
 
@@ -129,12 +133,15 @@ def _count(job: Job, block: Block) -> dict[str, Any]:
     own = _own(job, block, documents)
     found["counts"] = dataclasses.asdict(splits.count(own, job.shares))
   else:
+    # The other splits leave these texts out (`_own`).
     found["places"] = sorted({splits.place(d.text) for d in documents})
   return found
 
 
 def _own(job: Job, block: Block, documents: list[Document]) -> list[Document]:
-  """Returns the documents that were not given for a side that comes first."""
+  """Returns the documents that are in no held-out corpus of higher priority."""
+  # A text given twice belongs to test, else to validation, else to training, so
+  # held-out text is never trained on.
   first = {TRAIN: HELD_OUT, TEST: ()}.get(block.side, (TEST,))
   given = (side for side in first if side not in job.shares.wanted)
   places = (job.store[f"places.{side}.npy"] for side in given)
@@ -143,7 +150,7 @@ def _own(job: Job, block: Block, documents: list[Document]) -> list[Document]:
 
 
 def divide(job: Job, block: Block) -> Sides:
-  """Returns the sides of a block, once the split is decided."""
+  """Returns the documents of a block by split, once the split is decided."""
   own = _own(job, block, job.store.read(block)[0])
   if block.side == TRAIN:
     return job.split(own)
@@ -159,10 +166,11 @@ def _sample(job: Job, block: Block) -> dict[str, Any]:
   sides = divide(job, block)
   texts = [document.text for document in sides.train]
   characters = set()
-  if job.sampled < 1:  # else the texts themselves are all there is to look at
+  if job.sampled < 1:  # otherwise `texts` has the whole corpus already
     found = ngrams.of(texts, job.copied)
     job.store[ngrams_name(block)] = found.hashes
     if job.config.tokenizer.kind == "char":
+      # The `char` tokenizer needs every character, not only the sampled ones.
       characters = set().union(*texts)
   return {
     "sizes": sides.count(),
@@ -172,7 +180,7 @@ def _sample(job: Job, block: Block) -> dict[str, Any]:
 
 
 def _pieces(text: str, share: float) -> list[str]:
-  """Returns a share of a text by a hash of each piece, or all of it."""
+  """Returns the text as one piece, or a random share of its pieces by hash."""
   if share >= 1:
     return [text]
   pieces = (text[i : i + _PIECE] for i in range(0, len(text), _PIECE))
@@ -192,7 +200,7 @@ def _words(job: Job, block: Block) -> dict[str, np.ndarray]:
   for name, stage in job.ranked.items():
     units = _train_units(job, block, stage)
     words = segments.unit_words(units)
-    # A word that shares its bin with another counts with it.
+    # Add up the counts of words that share a bin.
     bins, inverse = np.unique(_bins_of(words), return_inverse=True)
     counts = np.zeros(len(bins), np.int64)
     np.add.at(counts, inverse, words.frequency())
@@ -220,7 +228,7 @@ def _signals(job: Job, block: Block) -> dict[str, np.ndarray]:
 def _select(
   job: Job, index: int, block: Block, units: list[Unit]
 ) -> Selection | None:
-  """Returns the units that a stage keeps (None: all, which are not ranked)."""
+  """Returns the units that a stage keeps; None if it keeps all, unranked."""
   name, stage = stage_name(index), job.config.stages[index]
   if job.one_block and stage.unit != "paragraphs":
     return segments.easiest(units, stage.easiest, job.config.data.language)
@@ -232,7 +240,7 @@ def _select(
 
 
 def difficulty(job: Job, name: str, block: Block) -> np.ndarray:
-  """Returns the difficulty of a block's units among those of all blocks."""
+  """Returns the difficulty of a block's units, ranked in the whole corpus."""
   bins = record("signals", job, block)[name]
   return ranking.difficulty(bins, job.store[f"ranks.{name}.npy"])
 
@@ -275,7 +283,7 @@ def _put_rows(
   counts: dict[str, Any],
   **beside: np.ndarray,
 ) -> dict[str, Any]:
-  """Writes rows of a block; returns their counts and the line of an index."""
+  """Writes a block's rows; returns their counts, index line and dtypes."""
   shard = {"rows": len(rows)}
   shard |= job.store.put_rows(name, block, rows.fields | beside)
   dtype = {part: array.dtype.name for part, array in rows.fields.items()}

@@ -1,12 +1,12 @@
-"""From a corpus in blocks to rows: passes over the blocks, and what joins them.
+"""Prepares rows from a corpus in blocks: runs the passes and joins the records.
 
 count -> split, blocks -> sample -> tokenizer -> (words -> rarity -> signals ->
 ranks -> cut) -> rows
 
-A corpus that fits in memory is one block (`cache.py`); a larger one has many
-(`folder.py`). Between two passes, the records of all blocks become something of
-a fixed size, one record after the other. Nothing here holds more than one
-block's.
+A corpus that fits in memory is one block (`cache.py`), a larger one has many
+(`folder.py`). After each pass the records of all blocks are reduced, one by
+one, to something of fixed size. So memory depends on the size of a block, not
+of the corpus.
 """
 
 import collections
@@ -26,21 +26,24 @@ from mdm_jax.data.stage_rows import row_lengths, spread
 from mdm_jax.data.text_files import Tally
 from mdm_jax.data.tokenizer import Tokenizer
 
-_NGRAMS = 2**24  # that are kept, about, so that a larger corpus takes no more
-_NGRAM_BYTES = 3  # of text for each, or more
-SAMPLE_BYTES = 2**25  # of text, for the tokenizer and the n-gram judge
+# A corpus with more 8-grams keeps about this many, by hash. Each takes 3 bytes
+# of text or more, so texts up to 50 MB keep all of them.
+_NGRAMS = 2**24
+_NGRAM_BYTES = 3
+SAMPLE_BYTES = 2**25  # of training text, for the tokenizer and the n-gram judge
 
-# Does a pass over some blocks, anywhere; returns when all of them are done.
+# Executes a pass over blocks, in any process; returns when all are done.
 Run = Callable[[Pass, Job, list[Block]], None]
 
 
 def run_here(name: Pass, job: Job, found: list[Block]) -> None:
-  """Does a pass over some blocks in this process."""
+  """Runs a pass over blocks in this process."""
   for block in found:
     passes.run(name, job, block)
 
 
 def _do(name: Pass, job: Job, found: list[Block], run: Run) -> None:
+  # Skipping finished blocks is what resumes an interrupted preparation.
   run(name, job, [b for b in found if not passes.is_done(name, job, b)])
 
 
@@ -49,15 +52,15 @@ def _do(name: Pass, job: Job, found: list[Block], run: Run) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-  """A corpus once its documents are counted, and what follows from that.
+  """A corpus whose documents were counted, and how it is split.
 
   Attributes:
-    job: of the passes to come; it has the split and the sample's share.
-    blocks: of the corpus, then those given for a side, with their hashes.
-    tally: of what was met in reading all of them.
-    size: UTF-8 bytes of the corpus.
-    others: documents in all blocks that are given for a side, or are left out
-      of the corpus for that.
+    job: for the passes to come, with the split and the sample's share set.
+    blocks: blocks of `data.corpus`, then of the held-out corpora, with hashes.
+    tally: files and records read, in all corpora.
+    size: UTF-8 bytes of `data.corpus`.
+    others: documents that were read but are not in the corpus: those of
+      held-out corpora, and those left out because they are in one.
   """
 
   job: Job
@@ -68,7 +71,7 @@ class Counted:
 
   @property
   def corpus(self) -> list[Block]:
-    """The blocks of the corpus alone."""
+    """The blocks of `data.corpus` alone."""
     return [block for block in self.blocks if block.side == TRAIN]
 
 
@@ -76,21 +79,23 @@ def count(job: Job, found: list[Block], run: Run) -> Counted:
   """Counts the documents of all blocks and decides how they are split.
 
   Raises:
-    UserError: too many records are bad, there is no text, or too little of it
-      to hold out any.
+    UserError: too many records are bad, there is no text, or too little text to
+      hold any out.
   """
+  # Held-out corpora first: their texts are left out of the corpus' counts.
   apart = [block for block in found if block.side != TRAIN]
   _do("count", job, apart, run)
   _keep_places(job, apart)
   own = [block for block in found if block.side == TRAIN]
   _do("count", job, own, run)
+  # Where `max_documents` ends inside a block, that block is counted again.
   own = _limited(job, own)
   _do("count", job, own, run)
   return _counted(dataclasses.replace(job, one_block=len(own) == 1), own, apart)
 
 
 def _limited(job: Job, found: list[Block]) -> list[Block]:
-  """Returns the blocks of the first `data.max_documents` documents."""
+  """Returns the blocks that hold the first `data.max_documents` documents."""
   left = job.config.data.max_documents
   if left is None:
     return found
@@ -106,7 +111,7 @@ def _limited(job: Job, found: list[Block]) -> list[Block]:
 
 
 def _keep_places(job: Job, apart: list[Block]) -> None:
-  """Lists the texts that were given for a side: no other may have them."""
+  """Stores hashes of the held-out corpora's texts, for `passes._own`."""
   for side in splits.HELD_OUT:
     name = f"places.{side}.npy"
     mine = [block for block in apart if block.side == side]
@@ -150,11 +155,11 @@ def _counted(job: Job, own: list[Block], apart: list[Block]) -> Counted:
 
 
 def sample(counted: Counted, run: Run) -> tuple[list[str], str, dict[str, Any]]:
-  """Returns the training text, or of a larger corpus a part of it.
+  """Returns the training text, or a sample of it if the corpus is large.
 
   Returns:
-    Texts; the characters of all of it, where the texts are a part and the
-    tokenizer has to know; and what is to be known of the split.
+    Texts; the characters of the whole corpus, if the texts are a sample and the
+    tokenizer needs them; and the split's summary for the manifest.
   """
   job = counted.job
   _do("sample", job, counted.blocks, run)
@@ -168,10 +173,12 @@ def sample(counted: Counted, run: Run) -> tuple[list[str], str, dict[str, Any]]:
       for side, size in by_side.items():
         sizes[what][side] += size
     characters.update(record["characters"])
+    # The share to sample is right on average only; `room` is the hard limit.
     for text in record["texts"] if room > 0 or job.sampled >= 1 else ():
       texts.append(text)
       room -= len(text.encode())
   apart = [s for s in splits.HELD_OUT if s not in job.shares.wanted]
+  # Documents used from held-out corpora; the rest of `others` was left out.
   kept = sum(sizes["documents"][side] for side in apart)
   split = splits.told(job.split, sizes, counted.others - kept)
   return texts, "".join(sorted(characters)), split
@@ -180,11 +187,12 @@ def sample(counted: Counted, run: Run) -> tuple[list[str], str, dict[str, Any]]:
 def _tokenizer(
   job: Job, texts: list[str], given: Tokenizer | None
 ) -> Tokenizer:
-  """Writes the tokenizer beside the rows, if it is not there."""
+  """Returns the folder's tokenizer, built and saved first if it has none."""
   folder = job.store.folder
   if not tokenizers.is_saved_in(folder):
     tokenizer = given or tokenizers.build(job.config.tokenizer, texts)
     journal.put(folder / tokenizer.filename, tokenizer.content)
+  # Rows are made with the saved file, from now or an interrupted run.
   return tokenizers.load_tokenizer(folder)
 
 
@@ -192,7 +200,7 @@ def _tokenizer(
 
 
 def _join(what: Callable, job: Job, own: list[Block]) -> None:
-  """Joins what passes have kept of all blocks, for every stage that ranks."""
+  """Reduces the records of all blocks, for every stage that ranks its units."""
   for name in job.ranked:
     record = f"{what.__name__}.{name}.npy"
     if record not in job.store:
@@ -201,15 +209,15 @@ def _join(what: Callable, job: Job, own: list[Block]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-  """What stands in the folder of a store.
+  """What `make` has written to the store's folder.
 
   Attributes:
     counted: the corpus.
     tokenizer: of the rows.
-    texts: training text, all of it or a part.
-    told: what a manifest says, as plain values.
-    dtype: of ids and of segments, by the name of the rows, then of the part.
-    shards: by the name of the rows, a line of their index for each block.
+    texts: training text, or a sample of it.
+    told: entries of the manifest, as plain values.
+    dtype: {rows: {field: dtype}}, as `{"stage_1": {"tokens": "uint16"}}`.
+    shards: {rows: index lines of the blocks}.
   """
 
   counted: Counted
@@ -223,13 +231,13 @@ class Made:
 def make(
   job: Job, found: list[Block], given: Tokenizer | None, run: Run
 ) -> Made:
-  """Makes the tokenizer, the rows of every stage and the held-out ones.
+  """Makes the tokenizer, the rows of every stage, and the held-out rows.
 
   Args:
-    job: without what follows from counting.
-    found: blocks of the corpus, then those given for a side.
-    given: the tokenizer to use instead of the config's.
-    run: does a pass over blocks.
+    job: config and store; what follows from counting is set here.
+    found: blocks of `data.corpus`, then those of the held-out corpora.
+    given: tokenizer to use instead of the one the config describes.
+    run: executes a pass over blocks.
   """
   counted = count(job, found, run)
   job, own = counted.job, counted.corpus
@@ -259,7 +267,8 @@ def make(
 def _joined(
   counted: Counted,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-  """Joins what is known of the rows of all blocks, as in `Made`."""
+  """Joins the "rows" records of all blocks to `told`, `dtype`, `shards`."""
+  # Examples come from a few blocks only, so their number stays small.
   shown = {block.number for block in spread(counted.blocks)}
   rows: dict[str, Any] = {}
   dtype, listed = {}, collections.defaultdict(list)
@@ -275,7 +284,7 @@ def _joined(
       if block.number in shown:
         examples[name] += enumerate(part["counts"]["examples"])
   for name, counts in rows.items():
-    if counts["difficulty"]:  # a block's own go from easy to difficult
+    if counts["difficulty"]:  # by position in their block: easy ones first
       examples[name].sort(key=lambda example: example[0])
     counts["examples"] = [text for _, text in spread(examples[name])]
   rows = {name: rows[name] for name in row_lengths(counted.job.config)}
@@ -283,7 +292,7 @@ def _joined(
 
 
 def _merge(a: dict[str, Any] | None, b: dict[str, Any]) -> dict[str, Any]:
-  """Adds up the counts of two runs of blocks."""
+  """Adds up the counts of two sets of blocks; `most_*` take the maximum."""
   if a is None:
     return b
   join = lambda k: max(a[k], b[k]) if k.startswith("most_") else a[k] + b[k]

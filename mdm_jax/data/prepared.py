@@ -1,7 +1,7 @@
-"""A run's rows on disk: text is tokenised and packed once, then only read.
+"""Loads a run's prepared rows: memory-mapped, and checked before training.
 
-Of a corpus that fits in memory they are made when first asked for (`cache.py`);
-of a larger one they were made before, by --mode=prepare (`folder.py`).
+Rows of a corpus that fits in memory are made on first use (`cache.py`). Those
+of a larger one are made beforehand by --mode=prepare (`folder.py`).
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ from mdm_jax.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-  """A run's data: what each stage trains on, and what the run is measured on.
+  """A run's data: rows to train on, and rows to measure on.
 
   Attributes:
-    tokenizer: of this text.
-    stages: training rows, memory-mapped, in the order of `config.stages`.
-    validation: all text that chooses, in rows of the last stage's length.
-    test: all text that the results are of, in such rows.
-    manifest: counts and hashes, as in the cache.
+    tokenizer: what the ids were made with.
+    stages: memory-mapped training rows, in the order of `config.stages`.
+    validation: held-out text that chooses the best checkpoint.
+    test: held-out text that results are reported on.
+    manifest: counts and hashes.
   """
 
   tokenizer: Tokenizer
@@ -58,17 +58,17 @@ def prepare(
   workdir: epath.PathLike | None = None,
   for_training: bool = True,
 ) -> PreparedData:
-  """Returns the rows of a config, from the cache or made now.
+  """Returns the rows of a config; fills the cache if they aren't in it.
 
   Args:
     config: what rows depend on.
-    workdir: the run's folder. A run that started from another one's parameters
-      has its tokenizer there, and needs that other one no more.
-    for_training: whether every stage has to have the rows of one update.
+    workdir: the run's folder. If `init_from` is set, a copy of that run's
+      tokenizer is there once this run has started.
+    for_training: also require enough rows for one update in every stage.
 
   Raises:
-    UserError: the corpus can't be read, a stage has too few rows to train on,
-      or the prepared rows are not what was written, or written wrong.
+    UserError: the corpus can't be read, a stage has no rows or too few, or
+      prepared files are missing, damaged or hold invalid values.
   """
   given = given_tokenizer(config, workdir)
   read = _folder if config.data.prepared else _cache
@@ -82,9 +82,9 @@ def prepare(
 def prepare_on_all(
   config: RowsConfig, workdir: epath.PathLike | None = None
 ) -> PreparedData:
-  """Returns what `prepare` does, on each of several processes.
+  """Calls `prepare` on every process; process 0 alone fills the cache.
 
-  One of them fills the cache; sharded rows they look at together.
+  Sharded rows are checked by all processes, each of them a part.
   """
   if config.data.prepared:
     return prepare(config, workdir)
@@ -92,9 +92,9 @@ def prepare_on_all(
 
 
 def training_texts(config: RowsConfig) -> list[str]:
-  """Returns the text of the train split, as it was before tokens.
+  """Returns the train split as text.
 
-  Of rows that were prepared at scale it is a sample, or all of a small corpus.
+  For a prepared folder of a large corpus this is a sample.
   """
   if config.data.prepared:
     return folder.training_texts(folder.path_of(config))
@@ -102,11 +102,11 @@ def training_texts(config: RowsConfig) -> list[str]:
 
 
 def training_ngrams(config: RowsConfig, texts: list[str]) -> Ngrams:
-  """Returns the 8-grams of the whole train split, or of a share by hash.
+  """Returns the 8-grams of the whole train split, or a share chosen by hash.
 
   Args:
     config: what rows depend on.
-    texts: as `training_texts` returns them.
+    texts: what `training_texts` returned.
   """
   if config.data.prepared:
     if found := folder.training_ngrams(folder.path_of(config)):
@@ -118,7 +118,7 @@ def training_ngrams(config: RowsConfig, texts: list[str]) -> Ngrams:
 
 
 def _cache(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
-  """Returns what a folder of the cache holds, once it is what it should be."""
+  """Returns the rows of the cache, checked against hashes and vocabulary."""
   path = cache.folder_of(config, given)
   lengths = row_lengths(config)
   file = lambda name, part: shards.shard_name(name, None, part)
@@ -138,7 +138,7 @@ def _cache(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
 
 
 def _folder(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
-  """Returns the sharded rows of a folder, every process having read a part."""
+  """Returns the rows of a prepared folder; each process checks some shards."""
   path = folder.path_of(config)
   wanted = folder_inputs.of(config, given)
   if not (path / MANIFEST).exists():
@@ -167,7 +167,13 @@ def _open(
 def _read_manifest(
   folder: os.PathLike, names: list[str], needed: set[str]
 ) -> dict[str, Any]:
-  """Returns the manifest, if it is about these rows, and so are its files."""
+  """Returns the manifest, if it lists all that is needed and all hashes match.
+
+  Args:
+    folder: with the manifest.
+    names: of the rows it must describe.
+    needed: files it must list.
+  """
   path = (folder := epath.Path(folder)) / MANIFEST
   try:
     manifest = safe_files.read_json(path)
@@ -190,7 +196,7 @@ def _read_manifest(
 def _check_shards(
   folder: pathlib.Path, indices: list[Index], vocab: Vocabulary
 ) -> None:
-  """Looks for every file, and reads this process's part of them.
+  """Checks the size of every file, and the content of this process' shards.
 
   Raises:
     UserError: on all processes, if one of them found damage.
@@ -198,12 +204,14 @@ def _check_shards(
   missing = (index.missing() for index in indices)
   wrong = next(filter(None, missing), None) or _damaged_shard(indices, vocab)
   told = wrong and str(_damaged(folder, wrong))
+  # Raises where processes differ; if all found the same, the line below does.
   distributed.agree("what is wrong with data.prepared", told)
   if told:
     raise UserError(told)
 
 
 def _damaged_shard(indices: list[Index], vocab: Vocabulary) -> str | None:
+  # Every n-th shard of n processes: together they read each shard once.
   mine = slice(distributed.index(), None, distributed.count())
   every = [(i, n) for i in indices for n in range(len(i.shards))]
   found = (index.damaged(number, vocab) for index, number in every[mine])

@@ -1,7 +1,4 @@
-"""How difficult the units of all blocks are, among each other.
-
-Each function joins what a pass has kept of every block into one array.
-"""
+"""Ranks units across blocks, by joining the records of all blocks."""
 
 import numpy as np
 
@@ -11,7 +8,7 @@ from mdm_jax.data.passes import Job
 
 
 def rarity(job: Job, found: list[Block], name: str) -> np.ndarray:
-  """Adds up in how many units each word is, over the whole corpus."""
+  """Returns each word bin's inverse document frequency over all blocks."""
   frequency, units = np.zeros(passes.WORD_BINS, np.int64), 0
   for block in found:
     words = passes.record("words", job, block)
@@ -21,7 +18,7 @@ def rarity(job: Job, found: list[Block], name: str) -> np.ndarray:
 
 
 def ranks(job: Job, found: list[Block], name: str) -> np.ndarray:
-  """Finds the percentile rank of every value of the signals."""
+  """Returns the percentile rank of each bin [S, K], over all blocks."""
   counts = np.zeros((segments.SIGNALS, ranking.BINS), np.int64)
   for block in found:
     counts += ranking.count(passes.record("signals", job, block)[name])
@@ -29,7 +26,8 @@ def ranks(job: Job, found: list[Block], name: str) -> np.ndarray:
 
 
 def cuts(job: Job, found: list[Block], name: str) -> np.ndarray:
-  """Finds the level of the last unit that is kept, and each block's share."""
+  """Returns each block's level and quota (`ranking.Cut`) as [blocks, 2]."""
+  # A generator made anew for each of two sweeps: one block in memory at a time.
   levels = lambda: (
     ranking.levels(passes.difficulty(job, name, block)) for block in found
   )

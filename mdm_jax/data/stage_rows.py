@@ -1,4 +1,4 @@
-"""From the units of a stage to its rows, and what is to be known of them."""
+"""Turns a stage's units into packed rows, counts and examples."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,23 +14,25 @@ from mdm_jax.data.segments import Found, Selection, Unit
 from mdm_jax.data.splits import HELD_OUT
 from mdm_jax.data.tokenizer import Tokenizer
 
-_BINS = 20  # of the histogram of difficulty
+_BINS = 20  # in the histogram of difficulty
 _EXAMPLES = 5
-_GROUP = 2**21  # characters tokenised at once: ids are Python's for a moment
+# Characters encoded at once. The tokenizer returns lists of Python integers,
+# which take several times the memory of arrays.
+_GROUP = 2**21
 
 
 def stage_name(index: int) -> str:
-  """Returns what the rows of a stage are called on disk."""
+  """Returns the name of a stage's rows on disk."""
   return f"stage_{index + 1}"
 
 
 def held_out_stage(config: RowsConfig) -> StageConfig:
-  """Returns the stage that held-out text is written as: all of it."""
+  """Returns the stage that held-out text is packed as: all of it."""
   return StageConfig(unit="paragraphs", length=config.stages[-1].length)
 
 
 def row_lengths(config: RowsConfig) -> dict[str, int]:
-  """Returns tokens a row, by the name of the rows on disk."""
+  """Returns {name of the rows on disk: tokens per row}."""
   stages = enumerate(config.stages)
   lengths = {stage_name(i): stage.length for i, stage in stages}
   return lengths | dict.fromkeys(HELD_OUT, config.stages[-1].length)
@@ -42,17 +44,18 @@ def make_rows(
   stage: StageConfig,
   tokenizer: Tokenizer,
 ) -> tuple[Rows, dict[str, Any], list[Unit]]:
-  """Returns packed rows, counts and examples of them, and the units in them.
+  """Returns a stage's packed rows, their counts and examples, and their units.
 
   Args:
-    found: all units, and what was left out.
-    selection: those of them to train on (None: all).
-    stage: how they are written.
-    tokenizer: of the ids.
+    found: the stage's units, and counts of those outside its limits.
+    selection: units to keep (None: all).
+    stage: how units become token sequences.
+    tokenizer: makes the ids.
   """
   selected = selection.units if selection else found.units
   pieces = _encode(selected, stage, tokenizer)
   fitting = [p for p in pieces if len(p) <= stage.length]
+  # Of paragraphs every token is kept, so all of them are read.
   read = selected
   if stage.unit != "paragraphs":
     both = zip(selected, pieces, strict=True)
@@ -78,12 +81,12 @@ def make_rows(
 def make_held_out(
   texts: Sequence[str], config: RowsConfig, tokenizer: Tokenizer
 ) -> tuple[HeldOut, dict[str, Any]]:
-  """Returns all of some texts as rows, with the table of where each is.
+  """Returns held-out rows of the whole texts, with their table and counts.
 
   Args:
-    texts: of the documents.
+    texts: documents of one split.
     config: what rows depend on.
-    tokenizer: of the ids.
+    tokenizer: makes the ids.
   """
   stage = held_out_stage(config)
   units = segments.units(texts, stage, config.data.language)
@@ -96,9 +99,11 @@ def make_held_out(
     told += [(unit.document, size) for size in sizes]
   rows, places = pack_and_tell(pieces, stage.length, tokenizer.vocab)
   table = np.array(told, np.int64).reshape(-1, 2)
+  # Number each document's pieces from 0: subtract its first line's index.
   _, first, of = np.unique(table[:, 0], return_index=True, return_inverse=True)
   number = np.arange(len(table)) - first[of]
   table = np.hstack([places, table, number[:, None]])
+  # By row, then segment: what `HeldOut` promises and `row_checks` verifies.
   table = table[np.lexsort((table[:, 1], table[:, 0]))]
   return HeldOut(rows, table), {
     "units_found": len(units),
@@ -118,6 +123,7 @@ def _sizes(rows: Rows) -> dict[str, int]:
     "most_segments": int(rows.segments.max(initial=0)),
   }
   if "answer" in rows.fields:
+    # Without the field, every token of a row may be asked for.
     sizes["most_asked"] = int(rows.answer.sum(axis=1).max(initial=0))
   return sizes
 
@@ -131,7 +137,7 @@ def _difficulty(selection: Selection | None) -> dict[str, Any] | None:
 def _examples(
   selection: Selection | None, pieces: list[Tokens], tokenizer: Tokenizer
 ) -> list[str]:
-  """A few texts, from easy to difficult, or else from first to last."""
+  """Returns a few texts, from easy to difficult, or in order if unranked."""
   if selection is None:
     return [tokenizer.decode(piece) for piece in spread(pieces)]
   rising = np.argsort(selection.kept, kind="stable").tolist()
@@ -139,7 +145,7 @@ def _examples(
 
 
 def spread(values: Sequence[Any]) -> list[Any]:
-  """Returns a few values, from the first to the last."""
+  """Returns up to five values, evenly spaced from the first to the last."""
   at = np.linspace(0, len(values) - 1, min(_EXAMPLES, len(values)))
   return [values[int(i)] for i in at]
 
@@ -147,7 +153,7 @@ def spread(values: Sequence[Any]) -> list[Any]:
 def _encode(
   units: list[Unit], stage: StageConfig, tokenizer: Tokenizer
 ) -> list[Tokens]:
-  """Returns the token sequences of a stage, before packing."""
+  """Returns the token sequences of a stage, before they are packed."""
   vocab = tokenizer.vocab
   parts = (encoded for _, encoded in _encoded(units, tokenizer))
   match stage.unit:

@@ -1,8 +1,8 @@
-"""Where the passes over blocks read documents and keep what they make of them.
+"""Stores that passes read documents from and write records and rows to.
 
-On disk, each file is whole or not there: anyone may do a block, and go on where
-another was killed. In memory a corpus is one block, and nothing but its rows is
-written.
+`OnDisk` writes every record as a file, atomically, so any process can work on
+any block and resume after a kill. `InMemory` holds a corpus as one block, and
+writes only rows.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from mdm_jax.data.text_files import Document, Tally
 
 @dataclasses.dataclass(frozen=True)
 class OnDisk:
-  """Blocks of files; records, by their names, and rows are files of a folder.
+  """A store of records and rows as files; documents are read block by block.
 
   Attributes:
-    folder: with the rows.
+    folder: where the rows go.
     data: how documents are read.
   """
 
@@ -33,7 +33,7 @@ class OnDisk:
 
   @property
   def work(self) -> pathlib.Path:
-    """Where records are, until all is done."""
+    """Folder of the records; it is deleted when the preparation is finished."""
     return self.folder / "work"
 
   def __contains__(self, name: str) -> bool:
@@ -46,10 +46,10 @@ class OnDisk:
     journal.put(self.work / name, record)
 
   def read(self, block: Block) -> tuple[list[Document], Tally]:
-    """Returns the documents of a block, and what was met in reading them.
+    """Returns the documents of a block and the tally of reading them.
 
     Raises:
-      UserError: they are not those that were counted.
+      UserError: they have changed since they were counted.
     """
     tally = Tally(skip=self.data.on_bad_record == "skip")
     documents = blocks.read(self.data, block, tally)
@@ -63,13 +63,13 @@ class OnDisk:
   def put_rows(
     self, name: str, block: Block, parts: dict[str, np.ndarray]
   ) -> dict[str, Any]:
-    """Writes the rows of a block; returns sizes and hashes, by their parts."""
+    """Writes a block's rows; returns {part: size and hash of its file}."""
     file = lambda part: shards.shard_name(name, block.number, part)
     return {p: journal.put(self.folder / file(p), parts[p]) for p in parts}
 
 
 class InMemory(dict[str, Any]):
-  """Corpora that are here, a block each, and records; rows are files."""
+  """A store of loaded corpora, one block each; records stay in memory."""
 
   def __init__(
     self,
@@ -77,25 +77,25 @@ class InMemory(dict[str, Any]):
     folder: pathlib.Path | None = None,
     done: Callable[[], Any] = lambda: None,
   ):
-    """Takes what `corpora.load_all` returns, and where rows go, if anywhere.
+    """Takes loaded corpora.
 
     Args:
-      found: documents, and what was met in reading them, by the side.
-      folder: for the rows and the tokenizer.
-      done: is called when some rows are written.
+      found: documents and tally by split, as from `corpora.load_all`.
+      folder: where rows and the tokenizer go; None if none will be written.
+      done: called whenever a set of rows was written.
     """
     self._found, self._done = found, done
     self.folder = folder
     self.blocks = [Block(0, "", (), side=side) for side in found]
 
   def read(self, block: Block) -> tuple[list[Document], Tally]:
-    """Returns the documents of a block, and what was met in reading them."""
+    """Returns the documents of a block and the tally of reading them."""
     return self._found[block.side]
 
   def put_rows(
     self, name: str, _: Block, parts: dict[str, np.ndarray]
   ) -> dict[str, Any]:
-    """Writes rows, all there are of this name."""
+    """Writes all rows of this name; the caller hashes the files itself."""
     for part, array in parts.items():
       path = self.folder / shards.shard_name(name, None, part)
       np.save(path, array, allow_pickle=False)
