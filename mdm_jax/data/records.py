@@ -1,9 +1,9 @@
-"""Records of files: what a document is by the kind of the file, and reading it.
+"""Reads the records of files: text, lines, .jsonl, .csv and .parquet.
 
-A record is a file of text, or a line of it where `data.document` says so; a
-line of a `.jsonl`; a row of a `.csv` or of a `.parquet`. All but the last may
-be compressed as `.gz`. It is bad if it can't be decompressed, is not UTF-8, or
-holds no text where that should be.
+A record becomes a document. It is a text file, or a line of one with
+`data.document=line`; a line of a .jsonl; a row of a .csv or .parquet. All but
+.parquet may be compressed with gzip. A record is bad if it can't be
+decompressed, is not UTF-8, or holds no text where text should be.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import BadRecord, Document, Span, Tally
 
 Kind = Literal["text", "lines", "jsonl", "csv", "parquet"]
+# Name of a record, and a function that returns its text or raises BadRecord.
 Record = tuple[str, Callable[[], str]]
 
 _KINDS: dict[str, Kind] = {
@@ -32,17 +33,18 @@ _KINDS: dict[str, Kind] = {
   ".tsv": "csv",
   ".parquet": "parquet",
 }
-_MARK = b"\xef\xbb\xbf"  # of UTF-8, which stands for no text
-# Begin files in other encodings; the longer ones first.
+_MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark, which is no part of the text
+# Byte order marks of other encodings. UTF-32's comes first, because it begins
+# with UTF-16's.
 _OTHER_MARKS = {
   b"\xff\xfe\0\0": "UTF-32",
   b"\0\0\xfe\xff": "UTF-32",
   b"\xff\xfe": "UTF-16",
   b"\xfe\xff": "UTF-16",
 }
-_LOOKED_AT = 4096  # bytes that tell an encoding
-_LONGEST_CELL = 2**31 - 1
-# What reading a .gz that is cut off or none may raise.
+_LOOKED_AT = 4096  # bytes from which an encoding is guessed
+_LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
+# What reading a truncated file, or one that is no .gz, may raise.
 _DAMAGED = EOFError, zlib.error, gzip.BadGzipFile
 
 
@@ -51,8 +53,9 @@ class Form:
   """How files are read.
 
   Attributes:
-    document: of text files: "line", or all of it ("auto", "file").
-    text_key: of the text in a `.jsonl`, a `.csv` or a `.parquet`.
+    document: "line" makes each line of a text file a document; "auto" and
+      "file" make the whole file one.
+    text_key: key or column of the text in .jsonl, .csv and .parquet files.
   """
 
   document: str = "auto"
@@ -60,26 +63,28 @@ class Form:
 
 
 def form_of(data: DataConfig) -> Form:
-  """Returns how a config wants files to be read."""
+  """Returns how a config asks for files to be read."""
   return Form(data.document, data.text_key)
 
 
 def kind_of(path: pathlib.Path, form: Form) -> Kind:
-  """Returns what a file holds, by its name in any case."""
+  """Returns what a file holds, by its suffix, in upper or lower case."""
   name = path.name.lower().removesuffix(".gz")
   kind = _KINDS.get(pathlib.PurePath(name).suffix, "text")
   return "lines" if kind == "text" and form.document == "line" else kind
 
 
 def parts(path: pathlib.Path, form: Form) -> int | None:
-  """Returns how many bytes, or row groups, a file can be divided between.
+  """Returns the number of units at which a file may be divided.
 
-  Returns None for one that is only read as a whole.
+  These are bytes for files of lines and row groups for .parquet; None means
+  that the file can only be read as a whole.
   """
   kind = kind_of(path, form)
   if kind == "parquet":
-    with contextlib.suppress(BadRecord):  # told by who reads it
+    with contextlib.suppress(BadRecord):  # reported when the file is read
       return _parquet(path).num_row_groups
+  # A quoted CSV cell may hold line breaks, and gzip can't be entered midway.
   lines = kind in ("lines", "jsonl") and not _is_packed(path)
   return path.stat().st_size if lines else None
 
@@ -87,7 +92,15 @@ def parts(path: pathlib.Path, form: Form) -> int | None:
 def read_all(
   spans: Iterable[Span], root: pathlib.Path, tally: Tally, form: Form
 ) -> Iterator[Document]:
-  """Yields documents whose names don't tell where the root is."""
+  """Yields the documents of spans; their names are relative to `root`.
+
+  Args:
+    spans: parts of files to read.
+    root: folder left out of the names, so that a moved corpus keeps them.
+    tally: counts files and records; raises the first bad record unless it is
+      set to skip them.
+    form: how files are read.
+  """
   for span in spans:
     tally.files += 1
     name = pathlib.Path(span.path).relative_to(root).as_posix()
@@ -102,12 +115,15 @@ def read_all(
 
 
 def decode(data: bytes, path: str | pathlib.Path, first_line: int = 1) -> str:
-  """Returns the text of bytes; raises BadRecord, with the line, if not UTF-8.
+  """Returns the text of UTF-8 bytes.
 
   Args:
     data: a whole file, or lines of it.
-    path: of the file.
-    first_line: the number of the first line of `data`.
+    path: of the file, for the error.
+    first_line: line number at which `data` starts.
+
+  Raises:
+    BadRecord: the bytes are not UTF-8; names the line.
   """
   try:
     return data.decode()
@@ -119,7 +135,11 @@ def decode(data: bytes, path: str | pathlib.Path, first_line: int = 1) -> str:
 def _records(
   span: Span, name: str, tally: Tally, form: Form
 ) -> Iterator[Record]:
-  """Yields the name of each record, and what reads it or finds it bad."""
+  """Yields each record's name and a function that reads it.
+
+  Reading is deferred because a generator that raises is finished: this way
+  `read_all` can count a bad record and continue with the next.
+  """
   path = pathlib.Path(span.path)
   kind = kind_of(path, form)
   try:
@@ -131,7 +151,7 @@ def _records(
       yield from _csv_rows(path, name, form)
     else:
       yield from _line_records(span, name, kind, form)
-  except BadRecord as error:  # of the file as a whole
+  except BadRecord as error:  # the whole file is bad: count it as one record
     tally.records += 1
     tally.add_bad(error)
   except OSError as e:
@@ -167,17 +187,18 @@ def _read_file(path: pathlib.Path) -> str:
 
 
 def _check_encoding(data: bytes, where: Any) -> None:
-  """Raises BadRecord for bytes that are no text in UTF-8, with what they are.
+  """Raises BadRecord, naming the encoding, if bytes can't be UTF-8 text.
 
   Args:
-    data: of a file, from its start.
-    where: it is.
+    data: bytes from the start of a file.
+    where: file, for the error.
   """
   name = next((n for m, n in _OTHER_MARKS.items() if data.startswith(m)), None)
   if not name and b"\0" in data:
     head = data[:_LOOKED_AT]
     even, odd = head[::2].count(0), head[1::2].count(0)
-    # Most languages' letters fill one byte of two.
+    # UTF-16 without a mark: in most languages one byte of every two is mostly
+    # 0, and the other hardly ever.
     if max(even, odd) > len(head) / 8 and min(even, odd) <= max(even, odd) / 8:
       name = "UTF-16LE" if odd > even else "UTF-16BE"
   if name:
@@ -216,7 +237,8 @@ def _lines(span: Span) -> Iterator[bytes]:
   """Yields the lines that begin in a span."""
   with _open(pathlib.Path(span.path)) as file:
     at = span.start
-    if at:  # what began before it is another span's
+    if at:  # the line under way here belongs to the span before
+      # One byte early, so that a line that begins exactly at `at` is kept.
       file.seek(at - 1)
       at += len(file.readline()) - 1
     for line in file:
@@ -227,7 +249,8 @@ def _lines(span: Span) -> Iterator[bytes]:
 
 
 def _at(span: Span, number: int) -> str:
-  """Says where a line of a span is in its file."""
+  """Returns the file and line number of a span's line, for an error."""
+  # Read from the file's start only now that an error needs the line number.
   before = sum(1 for _ in _lines(Span(span.path, 0, span.start)))
   return f"{span.path}, line {before + number}"
 
@@ -246,6 +269,7 @@ def _read_json(line: bytes, at: Callable[[], str], key: str) -> str:
   try:
     found = json.loads(line.decode())
     text = found[key]
+    # Half a surrogate pair is valid in JSON, but no UTF-8 can hold it.
     text.encode()
     return text
   except UnicodeDecodeError as e:
@@ -262,7 +286,7 @@ def _read_json(line: bytes, at: Callable[[], str], key: str) -> str:
 
 
 def _keys(names: list[str]) -> str:
-  """Says which keys there are, and what to set."""
+  """Lists the keys there are, and advises to set data.text_key."""
   if not names:
     return ""
   shown = ", ".join(json.dumps(name, ensure_ascii=False) for name in names[:9])
@@ -275,8 +299,10 @@ def _keys(names: list[str]) -> str:
 def _csv_rows(path: pathlib.Path, name: str, form: Form) -> Iterator[Record]:
   text = _read_file(path)
   head = text.partition("\n")[0]
+  # Whichever is most frequent in the header.
   delimiter = max(",;\t", key=head.count)
   csv.field_size_limit(_LONGEST_CELL)
+  # newline="" keeps the line breaks inside quoted cells as they are.
   rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
   try:
     header = next(rows, [])
@@ -316,7 +342,8 @@ def _parquet(path: pathlib.Path) -> Any:
     ) from None
   try:
     return parquet.ParquetFile(path)
-  except (ValueError, OSError) as e:  # pyarrow's errors are of these kinds
+  except (ValueError, OSError) as e:  # base classes of pyarrow's errors
+    # The operating system's errors have an errno, those about content don't.
     if isinstance(e, OSError) and e.errno:
       raise UserError(f"{path} can't be read: {e.strerror}") from e
     reason = str(e).partition("\n")[0]

@@ -1,8 +1,8 @@
-"""Rows on disk are what a model can be trained on, or it is told at the start.
+"""Checks that rows on disk can be trained on, before anything is compiled.
 
-Their hashes only say that they are as they were written. JAX would not say that
-they were written wrong: an index past the end of an array is clamped on a
-device, silently, so that a wrong id trains the embedding of another one.
+Hashes only show that files are as they were written. They would not show rows
+that were written wrong, and neither would JAX: on devices an index past an
+array's end is clamped silently, so a wrong id trains another id's embedding.
 """
 
 from collections.abc import Mapping
@@ -15,17 +15,16 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.rows import Field, Values, field
 
-_CHUNK = 2**22  # tokens looked at at once; more would fill the memory
+_CHUNK = 2**22  # tokens checked at once, to bound memory
 
 
 def find_wrong(values: Values, length: int, vocab: Vocabulary) -> str | None:
-  """Returns what is wrong first with what should be packed rows, if anything.
+  """Describes the first error in packed rows; None if there is none.
 
   Args:
-    values: of each field of the rows; may be memory-mapped, and are never read
-      as a whole.
-    length: tokens a row should have.
-    vocab: of the tokenizer that the ids are of.
+    values: arrays [N, L] by field; memory-mapped ones are read in chunks.
+    length: tokens that each row should have.
+    vocab: vocabulary of the ids.
   """
   shapes = {name: array.shape for name, array in values.items()}
   rows = len(next(iter(values.values())))
@@ -47,13 +46,13 @@ def find_wrong(values: Values, length: int, vocab: Vocabulary) -> str | None:
 def _first_wrong(
   f: Field, part: Values, before: int, vocab: Vocabulary
 ) -> str | None:
-  """Returns which value of a field is wrong first, and why.
+  """Describes a field's first invalid value; None if all are valid.
 
   Args:
     f: the field.
-    part: some rows.
-    before: rows before them.
-    vocab: of the ids.
+    part: all fields of some rows, as one field's check may read another's.
+    before: number of rows before these, for the message.
+    vocab: vocabulary of the ids.
   """
   if f.wrong is None or not (wrong := f.wrong(part, vocab)).any():
     return None
@@ -67,20 +66,22 @@ def _listed(facts: Mapping[str, Any]) -> str:
 
 
 def find_wrong_texts(segments: np.ndarray, texts: np.ndarray) -> str | None:
-  """Returns what is wrong with a table of held-out texts, if anything.
+  """Describes an error in the table of held-out texts; None if there is none.
 
   Args:
-    segments: of the rows it is about, as in `Rows`.
-    texts: as in `HeldOut`.
+    segments: segments of the rows, as in `Rows`.
+    texts: the table, as in `HeldOut`.
   """
   if texts.dtype != np.int64 or texts.ndim != 2 or texts.shape[1] != 5:
     return f"a table of {texts.dtype} with shape {texts.shape}"
   step = max(_CHUNK // max(segments.shape[1], 1), 1)
   parts = range(0, len(segments), step)
+  # Segments count up from 1, so a row's largest is its number of texts.
   counts = np.concatenate(
     [np.zeros(0, np.int64)]
     + [segments[i : i + step].max(axis=1).astype(np.int64) for i in parts]
   )
+  # The rows' own (row, segment) pairs, in the order that the table must have.
   row = np.repeat(np.arange(len(counts)), counts)
   segment = (
     1 + np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
@@ -93,17 +94,18 @@ def find_wrong_texts(segments: np.ndarray, texts: np.ndarray) -> str | None:
 
 
 def check_enough(config: RowsConfig, index: int, rows: int) -> None:
-  """Raises UserError if a stage has fewer rows than one of its updates.
+  """Raises UserError if a stage has fewer rows than one update needs.
 
   Args:
     config: what rows depend on.
     index: of the stage.
-    rows: that the stage has.
+    rows: number of rows that the stage has.
   """
   batch, parts = config.data.batch_size, config.accumulation
   needed = batch * parts
   if rows >= needed:
     return
+  # Suggest the nearest config that the stage has enough rows for.
   fit = (
     f"data.batch_size={rows // parts}"
     if rows >= parts
@@ -117,11 +119,11 @@ def check_enough(config: RowsConfig, index: int, rows: int) -> None:
 
 
 def check_stages(config: RowsConfig, counts: dict[str, Any]) -> None:
-  """Raises UserError if a stage has no row: what was left out, what keeps it.
+  """Raises UserError if a stage has no rows, with the reasons and remedies.
 
   Args:
     config: what rows depend on.
-    counts: of all rows, by their names on disk.
+    counts: counts of all rows, by their names on disk.
   """
   for i, stage in enumerate(config.stages):
     if not counts[f"stage_{i + 1}"]["rows"]:
@@ -132,6 +134,7 @@ def _no_rows(name: str, stage: StageConfig, counts: dict[str, Any]) -> str:
   found, unfit = counts["units_found"], counts["texts_too_long"]
   short, long = counts["units_too_short"], counts["units_too_long"]
   hard = found - counts["units_selected"]
+  # No limit is to blame here: there were no pairs to begin with.
   if stage.unit == "pairs" and not short + long + found:
     return (
       f"{name} has no rows: none of {counts['documents']:,} documents has two"

@@ -1,8 +1,8 @@
-"""The named fields of a row, listed once.
+"""The named fields of a row, listed once in `FIELDS`.
 
-Whatever handles rows follows the list: packing, files and their hashes, the
-index of shards, the checks at the start, batches on devices, the reports of
-updates that failed. A further field is a line in `FIELDS`.
+Everything that handles rows follows this list: packing, files and hashes, the
+index of shards, the checks at the start, batches on devices, and reports of
+failed updates. A further field is one more entry.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ Values = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """A number for each position of a row.
+  """One number for each position of a row.
 
   Attributes:
-    name: of the field; its files and its argument of `Rows` have it too.
-    stored: dtypes it may have on disk. Of several, it is written in the first
-      that can hold every id.
+    name: also the name of its files and of its argument of `Rows`.
+    stored: dtypes it may have on disk; it is written in the first one that can
+      hold every id.
     device: dtype in a batch.
-    pad: what fills a row up: a number, or the name of a special id.
-    wrong: marks the values that can't be, given all fields of the rows.
-    why: says why a value is wrong.
-    optional: rows may be without it. It is then in no file and no batch.
+    pad: value in padding, or the name of a special id.
+    wrong: returns which values are invalid, given all fields of the rows.
+    why: returns why a value is invalid.
+    optional: rows may lack it; then it is in no file and no batch.
   """
 
   name: str
@@ -42,7 +42,7 @@ class Field:
   optional: bool = False
 
   def dtype(self, vocab: Vocabulary) -> np.dtype:
-    """Returns the dtype that is written."""
+    """Returns the dtype on disk: the smallest one that holds every id."""
     first, *wider = map(np.dtype, self.stored)
     for dtype in wider:
       if np.iinfo(first).max < vocab.size - 1:
@@ -50,12 +50,12 @@ class Field:
     return first
 
   def filler(self, vocab: Vocabulary) -> int:
-    """Returns what fills a row up."""
+    """Returns the value in padding."""
     return vocab.need(self.pad) if isinstance(self.pad, str) else self.pad
 
 
 def _wrong_tokens(values: Values, vocab: Vocabulary) -> np.ndarray:
-  """Padding is the pad id and nothing else is; text has no special id."""
+  """Which tokens are invalid: padding must hold the pad id, text must not."""
   tokens, segments = values["tokens"], values["segments"]
   in_text = vocab.may_be_text(tokens)
   neither = ~(in_text | (tokens == vocab.pad))
@@ -63,7 +63,7 @@ def _wrong_tokens(values: Values, vocab: Vocabulary) -> np.ndarray:
 
 
 def _why_token(token: int, vocab: Vocabulary) -> str:
-  """The pad id is wrong only in a text."""
+  """Returns why a token is invalid; the pad id is so only inside a text."""
   if token == vocab.mask:
     return f"id {token} is the mask, which stands for no text"
   if vocab.may_be_text(np.array([token])):
@@ -85,7 +85,7 @@ def _why_answer(value: int, _: Vocabulary) -> str:
 
 
 FIELDS = (
-  # The ids of the text.
+  # Token ids; the pad id in padding.
   Field(
     "tokens",
     (np.uint16, np.int32),
@@ -94,9 +94,10 @@ FIELDS = (
     wrong=_wrong_tokens,
     why=_why_token,
   ),
-  # 1, 2, ... for the texts of a row, 0 at padding.
+  # 1, 2, ... for the texts of a row, in order; 0 in padding.
   Field("segments", (np.uint16,), np.int32),
-  # 1 where a token may be asked for; without it, that is all of the text.
+  # 1 where a token may be masked and predicted, else 0. Without this field
+  # every token of the text may be.
   Field(
     "answer",
     (np.uint8,),
@@ -124,11 +125,11 @@ def required() -> tuple[str, ...]:
 
 
 class Fields:
-  """Some of the fields, by name: of rows on disk, or of a batch.
+  """Values of fields by name, of rows on disk or of a batch.
 
   Attributes:
-    fields: values by name, in the order of `FIELDS`; an optional field that is
-      absent has no entry.
+    fields: values by name, in the order of `FIELDS`; absent optional fields
+      have no entry.
   """
 
   fields: dict[str, Any]
@@ -141,46 +142,46 @@ class Fields:
 
   @property
   def tokens(self) -> Any:
-    """Ids of the text, the pad id behind it."""
+    """Token ids; the pad id in padding."""
     return self.fields["tokens"]
 
   @property
   def segments(self) -> Any:
-    """1, 2, ... for the texts of a row, 0 at padding."""
+    """1, 2, ... for the texts of a row; 0 in padding."""
     return self.fields["segments"]
 
 
 class Rows(Fields):
-  """Packed rows: arrays [N, L], or what reads them from many files."""
+  """Packed rows [N, L]: arrays, or `Shards` that read them from many files."""
 
   def __len__(self) -> int:
     return len(self.tokens)
 
   @property
   def length(self) -> int:
-    """Tokens a row."""
+    """Tokens per row."""
     return self.tokens.shape[1]
 
   @property
   def answer(self) -> Bool[np.ndarray, "N L"]:
-    """Where a token may be asked for: in all of the text, unless it is said."""
+    """Which tokens may be masked and predicted; by default, all of the text."""
     return self.fields.get("answer", self.segments) > 0
 
   def take(self, numbers: np.ndarray) -> "Rows":
-    """Returns some of the rows, in this order."""
+    """Returns the rows of these numbers, in this order."""
     return Rows(**{name: v[numbers] for name, v in self.fields.items()})
 
 
 def most_segments(counts: Mapping[str, Any], length: int) -> int:
-  """Returns how many texts a row has at most.
+  """Returns the largest number of texts in a row.
 
   Args:
-    counts: of the rows, as in their manifest; older ones do not say it.
-    length: tokens a row, which bounds it.
+    counts: the rows' counts in a manifest; older manifests lack this one.
+    length: tokens per row, which is an upper bound.
   """
   return counts.get("most_segments", length)
 
 
 def most_asked(counts: Mapping[str, Any], length: int) -> int:
-  """Returns how many tokens of a row may be asked for at most; see above."""
+  """Returns the most tokens of a row that may be masked and predicted."""
   return counts.get("most_asked", length)
