@@ -1,4 +1,4 @@
-"""Text units for the stages of the curriculum, and how difficult they are."""
+"""Divides documents into a stage's text units and rates their difficulty."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from mdm_jax.data import pieces, readability
 from mdm_jax.data import words as words_lib
 from mdm_jax.data.config import StageConfig
 
-# The splitter fails on some texts that hold these.
+# White space outside ASCII, with which sentencex fails on some texts.
 _ODD_SPACE = re.compile(r"[^\S\x00-\x7f]")
 
 
@@ -23,12 +23,11 @@ class Unit:
   """A piece of text that a stage trains on.
 
   Attributes:
-    document: index of the document it comes from.
-    parts: one stripped sentence or line for "sentences" and "lines"; two for
-      "pairs", between which the separator id goes; every sentence of the
-      document, verbatim, for "paragraphs", so that joining them gives the
-      document back.
-    starts: where each part begins in the document; none for "paragraphs".
+    document: index of its document.
+    parts: for "sentences" and "lines" one stripped sentence or line; for
+      "pairs" two, to be joined by the separator id; for "paragraphs" all
+      sentences of the document, verbatim, so that they join to the document.
+    starts: where each part begins in the document; empty for "paragraphs".
   """
 
   document: int
@@ -37,12 +36,23 @@ class Unit:
 
 
 def sentences(text: str, language: str = "en") -> list[str]:
-  """Returns the sentences of a text; joined, they are the text.
+  """Divides a text into sentences that join to the text.
 
-  The space before a sentence belongs to it, as SentencePiece has it too, so
-  that sentences apart get the ids they have in their text; cut after the space,
-  they are 2 % more tokens. Other white space belongs to the sentence before it.
+  A space before a sentence belongs to that sentence, as in SentencePiece, so a
+  sentence has the same ids alone as in its text; with the space at the end of
+  the sentence before, text takes 2 % more tokens. Other white space belongs to
+  the sentence before it.
+
+  Args:
+    text: any text.
+    language: ISO 639-1 code; it decides which abbreviations end no sentence.
+
+  Example:
+    >>> sentences("One. Two.")
+    ['One.', ' Two.']
   """
+  # Each odd space becomes one plain space, so offsets stay valid. Only starts
+  # are used: sentencex leaves out some white space between sentences.
   found = sentencex.get_sentence_boundaries(language, _ODD_SPACE.sub(" ", text))
   starts = [b["start_index"] for b in found if not b["text"].isspace()]
   cuts = [start - (text[start - 1] == " ") for start in starts[1:]]
@@ -51,17 +61,16 @@ def sentences(text: str, language: str = "en") -> list[str]:
 
 @dataclasses.dataclass
 class Found:
-  """The units of a stage in some documents, and what is none.
+  """The units of a stage in some documents, and counts of what is left out.
 
   Attributes:
-    units: within the limits of the stage, in the order of the text.
-    too_short: others, with fewer words than the stage takes.
-    too_long: others, with more.
-    documents: looked into.
-    without_sentences: documents that were divided into lines and parts of
-      lines, because they have no sentences.
-    characters: of the text that units are looked for in, white space around
-      them left out.
+    units: units within the stage's word limits, in the order of the text.
+    too_short: number of units with fewer words than `min_words`.
+    too_long: number of units with more words than `max_words`.
+    documents: number of documents searched.
+    without_sentences: documents that have no sentences and were divided into
+      lines and parts of lines instead.
+    characters: in all units and those left out, without surrounding space.
   """
 
   units: list[Unit] = dataclasses.field(default_factory=list)
@@ -75,10 +84,10 @@ class Found:
 def find(
   texts: Sequence[str], stage: StageConfig, language: str = "en"
 ) -> Found:
-  """Returns the units of a stage.
+  """Returns the units of a stage, and counts of those outside its limits.
 
-  Word limits apply to a sentence, a line, or a pair's total, not to paragraphs.
-  Nothing may be left; what that means is for the caller to say.
+  Word limits apply to a sentence, a line, or both parts of a pair together;
+  paragraphs have none. The result may be empty.
   """
   found = Found(documents=len(texts))
   for i, text in enumerate(texts):
@@ -101,16 +110,20 @@ def find(
 def units(
   texts: Sequence[str], stage: StageConfig, language: str = "en"
 ) -> list[Unit]:
-  """Returns the units of a stage alone."""
+  """Returns the units of a stage, without counts."""
   return find(texts, stage, language).units
 
 
-# A stripped part of a text, where it starts, and its words.
+# (stripped text, start in the document, number of words).
 _Part = tuple[str, int, int]
 
 
 def _counted(verbatim: Sequence[str]) -> list[_Part]:
-  """Returns parts of a text, which joined are the text, without blank ones."""
+  """Returns the parts of a document, stripped, without blank ones.
+
+  Args:
+    verbatim: parts that join to the document.
+  """
   parts, at = [], 0
   for part in verbatim:
     if stripped := part.strip():
@@ -122,7 +135,7 @@ def _counted(verbatim: Sequence[str]) -> list[_Part]:
 
 def _pieces(text: str, verbatim: list[str], stage: StageConfig) -> list[_Part]:
   each = 2 if stage.unit == "pairs" else 1
-  # A word is a token and more, mostly.
+  # Without `max_words`, allow half a row: most words take more than a token.
   most = min(stage.max_words or stage.length // 2, stage.length)
   found = pieces.divide(
     text,
@@ -141,7 +154,7 @@ def _pieces(text: str, verbatim: list[str], stage: StageConfig) -> list[_Part]:
 def _add(
   found: Found, document: int, parts: list[_Part], stage: StageConfig
 ) -> None:
-  """Adds a document's units that are within the limits, and counts the rest."""
+  """Adds a document's units that are within the limits; counts the others."""
   found.characters += sum(len(part) for part, *_ in parts)
   most = math.inf if stage.max_words is None else stage.max_words
   together = (
@@ -162,13 +175,13 @@ def _add(
 
 @dataclasses.dataclass(frozen=True)
 class UnitWords:
-  """The words of some units, each distinct one once.
+  """The words of some units, in a form for vectorised sums.
 
   Attributes:
-    distinct: words, in the order they are first met.
-    ids: of every word in the text, its index in `distinct`.
-    owner: of every word in the text, the index of its unit.
-    counts: words of each unit.
+    distinct: each distinct word once, in order of appearance.
+    ids: index in `distinct` of every word of the text.
+    owner: index of the unit of every word of the text.
+    counts: number of words in each unit.
   """
 
   distinct: list[str]
@@ -177,20 +190,21 @@ class UnitWords:
   counts: Int64[np.ndarray, "N"]
 
   def frequency(self) -> Int64[np.ndarray, "W"]:
-    """Returns how many of the units hold each distinct word."""
+    """Returns the number of units that contain each distinct word."""
     size = max(len(self.distinct), 1)
+    # Each (unit, word) once, however often the word is in the unit.
     pairs = np.unique(self.owner * size + self.ids)
     return np.bincount(pairs % size, minlength=len(self.distinct))
 
   def sums(self, of_word: Num[np.ndarray, "W"]) -> Num[np.ndarray, "N"]:
-    """Returns each unit's sum of a number that every word has."""
+    """Sums a value per distinct word over the words of each unit."""
     return np.bincount(
       self.owner, of_word[self.ids], minlength=len(self.counts)
     )
 
 
 def unit_words(units: Sequence[Unit]) -> UnitWords:
-  """Returns the words of some units, in lower case."""
+  """Returns the lower-case words of units."""
   texts = ("\n".join(unit.parts) for unit in units)
   words = [words_lib.words(text.lower()) for text in texts]
   counts = np.array([len(w) for w in words], np.int64)
@@ -203,13 +217,14 @@ def unit_words(units: Sequence[Unit]) -> UnitWords:
 def difficulty(
   units: Sequence[Unit], language: str = "en"
 ) -> Float64[np.ndarray, "N"]:
-  """Returns how difficult each unit is among these, from 0 to 1.
+  """Returns each unit's difficulty among these units, in [0, 1].
 
-  It is the mean of the percentile ranks of signals that serve a curriculum
-  (Zhang et al. 2025, arXiv 2506.11300): rarity of the words (their mean inverse
-  document frequency, a unit being a document), number of words, and, in English
-  and Latin letters, Flesch's reading ease. Their compression ratio is left out:
-  of a single sentence it is hardly more than the inverse of its length.
+  It is the mean of the percentile ranks of up to three signals that serve a
+  curriculum (Zhang et al. 2025, arXiv 2506.11300): word rarity (mean inverse
+  document frequency, a unit being a document), number of words, and, for
+  English in Latin letters, Flesch's reading ease. Their compression ratio is
+  left out: for single sentences it is little more than the inverse of the
+  length, so the two would cancel.
   """
   words = unit_words(units)
   found = signals(units, words, rarity(words.frequency(), len(units)), language)
@@ -219,7 +234,12 @@ def difficulty(
 def rarity(
   frequency: Int64[np.ndarray, "W"], units: int
 ) -> Float64[np.ndarray, "W"]:
-  """Returns inverse document frequencies, of words that some units hold."""
+  """Returns the inverse document frequency of words.
+
+  Args:
+    frequency: number of units that contain each word.
+    units: number of units.
+  """
   return np.log(units / np.maximum(frequency, 1))
 
 
@@ -229,16 +249,17 @@ def signals(
   rarity: Float64[np.ndarray, "W"],
   language: str = "en",
 ) -> Float64[np.ndarray, "3 N"]:
-  """Returns what difficulty is a mean of, before it is ranked.
+  """Returns the signals whose ranks difficulty is the mean of.
 
   Args:
-    units: to be measured.
-    words: of these units.
-    rarity: of each distinct word.
-    language: of the text.
+    units: units to measure.
+    words: words of these units.
+    rarity: inverse document frequency of each distinct word.
+    language: ISO 639-1 code.
 
   Returns:
-    `SIGNALS` rows; nan where a unit has no such signal.
+    `SIGNALS` rows (rarity, reading ease with its sign reversed, number of
+    words); more is more difficult, NaN where a signal does not apply.
   """
   sentences = np.array([len(unit.parts) for unit in units], np.int64)
   spoken = [readability.syllables(w) for w in words.distinct]
@@ -265,7 +286,7 @@ SIGNALS = 3
 def _percentile_ranks(
   values: Num[np.ndarray, "N"],
 ) -> Float64[np.ndarray, "N"]:
-  """Ranks from 0 to 1; equal values share the mean of theirs, nan has none."""
+  """Returns ranks from 0 to 1; ties share their mean rank, NaN stays NaN."""
   ranks = np.full(len(values), np.nan)
   some = ~np.isnan(values)
   _, inverse, counts = np.unique(
@@ -281,9 +302,9 @@ class Selection:
   """The least difficult share of some units.
 
   Attributes:
-    units: those kept, in their own order.
+    units: the units kept, in their original order.
     kept: their difficulty.
-    difficulty: of all units, the ones left out too.
+    difficulty: of all units, kept or not.
   """
 
   units: list[Unit]
@@ -292,29 +313,30 @@ class Selection:
 
   @property
   def cut(self) -> float:
-    """The highest difficulty that is kept."""
+    """The highest difficulty that was kept."""
     return float(self.kept.max(initial=0))
 
   def histogram(self, bins: int) -> list[int]:
-    """Returns how many units fall in each of equal parts of [0, 1]."""
+    """Returns the number of units in each of `bins` equal parts of [0, 1]."""
     return np.histogram(self.difficulty, bins, (0, 1))[0].tolist()
 
 
 def easiest(
   units: Sequence[Unit], fraction: float, language: str = "en"
 ) -> Selection:
-  """Selects the least difficult share of the units.
+  """Returns the least difficult share of the units, rounded up.
 
-  It rounds up, and of equally difficult units the earlier ones are kept.
-  Documents are not comparable in this way, only their parts.
+  Of equally difficult units the earlier ones are kept. Only parts of documents
+  can be compared in this way, not whole documents.
   """
   count = share(fraction, len(units))
   scores = difficulty(units, language)
+  # Stable, so ties go to the earlier unit; sorted, to keep the text's order.
   kept = np.sort(np.argsort(scores, kind="stable")[:count])
   return Selection([units[i] for i in kept], scores[kept], scores)
 
 
 def share(fraction: float, count: int) -> int:
-  """Returns a share of so many units, rounded up."""
-  # The small amount undoes rounding: 1/3 of 3 is 1.
+  """Returns a share of `count`, rounded up."""
+  # 1e-9 undoes floating-point error: 1/3 of 3 must be 1, not 2.
   return math.ceil(fraction * count - 1e-9)

@@ -1,4 +1,4 @@
-"""Training a SentencePiece model that gives every text back exactly."""
+"""Trains SentencePiece models that restore every text exactly."""
 
 import io
 import itertools
@@ -13,34 +13,35 @@ from absl import logging
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import words
 
-SPACE = "\u2581"  # how SentencePiece writes a space
+SPACE = "\u2581"  # SentencePiece's symbol for a space
 _BREAKS = ("\n\n", "\n")
-_SMALLEST = 320  # unknown, 256 bytes, two line breaks and 61 to learn
-_MAX_LINES = 200_000  # SentencePiece learns from at most so many lines
+_SMALLEST = 320  # unknown, 256 bytes, two line breaks, and 61 to learn
+_MAX_LINES = 200_000  # most lines that SentencePiece learns from
 
-# Cutting a text changes none of its ids when the cut is where no piece crosses:
-# around line breaks, or before a space. It keeps the sums of the model's scores
-# small, so that they stay exact in float32, and keeps every core busy. The
-# second quantifier bounds a chunk of text that has no spaces.
+# A text may be encoded in chunks if no piece crosses the cuts: around line
+# breaks and before spaces. Short chunks keep the sums of piece scores small
+# enough to be exact in float32, and keep every core busy. The second quantifier
+# bounds a chunk where text has no spaces.
 _CHUNK = re.compile(
   f"{SPACE}|[^\n{SPACE}]{{1,1000}}[^\n {SPACE}]{{0,1000}}\n*|\n+"
 )
 
 
 def chunks(text: str) -> list[str]:
-  """Cuts a text where no piece crosses; together they are the text."""
+  """Cuts a text into chunks that no piece crosses; they join to the text."""
   return _CHUNK.findall(text)
 
 
 def train(vocab_size: int, texts: Sequence[str]) -> bytes:
-  """Returns the file of a model, trained on texts.
+  """Trains a unigram model with byte fallback; returns its file's bytes.
 
   Args:
-    vocab_size: pieces, at most.
-    texts: what it learns from; a sample of their lines, where there are many.
+    vocab_size: most pieces; a short text gives fewer.
+    texts: what to learn from; beyond 200,000 lines, a random sample of them.
 
   Raises:
-    UserError: so few pieces, or so little text, make no model.
+    UserError: `vocab_size` is too small, or SentencePiece can't train on so
+      little text.
   """
   if vocab_size < _SMALLEST:
     raise UserError(
@@ -75,8 +76,9 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _common_characters(lines: list[str], vocab_size: int) -> list[str]:
-  """Blanks the rarest characters where a piece for each leaves no room."""
+  """Replaces rare characters by spaces if there are too many to be pieces."""
   counts = Counter(itertools.chain.from_iterable(lines))
+  # Leaves at least half of the pieces that aren't bytes to be learnt.
   room = (vocab_size - 256) // 2
   if len(counts) <= room:
     return lines
@@ -101,7 +103,7 @@ def _train_on(lines: list[str], vocab_size: int) -> bytes:
       vocab_size=vocab_size,
       hard_vocab_limit=False,
       character_coverage=0.9995,
-      required_chars=SPACE,  # a space spelt in bytes would be the symbol
+      required_chars=SPACE,  # spelt in bytes it would decode to U+2581
       byte_fallback=True,
       user_defined_symbols=list(_BREAKS),
       unk_id=0,

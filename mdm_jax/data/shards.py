@@ -1,7 +1,7 @@
-"""Rows in many files, of which a process reads those it is asked for.
+"""Rows in many files (shards), memory-mapped as they are needed.
 
-A set of rows is a run of shards, each an array a field as NumPy writes it,
-and an index: how many rows each has, its sizes and its hashes.
+A set of rows is a list of shards, each with one .npy file per field, and an
+index that lists the number of rows, sizes and hashes of every shard.
 """
 
 import dataclasses
@@ -20,25 +20,25 @@ from mdm_jax.data import inputs, row_checks
 from mdm_jax.data.rows import Fields, Rows
 from mdm_jax.data.splits import HELD_OUT
 
-TABLE = "texts"  # beside them, of held-out rows
-_MAPPED = 512  # files mapped at a time; the system allows about 65,000
+TABLE = "texts"  # further file of each held-out shard
+_MAPPED = 512  # most files mapped at once; Linux allows about 65,000 maps
 
 
 def shard_name(name: str, number: int | None, part: str) -> str:
-  """Returns the file of a part of a shard (None: of all rows)."""
+  """Returns the file name of one field of a shard (None: of an only shard)."""
   return f"{name}{'' if number is None else f'.{number:06d}'}.{part}.npy"
 
 
 def index_name(name: str) -> str:
-  """Returns the file that lists the shards of some rows."""
+  """Returns the file name of the index of a set of rows."""
   return f"{name}.shards.json"
 
 
 class Shards:
-  """An array of rows in many files, read by their numbers.
+  """A read-only array [N, L] whose rows lie in many files.
 
-  It has what the readers of rows use of an array. A file is mapped into memory
-  when a row of it is asked for, and the ones used last stay mapped.
+  It has the few methods of an array that readers of rows use. A file is mapped
+  when one of its rows is read; the most recently used files stay mapped.
   """
 
   ndim = 2
@@ -46,11 +46,19 @@ class Shards:
   def __init__(
     self, paths: list[pathlib.Path], rows: list[int], length: int, dtype: str
   ):
-    """Makes it of the files, how many rows each has, and what those are."""
+    """Opens nothing yet.
+
+    Args:
+      paths: files, in the order of their rows.
+      rows: number of rows in each file.
+      length: tokens per row.
+      dtype: of all files.
+    """
     self._paths, self._ends = paths, np.cumsum(rows, dtype=np.int64)
     self._starts = self._ends - np.array(rows, np.int64)
     self.dtype = np.dtype(dtype)
     self.shape = int(self._ends[-1]) if rows else 0, length
+    # A cache per object: one on the method would keep every `Shards` alive.
     self._map = functools.lru_cache(_MAPPED)(self._open)
 
   def __len__(self) -> int:
@@ -58,11 +66,11 @@ class Shards:
 
   @property
   def size(self) -> int:
-    """Numbers in all rows."""
+    """Number of elements."""
     return self.shape[0] * self.shape[1]
 
   def __getitem__(self, key: Any) -> np.ndarray:
-    """Returns rows by a number, a slice, or numbers in any shape."""
+    """Returns rows by number, by slice, or by an array of numbers."""
     if isinstance(key, slice):
       key = np.arange(*key.indices(len(self)))
     numbers = np.asarray(key, np.int64)
@@ -83,6 +91,7 @@ class Shards:
   def _gather(self, numbers: np.ndarray) -> np.ndarray:
     out = np.empty((len(numbers), self.shape[1]), self.dtype)
     shards = np.searchsorted(self._ends, numbers, side="right")
+    # File by file, so each is mapped once per call, in whatever order rows are.
     for shard in np.unique(shards):
       here = np.flatnonzero(shards == shard)
       out[here] = self._map(int(shard))[numbers[here] - self._starts[shard]]
@@ -98,15 +107,17 @@ def _map(path: pathlib.Path) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """The shards of some rows, as the index lists them.
+  """The index of a set of rows.
 
   Attributes:
-    folder: that they are in.
-    name: of these rows.
-    length: tokens a row.
-    dtype: of the fields that these rows have, by their names.
-    shards: of each, `rows`, and by the name of the part `bytes` and `sha256`.
-    numbered: whether the files have the number of the shard in their names.
+    folder: where the shards are.
+    name: of the rows, as `stage_1` or `test`.
+    length: tokens per row.
+    dtype: dtype of each field that these rows have.
+    shards: for each shard its number of "rows", and by file "bytes" and
+      "sha256".
+    numbered: whether file names contain the shard's number; those of the cache
+      do not.
   """
 
   folder: pathlib.Path
@@ -118,16 +129,16 @@ class Index:
 
   @property
   def parts(self) -> tuple[str, ...]:
-    """Of each shard: the fields of its rows, and what is beside them."""
+    """The files of each shard: its fields, and the table if held out."""
     return (*self.dtype, TABLE) if self.name in HELD_OUT else (*self.dtype,)
 
   def path(self, number: int, part: str) -> pathlib.Path:
-    """Returns where a part of a shard is."""
+    """Returns the path of one file of a shard."""
     shown = number if self.numbered else None
     return self.folder / shard_name(self.name, shown, part)
 
   def open(self) -> Rows:
-    """Returns the rows; reads nothing yet."""
+    """Returns the rows, without reading any."""
     return Rows(**{name: self._open(name) for name in self.dtype})
 
   def _open(self, part: str) -> Shards | np.ndarray:
@@ -138,13 +149,13 @@ class Index:
     return Shards(paths, rows, self.length, self.dtype[part])
 
   def texts(self) -> Int64[np.ndarray, "M 5"]:
-    """Returns the table of held-out texts, of all shards."""
+    """Returns the table of held-out texts of all shards."""
     numbers = range(len(self.shards))
     tables = [np.load(self.path(i, TABLE), allow_pickle=False) for i in numbers]
     return _joined(tables, [shard["rows"] for shard in self.shards])
 
   def missing(self) -> str | None:
-    """Names the first file that is not there or has another size."""
+    """Describes the first missing file or wrong size; None if all is well."""
     for i, shard in enumerate(self.shards):
       for part in self.parts:
         path, size = self.path(i, part), shard[part]["bytes"]
@@ -155,7 +166,7 @@ class Index:
     return None
 
   def damaged(self, number: int, vocab: Vocabulary) -> str | None:
-    """Reads a whole shard, and tells what is wrong with it first."""
+    """Describes the first wrong hash or value of a shard; reads all of it."""
     shard = self.shards[number]
     for part in self.parts:
       path = self.path(number, part)
@@ -164,7 +175,7 @@ class Index:
     return self.wrong(number, vocab)
 
   def wrong(self, number: int, vocab: Vocabulary) -> str | None:
-    """Tells what is wrong first with a shard that is as it was written."""
+    """Describes the first invalid value of a shard, without checking hashes."""
     rows, arrays = self.shards[number]["rows"], {}
     for part in self.parts:
       path = self.path(number, part)
@@ -186,11 +197,11 @@ class Index:
 
 
 def _joined(parts: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
-  """Joins tables of texts whose rows and documents each count from 0.
+  """Concatenates tables of texts, renumbering their rows and documents.
 
   Args:
-    parts: tables, of consecutive documents.
-    rows: that each is about.
+    parts: tables of consecutive documents, each of which counts from 0.
+    rows: number of rows that each table is about.
   """
   joined, row, document = [np.zeros((0, 5), np.int64)], 0, 0
   for part, count in zip(parts, rows, strict=True):
@@ -201,10 +212,10 @@ def _joined(parts: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
 
 
 def read_index(folder: pathlib.Path, name: str) -> Index:
-  """Returns the index of some rows.
+  """Reads the index of a set of rows.
 
   Raises:
-    UnsafeFile: it is not one.
+    UnsafeFile: the file is not a valid index.
   """
   path = folder / index_name(name)
   found = safe_files.read_json(path)
@@ -212,6 +223,7 @@ def read_index(folder: pathlib.Path, name: str) -> Index:
     index = Index(
       folder, name, found["length"], dict(found["dtype"]), found["shards"]
     )
+    # Fail here rather than later, with an error that names no file.
     for shard in index.shards:
       for number in (shard["rows"], *(shard[p]["bytes"] for p in index.parts)):
         int(number)
@@ -225,7 +237,7 @@ def read_index(folder: pathlib.Path, name: str) -> Index:
 def index_bytes(
   length: int, dtype: dict[str, str], shards: list[dict[str, Any]]
 ) -> bytes:
-  """Returns an index as it is written, a line a shard."""
+  """Returns an index as JSON, with one line per shard."""
   lines = ",\n".join(map(json.dumps, shards))
   head = json.dumps({"length": length, "dtype": dtype})[:-1]
   return f'{head}, "shards": [\n{lines}\n]}}\n'.encode()
