@@ -1,12 +1,13 @@
-"""Which text is trained on, which chooses, and which is measured at the end.
+"""Splits a corpus into train, validation and test text.
 
-Of many documents whole ones are held out, by a hash of each text: adding others
-moves none, and duplicates stay together. Where that would hold out much more or
-much less than was asked, or too few documents to say anything, the ends of all
-documents are held out instead: train first, then validation, then test.
+With many documents, whole ones are held out by a hash of their text: adding
+documents moves none of the others, and duplicates stay on one side. If that
+would hold out far more or less than was asked for, or too few documents to say
+anything, the end of every document is held out instead: train comes first, then
+validation, then test.
 
-What this is decided by are sums over documents (`Counts`), so that a corpus may
-be counted part by part.
+The choice depends only on sums over documents (`Counts`), so a corpus can be
+counted in parts.
 """
 
 import dataclasses
@@ -22,27 +23,27 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 HELD_OUT = VALIDATION, TEST
 SIDES = TRAIN, *HELD_OUT
 
-FEWEST = 4  # different documents that are held out whole
-_LEAST = 40  # characters of an end, about half a line
-_PLACES = 2**48  # of texts, by their hashes
+FEWEST = 4  # distinct documents in every split, if whole ones are held out
+_LEAST = 40  # characters in an end, about half a line
+_PLACES = 2**48  # possible hashes of texts
 
 Way = Literal["documents", "ends"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sides:
-  """Documents on each side, or parts of them, in the order of the corpus."""
+  """The documents of each split, or parts of them, in the corpus' order."""
 
   train: list[Document]
   validation: list[Document]
   test: list[Document]
 
   def __getitem__(self, name: str) -> list[Document]:
-    """Returns a side by its name."""
+    """Returns a split by its name."""
     return getattr(self, name)
 
   def count(self) -> dict[str, dict[str, int]]:
-    """Returns how many documents and characters are on each side."""
+    """Returns the number of documents and characters in each split."""
     return {
       "documents": {s: len(self[s]) for s in SIDES},
       "characters": {s: sum(len(d.text) for d in self[s]) for s in SIDES},
@@ -51,12 +52,12 @@ class Sides:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-  """Shares of the characters to hold out; 0 where text is given for it.
+  """Shares of the corpus' characters to hold out.
 
   Attributes:
-    validation: what chooses.
-    test: what is measured at the end.
-    wanted: the sides that come from the corpus.
+    validation: for validation.
+    test: for test.
+    wanted: splits taken from the corpus; the others have a corpus of their own.
   """
 
   validation: float
@@ -64,20 +65,21 @@ class Shares:
   wanted: tuple[str, ...]
 
   def of(self, side: str) -> float:
-    """Returns the share of a side."""
+    """Returns a split's share; 0 if it has a corpus of its own."""
     return getattr(self, side) if side in self.wanted else 0.0
 
 
 def shares_of(data: DataConfig) -> Shares:
-  """Returns what a config asks to hold out of its corpus."""
+  """Returns the shares that a config asks to hold out of its corpus."""
   given = {VALIDATION: data.validation_corpus, TEST: data.test_corpus}
   wanted = tuple(side for side in HELD_OUT if not given[side])
   return Shares(data.eval_fraction, data.test_fraction, wanted)
 
 
 def place(text: str, salt: str = "") -> float:
-  """Maps a text to [0, 1), evenly; another salt gives other places."""
+  """Maps a text to [0, 1) by its hash; each salt gives another mapping."""
   digest = hashlib.sha256((salt + text).encode()).digest()
+  # 48 bits, which a float64 holds exactly.
   return int.from_bytes(digest[:6]) / _PLACES
 
 
@@ -86,15 +88,16 @@ def place(text: str, salt: str = "") -> float:
 
 @dataclasses.dataclass
 class Counts:
-  """What the way of splitting follows from, of some documents.
+  """Sums over documents from which `decide` chooses how to split.
 
   Attributes:
-    documents: how many.
-    characters: in them.
-    by_hash: characters on each side of those held out, whole documents.
-    by_ends: the same, for ends of documents.
-    by_any_end: the same, for ends however short.
-    lowest: of each side by hash, the lowest different places of texts.
+    documents: number of documents.
+    characters: in all of them.
+    by_hash: characters in each held-out split, if whole documents are held out.
+    by_ends: the same, if ends of at least `_LEAST` characters are.
+    by_any_end: the same, if ends of any length are.
+    lowest: the lowest distinct `place`s in each split by hash, `FEWEST` at
+      most.
   """
 
   documents: int
@@ -105,7 +108,7 @@ class Counts:
   lowest: dict[str, list[float]]
 
   def add(self, other: "Counts") -> None:
-    """Adds those of other documents."""
+    """Adds the counts of other documents."""
     self.documents += other.documents
     self.characters += other.characters
     for name in ("by_hash", "by_ends", "by_any_end"):
@@ -117,7 +120,7 @@ class Counts:
 
 
 def count(documents: Iterable[Document], shares: Shares) -> Counts:
-  """Counts documents, for each way they could be split."""
+  """Counts documents for each way in which they could be split."""
   zero = dict.fromkeys(HELD_OUT, 0)
   places: dict[str, set[float]] = {side: set() for side in SIDES}
   found = Counts(0, 0, dict(zero), dict(zero), dict(zero), {})
@@ -146,13 +149,13 @@ def _lowest(places: Iterable[float]) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """How documents are split.
+  """How documents are split; call it on them.
 
   Attributes:
-    way: whole documents by their hashes, or the end of each.
+    way: "documents" holds out whole ones by hash, "ends" the end of each.
     shares: what is held out.
-    bounds: of places: validation is below the first, test below the second.
-    least: characters of the shortest end.
+    bounds: places below the first are validation, below the second test.
+    least: characters in the shortest end.
   """
 
   way: Way
@@ -161,7 +164,7 @@ class Split:
   least: int = _LEAST
 
   def __call__(self, documents: Sequence[Document]) -> Sides:
-    """Returns the documents on each side."""
+    """Returns the documents of each split."""
     sides: dict[str, list[Document]] = {side: [] for side in SIDES}
     for document in documents:
       if self.way == "documents":
@@ -176,11 +179,13 @@ class Split:
 
 
 def decide(counts: Counts, shares: Shares) -> Split:
-  """Returns the way to split documents that were counted.
+  """Returns the way to split documents with these counts.
 
   Raises:
-    UserError: there is too little text to hold out any.
+    UserError: there is too little text to hold any out.
   """
+  # In order of preference: whole documents by the shares asked for; ends; whole
+  # documents by other bounds, so that none is empty; ends however short.
   enough = all(len(counts.lowest[s]) >= FEWEST for s in (TRAIN, *shares.wanted))
   if enough and _near(counts, counts.by_hash, shares):
     return Split("documents", shares, _bounds(shares))
@@ -198,18 +203,19 @@ def decide(counts: Counts, shares: Shares) -> Split:
 
 
 def _near(counts: Counts, held: dict[str, int], shares: Shares) -> bool:
-  """Whether each side has about what was asked for."""
+  """Whether each split has half to twice the characters asked for."""
   asked = {s: shares.of(s) * counts.characters for s in shares.wanted}
   return all(0 < 0.5 * n <= held[s] <= 2 * n for s, n in asked.items())
 
 
 def _bounds(shares: Shares) -> tuple[float, float]:
-  # A text held out for one side stays there when the other's is given.
+  # The test range is the same with and without a validation corpus, so texts
+  # held out for test stay there.
   return shares.validation, shares.validation + shares.test
 
 
 def _lifted(counts: Counts, shares: Shares) -> tuple[float, float] | None:
-  """Returns bounds that leave no side empty, if there are texts for that."""
+  """Returns bounds raised until no split is empty; None with too few texts."""
   known = sorted(place for side in SIDES for place in counts.lowest[side])
   needed = len(shares.wanted)
   if len(known) <= needed:
@@ -220,11 +226,13 @@ def _lifted(counts: Counts, shares: Shares) -> tuple[float, float] | None:
     inside = [at for at in known if last <= at < bound]
     if side in shares.wanted and not inside:
       after = [at for at in known if at >= bound]
+      # Ranges are half-open: the smallest bound that includes this place.
       bound = after[0] + 1 / _PLACES if after else 1.0
     bounds.append(bound)
     last = bound
   if any(at >= last for at in known):
     return bounds[0], bounds[1]
+  # These bounds leave nothing to train on: hold out one text per split.
   ends = iter(at + 1 / _PLACES for at in known)
   first = next(ends) if VALIDATION in shares.wanted else 0.0
   return first, next(ends) if TEST in shares.wanted else first
@@ -239,13 +247,14 @@ def _side(at: float, first: float, second: float, shares: Shares) -> str:
 
 
 def _ends(text: str, shares: Shares, least: int) -> dict[str, str]:
-  """Returns the part of a text on each side; all in train if it is short.
+  """Returns a text's part in each split; all is train if an end is too short.
 
   Args:
     text: of a document.
-    shares: of its characters.
-    least: characters an end has to have.
+    shares: shares of its characters to hold out.
+    least: characters that an end must have.
   """
+  # White space at the end doesn't count, or an end could be blank.
   size = len(text.rstrip())
   parts, rest = {TRAIN: text, VALIDATION: "", TEST: ""}, text
   for side in (TEST, VALIDATION):
@@ -260,11 +269,11 @@ def _ends(text: str, shares: Shares, least: int) -> dict[str, str]:
 
 
 def _cut(text: str, size: int) -> int:
-  """Returns where an end begins, at a line or a word if one starts near.
+  """Returns where an end begins: after a line break or space if one is near.
 
   Args:
-    text: to be cut.
-    size: characters of the end; one that is not white space is among them.
+    text: what to cut.
+    size: characters of the end, not counting trailing white space.
   """
   end = len(text.rstrip())
   target = max(end - size, 0)
@@ -282,7 +291,7 @@ def _cut(text: str, size: int) -> int:
 def without(
   documents: list[Document], held: Container[float]
 ) -> list[Document]:
-  """Returns the documents whose text is not held out elsewhere already."""
+  """Returns the documents whose text is not held out elsewhere."""
   if not held:
     return documents
   return [d for d in documents if place(d.text) not in held]
@@ -291,12 +300,12 @@ def without(
 def told(
   split: Split, sizes: dict[str, dict[str, int]], repeated: int
 ) -> dict[str, Any]:
-  """Returns what is to be known of a split, as plain values.
+  """Returns the summary of a split for the manifest, as plain values.
 
   Args:
     split: of the corpus.
-    sizes: of the sides that it has led to, as `Sides.count` gives them.
-    repeated: documents left out, being held out elsewhere already.
+    sizes: of the splits, from `Sides.count`.
+    repeated: documents left out because a held-out corpus has them.
   """
   given = [s for s in HELD_OUT if s not in split.shares.wanted]
   return {"way": split.way, "given": given, **sizes, "repeated": repeated}
@@ -309,7 +318,7 @@ _WAYS = {
 
 
 def describe(told: dict[str, Any]) -> str:
-  """Says how text was split, and how much of it is where."""
+  """Describes a split and its sizes in lines of text, from its summary."""
   total = max(sum(told["characters"].values()), 1)
   parts = [
     f"{side} {told['documents'][side]:,} documents, {size:,} characters"

@@ -1,8 +1,8 @@
-"""Documents in files: which files there are, and the records that are bad.
+"""Finds text files, and keeps count of their records and of bad ones.
 
-What a record is, `records.py` says. A file that can't be read at all (no
-permission, a broken disk) is never skipped: that is not its content, and the
-next start would silently train on another text.
+`records.py` says what a record is. A file that can't be read at all (no
+permission, broken disk) is never skipped: that says nothing about its content,
+and the next start would silently train on other text.
 """
 
 import collections
@@ -15,13 +15,14 @@ from collections.abc import Iterable, Iterator
 
 from mdm_jax.core.errors import UserError
 
-# Formats that are no text; all other files are read, and told if they are none.
+# Suffixes that are refused unread. Any other file is read, and refused if its
+# content isn't text.
 _NO_TEXT = (
   *(".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".zip", ".tar", ".tgz"),
   *(".xz", ".bz2", ".zst", ".7z", ".npy", ".npz", ".arrow", ".sqlite"),
 )
-# Skipping ends where it is no longer a matter of single records: at this share
-# of them, but a few are always allowed.
+# More bad records than this share means that something else is wrong; up to 9
+# are allowed in any case.
 MAX_BAD_SHARE = 0.01
 FEWEST_BAD = 10
 
@@ -30,7 +31,7 @@ Files = tuple[list[pathlib.Path], pathlib.Path]
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text that no split ever divides, and where it was found."""
+  """A text with the name of where it was found; `Split` works on these."""
 
   name: str
   text: str
@@ -38,12 +39,12 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """Records of a file: those that begin within some of its bytes.
+  """The records of a file that begin in a range.
 
   Attributes:
     path: of the file.
-    start: the first byte, or row group; not all files can be divided.
-    end: after the last one (None: the file's end).
+    start: first byte, or row group of a .parquet, or example of a TFDS split.
+    end: exclusive end of the range (None: the end of the file).
   """
 
   path: str
@@ -52,19 +53,19 @@ class Span:
 
 
 class BadRecord(UserError):
-  """A record that can't be read, and where it is."""
+  """A record that can't be read; the message says where it is and why."""
 
 
 @dataclasses.dataclass
 class Tally:
-  """What was met while reading.
+  """Counts of what was read.
 
   Attributes:
-    skip: whether bad records are left out, or the first one is an error.
+    skip: leave out bad records; otherwise the first one is raised.
     files: opened so far.
-    records: met so far, the bad ones among them.
+    records: read so far, bad ones included.
     bad: records left out.
-    first: what is wrong with the first of those, and where.
+    first: the message about the first bad record.
   """
 
   skip: bool = False
@@ -74,14 +75,14 @@ class Tally:
   first: str = ""
 
   def add_bad(self, error: BadRecord) -> None:
-    """Counts a bad record; raises it if none may be left out."""
+    """Counts a bad record, or raises it if none may be left out."""
     if not self.skip:
       raise error
     self.bad += 1
     self.first = self.first or str(error)
 
   def add(self, other: "Tally") -> None:
-    """Adds what was met while reading something that comes later."""
+    """Adds the counts of something that was read later."""
     self.files += other.files
     self.records += other.records
     self.bad += other.bad
@@ -97,7 +98,7 @@ class Tally:
       )
 
   def describe(self) -> str:
-    """Says how many records were bad, and which one was the first."""
+    """Describes how many records were bad, and the first of them."""
     return (
       f"{self.bad:,} of {self.records:,} records can't be read, the first:"
       f" {self.first}"
@@ -105,13 +106,17 @@ class Tally:
 
 
 def find(pattern: str) -> Files:
-  """Returns the files that match, sorted, and the folder they are in.
+  """Returns the sorted files that match a pattern, and their common folder.
+
+  Args:
+    pattern: a glob pattern; `~` and `**` are expanded.
 
   Raises:
-    UserError: there is none, or one is no text by its name.
+    UserError: nothing matches, or a file has a suffix of no text format.
   """
   pattern = os.path.expanduser(pattern)
-  # What is no pattern in a name: `[` is one, but often a part of the name.
+  # Brackets are pattern syntax, but also common in names: if the pattern
+  # matches nothing, take `[`, then every special character, literally.
   for tried in (pattern, pattern.replace("[", "[[]"), glob.escape(pattern)):
     root = _root(tried)
     paths = sorted(map(pathlib.Path, glob.glob(tried, recursive=True)))
@@ -129,7 +134,7 @@ def find(pattern: str) -> Files:
 
 
 def _nothing(pattern: str) -> str:
-  """Says why there are no files, and what may have been meant."""
+  """Says why no file matches, and what may have been meant."""
   path = pathlib.Path(pattern)
   if path.is_dir():
     return f"text:{pattern} is a folder, {_holds(path)}; {_inside(path)}"
@@ -138,14 +143,14 @@ def _nothing(pattern: str) -> str:
 
 
 def _inside(folder: pathlib.Path) -> str:
-  """Says what to write for the files in a folder."""
+  """Suggests a pattern for the files in a folder, by their commonest suffix."""
   names = [p.suffix for p in folder.rglob("*") if p.is_file()]
   (suffix, _), *_ = collections.Counter(names).most_common(1) or [(".txt", 0)]
   return f"for its files write 'text:{folder}/**/*{suffix}'"
 
 
 def as_path(corpus: str) -> str | None:
-  """Says what to write for a corpus that is the bare path of files."""
+  """Suggests what to write instead of a bare path; None if it isn't one."""
   path = pathlib.Path(os.path.expanduser(corpus))
   if path.is_dir():
     return f"that is a folder, {_holds(path)}; {_inside(path)}"
@@ -155,19 +160,19 @@ def as_path(corpus: str) -> str | None:
 
 
 def whole(paths: Iterable[pathlib.Path]) -> Iterator[Span]:
-  """Yields every file as one span."""
+  """Yields one span per file."""
   return (Span(str(path)) for path in paths)
 
 
 def _root(pattern: str) -> pathlib.Path:
-  """Returns the folder that a pattern starts from."""
+  """Returns the longest folder path before the pattern's first wildcard."""
   parts = pathlib.Path(pattern).parts[:-1]
   plain = itertools.takewhile(lambda part: not glob.has_magic(part), parts)
   return pathlib.Path(*plain)
 
 
 def _holds(folder: pathlib.Path) -> str:
-  """Says what is in a folder, so that a wrong pattern is seen."""
+  """Describes what is in a folder, so that a wrong pattern is noticed."""
   try:
     entries = list(folder.iterdir())
   except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, exactly."""
+"""Tokenizers: text to ids and back, without loss."""
 
 import abc
 import dataclasses
@@ -23,8 +23,10 @@ from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.sentencepiece_training import SPACE, chunks, train
 
 _BYTES = tuple(bytes([i]) for i in range(256))
-# What parsing a file that this library did not write may raise.
+# What parsing a file may raise if this library did not write it.
 _NOT_OURS = ValueError, KeyError, TypeError, AttributeError, RecursionError
+# Text that normalisation would change: composed and full-width characters,
+# ligatures, all kinds of space, a control symbol's name, an emoji.
 _PROBE = " A\u00e9\u0301\ufb01  b\t\u3000\uff21\r\n\n<s>\U0001f600 "
 
 
@@ -32,11 +34,18 @@ class Tokenizer(abc.ABC):
   """Turns text into ids and back.
 
   Attributes:
-    kind: its name in `TOKENIZERS`.
-    filename: what `save` writes inside the folder it is given.
-    pieces: the bytes that each id stands for, none where that is no text.
-    content: the file's bytes, all that is needed to build the tokenizer again.
-    vocab: the ids.
+    kind: name in `TOKENIZERS`.
+    filename: name of the file that `save` writes.
+    pieces: the bytes that each id stands for; empty for ids that are no text.
+    content: the file's bytes, from which the tokenizer can be rebuilt.
+    vocab: vocabulary of the ids.
+
+  Example:
+    >>> tokenizer = build(TokenizerConfig(kind="byte"), texts=[])
+    >>> tokenizer.encode("Hi")
+    array([ 72, 105], dtype=int32)
+    >>> tokenizer.decode([72, 105, tokenizer.vocab.end])
+    'Hi'
   """
 
   kind: str
@@ -48,12 +57,12 @@ class Tokenizer(abc.ABC):
     content: bytes,
     vocab: Vocabulary | None = None,
   ):
-    """Makes it of the bytes of the first ids.
+    """Sets up the vocabulary.
 
     Args:
-      pieces: as the attribute; ids beyond them stand for no text.
-      content: as the attribute.
-      vocab: the ids (None: the special ones come after the pieces).
+      pieces: bytes of the first ids; later ids stand for no text.
+      content: bytes of the file to save.
+      vocab: vocabulary of the ids (None: special ids follow the pieces).
     """
     self.vocab = vocab or Vocabulary.after_text(len(pieces))
     self.pieces = pieces + (b"",) * (self.vocab.size - len(pieces))
@@ -61,28 +70,28 @@ class Tokenizer(abc.ABC):
 
   @property
   def sha256(self) -> str:
-    """The file's hash, which tells two tokenizers apart."""
+    """Hash of the file; equal hashes mean equal tokenizers."""
     return hashlib.sha256(self.content).hexdigest()
 
   @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
-    """Returns the ids of each text; faster than one `encode` a text."""
+    """Returns the ids of each text; faster than calling `encode` on each."""
 
   def encode(self, text: str) -> Int32[np.ndarray, "N"]:
-    """Returns the ids of a text, without any special id."""
+    """Returns the ids of a text, without special ids."""
     return self.encode_batch([text])[0]
 
   def decode(self, ids: Integer[np.ndarray, "N"] | Sequence[int]) -> str:
-    """Returns the text of the ids, leaving out special ones.
+    """Returns the text of ids; special ids are left out.
 
-    Bytes that are not UTF-8, which only ids that `encode` never gives in this
-    order can spell, become U+FFFD.
+    Bytes that are not UTF-8 become U+FFFD. `encode` never gives such a sequence
+    of ids, but a model may.
     """
     text = b"".join(self.pieces[i] for i in ids)
     return text.decode(errors="replace")
 
   def save(self, folder: epath.PathLike) -> None:
-    """Writes the tokenizer's one file into a folder, made if need be."""
+    """Writes the tokenizer's file into a folder; creates the folder."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / self.filename).write_bytes(self.content)
@@ -90,13 +99,13 @@ class Tokenizer(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """How tokenizers of one kind are made.
+  """How tokenizers of one kind are built, loaded and planned.
 
   Attributes:
     build: (config, texts of the train split) -> tokenizer.
-    load: (fields of the tokenizer.json it saved) -> tokenizer. What the fields
-      are is the kind's affair, but `kind` is its name.
-    planned: config -> its vocabulary as far as it is known without any text.
+    load: fields of the saved tokenizer.json -> tokenizer. Its "kind" is the
+      name in `TOKENIZERS`, the other fields are up to the kind.
+    planned: config -> vocabulary, as far as it is known without any text.
   """
 
   build: Callable[[TokenizerConfig, Sequence[str]], Tokenizer]
@@ -108,32 +117,32 @@ TOKENIZERS: Registry[Kind] = Registry("kind of tokenizer", "tokenizer.kind")
 
 
 def build(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
-  """Returns the tokenizer a config asks for, trained on the texts if need be.
+  """Returns the tokenizer of a config, trained on the texts if necessary.
 
   Raises:
-    UserError: the given model can't be used, or there is too little text or
-      too small a vocabulary to train one.
+    UserError: the given model can't be used, or the text or vocabulary is too
+      small to train one.
   """
   return TOKENIZERS[config.kind].build(config, texts)
 
 
 def planned_vocabulary(config: TokenizerConfig) -> Vocabulary:
-  """Returns the vocabulary a config asks for, without any text.
+  """Returns the vocabulary of a config before any text is read.
 
-  Of a SentencePiece model to train, as if the text gave that many pieces; of
-  characters, as if there were 256.
+  For SentencePiece, this assumes that training finds all `vocab_size` pieces;
+  for characters, that there are 256.
   """
   return TOKENIZERS[config.kind].planned(config)
 
 
 def is_saved_in(folder: epath.PathLike) -> bool:
-  """Whether `save` wrote a tokenizer into the folder."""
+  """Whether a tokenizer is saved in a folder."""
   names = SentencePieceTokenizer.filename, CharTokenizer.filename
   return any((epath.Path(folder) / name).exists() for name in names)
 
 
 def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
-  """Returns the tokenizer that `save` wrote into a folder.
+  """Loads the tokenizer that `save` wrote into a folder.
 
   Raises:
     UserError: there is none, or its file is damaged.
@@ -157,7 +166,10 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-  """One id a known character, and one a UTF-8 byte of any other."""
+  """One id per known character; other characters as one id per UTF-8 byte.
+
+  Ids 0 to 255 are the bytes. Without known characters it is a byte tokenizer.
+  """
 
   def __init__(self, kind: str, characters: str):
     self.kind = kind
@@ -174,6 +186,8 @@ class CharTokenizer(Tokenizer):
     if not len(self._known):
       return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
     points = _code_points(text)
+    # Vectorised: look all code points up, then spell the unknown ones, whose
+    # number of ids is their number of UTF-8 bytes.
     index = np.searchsorted(self._known, points).clip(max=len(self._known) - 1)
     rare = self._known[index] != points
     widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
@@ -217,8 +231,8 @@ def _code_points(text: str) -> np.ndarray:
 class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model with byte fallback.
 
-  Ids are the model's own without its unknown and control symbols, which no
-  text is ever encoded to. A model trained here gives every text back exactly.
+  Ids are the model's without its unknown and control symbols, to which no text
+  is encoded. A model trained by this library restores every text exactly.
   """
 
   kind = "sentencepiece"
@@ -229,9 +243,11 @@ class SentencePieceTokenizer(Tokenizer):
     names = [self._model.id_to_piece(i) for i in range(len(self._model))]
     kept = [i for i in range(len(names)) if not self._is_special(i)]
     super().__init__(tuple(self._piece(i, names[i]) for i in kept), content)
+    # From the model's ids to ours; -1 for symbols that have none.
     self._ids = np.full(len(names), -1, np.int32)
     self._ids[kept] = np.arange(len(kept))
-    # The space symbol itself would come back as a space, so it is spelt.
+    # U+2581 in a text would be decoded as a space, so it is encoded as its
+    # three UTF-8 bytes.
     self._spelt = [
       self._model.piece_to_id(f"<0x{b:02X}>") for b in b"\xe2\x96\x81"
     ]
@@ -247,11 +263,13 @@ class SentencePieceTokenizer(Tokenizer):
     return name.replace(SPACE, " ").encode()
 
   def _is_lossless(self) -> bool:
-    self.lossless = False  # a model that normalises may not be cut into chunks
+    # While False, `encode` passes whole texts: chunks are only right for models
+    # that don't normalise.
+    self.lossless = False
     return self.decode(self.encode(_PROBE)) == _PROBE
 
   def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
-    """Returns the ids of each text, on all cores."""
+    """Returns the ids of each text, using all cores."""
     cut = [chunks(t) if self.lossless else [t] for t in texts]
     flat = list(itertools.chain.from_iterable(cut))
     encoded = self._model.encode(flat, num_threads=os.cpu_count() or 1)
@@ -308,7 +326,7 @@ def _given(path: str) -> SentencePieceTokenizer:
 
 
 def _checked(path: epath.Path) -> bytes:
-  """Returns a model's bytes once it is clear that they can be used."""
+  """Returns a model file's bytes; raises UserError if it is unusable."""
   content = safe_files.read_bytes(path)
   try:
     if not content:

@@ -1,11 +1,10 @@
-"""Words in any script, by Unicode's properties of characters.
+"""Finds and counts words in any script, by Unicode character properties.
 
-A word is a run of letters and digits with the marks on them and apostrophes
-inside. In scripts that put no spaces between words (those whose letters
-Unicode's word boundaries leave to dictionaries, as of Chinese and Thai, beside
-Katakana and Tibetan) each letter with its marks is a word. Numbers are divided
-at points and commas, and names at underscores, where Unicode's boundaries
-(UAX 29) join them.
+A word is a run of letters and digits, with the marks on them and apostrophes
+inside. In scripts without spaces between words (those in which Unicode's word
+boundaries need a dictionary, such as Chinese and Thai, and also Katakana and
+Tibetan) each letter with its marks is a word. Unlike Unicode's boundaries (UAX
+29), points and commas divide numbers, and underscores divide names.
 """
 
 import re
@@ -13,18 +12,20 @@ from collections.abc import Sequence
 
 import regex
 
-# What `re` and `regex` find the same words in: no marks, no such script, and
-# nothing invisible but spaces. `re` takes half the time.
+# Text in which `re` finds the same words as `regex`, in half the time: no
+# marks, no script without spaces, nothing invisible except spaces.
 _PLAIN = re.compile(r"[\x00-\xac\xae-\u02ff\u2010-\u2027\u2030-\u205e]*")
 _PLAIN_WORD = r"[^\W_]+(?:['\u2019][^\W_]+)*"
 _PLAIN_WORDS = re.compile(_PLAIN_WORD)
 _PLAIN_TOKENS = re.compile(rf"{_PLAIN_WORD}|[^\w\s]|_")
 
-_ON = r"[\p{M}\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]*"  # stays on its letter
+# Marks and joiners, which stay with the letter before them.
+_ON = r"[\p{M}\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]*"
+# Letters that are a word each.
 _ALONE = r"[[\p{WB=Other}\p{scx=Hira}\p{scx=Kana}\p{scx=Tibt}]&&[\p{L}\p{Nl}]]"
 _RUN = rf"(?:[[\p{{L}}\p{{N}}]--{_ALONE}]{_ON})+"
 _WORD = rf"{_ALONE}{_ON}|{_RUN}(?:['\u2019]{_RUN})*"
-# A flag is two characters; an emoji may be several with joiners.
+# A flag is two characters; an emoji may be several that are joined.
 _OTHER = (
   rf"\p{{RI}}{{2}}|[^\s\x1c-\x1f\u200b\u2060\ufeff]{_ON}"
   rf"(?:(?<=\u200d)\p{{ExtPict}}{_ON})*"
@@ -33,7 +34,8 @@ _WORDS = regex.compile(rf"(?V1){_WORD}")
 _TOKENS = regex.compile(rf"(?V1){_WORD}|{_OTHER}")
 _UNSPACED = regex.compile(rf"(?V1){_ALONE}{_ON}")
 _COUNTED = regex.compile(rf"(?V1){_ALONE}{_ON}|(?:(?!{_ALONE})[^\s\x1c-\x1f])+")
-# What is no word: genes, encoded data. Each 6 characters count as one.
+# Longer runs are no words but genes or encoded data; every 6 characters of them
+# count as a word.
 _LONGEST = 50
 _LONG = re.compile(rf"[^\W_]{{{_LONGEST}}}")
 _IN_RUN = 6
@@ -41,16 +43,16 @@ _BETWEEN_SPACES = re.compile(r"\S+")
 
 
 def words(text: str) -> list[str]:
-  """Returns the words of a text, in their case, without punctuation."""
+  """Returns the words of a text, in their original case."""
   if _PLAIN.fullmatch(text):
     return _PLAIN_WORDS.findall(text)
   return _WORDS.findall(text)
 
 
 def tokens(text: str) -> list[str]:
-  """Returns the words of a text, and between them each visible character.
+  """Returns the words of a text and every other visible character, in order.
 
-  What stays on a character belongs to it: marks, and the parts of an emoji.
+  Marks stay with their character, and the parts of an emoji stay together.
   """
   if _PLAIN.fullmatch(text):
     return _PLAIN_TOKENS.findall(text)
@@ -58,11 +60,16 @@ def tokens(text: str) -> list[str]:
 
 
 def count(text: str) -> int:
-  """Returns how many words a text has where stages limit them.
+  """Returns the number of words, as a stage's word limits count them.
 
-  Words are what stands between white space, as `re-do` and `--`; in scripts
-  without spaces, letters, and what else stands there if it has a letter. If 50
-  letters and digits stand together, every 6 characters are a word.
+  Words are separated by white space, so `re-do` and `--` are one each. In
+  scripts without spaces every letter is a word, and runs between them are if
+  they have a letter or digit. A run of 50 letters and digits or more counts as
+  one word per 6 characters.
+
+  Example:
+    >>> count("We the People -- 1787"), count("ACGT" * 100)
+    (5, 66)
   """
   rest, letters = text, 0
   if not text.isascii():
@@ -76,14 +83,14 @@ def count(text: str) -> int:
 
 
 def _in_run(run: str) -> range:
-  """Where the words in a run of characters begin."""
+  """Returns where words begin in a run of characters without spaces."""
   if len(run) < _LONGEST or not _LONG.search(run):
     return range(1)
   return range(0, len(run) - len(run) % _IN_RUN, _IN_RUN)
 
 
 def starts(text: str) -> list[int]:
-  """Returns where each word begins that `count` counts."""
+  """Returns where each word begins, for the same words as in `count`."""
   found = _BETWEEN_SPACES.finditer(text)
   if not text.isascii() and _UNSPACED.search(text):
     runs = _COUNTED.finditer(text)
@@ -92,7 +99,7 @@ def starts(text: str) -> list[int]:
 
 
 def share_of_runs(texts: Sequence[str]) -> float:
-  """Returns the share of the characters that are in runs that are no words."""
+  """Returns the share of characters in runs too long to be words."""
   long = 0
   for text in texts:
     found = text.split()

@@ -1,8 +1,8 @@
-"""Passes over blocks in processes of this machine.
+"""Worker processes that run passes over blocks on this machine.
 
-A worker ends when its pipe does: so none outlives the program for longer than a
-block takes, however that dies. What a worker writes is whole or not there, so
-it may be killed at any time.
+A worker exits when its pipe closes, so however the main program dies, no worker
+outlives it by more than one block. Workers write files atomically, so they may
+be killed at any time.
 """
 
 import multiprocessing
@@ -19,23 +19,30 @@ from mdm_jax.data.passes import Job, Pass
 
 _TICK = 0.2  # seconds between polls
 
-# What went wrong, and the exit code that this has; or nothing.
+# An error message and exit code; None if the pass succeeded.
 Reply = tuple[str, int] | None
 
 
 class Workers:
-  """Processes that do passes over blocks, one block at a time each."""
+  """A pool of processes, each of which works on one block at a time."""
 
   def __init__(self, count: int, poll: Callable[[], Any]):
-    """Names their number; `poll` is called often, and may raise to stop."""
+    """Starts the processes.
+
+    Args:
+      count: number of processes.
+      poll: called several times a second while `run` waits; raises to stop.
+    """
     self._poll = poll
-    # A fork would share the threads' locks of JAX and of SentencePiece.
+    # Forked children would inherit locks held by threads of JAX and
+    # SentencePiece.
     context = multiprocessing.get_context("spawn")
     self._processes: dict[Connection, Any] = {}
     for _ in range(count):
       ours, theirs = context.Pipe()
       process = context.Process(target=_serve, args=(theirs,), daemon=True)
       process.start()
+      # Our copy of the worker's end would hide its death: no EOFError on recv.
       theirs.close()
       self._processes[ours] = process
 
@@ -52,11 +59,13 @@ class Workers:
   def run(
     self, name: Pass, job: Job, blocks: list[Block], done: Callable[[], Any]
   ) -> None:
-    """Does a pass over blocks, and calls `done` after each.
+    """Runs a pass over blocks and calls `done` after each.
 
     Raises:
-      Failure: what a worker's block raised, or that a worker died.
+      Failure: what a pass raised in a worker.
+      Aborted: a worker died.
     """
+    # Reversed, because `pop` takes from the end.
     left, idle, busy = list(reversed(blocks)), list(self._processes), set()
     while left or busy:
       while left and idle:
@@ -86,8 +95,8 @@ class Workers:
 
 
 def _serve(connection: Connection) -> None:
-  """Does what comes through a pipe, until it is closed."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program answers it
+  """Runs the passes that arrive on a pipe, until the pipe is closed."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main one handles it
   while True:
     try:
       task = connection.recv()
