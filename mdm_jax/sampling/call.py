@@ -1,12 +1,10 @@
-"""One denoiser call of a sampler: hidden states, and logits where asked.
+"""One denoiser call of the sampler, with logits for chosen positions only.
 
-Logits exist for some positions at a time, in chunks whose number depends on how
-many are needed: a step that reveals six tokens projects six positions, and no
-array has a vocabulary for every position.
+Logits are computed in chunks of positions, as many as are needed: a step that
+reveals six tokens projects six positions, and no array has shape [B, L, V].
 
-A step that re-uses the keys and values of a finished block would give them to
-`denoiser.hidden` in the context (`model/cache.py`); nothing else in a sampler
-knows how hidden states are computed.
+This is the place for a key/value cache of finished blocks (`model/cache.py`):
+nothing else in the sampler knows how hidden states are computed.
 """
 
 import dataclasses
@@ -23,15 +21,15 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.context import Context, row_context
 from mdm_jax.sampling.config import SampleConfig
 
-_MOST_LOGITS = 2**25  # numbers in one chunk of logits: 128 MiB
-_CHUNKS = 4  # of all positions, at least
+_MOST_LOGITS = 2**25  # float32 entries of a chunk of logits: 128 MiB
+_CHUNKS = 4  # fewest chunks for all positions of a row
 
 Carry = TypeVar("Carry")
 
 
 @runtime_checkable
 class Predictor(Protocol):
-  """What is asked of a denoiser: hidden states, and logits of some of them."""
+  """What the sampler needs of a denoiser; see `model.denoiser.Denoiser`."""
 
   def hidden(
     self,
@@ -48,12 +46,12 @@ class Predictor(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-  """What is given of each text; arrays, or shapes where nothing is computed.
+  """Given tokens and free positions; leaves are arrays or abstract shapes.
 
   Attributes:
-    tokens: ids [B, L] where given; whatever else where free.
-    free: what is to be drawn [B, L]. The rest is never changed.
-    lengths: tokens of each row [B]; what is behind them is padding.
+    tokens: ids [B, L]; ignored at free positions.
+    free: positions to draw [B, L]; all others are never changed.
+    lengths: length of each row [B]; positions from there on are padding.
   """
 
   tokens: Any
@@ -62,14 +60,17 @@ class Canvas:
 
 
 def padded(canvas: Canvas, pad: int) -> Canvas:
-  """Returns the canvas with padding, and nothing else, behind each row."""
+  """Returns the canvas with PAD, and nothing free, behind each row's length."""
   inside = jnp.arange(canvas.tokens.shape[1])[None] < canvas.lengths[:, None]
   tokens = jnp.where(inside, canvas.tokens, pad)
   return Canvas(tokens, canvas.free & inside, canvas.lengths)
 
 
 class Call:
-  """The denoiser's answer to one state of the texts."""
+  """Hidden states of the current xt, and logits on demand.
+
+  With guidance it holds a second set of hidden states, without the prompt.
+  """
 
   def __init__(
     self,
@@ -86,7 +87,7 @@ class Call:
     self._guidance = config.guidance
     inside = jnp.arange(x.shape[1])[None] < end[:, None]
     given = ~canvas.free & inside
-    # An end of the text before a given token would cut that off.
+    # Not in front of a given token: an end there would cut the token off.
     self._may_end = jnp.cumsum(given[:, ::-1], axis=1)[:, ::-1] == 0
     self._hidden = self._run(x, masked, inside)
     if self._guidance:
@@ -94,6 +95,7 @@ class Call:
       self._unprompted = self._run(x, masked | given, inside)
 
   def _run(self, x, masked, inside) -> Float[Array, "B L D"]:
+    # The row's actual mask rate, whatever its schedule.
     rate = masked.sum(axis=1) / jnp.maximum(inside.sum(axis=1), 1)
     context = row_context(
       inside.astype(jnp.int32),
@@ -103,15 +105,17 @@ class Call:
     return self._denoiser.hidden(self._params, x, context)
 
   def logits(self, where: Int[Array, "B N"]) -> Float[Array, "B N V"]:
-    """Returns logits at some positions; -inf for tokens that can't be there.
+    """Returns logits at some positions; -inf for impossible tokens.
 
-    With guidance, without + (1 + weight) (with - without), where all given
-    tokens are masked for the second (Nie et al. 2024, arXiv 2410.18514).
+    With guidance w they are u + (1 + w) (c - u), where u are logits with all
+    given tokens masked, and c those with the prompt (unsupervised classifier-
+    free guidance, Nie et al. 2024, arXiv 2410.18514).
     """
     logits = self._project(self._hidden, where)
     if self._guidance:
       without = self._project(self._unprompted, where)
       guided = without + (1 + self._guidance) * (logits - without)
+      # -inf - -inf is NaN, so forbidden ids keep their -inf.
       logits = jnp.where(jnp.isfinite(logits), guided, logits)
     may_end = _pick(self._may_end, where)
     is_end = self._vocab.is_end(jnp.arange(logits.shape[-1])[None, None])
@@ -119,7 +123,7 @@ class Call:
 
   def _project(self, hidden, where) -> Float[Array, "B N V"]:
     picked = _pick(hidden, where)
-    # A batch of one row could as well be split over its positions.
+    # Stated explicitly: the sharding of a reshaped one-row batch is ambiguous.
     split = RULES.spec("batch", None)
     flat = (where.size, picked.shape[-1])
     flat = jnp.reshape(picked, flat, out_sharding=split)
@@ -135,14 +139,18 @@ class Call:
     body: Callable[[Int[Array, "B N"], Bool[Array, "B N"], Carry], Carry],
     carry: Carry,
   ) -> Carry:
-    """Runs `body(slots, kept, carry)` over the first `count` of each row.
+    """Loops over the first `count` positions of each row, in chunks.
 
     Args:
-      where: positions, in order.
-      count: how many of each row are wanted.
-      most: columns of a chunk, unless their logits would be too many.
-      body: is given some columns of `where`, and which of them are wanted.
-      carry: what the body changes.
+      where: positions by rank.
+      count: number of positions wanted of each row.
+      most: most columns per chunk; fewer if their logits would be too large.
+      body: (slots, kept, carry) -> carry, where slots are some columns of
+        `where` and kept says which of them are wanted.
+      carry: initial value of the loop's state.
+
+    Returns:
+      The carry after the last chunk.
     """
     rows, length = where.shape
     room = _MOST_LOGITS // (rows * self._vocab.size)
@@ -151,11 +159,12 @@ class Call:
 
     def chunk(n, carry):
       slots = jax.lax.dynamic_slice_in_dim(where, n * size, size, axis=1)
-      # JAX's newer versions forget there how one row is split.
+      # Newer JAX versions lose the sharding of a one-row batch in this slice.
       slots = jax.reshard(slots, jax.typeof(where).sharding)
       kept = n * size + jnp.arange(size)[None] < count[:, None]
       return body(slots, kept, carry)
 
+    # A dynamic bound: the number of chunks follows the row that needs most.
     return jax.lax.fori_loop(0, -(-count.max() // size), chunk, carry)
 
 

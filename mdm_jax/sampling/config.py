@@ -1,4 +1,4 @@
-"""How text is drawn."""
+"""Configuration of sampling: order, schedule, remasking, filters, length."""
 
 import dataclasses
 
@@ -75,7 +75,7 @@ class SampleConfig:
   seed: int = field(0, "of the samples", "[0, 4294967295]")
 
   def check(self, path: str) -> None:
-    """Raises UserError if two settings exclude each other."""
+    """Raises UserError if two settings contradict each other."""
     temperatures = self.temperature_range
     if temperatures and not temperatures[0] <= temperatures[1]:
       raise UserError(f"{path}.temperature_range={temperatures} must rise")

@@ -1,4 +1,4 @@
-"""From parameters and a prompt to text."""
+"""Generates text: prompts and parameters in, decoded samples out."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -27,8 +27,8 @@ from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import Drawn, Sampler, Watch, make_sampler
 
-# Tokens and rows of a call that keep a device busy: more would make one text
-# wait for others that nobody asked for. docs/sampling.md has what it costs.
+# Tokens and rows per call of the sampler. They are enough to keep a device
+# busy; more would delay a single text by others that nobody asked for.
 _TOKENS_A_CALL = {"cpu": 512}
 _TOKENS_A_CALL_ELSEWHERE = 8192
 _MOST_ROWS = 64
@@ -36,19 +36,18 @@ _MOST_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-  """Texts, and how they came about.
+  """Samples as text, and how each token was drawn.
 
   Attributes:
-    texts: decoded, up to their end-of-text token.
-    path: token ids before each step, and after the last.
-    step: the step, from 0, that revealed the token which stands there in the
-      end; -1 where it was given or cut off.
-    confidence: the probability that the denoiser gave this token when it was
-      drawn, before temperature and filters; 0 where step is -1.
-    entropy: of the distribution it was drawn from, in nats, before temperature
-      and filters; 0 where step is -1.
-    calls: denoiser calls of each text.
-    put_back: tokens of each text that were masked again.
+    texts: decoded texts, up to the end-of-text token.
+    path: ids before each of the S - 1 steps, and after the last.
+    step: step, from 0, that revealed the final token; -1 if given or cut off.
+    confidence: probability of the final token when it was drawn, before
+      temperature and filters; 0 where step is -1.
+    entropy: entropy of its distribution, in nats, before temperature and
+      filters; 0 where step is -1.
+    calls: denoiser calls for each text.
+    put_back: number of tokens of each text that were remasked.
   """
 
   texts: list[str]
@@ -61,7 +60,7 @@ class Samples:
 
 
 def join(parts: Sequence[Samples]) -> Samples:
-  """Returns the texts of all parts, in their order, as one."""
+  """Concatenates samples of the same length and number of steps."""
   if len(parts) == 1:
     return parts[0]
   names = "step", "confidence", "entropy", "calls", "put_back"
@@ -73,14 +72,18 @@ def join(parts: Sequence[Samples]) -> Samples:
 
 
 class TextSampler:
-  """Draws texts of one length; compiles once for every way to draw.
+  """Draws texts of one length; compiles once per set of static settings.
 
-  A way is what the program depends on: most settings, but not the seed,
-  temperature, min-p, top-p and schedule, which may change at no cost.
+  Seed, temperature, min-p, top-p, schedule and prompts can change without a
+  recompilation; other settings cannot.
+
+  Example:
+    sampler = TextSampler(denoiser, tokenizer, mesh, length=128)
+    sampler(params, ["The [MASK:3] of"], SampleConfig(seed=1)).texts
 
   Attributes:
-    length: tokens of a text, the prompt included.
-    rows_a_call: texts that are drawn at once, however many are asked for.
+    length: tokens per text, including the prompt.
+    rows_a_call: rows per call of the sampler, however many texts are drawn.
   """
 
   def __init__(
@@ -121,18 +124,18 @@ class TextSampler:
   ) -> Samples:
     """Returns one text for each prompt or infilling template.
 
-    The text of row b depends on `config.seed`, b and its prompt: on the same
-    devices to the bit, however many are drawn with it.
+    The text of row b depends only on `config.seed`, b and its prompt. On the
+    same devices it is bit-identical however many texts are drawn with it.
 
     Args:
-      params: of the denoiser.
-      prompts: what is given of each text; see `template`.
-      config: how to draw.
-      curve: loss by masked share, for the optimal schedule.
+      params: parameters of the denoiser.
+      prompts: prompts or templates; see `template`.
+      config: how to sample.
+      curve: loss by mask rate; only needed by the optimal schedule.
 
     Raises:
-      UserError: a prompt is no template or too long, there is no loss curve for
-        the optimal schedule, or the memory is too small.
+      UserError: a prompt is malformed or too long, the optimal schedule has no
+        curve, or the result would not fit in memory.
     """
     canvas = template.canvas(prompts, self._tokenizer, self.length)
     return self.draw(params, canvas, config, curve)
@@ -145,7 +148,11 @@ class TextSampler:
     curve: Curve | None = None,
     repeat: int = 1,
   ) -> Samples:
-    """Returns what `stream` yields as one; it has to fit the memory."""
+    """Returns everything that `stream` yields as one `Samples`.
+
+    Raises:
+      UserError: it would not fit in memory, or the schedule lacks its curve.
+    """
     room.check_texts(len(canvas.tokens) * repeat, self.length, config.num_steps)
     parts = self.stream(params, canvas, config, curve, repeat)
     return join(list(parts))
@@ -158,14 +165,14 @@ class TextSampler:
     curve: Curve | None = None,
     repeat: int = 1,
   ) -> Iterator[Samples]:
-    """Yields texts of a canvas of `length` tokens a row, a call at a time.
+    """Yields samples for the rows of a canvas, one sampler call at a time.
 
     Args:
-      params: as in a call of the sampler, and so are all others.
-      canvas: what is given of each text.
-      config: how to draw.
-      curve: loss by masked share, for the optimal schedule.
-      repeat: texts of each row of the canvas, one row after the other.
+      params: parameters of the denoiser.
+      canvas: given tokens and holes, in rows of `length` tokens.
+      config: how to sample.
+      curve: loss by mask rate; only needed by the optimal schedule.
+      repeat: number of texts for each row of the canvas, in the rows' order.
     """
     count, size = len(canvas.tokens) * repeat, self.rows_a_call
     pace = schedule.pace(config, self.length, curve)
@@ -174,18 +181,21 @@ class TextSampler:
     stream = rng.stream(config.seed, "sample")
     sample, ahead = self._program(config), []
     for start in range(0, count, size):
-      # A last call that is not full goes on with texts nobody asked for.
+      # The last call is filled up with further texts, which are thrown away:
+      # another number of rows would be another program (see `rows_a_call`).
       rows = np.arange(start, start + size)
       row = lambda x: self._place(x[rows % count // repeat])  # noqa: B023
       part = Canvas(row(canvas.tokens), row(canvas.free), row(canvas.lengths))
       keys = self._row_keys(stream, rows.astype(np.int32))
       ahead.append(sample(params, part, pace, settings, keys))
-      if len(ahead) == 2:  # the devices go on while a text is read
+      # Decode one call while the devices run the next.
+      if len(ahead) == 2:
         yield self._samples(ahead.pop(0), size)
     yield self._samples(ahead.pop(), count - start)
 
   def _program(self, config: SampleConfig) -> Sampler:
-    """Returns the compiled sampler of a way to draw."""
+    """Returns the compiled sampler for a config's static settings."""
+    # Settings that are arguments of the program get placeholders in the key.
     way = dataclasses.replace(
       config,
       num_samples=1,
@@ -205,7 +215,7 @@ class TextSampler:
     return self._compiled[way]
 
   def _samples(self, drawn: Drawn, count: int) -> Samples:
-    """Returns the first texts of a call."""
+    """Fetches a call's result, and returns its first `count` texts."""
     drawn = distributed.fetch(drawn)
     path, vocab = drawn.path[:, :count], self._tokenizer.vocab
     texts = [self._tokenizer.decode(_until_end(r, vocab)) for r in path[-1]]
@@ -219,14 +229,17 @@ class TextSampler:
 
 
 def rows_a_call(length: int, backend: str) -> int:
-  """Returns how many texts of a length are drawn at once, if shards allow it.
+  """Returns the number of rows per call, before rounding up to the shards.
 
-  Always so many, however many are asked for: with another number of rows it is
-  another program, which in bfloat16 rounds otherwise and draws another text.
+  It does not depend on how many texts are requested: a program for another
+  number of rows rounds differently, and in bfloat16 may draw another text.
 
   Args:
-    length: tokens of a text.
-    backend: as JAX names it.
+    length: tokens per text.
+    backend: name of the JAX backend.
+
+  Returns:
+    A power of two.
   """
   tokens = _TOKENS_A_CALL.get(backend, _TOKENS_A_CALL_ELSEWHERE)
   rows = min(tokens // length, _MOST_ROWS)
@@ -234,7 +247,7 @@ def rows_a_call(length: int, backend: str) -> int:
 
 
 def effective(config: SampleConfig) -> dict[str, Any]:
-  """Returns the settings that are in effect, to stand beside samples."""
+  """Returns the settings that take effect, for display beside samples."""
   used = dataclasses.asdict(config) | {
     "temperature": tokens.effective_temperature(config)
   }
@@ -249,6 +262,7 @@ def effective(config: SampleConfig) -> dict[str, Any]:
 
 
 def _until_end(row: Int[np.ndarray, "L"], vocab: Vocabulary):
-  """Cuts a text at its first end-of-text token, or at its padding."""
+  """Cuts a row at its first end-of-text or padding token."""
+  # A row without an end-of-text token may still be shorter: a template's.
   ends = np.flatnonzero(vocab.is_end(row) | (row == vocab.pad))
   return row[: ends[0]] if len(ends) else row

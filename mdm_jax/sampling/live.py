@@ -1,4 +1,4 @@
-"""Texts on the terminal while they are drawn."""
+"""Shows samples on the terminal while they are drawn."""
 
 import contextlib
 import threading
@@ -15,15 +15,21 @@ from mdm_jax.core import progress
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.sampling.trace import spell, visible
 
-_NEW = "#1a1d29 on #ffd24a"  # as on the page
+_NEW = "#1a1d29 on #ffd24a"  # the colours of trace_page.html
 
 
 class LiveView:
-  """Shows the first texts of a batch: live, or a line a step without terminal.
+  """Shows the first texts of a batch, live on a terminal, else a line per step.
 
   Inside its `with` block, `show` may be called from any thread and in any
-  order; a step that is not later than the last one shown is left out. One block
-  is for one batch: of further ones, which begin again, nothing is shown.
+  order; steps that arrive after a later one are dropped. A block is for one
+  batch: later batches count from 0 again, and so are dropped.
+
+  Example:
+    view = LiveView(tokenizer, config.num_steps)
+    sampler = TextSampler(denoiser, tokenizer, mesh, length, watch=view.show)
+    with view:
+      samples = sampler(params, prompts, config)
   """
 
   def __init__(
@@ -49,8 +55,8 @@ class LiveView:
     return self
 
   def __exit__(self, *_: Any) -> None:
-    # The last steps may still be on their way here, and after an error may not
-    # come; that error is what is to be told.
+    # Wait for callbacks of the last steps. If the sampler failed they may not
+    # come, and the barrier raises: the sampler's own error is the one to show.
     with contextlib.suppress(Exception):
       jax.effects_barrier()
     with self._lock:
@@ -61,9 +67,10 @@ class LiveView:
         self._live.stop()
 
   def show(self, step: SupportsInt, x: Int[Array | np.ndarray, "B L"]) -> None:
-    """Shows the texts after so many steps; 0 is what was given."""
+    """Shows the ids x after a number of steps; 0 is the canvas."""
     number, now = int(step), np.asarray(x)[: self._rows]
     with self._lock:
+      # jax.debug.callback may deliver steps out of order, or after the block.
       if not self._open or number <= self._step:
         return
       before = now if self._x is None else self._x
@@ -77,7 +84,7 @@ class LiveView:
   def _draw(
     self, before: Int[np.ndarray, "R L"], now: Int[np.ndarray, "R L"]
   ) -> None:
-    """Shows the texts, and marks where they differ."""
+    """Prints the texts `now`, and highlights tokens that differ from before."""
     drawing = Text("\n\n").join(map(self._row, before, now))
     if self._is_live:
       self._live.update(Text("\n").join([self._told, drawing]))
@@ -101,7 +108,8 @@ class LiveView:
   def _row(
     self, before: Int[np.ndarray, "L"], now: Int[np.ndarray, "L"]
   ) -> Text:
-    # A piece of a word begins with its space, so a line may break there.
+    # SentencePiece tokens contain their space; a space in front of a masked one
+    # lets lines break there, too.
     words = self._tokenizer.kind == "sentencepiece"
     drawn, vocab = Text(), self._tokenizer.vocab
     for text, old, i in zip(

@@ -1,11 +1,12 @@
-"""Which positions are revealed first, as a priority: higher is earlier.
+"""Sampling orders: which masked positions are revealed first.
 
-`random`, `spread` and `left_to_right` know it without the denoiser. The others
-ask it, at every step, how sure it is of a position; they look at its
-distribution and never at a token drawn from it, so that one token a step is an
-exact sample under any of them (Hayakawa et al. 2025, arXiv 2510.04525).
+An order gives every position a priority; higher is earlier. `random`, `spread`
+and `left_to_right` do not need the denoiser. The others score each position's
+distribution at every step. They never look at a token drawn from it, so with
+one token per step samples are exact under every order (Hayakawa et al. 2025,
+arXiv 2510.04525).
 
-An order of your own is a function, registered under a name:
+To add an order, register a function:
 
   @ORDERS.register("outward")
   @Known
@@ -23,16 +24,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mdm_jax.core.registry import Registry
 from mdm_jax.sampling import tokens
 
-_STEPS = 4096.0  # of a probability, or of a nat
+_STEPS = 4096.0  # scores are rounded to 1 / 4096 (a probability, or nats)
 
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-  """An order that needs no denoiser.
+  """An order that does not need the denoiser.
 
   Attributes:
-    __wrapped__: (the row's key, step, length) -> priorities [length] of a row,
-      float32. A row's key is the same at every step.
+    __wrapped__: (row key, step, length) -> float32 priorities [length] of a
+      row. The row key is the same at every step.
   """
 
   __wrapped__: Callable[
@@ -42,10 +43,10 @@ class Known:
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
-  """An order by how sure the denoiser is of each position.
+  """An order by the denoiser's confidence in each position.
 
   Attributes:
-    __wrapped__: logits [..., V] -> scores [...], float32, higher is surer.
+    __wrapped__: logits [..., V] -> float32 scores [...]; higher is earlier.
   """
 
   __wrapped__: Callable[[Float[Array, "*N V"]], Float[Array, "*N"]]
@@ -55,7 +56,7 @@ ORDERS: Registry[Known | Asking] = Registry("sampling order", "sample.order")
 
 
 def asks(order: str) -> bool:
-  """Returns whether an order asks the denoiser.
+  """Returns whether an order scores positions by the denoiser's logits.
 
   Raises:
     UserError: there is no such order.
@@ -69,21 +70,28 @@ def priority(
   step: Int[Array, ""],
   length: int,
 ) -> Float[Array, "B {length}"]:
-  """Returns the priority of every position under an order that asks nothing."""
+  """Returns the priorities of an order that does not need the denoiser.
+
+  Args:
+    order: name of a `Known` order.
+    row_keys: one key per row, the same at every step.
+    step: number of the step, from 0.
+    length: tokens per row.
+  """
   of_row = ORDERS[order].__wrapped__
   return jax.vmap(lambda key: of_row(key, step, length))(row_keys)
 
 
 def score(order: str, logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-  """Returns how sure the denoiser is of each position, by an asking order."""
+  """Returns the scores of an order that reads the denoiser's logits."""
   return ORDERS[order].__wrapped__(logits)
 
 
 def rounded(scores: Float[Array, "*N"]) -> Float[Array, "*N"]:
-  """Returns scores without the digits that rounding errors make.
+  """Returns scores rounded so that rounding errors do not decide the order.
 
-  On an empty canvas all positions are equally sure but for these errors, which
-  depend on the size of the batch and on the mesh.
+  On an empty canvas all scores are equal up to these errors, which depend on
+  the batch size and the mesh.
   """
   return jnp.round(scores * _STEPS) / _STEPS
 
@@ -94,9 +102,13 @@ def rank(
   first: Float[Array, "B L"],
   then: Float[Array, "B L"],
 ) -> Int[Array, "B L"]:
-  """Returns positions: masked before others, then by block and priority.
+  """Returns each row's positions in the order in which to reveal them.
 
-  Of equal priorities the second one decides, and at last the left position.
+  Args:
+    masked: masked positions come before all others.
+    block: block of each position; lower ones come first.
+    first: priority within a block; higher ones come first.
+    then: breaks ties of `first`; remaining ties go from left to right.
   """
   row = lambda masked, first, then: jnp.lexsort((-then, -first, block, ~masked))
   return jax.vmap(row)(masked, first, then)
@@ -110,7 +122,9 @@ def rank(
 def _random(
   key: Key[Array, ""], step: Int[Array, ""], length: int
 ) -> Float[Array, "{length}"]:
-  """Drawn anew at every step, as a token that was put back needs a new draw."""
+  """Uniform priorities, drawn anew in every step."""
+  # With the priorities of the first step, a remasked token, which had a high
+  # one, would soon be revealed again.
   return jax.random.uniform(jax.random.fold_in(key, step), length)
 
 
@@ -119,11 +133,13 @@ def _random(
 def _spread(
   key: Key[Array, ""], step: Int[Array, ""], length: int
 ) -> Float[Array, "{length}"]:
-  """Keeps any first few positions far apart: bit reversal, shifted.
+  """Keeps the positions of any prefix far apart: shifted bit reversal.
 
-  Source: van der Corput; for decoding, Luxembourg et al. 2025, arXiv 2506.19037
-  (dilated unmasking).
+  Source: the van der Corput sequence; for decoding, dilated unmasking,
+  Luxembourg et al. 2025, arXiv 2506.19037.
   """
+  # In a sequence of 2^bits >= length; unused places are just left out. The
+  # shift makes every position equally likely to be first.
   bits = max(length - 1, 1).bit_length()
   shift = jax.random.randint(key, (), 0, 2**bits)
   at = (jnp.arange(length) + shift) % 2**bits
@@ -152,7 +168,7 @@ def _confidence(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
 @ORDERS.register("margin")
 @Asking
 def _margin(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-  """Its lead over the second (Kim et al. 2025, arXiv 2502.06768)."""
+  """Largest minus second probability (Kim et al. 2025, arXiv 2502.06768)."""
   first, second = tokens.top_two(logits)
   return first - second
 
@@ -160,5 +176,5 @@ def _margin(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
 @ORDERS.register("entropy")
 @Asking
 def _entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-  """Minus the entropy, in nats."""
+  """Negative entropy, in nats."""
   return -tokens.entropy(logits)

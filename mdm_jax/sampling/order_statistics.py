@@ -1,4 +1,4 @@
-"""In what order the tokens of texts were revealed, in numbers."""
+"""Order statistics of samples: how left-to-right, how scattered they are."""
 
 import math
 from typing import NamedTuple
@@ -17,12 +17,12 @@ MEANING = {
 
 
 class OrderStatistic(NamedTuple):
-  """A number for each text; NaN where it means nothing.
+  """A statistic of each text; NaN where it is undefined.
 
   Attributes:
-    rows: what it is.
-    random: what it would be on average, had the same steps revealed as many
-      tokens each, at the same positions, in random order.
+    rows: its value.
+    random: its expectation if the same positions had been revealed in random
+      order, with the same number of tokens in every step.
   """
 
   rows: Float[np.ndarray, "B"]
@@ -30,30 +30,34 @@ class OrderStatistic(NamedTuple):
 
   @property
   def mean(self) -> float:
-    """Mean over the texts that have a number."""
+    """Mean over the texts where the value is defined."""
     return _mean(self.rows)
 
   @property
   def random_mean(self) -> float:
-    """Mean of `random`, likewise."""
+    """Mean of `random` over the texts where it is defined."""
     return _mean(self.random)
 
 
 def order_statistics(
   samples: Samples, vocab: Vocabulary
 ) -> dict[str, OrderStatistic]:
-  """Returns how left-to-right, and how scattered, the revealing was.
+  """Returns statistics of the order in which tokens were revealed.
 
-  A token counts in the step that revealed it last; given and cut-off ones do
-  not count. Steps that revealed nothing are left out. With p the position of a
-  token and s its step:
+  A token counts at the step that revealed it last; given tokens and those cut
+  off do not count. Steps that revealed nothing are skipped. With p the position
+  of a token and s its step:
 
-  kendall_tau: tau-b of p and s: pairs with p and s in the same order, less
-    those in opposite order, over sqrt(pairs * pairs of different s). Random: 0.
-  jump: mean |p - p'| over pairs of tokens from a step and from the one before.
-    1 from left to right, one at a time. Random: the mean over all pairs.
-  adjacent: the share of tokens with a neighbour that was given or has an
-    earlier step. Random: its expectation, exactly.
+  kendall_tau: Kendall's tau-b of p and s: concordant minus discordant pairs
+    over sqrt(pairs * pairs with different s). In random order: 0.
+  jump: mean |p - p'| over pairs of tokens from successive steps; 1 for one
+    token per step from left to right. In random order: the mean over all pairs.
+  adjacent: the fraction of tokens next to a token that was given or revealed
+    in an earlier step. In random order: the exact expectation.
+
+  Args:
+    samples: the texts and their paths.
+    vocab: the special ids.
   """
   first = samples.path[0]
   given = (first != vocab.mask) & (first != vocab.pad)
@@ -82,6 +86,7 @@ def _row(
 
 def _kendall_tau(turn: Int[np.ndarray, "N"]) -> float:
   order = np.sign(turn[None, :] - turn[:, None])[np.triu_indices(len(turn), 1)]
+  # Positions have no ties, so only pairs of the same step lack an order.
   untied = np.count_nonzero(order)
   return float(order.sum() / math.sqrt(untied * len(order) or math.nan))
 
@@ -103,14 +108,17 @@ def _adjacent(
   given: Bool[np.ndarray, "L"],
 ) -> tuple[float, float]:
   never = turn.max() + 1
-  known = np.full(len(given) + 2, never)  # a position's turn, at 1 more
+  # The turn in which a position becomes known, padded by one on both sides so
+  # that every position has two neighbours.
+  known = np.full(len(given) + 2, never)
   known[1:-1][given] = -1
   known[where + 1] = turn
   beside = np.stack([known[where], known[where + 2]])
   found = (beside.min(axis=0) < turn).mean()
 
-  # At random, a token's turn is any, and its k drawn neighbours are any others:
-  # none is earlier with probability C(later, k) / C(others, k).
+  # In random order a token's turn is random, and so are those of its k drawn
+  # neighbours. With `later` tokens in this turn or later, other than itself,
+  # no neighbour is earlier with probability C(later, k) / C(others, k).
   count, others = np.bincount(turn), len(where) - 1
   later = others - (np.cumsum(count) - count)
   drawn = ((beside >= 0) & (beside < never)).sum(axis=0)

@@ -1,8 +1,8 @@
-"""Prompts from a file: one a line, or one a line of JSON.
+"""Reads prompts from a text or JSON Lines file, one per line.
 
-A line is a prompt as `template.py` reads it, and an empty one asks for free
-text, so that line n is always prompt n. In a .jsonl file a prompt may hold
-newlines: a line is {"prompt": "text"}, and what else it holds is not read.
+A line is a prompt or template (`template.py`). An empty line is an empty
+prompt, so line n is always prompt n. In a .jsonl file a line is {"prompt":
+"text"}, whose text may contain newlines; other keys are ignored.
 """
 
 import json
@@ -18,13 +18,16 @@ STDIN = "-"
 
 
 def read(path: str) -> list[str]:
-  """Returns the prompts of a file, or of stdin where the path is "-".
+  """Returns the prompts in a file, or in stdin if the path is "-".
 
-  What is no UTF-8 is kept as surrogates, which `template.parse` refuses.
+  Invalid UTF-8 is kept as surrogates, for which `template.parse` raises an
+  error that names the prompt.
 
   Raises:
-    UserError: it can't be read or has no prompt, or a line of JSON has none.
+    UserError: the file can't be read or is empty, or a line of a .jsonl file
+      is not a JSON object with a prompt.
   """
+  # utf-8-sig drops the byte order mark that some editors write.
   text = _bytes(path).decode("utf-8-sig", "surrogateescape")
   lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
   if lines == [""]:

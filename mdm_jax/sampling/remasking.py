@@ -1,20 +1,20 @@
-"""Which revealed tokens are masked again, to be drawn a second time.
+"""Remasking: masks some revealed tokens again, so that they are redrawn.
 
-Source: ReMDM, Wang et al. 2025, arXiv 2503.00307. There each revealed token
-goes back with a probability sigma, at most (1 - alpha_s) / alpha_t, and so many
-more masked ones are revealed that the expected number still follows the
-schedule. Here both are counts, so the number follows it exactly:
+Source: ReMDM, Wang et al. 2025, arXiv 2503.00307. There every revealed token is
+remasked with probability sigma, at most sigma_max = (1 - alpha_s) / alpha_t,
+and more masked tokens are revealed in return, so that the expected number of
+revealed tokens follows the schedule. Here both are exact counts:
 
-cap      sigma = min(rate, its most)
-rescale  sigma = rate x its most
-conf     as cap, but tokens that were unlikely when drawn go back rather
-loop     as cap, while the schedule rests at 0.9 for half of the steps
+cap      sigma = min(rate, sigma_max)
+rescale  sigma = rate * sigma_max
+conf     like cap, but prefers tokens that had a low probability when drawn
+loop     like cap, while the schedule pauses at 0.9 for half of the steps
 
-All but `conf` keep every token's marginal distribution where a step draws one
-token. Several are drawn apart from each other, as without a corrector: they
-need not fit together, and what is drawn again given them is off in its marginal
-too. What `conf` puts back depends on what was drawn: likely tokens become more
-frequent, however many a step draws.
+With one token per step, all but `conf` preserve every token's marginal
+distribution. Several tokens per step are drawn independently, as without
+remasking: they need not fit together, and a token redrawn given them is off in
+its marginal, too. `conf` makes likely tokens more frequent in any case, since
+what it remasks depends on what was drawn.
 """
 
 import dataclasses
@@ -28,19 +28,20 @@ from jaxtyping import Array, Bool, Float, Float64, Int, Int32, Key
 
 from mdm_jax.core.registry import Registry
 
-# The paper's loop: up to a share, rest there, and reveal what is left.
+# The paper's loop: reveal 0.9 until 0.45 of the steps, pause, go on at 0.95.
 _LOOP_SHARE, _LOOP_FROM, _LOOP_UNTIL = 0.9, 0.45, 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-  """How many tokens go back, and which.
+  """A way of remasking: how many tokens, and which.
 
   Attributes:
-    share: (rate, tokens before a step, after it, at most) -> how many go back
-      on average. Counts are arrays [steps, free tokens of a row].
-    unlikely_first: tokens that were unlikely when drawn go back rather.
-    rests: the schedule rests for half of the steps.
+    share: (rate, before, after, most) -> mean number of tokens that each step
+      remasks, where the arguments are the tokens revealed before and after the
+      step and the most that can be remasked [steps, free tokens of a row].
+    unlikely_first: prefer tokens that had a low probability when drawn.
+    rests: the schedule pauses for half of the steps.
   """
 
   share: Callable[[float, Any, Any, Any], Any]
@@ -71,7 +72,7 @@ WAYS.register(
 
 
 def rest(shares: Float64[np.ndarray, "S"]) -> Float64[np.ndarray, "S"]:
-  """Returns the shares of the loop: the given ones, hurried, then a rest."""
+  """Returns a schedule that is compressed in time, then pauses, for `loop`."""
   steps = np.linspace(0, 1, len(shares))
   hurried = np.interp(steps / _LOOP_FROM, steps, shares) * _LOOP_SHARE
   last = (steps - _LOOP_UNTIL) / (1 - _LOOP_UNTIL) * (1 - _LOOP_SHARE)
@@ -81,17 +82,19 @@ def rest(shares: Float64[np.ndarray, "S"]) -> Float64[np.ndarray, "S"]:
 def counts(
   remasking: str, rate: float, table: Int32[np.ndarray, "S N"]
 ) -> Int32[np.ndarray, "S-1 N"]:
-  """Returns how many of n tokens each step of a schedule puts back.
+  """Returns how many of n tokens each step of a schedule remasks.
 
   Args:
-    remasking: the way, by its name.
-    rate: as in the table above.
-    table: of a schedule; entry [i, n] is revealed before step i.
+    remasking: name of the way.
+    rate: as in the table in the module's docstring.
+    table: schedule; entry [i, n] is the number revealed before step i.
   """
   before, after = table[:-1].astype(float), table[1:]
+  # sigma_max as a count: for each remasked token the step reveals another one,
+  # and it has only so many masked ones.
   most = np.minimum(before, table[-1] - after)
   share = WAYS[remasking].share(rate, before, after, most)
-  # Less than a token a step adds up to one in some.
+  # Accumulate fractions: a mean of 0.3 tokens is one token in some steps.
   summed = np.floor(np.cumsum(share, axis=0) + 1e-9)
   return np.minimum(np.diff(summed, axis=0, prepend=0), most).astype(np.int32)
 
@@ -103,11 +106,17 @@ def chosen(
   confidence: Float[Array, "B L"],
   number: Int[Array, "B"],
 ) -> Bool[Array, "B L"]:
-  """Draws which `number` of the eligible tokens are put back.
+  """Draws, without replacement, which eligible tokens to remask.
 
-  All alike, or where unlikely ones go first with weights exp(-confidence), one
-  after the other (the paper's softmax).
+  Args:
+    remasking: name of the way. It draws uniformly, or with `unlikely_first`
+      with weights exp(-confidence), the paper's softmax.
+    row_keys: one key per row.
+    eligible: tokens that may be remasked.
+    confidence: their probability when they were drawn.
+    number: how many to remask in each row.
   """
+  # The top of log weights plus Gumbel noise is a draw without replacement.
   draw = lambda key: jax.random.gumbel(key, eligible.shape[1:])
   score = jax.vmap(draw)(row_keys)
   if WAYS[remasking].unlikely_first:

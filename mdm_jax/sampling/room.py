@@ -1,7 +1,7 @@
-"""What does not fit the memory is refused before it is tried.
+"""Memory checks: refuses samples that cannot fit before drawing any.
 
-Bounds from below, of what is largest: whatever else there is only makes it
-more. A program that is too large all the same ends in one line, too.
+The estimates are lower bounds that count only the largest arrays. What passes
+and still runs out of memory also ends with a one-line error (`core/memory.py`).
 """
 
 import math
@@ -10,21 +10,22 @@ from mdm_jax.core import memory
 from mdm_jax.core.errors import UserError
 
 _GIB = 2**30
-# Of a token in a text: an id before each step and after the last, and the step,
-# probability and entropy it was drawn with.
+# Bytes per token: its id in every entry of `Samples.path`; and its step,
+# confidence and entropy.
 _ID, _NOTES = 4, 12
-# Of a pair of positions in a row and a head: attention's scores and their
-# exponentials. cuDNN's kernel has none, and is given no mask.
+# Bytes per pair of positions and head: float32 attention scores and their
+# exponentials. cuDNN's kernel stores neither, and the sampler's rows, which are
+# not packed, need no mask there.
 _SCORES = 8
 
 
 def check_texts(count: int, length: int, num_steps: int) -> None:
-  """Raises UserError for more texts than can be kept with how they came about.
+  """Raises UserError if texts and their paths exceed the host's memory.
 
   Args:
-    count: texts.
-    length: tokens of a text.
-    num_steps: that each was drawn in.
+    count: number of texts.
+    length: tokens per text.
+    num_steps: sampling steps.
   """
   each = ((num_steps + 1) * _ID + _NOTES) * length
   have = memory.of_host()
@@ -40,14 +41,14 @@ def check_texts(count: int, length: int, num_steps: int) -> None:
 def check_length(
   length: int, rows: int, heads: int, kernel: str, have: int
 ) -> None:
-  """Raises UserError for texts that are too long for a device.
+  """Raises UserError if attention scores exceed a device's memory.
 
   Args:
-    length: tokens of a text.
-    rows: texts that a device draws at once.
-    heads: of attention that it computes.
-    kernel: what attention is computed with.
-    have: bytes of the device.
+    length: tokens per text.
+    rows: texts that the device draws at once.
+    heads: attention heads that it computes.
+    kernel: name of the attention kernel.
+    have: memory of the device in bytes.
   """
   pair = 0 if kernel == "cudnn" else _SCORES * heads
   need = rows * length**2 * pair

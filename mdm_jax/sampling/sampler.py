@@ -1,19 +1,18 @@
-"""The reverse process: from masks to text in so many denoiser calls.
+"""The sampling loop: reverse diffusion from MASK to text in `num_steps` steps.
 
 Every step decides where before what:
 
-  hidden states -> a rank of the masked positions (`order`)
+  hidden states -> a ranking of the masked positions (`order`)
   -> how many of the first to reveal (`schedule`: a pace, or a budget)
-  -> their logits, and no others' -> a token for each (`tokens`)
-  -> which revealed tokens to mask again (`remasking`), if any.
+  -> the logits of these positions only -> a token for each (`tokens`)
+  -> which revealed tokens to mask again, if any (`remasking`).
 
-A token that is drawn is kept: drawing everywhere and keeping the likeliest is
-an undeclared temperature (Hayakawa et al. 2025, arXiv 2510.04525). One token a
-step is an exact sample of the model's any-order distribution, under any order.
+A drawn token is kept: drawing at every position and keeping the most likely
+tokens would lower the temperature implicitly (Hayakawa et al. 2025, arXiv
+2510.04525). With one token per step, samples are exact under any order.
 
-All shapes are fixed. Logits exist for some positions at a time, in chunks whose
-number depends on how many are needed: a step that reveals six tokens projects
-six positions, and no array has a vocabulary for every position.
+All shapes are static. Logits are computed in as many chunks of positions as a
+step needs, so no array has shape [B, L, V].
 """
 
 import dataclasses
@@ -33,22 +32,22 @@ from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.schedule import Pace
 from mdm_jax.sampling.tokens import Settings
 
-_DRAW, _PUT_BACK, _ORDER = range(3)  # what a row's keys are for
+_DRAW, _PUT_BACK, _ORDER = range(3)  # separate random streams of a row's key
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """Texts, and how they came about.
+  """Samples as arrays, and how each token was drawn; see `Samples`.
 
   Attributes:
-    path: token ids before each step, and after the last. Behind the first
-      end-of-text token that was drawn is padding.
-    step: the step that revealed a token last; -1 where it was given or cut.
-    confidence: the probability of the token that was drawn.
-    entropy: of the distribution there, in nats.
-    calls: denoiser calls until a row was finished.
-    put_back: tokens of a row that were masked again.
+    path: ids before each step and after the last; padding follows the first
+      end-of-text token that was drawn.
+    step: last step that revealed a token; -1 if given or cut off.
+    confidence: probability of the drawn token.
+    entropy: entropy of its distribution, in nats.
+    calls: denoiser calls until the row was finished.
+    put_back: number of tokens of the row that were remasked.
   """
 
   path: Int[Array | np.ndarray, "S B L"]
@@ -62,12 +61,13 @@ class Drawn:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-  """What a step changes.
+  """The loop's state; other fields as in `Drawn`.
 
   Attributes:
-    x: the texts so far.
-    masked: what is still to be drawn; never told from x.
-    end: tokens of each row, less where an end-of-text token was drawn.
+    x: current ids xt.
+    masked: positions still to be drawn. Not derived from x, since a given token
+      may have the mask id.
+    end: length of each row; ends behind a drawn end-of-text token.
   """
 
   x: Int[Array, "B L"]
@@ -90,17 +90,18 @@ def make_sampler(
   vocab: Vocabulary,
   watch: Watch | None = None,
 ) -> Sampler:
-  """Returns the sampler: (params, canvas, pace, settings, row_keys) -> drawn.
+  """Returns a jitted (params, canvas, pace, settings, row_keys) -> Drawn.
 
-  It is jitted. A row depends on its own canvas and key only, not on the batch
-  around it.
+  A row depends only on its own canvas and key, not on the rest of the batch.
 
   Args:
-    config: the loop; temperature and filters are the settings that are given.
-    denoiser: what is asked.
-    vocab: what the special ids are.
-    watch: called with each step's number, from 1, and the texts after it, while
-      the sampler runs; 0 is for the canvas. When all is drawn it is done.
+    config: static settings of the loop; temperature and filters are read from
+      the sampler's `settings` argument instead.
+    denoiser: computes hidden states and logits.
+    vocab: the special ids.
+    watch: called while the sampler runs, with 0 and the masked canvas, then
+      with each step's number, from 1, and the ids after it. No calls are made
+      for steps after all rows are finished.
   """
   steps = _Steps(config, denoiser, vocab)
   see = lambda *args: watch and jax.debug.callback(watch, *args)
@@ -120,6 +121,7 @@ def make_sampler(
 
     def step(i, carry):
       state, path = carry
+      # Budgets and end-of-text tokens can finish all rows early.
       busy = state.masked.any()
       state = jax.lax.cond(busy, advance, lambda _, s: s, i, state)
       return state, path.at[i + 1].set(state.x)
@@ -144,7 +146,7 @@ def make_sampler(
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-  """The parts of a step, with one set of settings."""
+  """The parts of a sampling step."""
 
   config: SampleConfig
   denoiser: Predictor
@@ -193,6 +195,7 @@ class _Steps:
     keys = _fold(_fold(row_keys, _DRAW), i)
     revealed = self._reveal(call, settings, keys, where, count, i, state)
     if self.config.remasking != "none":
+      # Planned anew, as this step may have drawn an end and shortened the row.
       after, back = self._planned(pace, canvas, i, revealed.end)
       back = jnp.where(left > 0, back, 0)
       number = jnp.clip(after - revealed.masked.sum(axis=1), 0, back)
@@ -205,9 +208,9 @@ class _Steps:
   def _planned(
     self, pace: Pace, canvas: Canvas, i: Int[Array, ""], end: Int[Array, "B"]
   ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """Returns how many are masked after a step, and how many it puts back.
+    """Returns how many tokens a step leaves masked, and how many it remasks.
 
-    By the schedule of what is before the end of a row.
+    Only tokens before a row's end count: its schedule is that of this length.
     """
     inside = jnp.arange(canvas.free.shape[1])[None] < end[:, None]
     total = (canvas.free & inside).sum(axis=1)
@@ -219,7 +222,7 @@ class _Steps:
   def _candidates(
     self, call: Call, row_keys: Key[Array, "B"], i: Int[Array, ""], s: _State
   ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-    """Returns positions in order, and which of them a budget allows."""
+    """Returns positions by rank, and which of these a budget lets reveal."""
     config, length = self.config, s.x.shape[1]
     size = config.block_length or length
     block = jnp.arange(length) // size
@@ -228,12 +231,14 @@ class _Steps:
     keys = _fold(row_keys, _ORDER)
     if order.asks(config.order):
       first = order.rounded(scores[config.order])
+      # Ties, as on an empty canvas, fall back to the order `spread`.
       then = order.priority("spread", keys, i, length)
     else:
       first = order.priority(config.order, keys, i, length)
       then = jnp.zeros_like(s.confidence)
     if config.threshold is not None:
       sure = scores["confidence"] > config.threshold
+      # `_count` reveals a prefix of the ranking: these have to come first.
       first = jnp.where(sure, jnp.inf, first)
     where = order.rank(s.masked, block, first, then)
     if not self._has_budget():
@@ -254,14 +259,15 @@ class _Steps:
   def _scores(
     self, call: Call, block_length: int, s: _State
   ) -> dict[str, Float[Array, "B L"]]:
-    """Asks how sure the denoiser is of the next positions, left to right."""
+    """Scores the masked positions of the current block; -inf elsewhere."""
     names = {self.config.order} if order.asks(self.config.order) else set()
     if self._has_budget():
       names |= {"entropy" if self.config.threshold is None else "confidence"}
     nothing = jnp.zeros_like(s.confidence)
     block = jnp.zeros(s.x.shape[1], jnp.int32)
     where = order.rank(s.masked, block, nothing, nothing)
-    # A step may end a block and go on in the next one.
+    # Beyond the block too, by an even pace: a step may finish a block and
+    # continue in the next.
     ahead = -(-s.x.shape[1] // self.config.num_steps)
     inside = where // block_length == where[:, :1] // block_length
     inside &= jnp.take_along_axis(s.masked, where, axis=1)
@@ -286,12 +292,14 @@ class _Steps:
     due: Int[Array, "B"],
     i: Int[Array, ""],
   ) -> Int[Array, "B"]:
-    """Returns how many tokens to reveal: at least one, all in the last step."""
+    """Returns how many tokens to reveal; in the last step, all of them."""
     if self._has_budget():
+      # An even pace over the remaining steps, so that num_steps suffice.
       pace = -(-left // (self.config.num_steps - i))
       count = jnp.maximum(safe.sum(axis=1), pace)
     else:
       count = due
+    # With remasking, a schedule may have steps that reveal nothing.
     least = jnp.minimum(left, 1) if self.config.remasking == "none" else 0
     return jnp.clip(count, least, left)
 
@@ -307,10 +315,11 @@ class _Steps:
     i: Int[Array, ""],
     s: _State,
   ) -> _State:
-    """Draws the first tokens of a rank, and cuts what is behind an end."""
+    """Draws tokens at the first `count` positions, and cuts rows at an end."""
 
     def body(slots, kept, s):
       logits = call.logits(slots)
+      # A key per position: a draw doesn't depend on chunks or other positions.
       at = jax.vmap(
         lambda key, where: jax.vmap(_fold_in, (None, 0))(key, where)
       )
@@ -329,7 +338,7 @@ class _Steps:
     return self._cut(call.in_chunks(where, count, most, body, s), i)
 
   def _cut(self, s: _State, i: Int[Array, ""]) -> _State:
-    """Ends rows behind an end-of-text token that this step has drawn."""
+    """Ends rows behind an end-of-text token that was drawn in step i."""
     positions = jnp.arange(s.x.shape[1])[None]
     ends = self.vocab.is_end(s.x) & (s.step == i)
     end = jnp.where(ends, positions + 1, s.x.shape[1]).min(axis=1)
@@ -353,7 +362,7 @@ class _Steps:
     i: Int[Array, ""],
     s: _State,
   ) -> _State:
-    """Masks some tokens again: no given one, none of this step, no end."""
+    """Remasks tokens that earlier steps drew, except end-of-text tokens."""
     old = (s.step >= 0) & (s.step < i) & ~s.masked
     eligible = old & canvas.free & ~self.vocab.is_end(s.x)
     chosen = remasking.chosen(
@@ -374,6 +383,7 @@ def _put(
   new: Array,
 ) -> Array:
   """Writes new values at the kept positions of each row."""
+  # Others are sent out of range, where mode="drop" ignores them.
   where = jnp.where(kept, where, values.shape[1])
   write = lambda row, at, new: row.at[at].set(new, mode="drop")
   return jax.vmap(write)(values, where, new)

@@ -1,23 +1,22 @@
-"""How many tokens each step reveals.
+"""Sampling schedules: how many tokens each step reveals.
 
-A schedule is a table: entry [i, n] is how many of a row's n free tokens are
-revealed before step i. It is made once, in integers, so that every row ends
-after exactly its tokens, and no step is idle while there are more tokens than
-steps. A budget instead looks at the distributions, and reveals as many tokens
-as are safe to draw apart; it is never slower than an even pace over the steps
-that are left, and so ends in time too.
+A schedule is an integer table: entry [i, n] is how many of a row's n free
+tokens are revealed before step i. Thus every row is complete after the last
+step, and no step is idle while tokens outnumber steps. A budget instead looks
+at the distributions, and reveals as many tokens as can safely be drawn
+independently; it is never slower than an even pace over the remaining steps.
 
-Fixed counts are better than drawing who is revealed by coin flips. Under a
-random order the expected divergence of a step that reveals the tokens number
-s .. e - 1 at once is
+Fixed counts are better than revealing each token with some probability. Under
+random order, a step that reveals tokens number s .. e - 1 at once has the
+expected divergence
 
   sum over j in s .. e - 1 of (h_s - h_j),
 
-h_j being the mean loss of a masked token where j are revealed (Lavenant and
-Zanella 2025, arXiv 2510.25544; Chen, Cong and Li 2025, arXiv 2511.04647).
-h_j is what an evaluation of a masked model measures anyway, its curve of the
-loss by the masked share, so the best schedule of any number of steps follows
-from it by dynamic programming.
+where h_j is the mean loss of a masked token when j tokens are revealed
+(Lavenant and Zanella 2025, arXiv 2510.25544; Chen, Cong and Li 2025, arXiv
+2511.04647). An evaluation of a masked model measures h_j anyway, as its loss by
+mask rate, so dynamic programming gives the optimal schedule for any number of
+steps.
 """
 
 import dataclasses
@@ -35,43 +34,49 @@ from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampling import remasking
 from mdm_jax.sampling.config import SampleConfig
 
-# (steps, tokens of a row, loss by masked share if it was measured) -> the share
-# of the tokens that is revealed before each step, and 1 after the last.
+# (num_steps, length, loss by mask rate or None) -> the fraction of a row's
+# tokens revealed before each step, and 1 after the last: num_steps + 1 entries.
 Shares = Callable[[int, int, Curve | None], Float64[np.ndarray, "S"]]
 SCHEDULES: Registry[Shares] = Registry("sampling schedule", "sample.schedule")
 
 
 @SCHEDULES.register("linear")
 def linear(num_steps: int, *_: Any) -> Float64[np.ndarray, "S"]:
-  """Returns the share revealed before each step, the same in every step."""
+  """Returns the fraction revealed before each step: equal steps."""
   return np.arange(num_steps + 1) / num_steps
 
 
 @SCHEDULES.register("cosine")
 def cosine(num_steps: int, *_: Any) -> Float64[np.ndarray, "S"]:
-  """Returns the share revealed before each step, slow at first.
+  """Returns the fraction revealed before each step: few tokens at first.
 
-  Source: Chang et al. 2022, arXiv 2202.04200 (MaskGIT).
+  Source: MaskGIT, Chang et al. 2022, arXiv 2202.04200.
   """
   shares = 1 - np.cos(np.pi / 2 * np.arange(num_steps + 1) / num_steps)
-  shares[-1] = 1
+  shares[-1] = 1  # exactly: cos(pi / 2) is not 0 in floating point
   return shares
 
 
 def optimal(
   losses: Float64[np.ndarray, "L"], num_steps: int
 ) -> Float64[np.ndarray, "S"]:
-  """Returns the shares with the least expected divergence, by random order.
+  """Returns the schedule of least expected divergence under random order.
 
   Args:
-    losses: h_j for j = 0 .. L - 1 revealed tokens.
-    num_steps: at most so many parts.
+    losses: h_j for j = 0 .. L - 1 revealed tokens, in nats.
+    num_steps: number of steps; those beyond L reveal nothing.
+
+  Returns:
+    The fraction revealed before each step, and 1 after the last.
   """
   length, steps = len(losses), min(num_steps, len(losses))
   total = np.concatenate([[0.0], np.cumsum(losses)])
+  # cost[s, e]: the divergence of a step that reveals tokens s .. e - 1.
   start, end = np.arange(length)[:, None], np.arange(length + 1)[None]
   cost = (end - start) * losses[:, None] - (total[None] - total[:length, None])
   cost = np.where(end > start, cost, np.inf)
+  # best[e]: the least cost of revealing e tokens in the steps so far, with the
+  # argmin kept for backtracking.
   best, before = cost[0], []
   for _ in range(steps - 1):
     by_start = best[:length, None] + cost
@@ -87,11 +92,11 @@ def optimal(
 def expected_divergence(
   losses: Float64[np.ndarray, "L"], bounds: Int64[np.ndarray, "S"]
 ) -> float:
-  """Returns the divergence of a schedule under random order, in nats.
+  """Returns a schedule's expected divergence under random order, in nats.
 
   Args:
-    losses: h_j for j = 0 .. L - 1 revealed tokens.
-    bounds: tokens revealed before each step, and after the last.
+    losses: h_j for j = 0 .. L - 1 revealed tokens, in nats.
+    bounds: number of tokens revealed before each step, and after the last.
   """
   return float(
     sum(
@@ -104,10 +109,10 @@ def expected_divergence(
 def losses_by_revealed(
   curve: Curve, length: int
 ) -> Float64[np.ndarray, "{length}"]:
-  """Returns h_j of a row of `length` from a curve of loss by masked share.
+  """Returns h_j for j = 0 .. length - 1 from a curve of loss by mask rate.
 
-  Between the shares that were measured it is linear, below the lowest constant;
-  and it never rises with j, which only noise could make it do.
+  Interpolates linearly, and is constant below the lowest measured rate. Made
+  non-increasing in j: only measurement noise could make it rise.
   """
   masked = 1 - np.arange(length) / length
   losses = np.interp(masked, np.array(curve.x), np.array(curve.y))
@@ -117,13 +122,14 @@ def losses_by_revealed(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pace:
-  """How many of n = 0 .. L free tokens a row has revealed, and puts back.
+  """A schedule as tables over n = 0 .. L, a row's number of free tokens.
 
-  Arrays of int32, or shapes where nothing is computed.
+  Leaves are int32 arrays, or shapes during abstract evaluation.
 
   Attributes:
-    revealed: before each of S steps, and after the last, [S + 1, L + 1].
-    put_back: in each step, [S, L + 1].
+    revealed: tokens revealed before each of S steps and after the last
+      [S + 1, L + 1].
+    put_back: tokens that each step remasks [S, L + 1].
   """
 
   revealed: Any
@@ -135,15 +141,15 @@ def pace(
   length: int,
   curve: Curve | None = None,
 ) -> Pace:
-  """Returns the pace of rows of `length` tokens.
+  """Returns the tables of a config's schedule and remasking.
 
   Args:
-    config: how to draw.
-    length: of a row; it may have any number of free tokens.
-    curve: loss by masked share; only read for the optimal schedule.
+    config: how to sample.
+    length: tokens per row L.
+    curve: loss by mask rate; only read by the optimal schedule.
 
   Raises:
-    UserError: the optimal schedule has no curve to follow from.
+    UserError: the schedule is optimal and `curve` is None.
   """
   shares = SCHEDULES[config.schedule](config.num_steps, length, curve)
   if remasking.WAYS[config.remasking].rests:
@@ -152,7 +158,7 @@ def pace(
     even = table(shares, length)
     counts = without_idle_steps(even)
     if config.remasking != "none":
-      # More steps than tokens are steps to put tokens back in.
+      # Steps in excess of the tokens stay where they are: they can remask.
       counts[:, : config.num_steps] = even[:, : config.num_steps]
   back = remasking.counts(config.remasking, config.remasking_rate, counts)
   return Pace(counts, back)
@@ -174,8 +180,8 @@ def _optimal(
 def table(
   shares: Float64[np.ndarray, "S"], length: int
 ) -> Int32[np.ndarray, "S {length}+1"]:
-  """Returns how many of n = 0 .. length tokens each step finds revealed."""
-  # A share such as 3 / 25 of 25 is a whole number but for rounding.
+  """Returns how many of n = 0 .. length tokens are revealed before a step."""
+  # 3 / 25 of 25 tokens should be 3, but may round to slightly less.
   counts = np.floor(shares[:, None] * np.arange(length + 1) + 1e-9)
   return counts.astype(np.int32)
 
@@ -183,7 +189,11 @@ def table(
 def without_idle_steps(
   counts: Int32[np.ndarray, "S N"],
 ) -> Int32[np.ndarray, "S N"]:
-  """Moves counts apart: every step reveals a token while there are enough."""
+  """Adjusts counts so that every step reveals a token while there are enough.
+
+  Args:
+    counts: as from `table`; the last row is the number of free tokens.
+  """
   counts, steps, free = counts.copy(), len(counts) - 1, counts[-1]
   for i in range(1, steps + 1):
     counts[i] = np.maximum(counts[i], counts[i - 1] + 1)
@@ -192,16 +202,21 @@ def without_idle_steps(
   return np.clip(counts, 0, free).astype(np.int32)
 
 
-# MARK: budgets: as many as are safe
+# MARK: budgets
 
 
 def within_entropy(
   entropies: Float[Array, "B N"], bound: float
 ) -> Bool[Array, "B N"]:
-  """Takes the longest prefix whose joint error is at most the bound, in nats.
+  """Selects the longest prefix that an entropy bound allows (EB-sampler).
 
-  Tokens drawn apart can share at most the sum of their entropies but the
-  largest. Source: Ben-Hamu et al. 2025, arXiv 2505.24857.
+  The divergence of drawing tokens independently is at most the sum of their
+  entropies less the largest one. Source: Ben-Hamu et al. 2025, arXiv
+  2505.24857.
+
+  Args:
+    entropies: in nats, by rank; +inf ends a prefix.
+    bound: most divergence, in nats.
   """
   shared = jnp.cumsum(entropies, axis=1) - jax.lax.cummax(entropies, axis=1)
   return jnp.cumprod(shared <= bound, axis=1).astype(bool)

@@ -1,18 +1,17 @@
-r"""Prompts and infilling templates: text with holes, as rows for the sampler.
+r"""Parses prompts and infilling templates into rows for the sampler.
 
-[MASK] is a hole for one token, [MASK:5] for five, and [MASK:*], which only the
-end of a text may be, for all that is left of a row. A text without a hole is a
-prompt: all of it is given, and the rest of the row is drawn. With a backslash,
-\[MASK], it is text; \\[MASK] is a backslash and a hole.
+[MASK] is a hole of one token, [MASK:5] of five, and [MASK:*], which is allowed
+only at the end, of the rest of the row. A text without a hole is a prompt: all
+of it is given, and the rest of the row is drawn. A backslash makes \[MASK]
+literal; \\[MASK] is a backslash followed by a hole.
 
-The given text keeps its tokens and comes back exactly, with one exception.
-SentencePiece writes a word together with the space before it, so there one
-space in front of a hole is the hole's own: "The [MASK] is" gives "The" and
-" is", and " cat" is drawn. Were the space given, what follows it would have to
-be a word without a space, which the denoiser has not seen there. Two spaces in
-front of a hole give one. The end of a prompt is in front of a hole, too: "The "
-gives what "The" gives. Bytes and characters are drawn one by one, spaces too,
-so every space around a hole is given.
+Given text is reproduced exactly, with one exception. SentencePiece tokens
+include the space before a word, so one space in front of a hole belongs to the
+hole: in "The [MASK] is", "The" and " is" are given, and " cat" can be drawn. If
+the space were given, a word without its space would have to follow, which the
+denoiser has never seen. Of two spaces in front of a hole one is given. The end
+of a prompt counts as in front of a hole: "The " is the same prompt as "The".
+Byte and character tokenizers have tokens for spaces, so all spaces are given.
 """
 
 import dataclasses
@@ -37,11 +36,11 @@ _FORMS = (
 
 
 class PromptError(UserError):
-  """What is wrong with one of several prompts.
+  """An invalid prompt.
 
   Attributes:
-    number: of the prompt, from 1.
-    why: what is wrong.
+    number: position among all prompts, from 1.
+    why: what is wrong with it.
   """
 
   def __init__(self, number: int, total: int, why: str):
@@ -54,9 +53,9 @@ class Template:
   """A row with holes.
 
   Attributes:
-    tokens: given tokens, the mask id where one is to be drawn, and padding.
-    free: which are to be drawn.
-    grows: whether the row goes on with holes, as far as there is room.
+    tokens: given ids, MASK in holes, and PAD.
+    free: which tokens are holes.
+    grows: whether holes fill the rest of the row.
   """
 
   tokens: Int32[np.ndarray, "N"]
@@ -65,7 +64,7 @@ class Template:
 
 
 class _Part(NamedTuple):
-  """Given text, and the holes after it."""
+  """Given text and the number of holes after it."""
 
   given: str
   holes: int = 0
@@ -73,11 +72,14 @@ class _Part(NamedTuple):
 
 
 def parse(text: str, tokenizer: Tokenizer) -> Template:
-  """Returns a text's tokens and holes; a text without a hole grows.
+  """Returns the tokens and holes of a prompt or template.
+
+  Example:
+    parse("The [MASK:2] of", tokenizer).free  # e.g. [False, True, True, False]
 
   Raises:
-    UserError: a hole is written in no valid form, [MASK:*] is not at the end,
-      or the text has what is no character.
+    UserError: a hole is malformed, [MASK:*] is not at the end, or the text is
+      not valid Unicode.
   """
   _check_characters(text)
   parts = _split(text)
@@ -100,12 +102,12 @@ def parse(text: str, tokenizer: Tokenizer) -> Template:
 
 
 def fit(template: Template, length: int, vocab: Vocabulary) -> Template:
-  """Returns a template of exactly `length` tokens, which does not grow.
+  """Returns a template filled up to exactly `length` tokens.
 
-  What is missing becomes holes where the template grows, else padding.
+  The rest is filled with holes if the template grows, else with padding.
 
   Raises:
-    UserError: the template is longer, or nothing of it is left to draw.
+    UserError: the template is longer than that, or has nothing to draw.
   """
   count = len(template.tokens)
   rest = length - count
@@ -128,10 +130,10 @@ def fit(template: Template, length: int, vocab: Vocabulary) -> Template:
 
 
 def canvas(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Canvas:
-  """Returns a row of `length` tokens for each text.
+  """Returns a canvas with a row of `length` tokens for each text.
 
   Raises:
-    PromptError: as `parse` and `fit`, naming the text if there are several.
+    PromptError: `parse` or `fit` fails; it names the text if there are several.
   """
   rows, lengths = [], []
   for number, text in enumerate(texts, start=1):
@@ -148,7 +150,7 @@ def canvas(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Canvas:
 
 
 def escape(text: str) -> str:
-  """Returns a template that gives the text, whatever it holds."""
+  """Returns a text with every [MASK escaped, so that all of it is given."""
   return _START.sub(lambda found: rf"{found[1]}\{found[0]}", text)
 
 
@@ -157,7 +159,7 @@ def _check_characters(text: str) -> None:
     text.encode()
   except UnicodeEncodeError as error:
     found = ord(text[error.start])
-    byte = 0xDC80 <= found <= 0xDCFF  # how Python keeps what it can't decode
+    byte = 0xDC80 <= found <= 0xDCFF  # Python's surrogateescape range
     what = f"byte 0x{found - 0xDC00:02x}" if byte else f"U+{found:04X}"
     raise UserError(
       f"the prompt is no UTF-8: {what} at character {error.start + 1} is none"
@@ -165,10 +167,10 @@ def _check_characters(text: str) -> None:
 
 
 def _split(text: str) -> list[_Part]:
-  """Returns the parts, of which only the last may have no hole."""
+  """Splits a template at its holes; only the last part may have no hole."""
   parts, given, at = [], "", 0
   while start := _START.search(text, at):
-    # Backslashes mean something before a hole only; there, two are one.
+    # Only backslashes in front of a hole are special: two of them make one.
     slashes = len(start[1])
     given += text[at : start.start()] + "\\" * (slashes // 2)
     at = start.end()
@@ -193,4 +195,5 @@ def _split(text: str) -> list[_Part]:
 
 
 def _spaces_begin_words(tokenizer: Tokenizer) -> bool:
+  # Whether some token is a space followed by something else.
   return any(piece[:1] == b" " != piece for piece in tokenizer.pieces)

@@ -1,13 +1,13 @@
-"""Which token: drawing from logits, and how sure they are, in float32.
+"""Draws tokens from logits, with temperature, top-k, min-p and top-p.
 
-Temperature divides the logits; then top-k, min-p and top-p cut, each on what
-the one before has left. All three keep the tokens before some place in one
-order: the likelier token first, of two equally likely ones the lower id.
+Temperature divides the logits; then top-k, min-p and top-p filter, each what
+the one before has left. All three keep a prefix of the same total order: more
+likely tokens first, ties by the lower id.
 
-The vocabulary is never sorted. A token is drawn block first: a Gumbel for every
-block of the vocabulary, then one for every token of the block that won. Few
-enough are needed for the kind that costs twice as much and reaches 32 instead
-of 16, which is what a token of probability 1e-9 needs.
+The vocabulary is never sorted. A token is drawn hierarchically: Gumbel noise
+selects a block of the vocabulary, then a token of that block. This needs so few
+Gumbels that JAX's mode="high" is affordable: it costs twice as much, but
+reaches 32 instead of 16, as tokens of probability 1e-9 need. All is float32.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mdm_jax.sampling.config import SampleConfig
 
 _BLOCK = 128  # tokens; `Vocabulary.size` is a multiple of it
-_FEW = 128  # candidates that `lax.top_k` finds as fast as a bisection does
+_FEW = 128  # up to this k, `lax.top_k` is as fast as bisection
 
-_Number = Any  # a float or a scalar array, or what a lowering says of one
+_Number = Any  # a float, a scalar array, or the shape of one
 
-# The logit and the id of a token in the order, or of one that might be there.
+# A logit and an id: a place in the total order, not necessarily of a token.
 _Place = tuple[Float[Array, ""], Int[Array, ""]]
 
 
@@ -39,16 +39,16 @@ _Place = tuple[Float[Array, ""], Int[Array, ""]]
 )
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How to draw; a filter that is None keeps everything.
+  """Temperature and filters; a filter that is None keeps everything.
 
-  All but top-k can change without compiling anything anew.
+  All but `top_k` can change without a recompilation.
 
   Attributes:
-    temperature: divides the logits; near 0 the likeliest token is drawn.
-    top_k: keep so many of the likeliest tokens.
-    min_p: drop tokens below this share of the likeliest one's probability.
-    top_p: keep the fewest likeliest tokens that together have this share of
-      what is left; the token that crosses it is kept.
+    temperature: divides the logits; near 0 the most likely token is drawn.
+    top_k: keep this many of the most likely tokens.
+    min_p: drop tokens below this fraction of the highest probability.
+    top_p: keep the fewest most likely tokens that hold this fraction of the
+      remaining probability; the token that crosses it is kept.
   """
 
   temperature: _Number = 1.0
@@ -58,13 +58,13 @@ class Settings:
 
 
 def effective_settings(config: SampleConfig) -> Settings:
-  """Returns how a config draws, and says if its temperature is clamped."""
+  """Returns a config's settings; warns if its temperature is clamped."""
   temperature = effective_temperature(config)
   return Settings(temperature, config.top_k, config.min_p, config.top_p)
 
 
 def effective_temperature(config: SampleConfig) -> float:
-  """Returns the temperature clamped to its range, and says if that bites."""
+  """Returns the temperature, clamped to its range with a warning."""
   if config.temperature_range is None:
     return config.temperature
   low, high = config.temperature_range
@@ -89,18 +89,21 @@ def draw(
   logits: Float[Array, "*N V"],
   settings: Settings,
 ) -> Int[Array, "*N"]:
-  """Draws one token from each distribution, with a key of its own.
+  """Draws one token from each distribution, each with its own key.
 
-  A logit of -inf is never drawn; every distribution needs one that is finite.
+  Args:
+    keys: one key per distribution.
+    logits: unnormalised; -inf is never drawn, and one has to be finite.
+    settings: temperature and filters.
 
   Raises:
-    AssertionError: the logits are not float32. In bfloat16 a Gumbel has 128
-      values and ends at 4.8: the tail of the vocabulary would never be drawn.
+    AssertionError: the logits are not float32. A bfloat16 Gumbel has 128 values
+      up to 4.8: the tail of the vocabulary would never be drawn.
   """
   assert logits.dtype == jnp.float32, logits.dtype
   if jax.sharding.get_abstract_mesh().empty:
     return _draw_all(settings, keys, logits)
-  # By itself in every shard: XLA would bring all rows together for a top-k.
+  # Every shard draws its own rows: for a top-k XLA would gather them all.
   *split, _ = jax.typeof(logits).sharding.spec
   draw_own = jax.shard_map(
     _draw_all,
@@ -119,7 +122,7 @@ def _draw_all(
 
 
 def _over(one: Callable, axes: int) -> Callable:
-  """Maps over leading axes; `jnp.vectorize` would forget how they are split."""
+  """Maps over leading axes; `jnp.vectorize` would lose their sharding."""
   for _ in range(axes):
     one = jax.vmap(one)
   return one
@@ -140,8 +143,8 @@ def _draw_candidate(
   logits: Float[Array, "K"],
   ids: Int[Array, "K"],
 ) -> Int[Array, ""]:
-  """Draws one of the few tokens that top-k has left, the likeliest first."""
-  peak = logits.max()  # logits[0] would make XLA sort the whole vocabulary
+  """Draws from the candidates of a small top-k, in descending order."""
+  peak = logits.max()  # logits[0] is the same, but XLA would sort for it
   scores = _scores(settings, logits, peak)
   if settings.min_p is not None:
     scores = jnp.where(logits >= _least(settings, peak), scores, -jnp.inf)
@@ -156,11 +159,11 @@ def _draw_candidate(
 def _draw_in_blocks(
   settings: Settings, key: Key[Array, ""], blocks: "_Blocks"
 ) -> Int[Array, ""]:
-  """Draws from all of the vocabulary, and again where top-p refuses.
+  """Draws from the whole vocabulary; top-p is done by rejection.
 
-  A token is refused if those before it have the mass already. Those are drawn
-  from next: none of the others can be accepted, so the result has the
-  distribution that a cut would leave, and every round has fewer tokens. At 0.9
+  A token is rejected if those before it already hold the top-p mass. The next
+  round draws from those: none of the others could be accepted, so the result
+  has exactly the truncated distribution, and candidates get fewer. At top-p 0.9
   at most one position in ten needs a second round.
   """
   end = blocks.end()
@@ -184,7 +187,7 @@ def _draw_in_blocks(
 
 
 class _Blocks:
-  """One position's logits, in blocks of the vocabulary."""
+  """Logits of one position, split into blocks of the vocabulary."""
 
   def __init__(self, logits: Float[Array, "V"], settings: Settings):
     self._settings, self._peak = settings, logits.max()
@@ -193,7 +196,7 @@ class _Blocks:
     self._ids = jnp.arange(self._logits.size, dtype=jnp.int32).reshape(shape)
 
   def end(self) -> _Place | None:
-    """Returns the place where top-k and min-p end; None if they keep all."""
+    """Returns the first place that top-k or min-p drops; None if neither."""
     places = []
     vocab, k = self._logits.size, self._settings.top_k
     if k is not None and k < vocab:
@@ -203,14 +206,14 @@ class _Blocks:
     return functools.reduce(_earlier, places) if places else None
 
   def masses(self, end: _Place | None) -> Float[Array, "M"]:
-    """Returns each block's mass before a place; the likeliest token has 1."""
+    """Returns each block's mass before a place; the top token has mass 1."""
     weights = jnp.exp(_scores(self._settings, self._logits, self._peak))
     return _keep(weights, self._logits, self._ids, end, 0.0).sum(axis=1)
 
   def pick(
     self, key: Key[Array, ""], masses: Float[Array, "M"], end: _Place | None
   ) -> _Place:
-    """Draws a token before a place, given the masses there."""
+    """Draws a token before a place, given the blocks' masses before it."""
     block = _choose(jax.random.fold_in(key, 0), jnp.log(masses))
     logits = self._logits[block]
     ids = block * logits.size + jnp.arange(logits.size)
@@ -220,7 +223,7 @@ class _Blocks:
     return logits[choice], ids[choice]
 
   def _end_of(self, k: int) -> _Place:
-    """Returns the place after the k likeliest tokens, by bisection."""
+    """Returns the place behind the top k: bisects the logit, then the id."""
     best = -_ordinal(self._peak)
     worst = -_ordinal(jnp.full_like(self._peak, -jnp.inf))
     first, vocab = (jnp.full_like(best, n) for n in (0, self._logits.size))
@@ -232,14 +235,14 @@ class _Blocks:
   def _count(self, end: _Place) -> Int[Array, ""]:
     """Returns how many tokens are before a place."""
     before = _before(self._logits, self._ids, end)
-    # A block's count fits a byte, and bytes are added five times as fast.
+    # A block's count fits a byte, and summing bytes is five times as fast.
     return before.sum(axis=1, dtype=jnp.uint8).sum(dtype=jnp.int32)
 
 
 def _scores(
   settings: Settings, logits: Float[Array, "*N"], peak: Float[Array, ""]
 ) -> Float[Array, "*N"]:
-  """Divides by the temperature; the likeliest token has 0, so none is inf."""
+  """Divides by the temperature; the maximum is 0, so nothing overflows."""
   return (logits - peak) / _temperature(settings)
 
 
@@ -250,14 +253,14 @@ def _least(settings: Settings, peak: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _temperature(settings: Settings) -> Float[Array, ""]:
-  # Its reciprocal, which XLA may multiply by, has to be a float32 too.
+  # XLA may multiply by the reciprocal, so that has to be finite too.
   return jnp.clip(jnp.asarray(settings.temperature, jnp.float32), 1e-30, 1e30)
 
 
 def _limit(settings: Settings, total: Float[Array, ""]) -> Float[Array, ""]:
-  """Returns the mass at which top-p ends; nothing is before the first token."""
+  """Returns the mass before a token from which on top-p rejects it."""
   top_p = jnp.asarray(settings.top_p, jnp.float32)
-  # A sum's rounding would cut the last tokens off at 1.
+  # At 1, rounding of the sums would drop the last tokens; at 0, the first.
   return jnp.where(top_p < 1, jnp.maximum(top_p, 1e-30) * total, jnp.inf)
 
 
@@ -292,7 +295,10 @@ def _bisect(
   low: Int[Array, ""],
   high: Int[Array, ""],
 ) -> Int[Array, ""]:
-  """Returns an n with that count, or the smallest one with more than it."""
+  """Returns an n with count(n) == enough, or the smallest with more.
+
+  Needs a count that rises with n, and count(high) >= enough.
+  """
 
   def unsure(state):
     low, high, counted = state
@@ -310,7 +316,7 @@ def _bisect(
 
 
 def _ordinal(value: Float[Array, ""]) -> Int[Array, ""]:
-  """Returns an integer that rises with the value, one for every float32."""
+  """Maps a float32 to an int32, keeping the order of floats."""
   return _flip(jax.lax.bitcast_convert_type(value, jnp.int32))
 
 
@@ -319,7 +325,7 @@ def _float(ordinal: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def _flip(bits: Int[Array, ""]) -> Int[Array, ""]:
-  """Turns a negative float's magnitude around: its bits rise, it falls."""
+  """Inverts the magnitude of negative floats: as ints they order backwards."""
   return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
@@ -329,10 +335,10 @@ def _flip(bits: Int[Array, ""]) -> Int[Array, ""]:
 def top_two(
   logits: Float[Array, "*N V"],
 ) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
-  """Returns the probabilities of the likeliest token and of the next one.
+  """Returns the two highest probabilities, before temperature and filters.
 
-  Without temperature, of the whole vocabulary. The first is a position's
-  confidence, their difference its margin (Kim et al. 2025, arXiv 2502.06768).
+  The first is a position's confidence, their difference its margin (Kim et al.
+  2025, arXiv 2502.06768).
 
   Raises:
     AssertionError: the logits are not float32.
@@ -342,9 +348,7 @@ def top_two(
 
 
 def entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-  """Returns the entropy in nats; its negative is a position's confidence too.
-
-  Without temperature, of the whole vocabulary.
+  """Returns the entropy in nats, before temperature and filters.
 
   Raises:
     AssertionError: the logits are not float32.
@@ -384,7 +388,7 @@ def _without(values: Float[Array, "C"], index: Int[Array, ""]):
 
 
 def _total(values: Float[Array, "M C"]) -> Float[Array, ""]:
-  # Two sums: XLA would make them one, and write all its terms to memory first.
+  # Kept as two sums: XLA would merge them, and store all terms before summing.
   return jax.lax.optimization_barrier(values.sum(axis=1)).sum()
 
 

@@ -1,7 +1,7 @@
-"""How texts came about: in numbers, in files and as a page.
+"""Saves and loads samples with their sampling path, and renders it as HTML.
 
-A step is counted from 0 in arrays and files, as in `Samples`, and from 1 where
-a person reads it; 0 is then what was given.
+Arrays and files count steps from 0, as `Samples` does. Pages for people count
+them from 1, and 0 is the canvas before the first step.
 """
 
 import codecs
@@ -31,7 +31,8 @@ from mdm_jax.sampling.order_statistics import (
 )
 
 _ARRAYS = ("path", "step", "confidence", "entropy", "calls", "put_back")
-_MOST_TEXTS = 16  # of a page
+_MOST_TEXTS = 16  # shown on a page
+# Control characters except tab and newline, and lone surrogates.
 _UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _END, _SEPARATOR, _UNUSED = (
   "\u27e8end\u27e9",
@@ -50,13 +51,19 @@ def save(
 ) -> None:
   """Writes samples.npz, samples.json and samples.html into a folder.
 
-  The arrays are those of `Samples`. The JSON has the settings, texts, final
-  tokens as pieces of text, calls, and order statistics; None is a number that
-  means nothing. A crash leaves each file old or new, and `load` tells if the
-  two do not belong together.
+  The .npz holds the arrays of `Samples`. The .json holds settings, texts, the
+  final tokens as strings, denoiser calls and order statistics, with null for
+  undefined numbers. Every file is written atomically, and `load` detects two
+  files of different samples.
+
+  Args:
+    samples: what to save.
+    tokenizer: the one that decoded them.
+    settings: how they were drawn.
+    folder: created if missing.
 
   Raises:
-    StorageError: the folder can't be written, or is full.
+    StorageError: the folder can't be written, or the disk is full.
   """
   arrays = io.BytesIO()
   values = {name: getattr(samples, name) for name in _ARRAYS}
@@ -79,7 +86,7 @@ def save(
   try:
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / "samples.npz", arrays.getvalue())
-    # A lone surrogate becomes its escape, which JSON reads back.
+    # backslashreplace writes a lone surrogate as an escape that JSON can read.
     files.write(folder / "samples.json", text.encode(errors="backslashreplace"))
     files.write(folder / "samples.html", page.encode())
   except OSError as error:
@@ -89,10 +96,10 @@ def save(
 def load(folder: epath.PathLike) -> tuple[Samples, Json]:
   """Returns the samples and the settings that `save` wrote.
 
-  Settings come back as JSON has them: a tuple as a list.
+  Settings are as JSON returns them: tuples have become lists.
 
   Raises:
-    UserError: a file is missing or damaged, or of other samples.
+    UserError: a file is missing, damaged, or belongs to other samples.
   """
   folder = epath.Path(folder)
   try:
@@ -128,10 +135,10 @@ def _as_json(value: Any) -> Any:
 
 
 def spell(ids: Sequence[int], tokenizer: Tokenizer) -> list[str | None]:
-  """Returns each token's text; None where masked, nothing where padding.
+  """Returns the text of each token; None for MASK and "" for PAD.
 
-  A character spelt in bytes stands at its last one; what is no character is
-  U+FFFD.
+  A character that spans several byte tokens appears at the last of them;
+  invalid UTF-8 becomes U+FFFD.
   """
   vocab = tokenizer.vocab
   named = {vocab.end: _END, vocab.separator: _SEPARATOR}
@@ -151,14 +158,14 @@ def spell(ids: Sequence[int], tokenizer: Tokenizer) -> list[str | None]:
 def _finish(
   decoder: codecs.IncrementalDecoder, found: list[str | None]
 ) -> None:
-  """Gives what is left of a broken character to the token before."""
+  """Appends the rest of an incomplete character to the previous token."""
   if left := decoder.decode(b"", final=True):
     found[-1] += left
   decoder.reset()
 
 
 def visible(text: str) -> str:
-  """Shows control characters, which could do more than be read, as symbols."""
+  """Replaces control characters, which a terminal could execute, by symbols."""
   symbol = lambda c: chr(0x2400 + ord(c)) if c < " " else "\ufffd"
   return _UNSEEN.sub(lambda found: symbol(found[0]), text)
 
@@ -167,9 +174,9 @@ def visible(text: str) -> str:
 
 
 def render_page(samples: Samples, tokenizer: Tokenizer, settings: Json) -> str:
-  """Returns one HTML file that shows, step by step, how each text was drawn.
+  """Returns a self-contained HTML page that replays the sampling of each text.
 
-  It needs nothing beside it. Of many texts it has the first 16.
+  Of more than 16 texts it shows the first 16.
   """
   statistics = order_statistics(samples, tokenizer.vocab)
   count, steps = len(samples.texts), len(samples.path) - 1
@@ -188,7 +195,7 @@ def render_page(samples: Samples, tokenizer: Tokenizer, settings: Json) -> str:
 
 
 class _Html(str):
-  """Markup. Any other string is escaped where it becomes a part of some."""
+  """HTML markup; `_join` escapes any other string."""
 
 
 def _join(parts: Iterable[Any]) -> _Html:
@@ -197,7 +204,7 @@ def _join(parts: Iterable[Any]) -> _Html:
 
 
 def _el(tag: str, *children: Any, **attributes: Any) -> _Html:
-  """Returns an element; `class_` gives class, `data_step` data-step."""
+  """Returns an element; the attribute of `data_step` is data-step."""
   written = "".join(
     f' {name.rstrip("_").replace("_", "-")}="{_join([value])}"'
     for name, value in attributes.items()
@@ -211,7 +218,7 @@ def _facts(pairs: Json, class_: str) -> _Html:
 
 
 def _number(value: float) -> str:
-  # Plus zero: no minus before a zero.
+  # Adding 0 turns -0.0 into 0.0.
   return f"{round(value, 2) + 0:.2f}" if math.isfinite(value) else "\u2013"
 
 
@@ -238,7 +245,7 @@ def _text(
   statistics: dict[str, OrderStatistic],
   row: int,
 ) -> _Html:
-  """Returns a text's numbers, and its tokens as they are in the end."""
+  """Returns a text's numbers and its final tokens."""
   spelt = [spell(ids, tokenizer) for ids in samples.path[:, row].tolist()]
   places = enumerate(zip(*spelt, strict=True))
   tokens = [_token(samples, tokenizer.vocab, row, *place) for place in places]
@@ -261,10 +268,10 @@ def _token(
   place: int,
   spelt: Sequence[str | None],
 ) -> _Html:
-  """Returns a token as it is in the end, and its changes as data.
+  """Returns a final token, with all its changes as data for the page's script.
 
-  A change is [step, what is there from then on] and 1 if it was drawn then:
-  text, null where masked, false where there is nothing.
+  A change is [step, text], or [step, text, 1] if the token was drawn in that
+  step. The text is null for MASK and false for PAD.
   """
   ids = samples.path[:, row, place].tolist()
   unreal = vocab.mask, vocab.pad
@@ -272,6 +279,7 @@ def _token(
   for k, (i, text) in enumerate(zip(ids, spelt, strict=True)):
     now = False if i == vocab.pad else text and visible(text)
     drawn = k > 0 and i != ids[k - 1] and i not in unreal
+    # Texts can change without a draw: bytes complete a character later on.
     if k == 0 or drawn or now != before:
       changes.append([k, now, 1] if drawn else [k, now])
     before = now
