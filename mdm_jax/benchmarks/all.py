@@ -1,11 +1,11 @@
-"""Every benchmark, each in a process of its own, and one table of them.
+"""Runs all benchmarks, each in its own process, and collects one table.
 
   python -m mdm_jax.benchmarks.all --json
   python -m mdm_jax.benchmarks.all --suite=accelerator --out=runs/benchmarks
 
 Writes benchmarks.md, a table of the main numbers with the machine and the
-commands, and benchmarks.json, all that was measured. A benchmark that fails is
-named in the table, and the exit code is 1 at the end.
+commands, and benchmarks.json, everything that was measured. A benchmark that
+fails is listed in the table as failed, and the exit code is 1.
 """
 
 import json
@@ -37,7 +37,8 @@ SUITES: dict[str, tuple[Command, ...]] = {
     ("compile_time", "--preset=bpe"),
     ("input", "--preset=char"),
     ("input", "--preset=char", "--batch=64", "--nosteps"),
-    ("input", "--preset=gpt2", "--batch=16", "--nosteps"),  # recommended's
+    # An update's rows in configs/recommended.py.
+    ("input", "--preset=gpt2", "--batch=16", "--nosteps"),
     ("loop", "--preset=char"),
     ("optimizer", "--preset=char"),
     ("startup",),
@@ -73,7 +74,14 @@ SUITES: dict[str, tuple[Command, ...]] = {
 
 
 def run(commands: Sequence[Command]) -> list[dict[str, Any]]:
-  """Runs each and returns what it measured, or `error`, in that order."""
+  """Runs benchmarks, one after the other.
+
+  Args:
+    commands: a benchmark's module name and its flags, for each.
+
+  Returns:
+    What each measured, or its `error`, in the order of `commands`.
+  """
   results = []
   for command in commands:
     console.rule(" ".join(command))
@@ -87,6 +95,7 @@ def _run(command: Command) -> dict[str, Any]:
   done = subprocess.run(
     [*program, *arguments, "--json"], capture_output=True, text=True
   )
+  # With --json the last line is the results, and those before are for people.
   *shown, last = done.stdout.splitlines() or [""]
   console.print("\n".join(shown), soft_wrap=True)
   if done.returncode:
@@ -97,7 +106,11 @@ def _run(command: Command) -> dict[str, Any]:
 
 
 def suite_of_this_machine() -> str:
-  """Returns the suite's name, asking in a process that then lets go of it."""
+  """Returns the name of the suite for this machine's devices.
+
+  Another process asks JAX for them: this one would keep an accelerator from the
+  benchmarks.
+  """
   code = "import jax; print(jax.default_backend())"
   done = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -106,7 +119,7 @@ def suite_of_this_machine() -> str:
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-  """Returns (command, what, number), a line each."""
+  """Returns the table: (command, what was measured, value) per line."""
   lines = []
   for result in results:
     if "error" in result:
@@ -123,7 +136,7 @@ def _number(value: float) -> str:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-  """Returns the table, under what it was measured on."""
+  """Returns the table as Markdown, under a line about the machine."""
   facts = next((r["facts"] for r in results if "facts" in r), {})
   machine = ", ".join(f"{name} {value}" for name, value in facts.items())
   lines = ["# Benchmarks", "", machine, ""]

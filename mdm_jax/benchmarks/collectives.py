@@ -1,10 +1,10 @@
-"""What devices tell each other in a program, read off its partitioned form.
+"""Lists the collectives of a program: kinds, bytes and mesh axes.
 
-XLA's partitioner turns a program for a mesh into one for a device, and puts in
-every collective that the shardings ask for. That is read here, before a backend
-merges, reorders or overlaps them: kinds, bytes and mesh axes are the program's
-own. A gradient that is added up and then cut is an all-reduce here; TPUs and
-GPUs make a reduce-scatter of the two.
+XLA's SPMD partitioner turns a program for a mesh into the program of one device
+and inserts all collectives that the shardings ask for. This module reads them
+there, before a backend merges, reorders or overlaps them. A gradient that is
+summed and then split is an all-reduce here; TPUs and GPUs turn the two into a
+reduce-scatter.
 """
 
 import collections
@@ -21,6 +21,7 @@ from etils import epath
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f64": 8, "s64": 8, "u64": 8}
+# Lines of HLO text, as XLA dumps it: `%x = f32[8,4] all-gather(%y), ...`.
 _INSTRUCTION = re.compile(rf"= (\S+) ({_KINDS})\((.*)")
 _WHILE = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
 _CALLS = re.compile(r"(?:to_apply|calls|_computation)=%([\w.\-]+)")
@@ -30,15 +31,16 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """Collectives of one kind and shape in one place of a program.
+  """All collectives of one kind and shape in one place of a program.
 
   Attributes:
-    kind: of the operation.
-    axes: mesh axes it goes over.
+    kind: of the operation, as in `all-gather`.
+    axes: mesh axes that it communicates over.
     shape: of its result on a device, as in bf16[4096,3072].
-    bytes: of its result on a device, or of its argument for a reduce-scatter.
-    times: it is done in a call; in a loop without a known end, an iteration.
-    source: what it is for, as JAX names it.
+    bytes: of its result on a device; of its operand for a reduce-scatter.
+    times: how often a call runs it; a loop without a known end counts as one
+      iteration.
+    source: JAX's name of the operation that it belongs to.
   """
 
   kind: str
@@ -50,7 +52,7 @@ class Collective:
 
   @property
   def total(self) -> int:
-    """Bytes a call."""
+    """Bytes per call."""
     return self.bytes * self.times
 
 
@@ -60,10 +62,12 @@ def collectives(
   """Returns the collectives of a program, the largest total first.
 
   Args:
-    lowered: for the mesh; it is compiled here.
-    mesh: whose devices are numbered from 0 in its own order.
+    lowered: the program, lowered for the mesh; it is compiled here.
+    mesh: the mesh; its devices must be numbered from 0 in its own order.
   """
   with tempfile.TemporaryDirectory() as folder:
+    # Only the partitioner's output is wanted, so the passes after it are kept
+    # cheap.
     lowered.compile(
       compiler_options={
         "xla_dump_to": folder,
@@ -75,11 +79,11 @@ def collectives(
     (path,) = epath.Path(folder).glob("*after_spmd-partitioning*")
     text = path.read_text()
   found = sorted(read(text, mesh), key=lambda c: -c.total)
-  return [c for c in found if c.axes]  # the others are of one device
+  return [c for c in found if c.axes]  # without axes it stays on one device
 
 
 def read(text: str, mesh: Any) -> Iterator[Collective]:
-  """Yields the collectives of a partitioned program's text."""
+  """Yields the collectives in the HLO text of a partitioned program."""
   bodies, entry = _computations(text)
   for name, times in _times(bodies, entry).items():
     for line in bodies[name]:
@@ -90,7 +94,7 @@ def read(text: str, mesh: Any) -> Iterator[Collective]:
 
 
 def _source(line: str, body: list[str]) -> str:
-  """Returns where an instruction comes from, or else what reads it first."""
+  """Returns the op_name of an instruction, or else of its first reader."""
   name = line.split("=")[0].replace("ROOT", "").strip()
   reads = re.compile(re.escape(name) + r"[,)#]")
   for other in [line, *filter(reads.search, body)]:
@@ -109,7 +113,7 @@ def _collective(shape, kind, rest, source, times, mesh) -> Collective:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """Returns the lines of every computation, and the name of the first one."""
+  """Returns the lines of every HLO computation, and the name of the entry."""
   bodies: dict[str, list[str]] = {}
   name = entry = ""
   for line in text.splitlines():
@@ -124,12 +128,14 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
-  """Returns how often each computation is done."""
+  """Returns how often one call of the program runs each computation."""
   times: collections.Counter[str] = collections.Counter()
 
   def visit(name: str, count: int) -> None:
     times[name] += count
     for line in bodies[name]:
+      # A loop body runs once per iteration; branches of a conditional count
+      # once each.
       loop = _WHILE.search(line)
       if loop:
         visit(loop.group(2), count * _trips(bodies[loop.group(1)]))
@@ -144,7 +150,7 @@ def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _trips(condition: list[str]) -> int:
-  """Returns the end that a loop counts to, 1 if the program does not know."""
+  """Returns a loop's number of iterations, or 1 if it isn't a constant."""
   ends = [
     m.group(1)
     for m in map(re.compile(r" constant\((\d+)\)").search, condition)
@@ -154,7 +160,7 @@ def _trips(condition: list[str]) -> int:
 
 
 def _size(shape: str) -> int:
-  """Returns the bytes of a shape or of a tuple of shapes."""
+  """Returns the bytes of an HLO shape, or of a tuple of shapes."""
   return sum(
     _BYTES.get(dtype, 4) * math.prod(int(n) for n in sizes.split(",") if n)
     for dtype, sizes in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
@@ -165,10 +171,10 @@ def _size(shape: str) -> int:
 
 
 def _first_group(rest: str) -> list[int]:
-  """Returns the devices that a collective's first group is of.
+  """Returns the device numbers of a collective's first group.
 
-  They are written as lists, as a grid that is turned and cut, or as named axes
-  of such a grid.
+  XLA writes groups in three ways: as lists, as a grid that is transposed and
+  cut, or as named axes of such a grid.
   """
   given = re.search(r"replica_groups=(.*)", rest).group(1)
   if given.startswith("{{"):
@@ -181,7 +187,7 @@ def _first_group(rest: str) -> list[int]:
 
 
 def _of_named_axes(given: str) -> list[int]:
-  """Reads mesh['a'=4,'b'=64], device_ids=([64,4]T(1,0)) {'a'}."""
+  """Parses mesh['a'=4,'b'=64], device_ids=([64,4]T(1,0)) {'a'}."""
   sizes = [int(n) for n in re.findall(r"'=(\d+)", given)]
   names = re.findall(r"'(\w+)'=", given)
   order = re.search(r"device_ids=\((\S+?)\) ", given)
@@ -194,7 +200,7 @@ def _of_named_axes(given: str) -> list[int]:
 
 
 def _grid(text: str) -> np.ndarray:
-  """Reads [64,4]T(1,0): devices in a grid, and the order of its axes."""
+  """Parses [64,4]T(1,0): a grid of device numbers, and its transposition."""
   shape, _, order = text.partition("T")
   shape = _numbers(shape.strip("[]"))
   ids = np.arange(math.prod(shape)).reshape(shape)
@@ -206,7 +212,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _axes(group: list[int], mesh: Any) -> tuple[str, ...]:
-  """Returns the mesh axes that a group of devices lies along."""
+  """Returns the mesh axes along which the devices of a group differ."""
   places = np.unravel_index(group, tuple(mesh.shape.values()))
   return tuple(
     axis

@@ -1,9 +1,9 @@
-"""How long an update takes to compile, by the number of layers.
+"""Measures how long an update takes to compile, by the number of layers.
 
   python -m mdm_jax.benchmarks.compile_time --preset=gpt2 --depths=2,12 --json
 
-Nothing is run: the update is traced, lowered and compiled for the shapes of a
-state and a batch, each depth several times in turn, nothing taken from a cache.
+Nothing is run: the update is traced, lowered and compiled for abstract arrays,
+each depth several times in turn, without any cache.
 """
 
 import dataclasses
@@ -26,12 +26,19 @@ from mdm_jax.core.sharding import MeshConfig, make_mesh
 def measure(
   preset: Preset, depths: Sequence[int], repeats: int = 3
 ) -> dict[str, Any]:
-  """Returns seconds of tracing and of compiling at every depth."""
+  """Measures the seconds of tracing and of compiling at every depth.
+
+  Args:
+    preset: the model and the batch.
+    depths: numbers of layers.
+    repeats: compilations of each.
+  """
   phases = ("lower_seconds", "compile_seconds")
   taken = {d: {phase: [] for phase in phases} for d in depths}
-  _program(dataclasses.replace(preset, num_layers=1))  # what is first is slow
+  _program(dataclasses.replace(preset, num_layers=1))  # warm-up
   for _ in range(repeats):
     for depth in depths:
+      # Else the second turn would find the traced function.
       jax.clear_caches()
       program = _program(dataclasses.replace(preset, num_layers=depth))
       for phase in phases:
@@ -67,7 +74,7 @@ def _program(preset: Preset) -> timing.Program:
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """Puts a shape on the current mesh's devices."""
+  """Returns a shape with its sharding on the current mesh."""
   spec = leaf.sharding.spec if leaf.sharding else P()
   sharding = NamedSharding(jax.sharding.get_mesh(), spec)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

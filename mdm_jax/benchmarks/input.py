@@ -1,17 +1,18 @@
-"""How fast rows get from their files to the devices, and who waits for them.
+"""Measures how fast rows get from files to the devices, and who waits for them.
 
   python -m mdm_jax.benchmarks.input --preset=char --json
 
-The rows are random, in memory-mapped files as `data/prepared.py` writes them,
-just written and so in the page cache. Measured are the run's own functions:
+The rows are random, in memory-mapped files like those of `data/prepared.py`.
+They were just written, so they are in the page cache. The run's own functions
+are measured:
 
-input    row numbers, rows read, put on the devices and waited for
+input    draw row numbers, read the rows, put them on the devices, wait
 steps    updates that all get the same batch, dispatched as a run does
 run      updates that each read their own batch, in turn with `steps`
-waited   1 - steps / run: the share of a step that reading adds to it; of long
-         steps this is as good as the machine is quiet
-reading over a step: the time of `input` over that of `steps`, which is what
-         would be waited for if nothing went on meanwhile
+waited   1 - steps / run: the share of a step that reading adds to it; for long
+         steps, noise of the machine is larger than this
+reading over a step: the time of `input` over that of `steps`, the share that
+         would be waited for if reading overlapped with nothing
 """
 
 import dataclasses
@@ -30,21 +31,21 @@ from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.data.batches import Batch
 
-_BATCHES = 50  # read in a turn
-_SECONDS = 1.0  # of updates in a turn, about
+_BATCHES = 50  # read per turn
+_SECONDS = 1.0  # of updates per turn, about
 _MOST_UPDATES = 50
 
 
 def measure(
   preset: Preset, rows: int, repeats: int = 5, with_steps: bool = True
 ) -> dict[str, Any]:
-  """Returns rows/s, tokens/s and the share of a step that is waited for.
+  """Measures rows/s, tokens/s and the share of a step spent waiting for rows.
 
   Args:
-    preset: batch and length, and the model of the steps.
-    rows: in the files.
+    preset: batch and row length, and the model of the steps.
+    rows: number of rows in the files.
     repeats: turns.
-    with_steps: whether to time updates, too.
+    with_steps: whether to time updates as well.
   """
   config = workload.make_config(preset)
   with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +96,7 @@ def _reading(work: Work, repeats: int) -> dict[str, Any]:
 
 
 class _Updates:
-  """Updates done one after the other, as a run does them."""
+  """Makes updates one after the other, as a run does."""
 
   def __init__(self, work: Work):
     self._work, self._state = work, work.trainer.init()
@@ -104,11 +105,11 @@ class _Updates:
     self._done = 0
 
   def same_batch(self, updates: int) -> Any:
-    """Does updates that need not wait for rows."""
+    """Makes updates that need not wait for rows."""
     return self._advance(updates, lambda _: self._work.batch)
 
   def own_batches(self, updates: int) -> Any:
-    """Does updates that read their rows."""
+    """Makes updates that read their rows."""
     trainer = self._work.trainer
     stage = trainer.curriculum.stages[0]
     return self._advance(updates, lambda n: trainer.batch(stage, n))
@@ -117,14 +118,14 @@ class _Updates:
     previous = None
     for _ in range(updates):
       self._state, metrics = self._step(self._state, next_batch(self._done))
-      # A run reads each update's numbers once the next is on its way.
+      # As in a run: metrics are fetched once the next update is dispatched.
       jax.device_get(previous)
       previous, self._done = metrics, self._done + 1
     return self._state
 
 
 def _steps(work: Work, repeats: int) -> dict[str, Any]:
-  """Returns what reading adds to updates."""
+  """Measures what reading rows adds to updates."""
   work_done = _Updates(work)
   once = timing.interleave({"step": lambda: work_done.same_batch(2)}, 1)
   updates = round(2 * _SECONDS / once["step"][0])
@@ -134,7 +135,7 @@ def _steps(work: Work, repeats: int) -> dict[str, Any]:
     "run": lambda: work_done.own_batches(updates),
   }
   seconds = timing.interleave(runs, repeats)
-  # Turn by turn: what else the machine does changes slowly.
+  # Ratios within a turn: the load of the machine changes slowly, so it cancels.
   pairs = zip(seconds["steps"], seconds["run"], strict=True)
   waited = [1 - steps / run for steps, run in pairs]
   each = {name: [s / updates for s in seconds[name]] for name in runs}

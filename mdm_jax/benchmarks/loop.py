@@ -1,25 +1,25 @@
-"""What a run spends beside its train step, and how long saving blocks it.
+"""Measures the training loop's overhead, and how long a checkpoint blocks it.
 
   python -m mdm_jax.benchmarks.loop --preset=char --json
 
-The loop is the run's own (`train.py`): batches from files, numbers read and
-logged, metrics.jsonl and TensorBoard, the progress line, checkpoints. Only the
-train step is another: a program that sleeps, so that the time of a step is
-known and the processor is as free as beside an accelerator. On a CPU the caller
-waits for such a program, so nothing of the loop hides behind it: what is
-measured there is the most that a loop can cost.
+The loop is the run's own (`train.py`), with batches from files, the log,
+metrics.jsonl and TensorBoard, the progress line and checkpoints. Only the train
+step is replaced, by a program that sleeps: so the time of a step is known, and
+the processor is as free as beside an accelerator. On a CPU the caller waits for
+such a program and nothing overlaps with it, so the result is an upper bound of
+the loop's cost.
 
 bare       the sleeping step alone, called over and over
 loop       the run's loop around it
 saving     the same, with one checkpoint in every turn
 overhead   loop / bare - 1
-lost       the seconds that a checkpoint adds to a run: saving - loop
-blocked    the seconds `Checkpoints.save` takes, over those until it is written
+lost       seconds that a checkpoint adds to a run: saving - loop
+blocked    seconds in `Checkpoints.save`, over seconds until all is written
 
-On a CPU nothing is copied while `save` blocks: the arrays are written from
-where they lie. The next update can't overwrite them and takes new memory for
-the whole state, so that a run loses more than what it is blocked. How often is
-up to `--updates`; a run's own `train.checkpoint_every` is 500 by default.
+On a CPU `save` copies nothing: arrays are written from where they are. The next
+update can't reuse that memory and allocates a new state, so a run loses more
+time than it is blocked. `--updates` sets how often a checkpoint is saved; a
+run's own `train.checkpoint_every` is 500 by default.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ class _Sleeping(Trainer):
     self.sleeping = _sleeping_step(seconds)
 
   def step(self, stage: StagePlan) -> TrainStep:
-    """Returns what every stage does."""
+    """Returns the sleeping step, the same for all stages."""
     return self.sleeping
 
 
@@ -86,7 +86,7 @@ def _sleeping_step(seconds: float) -> Any:
     shape = jax.ShapeDtypeStruct((), jnp.float32)
     slept = jax.pure_callback(sleep, shape, state.step)
     value = 0.0 * slept + 0.0 * batch.tokens[0, 0, 0].astype(jnp.float32)
-    # The next step waits for this one, as a real one does.
+    # Depends on the result, so that the next step waits for this one.
     later = state.step + 1 + value.astype(jnp.int32)
     new = dataclasses.replace(state, step=later)
     return new, {name: value for name in _METRICS}
@@ -97,13 +97,13 @@ def _sleeping_step(seconds: float) -> Any:
 def measure(
   preset: Preset, updates: int, repeats: int, step_seconds: float = 0.05
 ) -> dict[str, Any]:
-  """Returns the loop's overhead and a checkpoint's seconds.
+  """Measures the loop's overhead and the seconds that a checkpoint takes.
 
   Args:
     preset: the model that is saved, and the batch that is read.
-    updates: of a turn, and between checkpoints where they are saved.
+    updates: updates per turn; with checkpoints, one per as many updates.
     repeats: turns.
-    step_seconds: of the sleeping step.
+    step_seconds: how long the step sleeps.
   """
   with tempfile.TemporaryDirectory() as folder:
     rows = workload.on_disk(workload.make_rows(preset, _ROWS), folder)
@@ -158,7 +158,7 @@ def _overhead(
       runs[name] = stack.enter_context(turn)
     seconds = timing.interleave(runs, repeats)
   each = {name: [s / updates for s in seconds[name]] for name in runs}
-  # Turn by turn: what else the machine does changes slowly.
+  # Ratios within a turn: the load of the machine changes slowly, so it cancels.
   pairs = lambda a, b: zip(seconds[a], seconds[b], strict=True)
   over = lambda name: statistics.median(
     loop / bare - 1 for loop, bare in pairs(name, "bare")
@@ -173,7 +173,7 @@ def _overhead(
 
 
 class _Turn:
-  """The run's loop, some updates further every time it is called."""
+  """The run's loop; every call continues it by some updates."""
 
   def __init__(self, trainer: _Sleeping, updates: int):
     self._trainer, self._updates = trainer, updates
@@ -191,7 +191,7 @@ class _Turn:
     )
     self._hooks = enter(run.subscribed())
     self.state = self._trainer.init()
-    # A checkpoint then falls into the middle of a turn, and is written in it.
+    # So a checkpoint falls into the middle of a turn, and is written within it.
     self._until = self._updates // 2
     return self
 
@@ -206,7 +206,7 @@ class _Turn:
 
 
 def _saves(preset: Preset, data: PreparedData, repeats: int) -> dict[str, Any]:
-  """Times saves of a state, each waited for before the next."""
+  """Times saves of a state, waiting for each before the next."""
   config = workload.make_config(preset)
   trainer = make_trainer(config, data, jax.sharding.get_mesh())
   state = jax.block_until_ready(trainer.init())
@@ -218,7 +218,7 @@ def _saves(preset: Preset, data: PreparedData, repeats: int) -> dict[str, Any]:
       saver.save(number, state, progress)
       returned = time.perf_counter()
       saver.wait()  # until all is on disk and hashed
-      if number:  # the first makes folders and threads
+      if number:  # the first one also makes folders and threads
         blocked.append(returned - began)
         written.append(time.perf_counter() - began)
   pairs = zip(blocked, written, strict=True)

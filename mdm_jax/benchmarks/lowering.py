@@ -1,14 +1,13 @@
-"""What a run's programs become on a mesh of devices that need not be there.
+"""Lowers or compiles a run's programs for a mesh of devices you don't have.
 
   python -m mdm_jax.benchmarks.lowering --config=configs/8b.py --mesh=64x4
-  python -m mdm_jax.benchmarks.lowering --config=configs/8b.py --mesh=64x4 \
+  python -m mdm_jax.benchmarks.lowering --config=configs/8b.py --mesh=64x4 \\
     --topology=v5e:16x16
 
-The first lists what devices tell each other in an update and in a sampler's
-call, by the partitioned program for as many fake devices: kinds, mesh axes,
-bytes a device. The second compiles both for real TPUs by their own compiler,
-which runs without one (extra `tpu`), and prints the memory that it gives them.
-Nothing is run.
+The first command lists the collectives of an update and of a sampler's call:
+kinds, mesh axes and bytes per device, from the partitioned program for as many
+fake CPU devices. The second compiles both with the TPU compiler, which needs no
+TPU (extra `tpu`), and prints the memory that it assigns. Nothing is run.
 """
 
 import collections
@@ -51,16 +50,16 @@ _LISTED = 12
 
 
 def trace(run: Blueprint, program: str, mesh: Any) -> jax.stages.Traced:
-  """Returns a program of the run, traced for a mesh of any kind.
+  """Traces a program of the run for a mesh of any kind.
 
   Args:
     run: made by `fit.blueprint`.
-    program: an update of the last stage, or a call of the sampler that draws
-      one row a data shard.
-    mesh: abstract, of devices, or of a topology.
+    program: `train_step`, an update of the last stage; or `sampler`, a call of
+      the sampler with one row per data shard.
+    mesh: an abstract mesh, or one of real, fake or topology devices.
   """
-  # On the mesh's shape first: small things are computed on the way, for which
-  # a topology has no device.
+  # Built on an abstract mesh: small arrays are computed on the way, and a
+  # topology has no device that could.
   with jax.sharding.use_abstract_mesh(_abstract(mesh)):
     make = _sampler if program == "sampler" else _train_step
     function, arguments = make(run, mesh)
@@ -101,7 +100,7 @@ def _sampler(run: Blueprint, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _on_mesh(tree: Any, mesh: Any) -> Any:
-  """Returns the shapes of a tree on the devices of a mesh."""
+  """Returns a tree's shapes with their shardings on a mesh."""
 
   def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     spec = x.sharding.spec if x.sharding else P()
@@ -122,7 +121,7 @@ def _on(mesh: Any) -> Iterator[None]:
 
 
 def _abstract(mesh: Any) -> AbstractMesh:
-  """Returns a mesh's shape alone."""
+  """Returns the abstract mesh of the same shape."""
   return AbstractMesh(tuple(mesh.shape.values()), AXES, _EXPLICIT)
 
 
@@ -138,7 +137,7 @@ def communicated(
 
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
-  """Returns the number and the bytes of collectives by kind and axes."""
+  """Returns the number and the bytes of collectives by kind and mesh axes."""
   sums: dict[str, dict[str, int]] = collections.defaultdict(
     lambda: {"times": 0, "bytes": 0}
   )
@@ -155,10 +154,19 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
 def compiled_for_tpu(
   run: Blueprint, program: str, topology: str, sizes: tuple[int, ...]
 ) -> dict[str, Any]:
-  """Returns the memory and time of a compilation for TPUs that are not here.
+  """Compiles a program for TPUs that are not here; returns memory and time.
+
+  Args:
+    run: made by `fit.blueprint`.
+    program: `train_step` or `sampler`.
+    topology: name of the TPUs, as in v5e:16x16.
+    sizes: of the mesh axes.
+
+  Returns:
+    Seconds to compile, and bytes per device.
 
   Raises:
-    UserError: libtpu is not installed, or knows no such topology.
+    UserError: libtpu is not installed, or does not know the topology.
   """
   mesh = _tpus(topology, sizes)
   lowered = trace(run, program, mesh).lower()
@@ -177,7 +185,7 @@ def compiled_for_tpu(
 
 
 def _tpus(topology: str, sizes: tuple[int, ...]) -> jax.sharding.Mesh:
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server here
   try:
     found = topologies.get_topology_desc(topology, platform="tpu")
   except (RuntimeError, NotImplementedError) as error:
@@ -200,9 +208,17 @@ def _tpus(topology: str, sizes: tuple[int, ...]) -> jax.sharding.Mesh:
 def measure(
   config: Config, mesh: str, programs: list[str], topology: str | None
 ) -> dict[str, Any]:
-  """Returns what every program communicates, or what TPUs give it."""
+  """Returns what every program communicates, or the memory TPUs need for it.
+
+  Args:
+    config: the run's config.
+    mesh: axis sizes, as in 64x4.
+    programs: names from `PROGRAMS`.
+    topology: TPUs to compile for; None lists collectives instead.
+  """
   planned = sharding.planned_mesh(sharding.parse_mesh(mesh))
   if not topology:
+    # Before JAX starts its backend, after which the number is fixed.
     jax.config.update("jax_num_cpu_devices", planned.size)
   run = fit.blueprint(config, planned)
   sizes = tuple(planned.shape.values())
@@ -226,7 +242,7 @@ def measure(
 
 def main(_: list[str]) -> int:
   values = flags.FLAGS
-  # What is compiled here is of no use to any run.
+  # No run can use these programs: keep them out of the cache.
   jax.config.update("jax_enable_compilation_cache", False)
   try:
     config = command_line.read_config()

@@ -1,23 +1,25 @@
-"""MD4's own model and training step, to compare with.
+"""MD4's own model and training step, for comparison.
 
-Re-creates what Shi et al. (2024, arXiv 2406.04329) published as
-google-deepmind/md4, as its text configs have it. The same, as far as it costs
-time or memory:
+Re-creates google-deepmind/md4 (Shi et al. 2024, arXiv 2406.04329) as its text
+configs set it up. What costs time or memory is the same:
 
-- blocks are unrolled, all is float32, nothing is computed again
-- queries, keys and values are three products, [B, L, H, K]; rotary positions
-  turn neighbours; scores [B, H, L, L] are whole; a text sees all of its row
+- blocks are unrolled, everything is float32, nothing is rematerialised
+- queries, keys and values are three products, [B, L, H, K]; rotary embeddings
+  rotate adjacent pairs; scores [B, H, L, L] are materialised; a position
+  attends to its whole row
 - a gated MLP (sigmoid) of three products; adaLN-zero from the time; an untied
-  head of zeros; logits [B, L, V], V being the ids that can be predicted
-- dropout draws an array of coins, [B, H, L, L] for attention. The rate is 0
-  as in their configs, or --dropout; their sweeps over them have 0.02 and 0.05
-- antithetic times, a coin a token, one-hot cross-entropy at all positions
-- AdamW on everything, an average, no clipping; a copy of the state a device,
-  not donated (theirs means to, but pmap donates no argument given by name)
+  head initialised to zero; logits [B, L, V], with V the predictable ids
+- dropout draws a whole mask, [B, H, L, L] for attention. The rate is 0 as in
+  their configs, or --dropout; their sweeps have 0.02 and 0.05
+- antithetic times, a coin per token, one-hot cross-entropy at all positions
+- AdamW on everything, a parameter average, no clipping; every device has a
+  copy of the state, which is not donated (theirs means to be, but pmap donates
+  no argument that is passed by name)
 
-The library's: layers, width, heads, the MLP's width (theirs too but for
-`tiny`), batch, learning rate, and what a row's mask rate is drawn from, for the
-same objective (theirs: U(0, 1) less 1e-4 at both ends, in bits).
+Taken from the library: layers, width, heads, MLP width (the same as theirs
+except in `tiny`), batch, learning rate, and the distribution of a row's mask
+rate, so that the objective is the same (theirs: U(0, 1) less 1e-4 at both ends,
+in bits).
 """
 
 import functools
@@ -40,7 +42,13 @@ from mdm_jax.training.step import TrainStep
 
 
 def init(key: Key[Array, ""], model: ModelConfig, vocab_size: int) -> Params:
-  """Returns fresh parameters; `vocab_size` ids can be predicted."""
+  """Returns fresh parameters.
+
+  Args:
+    key: for the random initial values.
+    model: layers, widths and heads.
+    vocab_size: number of predictable ids; the mask's id comes after them.
+  """
   width, hidden = model.embed_dim, model.mlp_size
   keys, time = _keys(key), width // model.num_heads
 
@@ -56,7 +64,7 @@ def init(key: Key[Array, ""], model: ModelConfig, vocab_size: int) -> Params:
     **{"gate": inward(), "up": inward()},
     "down": dense(hidden, width, 2 / model.num_layers),
   }
-  table = vocab_size + 1, width  # the last is the mask's
+  table = vocab_size + 1, width  # the last row is MASK's
   return {
     "embedding": initializers.normal(width**-0.5)(next(keys), table),
     "time_in": affine(dense(time, 4 * time)),
@@ -74,7 +82,15 @@ def logits(
   model: ModelConfig,
   key: Key[Array, ""],
 ) -> Float[Array, "B L V"]:
-  """Returns all positions' logits; the key is for dropout."""
+  """Returns the logits of all positions.
+
+  Args:
+    params: made by `init`.
+    xt: masked tokens.
+    rate: mask rate of each row, the model's time.
+    model: layers, widths and heads.
+    key: for dropout.
+  """
   size = model.embed_dim // model.num_heads
   drop = functools.partial(_dropout, rate=model.dropout, keys=_keys(key))
   condition = _condition(params, rate, size)
@@ -108,14 +124,14 @@ def _condition(params: Params, rate: Float[Array, "B"], size: int):
 
 
 def _modulation(part: Params, condition: Float[Array, "B N"], count: int):
-  """Returns `count` arrays [B, 1, D]."""
+  """Returns `count` arrays [B, 1, D] of shifts, scales and gates."""
   both = _affine(part["modulation"], jax.nn.sigmoid(condition))
   return jnp.split(both[:, None], count, axis=-1)
 
 
 def _norm(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-  # In flax's order: with the mean first, XLA fuses 6 layers on a CPU so that a
-  # step takes twice as long.
+  # The order is flax's. With the mean subtracted first, XLA's CPU compiler
+  # fuses 6 layers in a way that doubles the time of a step.
   square = jnp.square(x)
   mean, mean_square = x.mean(axis=-1), square.mean(axis=-1)
   variance = jnp.maximum(0, mean_square - jnp.square(mean))[..., None]
@@ -123,7 +139,10 @@ def _norm(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
 
 
 def _dropout(x: Array, rate: float, keys, over_length: bool = False) -> Array:
-  """Zeroes a share of x [B ...]; over the length: the same at all positions."""
+  """Zeroes a share of x [B ...].
+
+  With `over_length` one mask is drawn per row and feature, for all positions.
+  """
   if rate == 0:
     return x
   shape = (x.shape[0], 1, x.shape[2]) if over_length else x.shape
@@ -161,16 +180,25 @@ def loss_fn(
   rates: RateDistribution,
   key: Key[Array, ""],
 ) -> Float[Array, ""]:
-  """Returns the bound's estimate, nats a token; the mask's id is V."""
+  """Returns an estimate of the likelihood bound, in nats per token.
+
+  Args:
+    params: made by `init`.
+    x0: clean tokens.
+    model: layers, widths and heads.
+    rates: the distribution of a row's mask rate.
+    key: for rates, masks and dropout.
+  """
   time_key, mask_key, dropout_key = jax.random.split(key, 3)
   rows, mask = len(x0), params["head"].shape[1]
+  # Antithetic: one offset, and equally spaced rows.
   u = jax.random.uniform(time_key) + jnp.arange(rows) / rows
   u = 1 - jnp.mod(u, 1.0)  # in (0, 1]
   rate = rates.rate(u)
   kept = jax.random.bernoulli(mask_key, 1 - rate[:, None], x0.shape)
   xt = jnp.where(kept, x0, mask)
   log_p = jax.nn.log_softmax(logits(params, xt, rate, model, dropout_key))
-  one_hot = jax.nn.one_hot(x0, mask)  # whole, [B, L, V]
+  one_hot = jax.nn.one_hot(x0, mask)  # materialised, [B, L, V]
   picked = jnp.where(one_hot > 0, one_hot * log_p, 0.0).sum(axis=-1)
   by_row = -jnp.where(xt == mask, picked, 0.0).sum(axis=1)
   return (rates.inverse_density(u) / rate * by_row).mean() / x0.shape[1]
@@ -195,6 +223,6 @@ def make_train_step(
     return new, {"loss": loss, "learning_rate": schedule(state.step)}
 
   specs = P(), RULES.spec("batch", None)
-  # As pmap has it: a whole copy of the state on every device.
+  # As under pmap: every device has a whole copy of the state.
   step = jax.shard_map(update, in_specs=specs, out_specs=P(), check_vma=False)
   return jax.jit(lambda state, batch: step(state, batch.tokens[0]))

@@ -1,13 +1,14 @@
-"""What the optimizer's part of an update takes: time and temporary memory.
+"""Measures the optimizer's part of an update: time and temporary memory.
 
   python -m mdm_jax.benchmarks.optimizer --preset=char --json
 
-Timed in turn, each with the average of the parameters and the logged norms:
+Timed in turn, each with the parameter average and the logged norms:
 
 adamw, lion, muon, adafactor   by name, as a run has them
-stock chain                    optax's clip and AdamW; nothing keeps its state
-stock chain, gated             the same, by a choice between two states
-4 gradients, added             a scan that adds them, then adamw
+stock chain                    optax's clip and AdamW, always applied
+stock chain, gated             the same; a skipped update keeps the old state
+                               by a choice between the two
+4 gradients, added             a scan that sums them, then adamw
 4 gradients, MultiSteps        adamw in `optax.MultiSteps`, called for each
 """
 
@@ -33,7 +34,7 @@ from mdm_jax.training.gated import accumulate, gate
 from mdm_jax.training.optimizer import OPTIMIZERS, decay_mask, make_optimizer
 
 _MICROBATCHES = 4
-_TURN = 0.2  # seconds
+_TURN = 0.2  # seconds, about
 _NAMES = "adamw", "lion", "muon", "adafactor"
 
 # Parameters, their average and the optimizer's state.
@@ -43,12 +44,15 @@ _State = tuple[Any, Any, Any]
 def measure(
   config: OptimizerConfig, params: Params, repeats: int
 ) -> dict[str, dict[str, Any]]:
-  """Returns seconds and memory of every way.
+  """Measures the seconds and the memory of every way.
 
   Args:
-    config: of the optimizer; its name is not used.
-    params: of a model, on the current mesh.
+    config: the optimizer's settings; its name is ignored.
+    params: a model's parameters, on the current mesh.
     repeats: turns.
+
+  Returns:
+    Seconds and bytes of every way.
   """
   programs, runs = {}, {}
   for name, (optimizer, update) in _ways(config).items():
@@ -69,7 +73,7 @@ def measure(
 
 
 class _Updates:
-  """An update that is called over and over, its state handed on."""
+  """An update that is called over and over, on the state it returned."""
 
   def __init__(self, program: timing.Program, state: _State, args: tuple):
     self._program, self._state, self._args = program, state, args
@@ -80,7 +84,7 @@ class _Updates:
 
 
 def _ways(config: OptimizerConfig) -> dict[str, tuple[Any, Callable]]:
-  """Returns optimizers, and what makes an update with each."""
+  """Returns, by name, an optimizer and a function that updates with it."""
   schedule = lambda step: jnp.full((), 1e-4)
   named = {
     name: make_optimizer(dataclasses.replace(config, name=name), schedule)
@@ -101,7 +105,7 @@ def _ways(config: OptimizerConfig) -> dict[str, tuple[Any, Callable]]:
 
 
 def _once(optimizer, state: _State, grads, applied) -> tuple[_State, Any]:
-  """The end of a train step."""
+  """Does what a train step does once it has the gradient."""
   params, average, opt_state = state
   updates, opt_state = optimizer.update(
     grads, opt_state, params, step=jnp.int32(0), applied=applied

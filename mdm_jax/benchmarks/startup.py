@@ -1,9 +1,9 @@
-"""How long it takes until a program answers.
+"""Measures how long the program takes to answer, from the start of its process.
 
   python -m mdm_jax.benchmarks.startup --json
   python -m mdm_jax.benchmarks.startup --workdir=runs/quickstart --json
 
-Every number is of whole processes, started in turn:
+Whole processes are started in turn:
 
 python      an interpreter that does nothing
 help        python -m mdm_jax.main --help
@@ -11,7 +11,7 @@ import      an interpreter that imports all that sampling needs
 first text  python -m mdm_jax.main --mode=sample --workdir=..., until the first
             text is printed, with every program compiled by an earlier process
 
-Without --workdir the texts are those of an untrained model, made for it.
+Without --workdir an untrained model is made and sampled.
 """
 
 import dataclasses
@@ -44,13 +44,15 @@ _IMPORT = "import mdm_jax.sample"
 
 
 def measure(workdir: str, repeats: int) -> dict[str, Any]:
-  """Returns seconds of every kind of process.
+  """Measures the seconds of every kind of process.
 
   Args:
-    workdir: a run's folder, with a checkpoint.
+    workdir: a run's folder with a checkpoint.
     repeats: processes of each kind.
   """
   with tempfile.TemporaryDirectory() as cache:
+    # An empty compilation cache: the first process fills it, the others find
+    # it.
     env = os.environ | {"XDG_CACHE_HOME": cache}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     sample = (*_MAIN, "--mode=sample", f"--workdir={workdir}")
@@ -63,7 +65,7 @@ def measure(workdir: str, repeats: int) -> dict[str, Any]:
       "sample": lambda: texts.append(_first_text(sample, env)),
     }
     seconds = timing.interleave(runs, repeats)
-  first = [first for first, _ in texts[1:]]  # as the others: one warms up
+  first = [first for first, _ in texts[1:]]  # without the warm-up
   return {
     "facts": timing.facts(),
     "seconds": {name: timing.spread(s) for name, s in seconds.items()}
@@ -81,14 +83,14 @@ def measure(workdir: str, repeats: int) -> dict[str, Any]:
 
 def _whole(command: tuple[str, ...], env: dict[str, str]) -> None:
   done = subprocess.run(command, env=env, capture_output=True, text=True)
-  if done.returncode not in (0, 1):  # absl answers --help with 1
+  if done.returncode not in (0, 1):  # absl's --help exits with 1
     raise UserError(f"{' '.join(command)}: {done.stderr}")
 
 
 def _first_text(
   command: tuple[str, ...], env: dict[str, str]
 ) -> tuple[float, float]:
-  """Returns seconds until the line after the first heading, and in all."""
+  """Returns seconds until the first line of a text, and until the end."""
   began, first = time.perf_counter(), None
   with (
     tempfile.TemporaryFile("w+") as errors,
@@ -109,7 +111,7 @@ def _first_text(
 
 
 def make_workdir(preset: Preset, folder: str) -> None:
-  """Makes a run's folder with a checkpoint of an untrained model of bytes."""
+  """Makes a run's folder with a checkpoint of an untrained byte model."""
   config = workload.make_config(preset)
   config = dataclasses.replace(config, tokenizer=TokenizerConfig(kind="byte"))
   tokenizer = tokenizers.build(config.tokenizer, [])
@@ -125,7 +127,7 @@ def make_workdir(preset: Preset, folder: str) -> None:
 
 
 def _make_in_its_own_process(preset: str, folder: str) -> None:
-  """An accelerator is then free for the processes that are timed."""
+  """Keeps an accelerator free for the processes that are timed."""
   command = (*_PYTHON, "-m", "mdm_jax.benchmarks.startup")
   done = subprocess.run(
     (*command, f"--preset={preset}", f"--make_only={folder}"),

@@ -1,7 +1,7 @@
-"""Timing that the benchmarks share: everything in turn, in one process.
+"""Timing that all benchmarks share: everything in turn, in one process.
 
-What else a machine does falls on all that is timed in turn alike, so ratios
-hold where seconds do not. The machine's ceiling, the fastest matrix product, is
+Other load on the machine falls on all that is timed in turn alike, so ratios
+hold where seconds do not. The machine's ceiling, its fastest matrix product, is
 timed in the same turns.
 """
 
@@ -24,8 +24,8 @@ import jax.numpy as jnp
 Timed = Callable[[], Any]
 
 _PACKAGES = ("mdm_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-_MOST_CALLS = 20  # in a turn; more of them unwaited-for is no gain
-# Rows, width in, width out: x [M, K] by [K, N], and back by [N, K].
+_MOST_CALLS = 20  # per turn; to queue more at once gains nothing
+# M, K, N of x [M, K] times [K, N] times [N, K].
 _SHAPES = {
   "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (2048, 512, 2048)),
   "other": ((4096, 4096, 4096), (8192, 8192, 8192), (8192, 2048, 8192)),
@@ -35,13 +35,16 @@ _SHAPES = {
 def interleave(
   runs: Mapping[str, Timed], repeats: int, at_least: float = 0.0
 ) -> dict[str, list[float]]:
-  """Returns seconds a call of each of `runs`, timed in turn.
+  """Times functions in turn.
 
   Args:
-    runs: what to time; the first call of each warms up.
+    runs: what to time; the first call of each is a warm-up.
     repeats: turns.
-    at_least: seconds of a turn, on average: what is shorter is called several
-      times before it is waited for, as a training loop does.
+    at_least: seconds per turn, on average: a shorter function is called several
+      times before its result is waited for, as in a training loop.
+
+  Returns:
+    Seconds per call in each turn, by name.
   """
   calls = {name: _calls(run, at_least) for name, run in runs.items()}
   seconds = {name: [] for name in runs}
@@ -62,12 +65,13 @@ def _time(run: Timed, calls: int) -> float:
   start = time.perf_counter()
   for _ in range(calls):
     result = run()
+  # Once per turn: calls are queued, so that dispatch overlaps as in a run.
   jax.block_until_ready(result)
   return (time.perf_counter() - start) / calls
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-  """Returns median, least, and the quartiles."""
+  """Returns the median, the minimum, and the lower and upper quartile."""
   low, median, high = (
     statistics.quantiles(seconds, n=4, method="inclusive")
     if len(seconds) > 1
@@ -81,14 +85,14 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled function.
+  """A compiled function and what compiling it took.
 
   Attributes:
     call: runs it.
-    lower_seconds: of tracing and lowering.
-    compile_seconds: of XLA.
-    temporary_bytes: it needs meanwhile, beside arguments and results.
-    peak_bytes: XLA's plan of its memory: arguments, results, temporaries.
+    lower_seconds: for tracing and lowering.
+    compile_seconds: for XLA.
+    temporary_bytes: needed while it runs, besides arguments and results.
+    peak_bytes: arguments, results and temporaries, as XLA plans them.
   """
 
   call: Callable[..., Any]
@@ -98,20 +102,20 @@ class Program:
   peak_bytes: int
 
   def facts(self) -> dict[str, float]:
-    """Returns all numbers."""
+    """Returns all numbers by name."""
     fields = dataclasses.fields(self)[1:]
     return {field.name: getattr(self, field.name) for field in fields}
 
 
 def compiled(function: Any, *args: Any) -> Program:
-  """Compiles a jitted function for arguments, or for what they look like."""
+  """Compiles a jitted function for arguments, or for their shapes."""
   start = time.perf_counter()
   lowered = function.lower(*args)
   between = time.perf_counter()
   program = lowered.compile()
   end = time.perf_counter()
   memory = program.memory_analysis()
-  # What is donated is both argument and result.
+  # Donated arguments are results as well (aliases): count them once.
   whole = (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes
@@ -132,7 +136,12 @@ def compiled(function: Any, *args: Any) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Matmul:
-  """A matrix product that fills the device."""
+  """Two matrix products that fill the device.
+
+  Attributes:
+    run: computes them.
+    flops: of a run.
+  """
 
   run: Timed
   flops: float
@@ -141,11 +150,12 @@ class Matmul:
 def matmuls(
   dtype: jnp.dtype, shapes: Sequence[tuple[int, int, int]] | None = None
 ) -> dict[str, Matmul]:
-  """Returns products of a few shapes to be timed, every device doing them all.
+  """Returns products of a few shapes to time; every device computes them all.
 
   Args:
-    dtype: of both factors and the result.
-    shapes: (M, K, N) of x [M, K] by [K, N] by [N, K]; None: the backend's.
+    dtype: of all factors and results.
+    shapes: (M, K, N) of x [M, K] times [K, N] times [N, K]; None: shapes for
+      the backend.
   """
   kind = "cpu" if jax.default_backend() == "cpu" else "other"
   shapes = shapes or _SHAPES[kind]
@@ -167,7 +177,12 @@ def _matmul(dtype: jnp.dtype, m: int, k: int, n: int) -> Matmul:
 def ceiling(
   products: Mapping[str, Matmul], seconds: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
-  """Returns FLOP/s of one device: the best shape's, by its median time."""
+  """Returns FLOP/s of one device: the fastest shape's, by its median time.
+
+  Args:
+    products: made by `matmuls`.
+    seconds: as timed, by name; those of other functions are ignored.
+  """
   by_shape = {
     name: product.flops / statistics.median(seconds[name])
     for name, product in products.items()
@@ -181,21 +196,22 @@ def ceiling(
 
 
 def process_peak_bytes() -> int:
-  """Returns the most memory this process has had, bytes.
+  """Returns the peak memory of this process, in bytes.
 
-  On an accelerator that is the fullest device's; on a CPU it is the process's
-  resident memory, the compiler's share included.
+  On an accelerator it is the fullest device's; on a CPU the process's resident
+  memory, which includes the compiler's.
   """
   stats = [device.memory_stats() for device in jax.local_devices()]
   peaks = [s["peak_bytes_in_use"] for s in stats if s]
   if peaks:
     return max(peaks)
+  # ru_maxrss is in bytes on macOS and in KiB on Linux.
   unit = 1 if sys.platform == "darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def facts() -> dict[str, Any]:
-  """Returns what the numbers depend on: device, cores, load, versions."""
+  """Returns what the numbers depend on: devices, cores, load, versions."""
   return {
     "backend": jax.default_backend(),
     "device": jax.devices()[0].device_kind,
@@ -209,7 +225,7 @@ def facts() -> dict[str, Any]:
 
 
 def cores() -> int:
-  """Returns the cores this process may use."""
+  """Returns the number of cores this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

@@ -1,10 +1,10 @@
-"""How fast an update is, beside the machine's ceiling and another one.
+"""Measures an update's speed, against the machine's ceiling and other steps.
 
   python -m mdm_jax.benchmarks.train_step --preset=char --json
   python -m mdm_jax.benchmarks.train_step --preset=gpt2 --against=plain
   python -m mdm_jax.benchmarks.train_step --preset=char --against=md4
 
-For every distribution of mask rates, the library's own train step, one to
+For every distribution of mask rates, the library's own train step, a step to
 compare with and a few matrix products are timed in turn, over and over:
 
 library   corruption, denoiser, loss at masked positions, optimizer, metrics
@@ -12,18 +12,18 @@ plain     the same blocks and objective with every position's logits, one-hot,
           AdamW (`plain.py`)
 md4       MD4's own blocks too, in float32 whatever the preset says (`md4.py`)
 matmul    the machine's ceiling in the blocks' dtype
-mfu       counted FLOP/s (`model/flops.py`) over the ceiling; of the head, what
-          goes through it is counted, which is what is computed
+mfu       counted FLOP/s (`model/flops.py`) over the ceiling; for the head, the
+          positions that each step computes are counted
 
-How many times as fast the library is, is the median of the turns' ratios: the
-two of a turn are timed one right after the other. Dropout is off; with
---dropout the library's blocks and MD4's have it, the plain step never.
+A speed-up is the median of the ratios within each turn, where the two steps are
+timed one right after the other. Dropout is off; --dropout turns it on in the
+library's and in MD4's blocks, never in the plain step.
 
-Memory is XLA's plan of each program. `process_peak_bytes` is the process's
-after the library's first update: where there are several rates, only that of
-the first is its own.
+Memory is XLA's plan for each program. `process_peak_bytes` is read after the
+library's first update; with several rates, only the first one's excludes what
+came before.
 
-With --parts also: trunk, head and optimizer, each by itself (`parts.py`).
+--parts also times trunk, head and optimizer alone (`parts.py`).
 """
 
 import dataclasses
@@ -55,13 +55,13 @@ _MEMORY = {"temporary_bytes": "temporary", "peak_bytes": "peak"}
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-  """One way to train.
+  """A train step to time.
 
   Attributes:
     step: the jitted update.
     init: returns a fresh state.
-    head_positions: that go through the head in an update.
-    vocab_size: the head's.
+    head_positions: positions per update that go through the head.
+    vocab_size: the number of logits of each.
   """
 
   step: Any
@@ -71,7 +71,7 @@ class Way:
 
 
 class _Stepper:
-  """A train step that is called over and over, its state handed on."""
+  """A train step that is called over and over, on the state it returned."""
 
   def __init__(self, program: timing.Program, state: Any, batch: Any):
     self.program, self._state, self._batch = program, state, batch
@@ -85,7 +85,7 @@ class _Stepper:
 
 
 def library_step(work: Work) -> Any:
-  """Returns the jitted update of a run's only stage, as the run has it."""
+  """Returns the jitted update of a run's first stage, as the run has it."""
   trainer = work.trainer
   return trainer.step(trainer.curriculum.stages[0])
 
@@ -133,15 +133,15 @@ def measure(
   with_parts: bool = False,
   dropout: float = 0.0,
 ) -> dict[str, Any]:
-  """Returns all numbers, for every distribution of mask rates.
+  """Measures everything, for every distribution of mask rates.
 
   Args:
-    preset: model and batch.
+    preset: the model and the batch.
     rates: names in `workload.RATES`.
-    against: what of `OTHERS` to time in the same turns, or `none`.
+    against: name in `OTHERS` to time in the same turns, or `none`.
     repeats: turns.
-    with_parts: whether to time what a step is made of, too.
-    dropout: of the library's blocks and of MD4's.
+    with_parts: whether to time the parts of a step as well.
+    dropout: rate in the library's blocks and in MD4's.
   """
   results = {
     "facts": timing.facts(),
@@ -173,7 +173,7 @@ def _measure(
   ways = {"library": WAYS["library"](work)}
   steppers = {"library": _stepper(ways["library"], work)}
   jax.block_until_ready(steppers["library"]())
-  peak = timing.process_peak_bytes()  # before there is anything else
+  peak = timing.process_peak_bytes()  # before anything else is allocated
   if against != "none":
     ways[against] = WAYS[against](work)
     steppers[against] = _stepper(ways[against], work)
@@ -211,7 +211,7 @@ def _stepper(way: Way, work: Work) -> _Stepper:
 def _compare(
   result: dict[str, Any], seconds: dict[str, list[float]], other: str
 ) -> dict[str, Any]:
-  """Returns the turns' ratios of seconds, and the shares of memory."""
+  """Returns the ratios of seconds within each turn, and of memory."""
   pairs = zip(seconds[other], seconds["library"], strict=True)
   ours, theirs = result["library"], result[other]
   return {
@@ -278,7 +278,7 @@ def _headline(results: dict[str, Any]) -> dict[str, float]:
 
 
 def _measured(measured: dict[str, Any]) -> list[str]:
-  """Returns the ways that were timed, the library first."""
+  """Returns the names of the steps that were timed, the library first."""
   return [name for name in WAYS if name in measured]
 
 
@@ -333,7 +333,7 @@ def _cells(numbers: dict[str, Any]) -> tuple[str, ...]:
 
 def main(_: list[str]) -> None:
   values = flags.FLAGS
-  # Compile times are of compiling, not of finding a compiled program.
+  # Compile times must not be those of reading a cache.
   jax.config.update("jax_enable_compilation_cache", False)
   preset = PRESETS[values.preset]
   for name in ("batch", "dtype", "attention", "remat"):

@@ -1,4 +1,4 @@
-"""What is trained in the benchmarks: models, mask rates, and made-up rows."""
+"""The models, mask rates and random rows that the benchmarks train on."""
 
 import dataclasses
 from typing import Any
@@ -24,13 +24,16 @@ from mdm_jax.objectives.noise import RateDistribution, stage_rates
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
 from mdm_jax.training.trainer import Trainer
 
-_UPDATES = 100_000  # the learning rate never gets to its floor
+_UPDATES = 100_000  # so the learning rate stays near its peak
 _ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """A model and a batch; `vocab` counts text ids, without special ones."""
+  """A model and a batch.
+
+  `vocab` is the number of text ids, without the special ones.
+  """
 
   num_layers: int
   embed_dim: int
@@ -51,7 +54,7 @@ PRESETS = {
   "tiny": Preset(1, 32, 2, 27, 16, 8),
 }
 
-# What a row's mask rate is drawn from: r ~ U(0, 1), and the last stage of
+# Distributions of a row's mask rate: r ~ U(0, 1); and the last stage of
 # configs/recommended.py, as it is and without rehearsal.
 RATES: dict[str, dict[str, Any]] = {
   "uniform": {},
@@ -61,7 +64,10 @@ RATES: dict[str, dict[str, Any]] = {
 
 
 class Numbers(Tokenizer):
-  """Ids that stand for their own number: there is no text to be read."""
+  """A tokenizer whose ids stand for their own numbers.
+
+  The rows are random, so there is no text.
+  """
 
   kind = "numbers"
 
@@ -75,9 +81,17 @@ class Numbers(Tokenizer):
 def make_config(
   preset: Preset, rates: str = "uniform", checkpoint_every: int = _UPDATES
 ) -> Config:
-  """Returns the config of a run that never comes to its end."""
+  """Returns the config of a run that is far longer than any benchmark.
+
+  Args:
+    preset: the model and the batch.
+    rates: name in `RATES`.
+    checkpoint_every: updates between checkpoints.
+  """
   told = MaskedStage(**RATES[rates])
   stage = StageConfig(length=preset.length, updates=_UPDATES, objective=told)
+  # Without all rates or rehearsal no weight makes the bound unbiased, and the
+  # config would be refused.
   unbiased = told.mask_rate is None or told.rehearsal > 0
   return Config(
     name="benchmark",
@@ -99,7 +113,7 @@ def make_config(
 
 
 def make_rows(preset: Preset, count: int = _ROWS) -> Rows:
-  """Returns rows of random text ids, each one text, as packing makes them."""
+  """Returns rows of random text ids, each filled by one text."""
   draw = np.random.default_rng(0)
   shape = count, preset.length
   dtype = field("tokens").dtype(Vocabulary.after_text(preset.vocab))
@@ -108,7 +122,7 @@ def make_rows(preset: Preset, count: int = _ROWS) -> Rows:
 
 
 def on_disk(rows: Rows, folder: epath.PathLike) -> Rows:
-  """Writes rows as `data/prepared.py` does, and returns them memory-mapped."""
+  """Writes rows as `data/prepared.py` does; returns them memory-mapped."""
   mapped = {}
   for name, array in rows.fields.items():
     path = epath.Path(folder) / f"stage_1.{name}.npy"
@@ -119,7 +133,14 @@ def on_disk(rows: Rows, folder: epath.PathLike) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """A run to be timed, on the current mesh."""
+  """A run to time, on the current mesh.
+
+  Attributes:
+    config: the run's config.
+    trainer: makes its updates.
+    rates: the distribution of a row's mask rate.
+    batch: the rows of the first update, on the devices.
+  """
 
   config: Config
   trainer: Trainer
@@ -128,23 +149,23 @@ class Work:
 
   @property
   def mask_id(self) -> int:
-    """What a masked token becomes."""
+    """The id of MASK."""
     return self.trainer.data.tokenizer.vocab.mask
 
   @property
   def tokens(self) -> int:
-    """Tokens an update sees."""
+    """Tokens per update."""
     return self.config.rows_per_update * self.config.stages[0].length
 
   @property
   def reads(self) -> tuple[tuple[int, int], ...]:
-    """What every way to train computes of a row: all of it, once."""
+    """Queries and keys of a row: every way to train reads all of it, once."""
     length = self.config.stages[0].length
     return ((length, length),)
 
   @property
   def head_positions(self) -> int:
-    """Positions that go through the head in an update: the whole buffer."""
+    """Positions per update that go through the head: the whole buffer."""
     stage = self.trainer.curriculum.stages[0]
     plan = self.trainer.plan(stage)
     asked = self.trainer.objective(stage).cost().asked
@@ -152,7 +173,7 @@ class Work:
 
 
 def make_data(preset: Preset, rows: Rows) -> PreparedData:
-  """Returns rows as a run's data; the held-out ones are the same."""
+  """Returns rows as a run's data; the same rows are held out."""
   manifest = {"rows": {"stage_1": {"tokens": int(rows.tokens.size)}}}
   held = one_byte_a_token(rows)
   return PreparedData(Numbers(preset.vocab), (rows,), held, held, manifest)
@@ -171,7 +192,7 @@ def one_byte_a_token(rows: Rows) -> HeldOut:
 def make_work(
   config: Config, data: PreparedData, mesh: jax.sharding.Mesh
 ) -> Work:
-  """Returns the run, and its first batch."""
+  """Returns the run to time, with its first batch."""
   trainer = make_trainer(config, data, mesh)
   stage = trainer.curriculum.stages[0]
   rates = stage_rates(stage.config.objective, config.noise)
