@@ -55,8 +55,8 @@ def row_numbers(
 ) -> Int[np.ndarray, "{rows_per_update}"]:
   """Returns the row numbers of an update; each epoch is a seeded permutation.
 
-  Epochs follow on each other: an update may hold the last rows of one epoch and
-  the first rows of the next.
+  Epochs run back to back: an update may hold the last rows of one epoch and the
+  first rows of the next.
 
   Args:
     rows: number of rows in the stage.
@@ -75,7 +75,7 @@ def row_numbers(
   return np.array(
     [
       # Positional on purpose: with keywords the call takes 1.5 times as long.
-      # The seed of epoch e is seed + e.
+      # The seed of epoch e is seed + e, modulo the 32 bits that Grain takes.
       index_shuffle(
         i % rows, rows - 1, (seed + i // rows) % 2**32, _SHUFFLE_ROUNDS
       )
@@ -118,6 +118,7 @@ def make_batch(
     A batch of fields [A, B, L], sharded over rows.
   """
   grid = numbers.reshape(accumulation, -1)
+  # One device: one gather, and a cheaper transfer (see `_to_one_device`).
   if mesh.size == 1:
     read = lambda name, v: v[grid].astype(field(name).device)
     local = Batch(**{name: read(name, v) for name, v in rows.fields.items()})
@@ -148,6 +149,7 @@ def _place(
   def read(first: int, end: int) -> np.ndarray:
     real = values[grid[:, first:end]].astype(dtype)
     missing = end - first - real.shape[1]
+    # Zeros: segment 0 marks a row as padding, whatever its tokens.
     return np.pad(real, ((0, 0), (0, missing), (0, 0)))
 
   def shard(index: tuple[slice, ...]) -> np.ndarray:

@@ -102,10 +102,12 @@ def files(blocks: list[Block]) -> str:
 
   It stays the same when the corpus is moved to another folder.
   """
+  # A set: a file counts once, into however many blocks it is cut.
   known = set()
   for block in blocks:
     for span in block.spans:
       path = pathlib.Path(span.path)
+      # The path of a TFDS span is the name of a split, not a file.
       size = path.stat().st_size if path.is_file() else 0
       known.add((block.side, _within(path, block.root), size))
   return hashlib.sha256(repr(sorted(known)).encode()).hexdigest()

@@ -55,6 +55,7 @@ def folder_of(config: RowsConfig, given: Tokenizer | None) -> pathlib.Path:
   inputs = {
     "format": _FORMAT,
     "text": {side: corpora.fingerprint(d) for side, (d, _) in found.items()},
+    # The manifest states it, so another count needs another folder.
     "bad_records": total.bad,
   } | row_inputs(config, given)
   key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())

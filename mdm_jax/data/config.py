@@ -119,6 +119,7 @@ class StageConfig:
   updates: int | None = fixed(
     None, "optimizer updates instead of epochs (None: from epochs)", POSITIVE
   )
+  # `flat`: config files write the objective's fields beside the stage's own.
   objective: ObjectiveStage | None = field(
     None, "what the objective is told (None: its defaults)", flat=True
   )

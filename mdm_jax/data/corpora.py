@@ -89,6 +89,7 @@ def load_and_count(
   tally = Tally(skip=on_bad_record == "skip")
   found = _source(corpus, tally, form, field)
   found = (document for document in found if document.text.strip())
+  # Lazily: files after the last document needed are never opened.
   documents = list(itertools.islice(found, max_documents))
   check(corpus, field, tally, len(documents))
   return documents, tally
@@ -111,8 +112,7 @@ def _source(
   corpus: str, tally: Tally, form: Form, field: str
 ) -> Iterator[Document]:
   kind, _, rest = corpus.partition(":")
-  # A name with an argument needs one behind the colon, any other must have
-  # none.
+  # Names with an argument need one behind the colon; others take none.
   if kind in CORPORA and bool(rest) == bool(CORPORA[kind].argument):
     return iter(CORPORA[kind].read(rest, tally, form))
   raise unknown(corpus, field, "", _names())
@@ -156,7 +156,7 @@ def load_all(data: DataConfig) -> dict[str, tuple[list[Document], Tally]]:
 
 
 def sources(data: DataConfig) -> dict[str, tuple[str, str]]:
-  """Returns {split: (field that names a corpus, its value)}, if not empty."""
+  """Returns {split: (config field, corpus)} of the corpora that are set."""
   fields = {
     splits.TRAIN: "corpus",
     splits.VALIDATION: "validation_corpus",
@@ -282,6 +282,7 @@ def _prepare(name: str) -> Any:
   import tensorflow_datasets as tfds
 
   try:
+    # array_record, as later runs can read it without TensorFlow.
     builder = tfds.builder(
       name, data_dir=_data_dir(), file_format="array_record"
     )

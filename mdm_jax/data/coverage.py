@@ -47,6 +47,7 @@ class Coverage:
       own = len("".join(text.split()))
       characters += own
       if i in self._read:
+        # Look only at unread positions: white space among them doesn't count.
         left = np.flatnonzero(~self._read[i])
         unread += sum(not text[at].isspace() for at in left.tolist())
       elif i not in self._whole:

@@ -96,6 +96,7 @@ class _owned:
   def __enter__(self) -> None:
     try:
       self._work.mkdir(parents=True, exist_ok=True)
+      # Closing the file releases the lock, so it stays open.
       self._file = open(self._work / "lock", "w")
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -120,6 +121,7 @@ def _begin(job: Job, wanted: dict[str, Any], found: list[Block]) -> None:
   size = {"data.block_megabytes": job.config.data.block_megabytes}
   now = {"inputs": wanted, "blocks": size, "files": blocks.state(found)}
   for place in (job.store.work, job.store.folder):
+    # We hold the lock: temporary files can only be leftovers.
     journal.sweep(place)
   if _JOB not in job.store:
     job.store[_JOB] = now
@@ -164,6 +166,7 @@ def _fill(
       "count": len(counted.blocks),
       "megabytes": job.config.data.block_megabytes,
     },
+    # Recognises the corpus after a move (`folder_inputs.check_made`).
     "from": blocks.files(blocks.cut(job.config.data)),
     **made.told,
     "files": dict(sorted(files.items())),

@@ -18,7 +18,7 @@ class HeldOut:
   """Packed rows of held-out text.
 
   Attributes:
-    rows: the text, joined to pieces of a row at most and packed.
+    rows: the text in pieces of at most a row, packed.
     texts: one line per segment, sorted by row, then segment. Its columns are
       the row, the segment in it (from 1), the document, the UTF-8 bytes of
       original text that the segment stands for, and the segment's number within
@@ -59,6 +59,7 @@ class HeldOut:
     rows = self.rows.take(picked)
     # Renumber the rows in the table, and drop the lines of rows not picked.
     new = np.searchsorted(picked, self.texts[:, ROW])
+    # `new` is out of bounds for rows after the last one picked.
     kept = picked[np.minimum(new, count - 1)] == self.texts[:, ROW]
     texts = self.texts[kept]
     texts[:, ROW] = new[kept]

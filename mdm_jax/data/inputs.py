@@ -49,6 +49,7 @@ def row_inputs(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:
     "eval_fraction": config.data.eval_fraction,
     "test_fraction": config.data.test_fraction,
     "language": config.data.language,
+    # A given tokenizer counts by its hash; the config's fields have no effect.
     "tokenizer": None if given else dataclasses.asdict(config.tokenizer),
     "given_tokenizer": sha256 or None,
     "stages": [

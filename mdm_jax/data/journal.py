@@ -80,6 +80,7 @@ def get(path: pathlib.Path) -> Any:
   if path.suffix == ".json":
     return safe_files.read_json(path)
   if path.suffix == ".npy":
+    # allow_pickle=False here and below: reading a pickle may run any code.
     return np.load(path, mmap_mode="r", allow_pickle=False)
   with np.load(path, allow_pickle=False) as arrays:
     return dict(arrays)

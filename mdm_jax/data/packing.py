@@ -120,6 +120,7 @@ def _best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
     size = sizes[index]
     if not 0 < size <= length:
       raise ValueError(f"a text of {size} tokens in rows of {length}")
+    # A row with room for all `length` tokens is a new one: none is kept empty.
     room = next((r for r in range(size, length) if by_room[r]), length)
     if room == length:
       bins.append([])

@@ -154,6 +154,7 @@ def divide(job: Job, block: Block) -> Sides:
   own = _own(job, block, job.store.read(block)[0])
   if block.side == TRAIN:
     return job.split(own)
+  # A corpus given for a split belongs to that split as a whole.
   return dataclasses.replace(Sides([], [], []), **{block.side: own})
 
 
@@ -191,6 +192,7 @@ def _pieces(text: str, share: float) -> list[str]:
 
 
 def _bins_of(words: UnitWords) -> np.ndarray:
+  # crc32 is the same in every process; Python's own hash of a string isn't.
   hashes = [zlib.crc32(word.encode()) % WORD_BINS for word in words.distinct]
   return np.array(hashes, np.int64)
 
@@ -259,6 +261,7 @@ def _rows(job: Job, block: Block) -> dict[str, Any]:
   train = [document.text for document in sides.train]
   coverage, language = Coverage(train), job.config.data.language
   made = {}
+  # Only blocks of `data.corpus` have text to train on.
   for i, stage in enumerate(job.config.stages if block.side == TRAIN else ()):
     found = segments.find(train, stage, language)
     selection = _select(job, i, block, found.units)
@@ -267,6 +270,7 @@ def _rows(job: Job, block: Block) -> dict[str, Any]:
     name = stage_name(i)
     made[name] = _put_rows(job, block, name, rows, counts)
   made["text"] = coverage.counts()
+  # The held-out splits that are taken from this block's corpus.
   for side in job.shares.wanted if block.side == TRAIN else (block.side,):
     texts = [document.text for document in sides[side]]
     held, counts = make_held_out(texts, job.config, tokenizer)

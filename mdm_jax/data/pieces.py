@@ -42,6 +42,7 @@ def divide(
   """
   start, end, total = 0, 0, 0
   for _, upto, count in _atoms(text, sentences, least, most):
+    # End the piece here if the next part would make it too long.
     if total and total + count > most:
       yield start, end, total
       start, total = end, 0

@@ -135,6 +135,7 @@ def _counted(job: Job, own: list[Block], apart: list[Block]) -> Counted:
       size += record["bytes"]
       sums.add(splits.Counts(**record["counts"]))
   total = Tally()
+  # Each corpus must be sound by itself; the log adds them up.
   for side, (field, corpus) in corpora.sources(job.config.data).items():
     corpora.check(corpus, field, tallies[side], read[side])
     total.add(tallies[side])
@@ -142,6 +143,7 @@ def _counted(job: Job, own: list[Block], apart: list[Block]) -> Counted:
     corpus = job.config.data.corpus
     raise UserError(f"data.corpus={corpus!r} holds only text that is held out")
   job = dataclasses.replace(job, split=splits.decide(sums, job.shares))
+  # A single block is in memory anyway: no sample, and all of its 8-grams.
   if not job.one_block:
     job = dataclasses.replace(
       job,

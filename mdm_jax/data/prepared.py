@@ -130,8 +130,10 @@ def _cache(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
   for name, length in lengths.items():
     there = [n for n in names() if file(name, n) in manifest["files"]]
     listed = [{"rows": manifest["rows"][name]["rows"]}]
+    # A single shard without a number; the manifest has its hashes.
     index = Index(path, name, length, dict.fromkeys(there, ""), listed, False)
     indices.append(index)
+    # Hashes matched; now check that what was written is valid.
     if wrong := index.wrong(0, tokenizer.vocab):
       raise _damaged(path, wrong)
   return _open(tokenizer, indices, manifest)
@@ -158,6 +160,7 @@ def _folder(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
 def _open(
   tokenizer: Tokenizer, indices: list[Index], manifest: dict[str, Any]
 ) -> PreparedData:
+  # In the order of `row_lengths`.
   *stages, validation, test = (index.open() for index in indices)
   tables = [index.texts() for index in indices[-len(HELD_OUT) :]]
   held = [HeldOut(validation, tables[0]), HeldOut(test, tables[1])]
@@ -177,6 +180,7 @@ def _read_manifest(
   path = (folder := epath.Path(folder)) / MANIFEST
   try:
     manifest = safe_files.read_json(path)
+    # The folder may come from someone else: stay inside it.
     for name in manifest["files"]:
       safe_files.check_name(name, path)
     complete = manifest["files"].keys() >= needed

@@ -10,7 +10,7 @@ import numpy as np
 import regex
 from jaxtyping import Num
 
-# Of one text, or of many.
+# A count of one text, or of each of many.
 Count = int | Num[np.ndarray, "N"]
 
 _LETTERS = regex.compile(r"\p{L}")

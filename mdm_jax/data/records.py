@@ -219,6 +219,7 @@ def _line_records(
   path = pathlib.Path(span.path)
   try:
     for number, line in enumerate(_lines(span), 1):
+      # Only the first line of a file can have a byte order mark.
       if number == 1 and not span.start:
         _check_encoding(line, path)
         line = line.removeprefix(_MARK)

@@ -26,6 +26,7 @@ def find_wrong(values: Values, length: int, vocab: Vocabulary) -> str | None:
     length: tokens that each row should have.
     vocab: vocabulary of the ids.
   """
+  # Shapes and dtypes first: they are known without reading any row.
   shapes = {name: array.shape for name, array in values.items()}
   rows = len(next(iter(values.values())))
   if any(shape != (rows, length) for shape in shapes.values()):

@@ -136,6 +136,7 @@ class Fields:
 
   def __init__(self, tokens: Any, segments: Any, **others: Any):
     given = {"tokens": tokens, "segments": segments} | others
+    # `pop` leaves the arguments that are no fields in `given`.
     self.fields = {f.name: given.pop(f.name) for f in FIELDS if f.name in given}
     if given or not self.fields.keys() >= set(required()):
       raise TypeError(f"{[*self.fields, *given]}: rows have {names()}")

@@ -127,6 +127,8 @@ def _counted(verbatim: Sequence[str]) -> list[_Part]:
   parts, at = [], 0
   for part in verbatim:
     if stripped := part.strip():
+      # `strip` removed only white space, so the first character found is its
+      # start.
       start = at + part.index(stripped[0])
       parts.append((stripped, start, words_lib.count(stripped)))
     at += len(part)
@@ -158,6 +160,7 @@ def _add(
   found.characters += sum(len(part) for part, *_ in parts)
   most = math.inf if stage.max_words is None else stage.max_words
   together = (
+    # Consecutive pairs that don't overlap; an odd last part has no partner.
     zip(parts[::2], parts[1::2], strict=False)
     if stage.unit == "pairs"
     else zip(parts, strict=True)
@@ -228,6 +231,7 @@ def difficulty(
   """
   words = unit_words(units)
   found = signals(units, words, rarity(words.frequency(), len(units)), language)
+  # Without a reading ease, a unit's other two signals decide.
   return np.nanmean([_percentile_ranks(signal) for signal in found], axis=0)
 
 
@@ -240,6 +244,7 @@ def rarity(
     frequency: number of units that contain each word.
     units: number of units.
   """
+  # Over several blocks, bins that no word falls into have frequency 0.
   return np.log(units / np.maximum(frequency, 1))
 
 
@@ -263,6 +268,7 @@ def signals(
   """
   sentences = np.array([len(unit.parts) for unit in units], np.int64)
   spoken = [readability.syllables(w) for w in words.distinct]
+  # A unit may have no words at all, only punctuation.
   some = np.maximum(words.counts, 1)
   ease = readability.reading_ease(
     some, sentences, words.sums(np.array(spoken, np.float64))
@@ -292,6 +298,7 @@ def _percentile_ranks(
   _, inverse, counts = np.unique(
     values[some], return_inverse=True, return_counts=True
   )
+  # The mean of the ranks cumsum - count, ..., cumsum - 1 of equal values.
   rank = np.cumsum(counts) - (counts + 1) / 2
   ranks[some] = rank[inverse] / max(int(some.sum()) - 1, 1)
   return ranks

@@ -56,6 +56,7 @@ def train(vocab_size: int, texts: Sequence[str]) -> bytes:
     )
   lines = [line for text in texts for line in _lines(text)]
   if len(lines) > _MAX_LINES:
+    # A fixed seed, so the same text always gives the same model.
     lines = random.Random(0).sample(lines, _MAX_LINES)
   content = _train_on(_common_characters(lines, vocab_size), vocab_size)
   size = len(sentencepiece.SentencePieceProcessor(model_proto=content))

@@ -83,6 +83,7 @@ class Shards:
   def __iter__(self) -> Iterator[np.ndarray]:
     return (row for i in range(len(self._paths)) for row in self._map(i))
 
+  # For `segments > 0`.
   def __gt__(self, other: Any) -> np.ndarray:
     return np.concatenate(
       [self._map(i) > other for i in range(len(self._paths))]
@@ -90,6 +91,7 @@ class Shards:
 
   def _gather(self, numbers: np.ndarray) -> np.ndarray:
     out = np.empty((len(numbers), self.shape[1]), self.dtype)
+    # "right" passes over shards without rows.
     shards = np.searchsorted(self._ends, numbers, side="right")
     # File by file, so each is mapped once per call, in whatever order rows are.
     for shard in np.unique(shards):
@@ -205,6 +207,7 @@ def _joined(parts: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
   """
   joined, row, document = [np.zeros((0, 5), np.int64)], 0, 0
   for part, count in zip(parts, rows, strict=True):
+    # Offset rows and documents only: the other columns count within them.
     joined.append(part + np.array([row, 0, document, 0, 0]))
     row += count
     document += int(part[:, 2].max(initial=-1)) + 1

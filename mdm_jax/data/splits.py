@@ -83,7 +83,7 @@ def place(text: str, salt: str = "") -> float:
   return int.from_bytes(digest[:6]) / _PLACES
 
 
-# MARK: what is counted
+# MARK: counting
 
 
 @dataclasses.dataclass
@@ -121,6 +121,7 @@ class Counts:
 
 def count(documents: Iterable[Document], shares: Shares) -> Counts:
   """Counts documents for each way in which they could be split."""
+  # Sums for every way at once: the choice needs the whole corpus' sums.
   zero = dict.fromkeys(HELD_OUT, 0)
   places: dict[str, set[float]] = {side: set() for side in SIDES}
   found = Counts(0, 0, dict(zero), dict(zero), dict(zero), {})
@@ -205,6 +206,7 @@ def decide(counts: Counts, shares: Shares) -> Split:
 def _near(counts: Counts, held: dict[str, int], shares: Shares) -> bool:
   """Whether each split has half to twice the characters asked for."""
   asked = {s: shares.of(s) * counts.characters for s in shares.wanted}
+  # 0 <: a share of 0 fails here, so that later ways give it a little text.
   return all(0 < 0.5 * n <= held[s] <= 2 * n for s, n in asked.items())
 
 
@@ -221,6 +223,7 @@ def _lifted(counts: Counts, shares: Shares) -> tuple[float, float] | None:
   if len(known) <= needed:
     return None
   bounds, last = [], 0.0
+  # Raise the bound of each empty range to take in the next text.
   for side, bound in zip(HELD_OUT, _bounds(shares), strict=True):
     bound = max(bound, last)
     inside = [at for at in known if last <= at < bound]
@@ -257,11 +260,13 @@ def _ends(text: str, shares: Shares, least: int) -> dict[str, str]:
   # White space at the end doesn't count, or an end could be blank.
   size = len(text.rstrip())
   parts, rest = {TRAIN: text, VALIDATION: "", TEST: ""}, text
+  # From the end of the text forward: test is last, validation before it.
   for side in (TEST, VALIDATION):
     if side not in shares.wanted:
       continue
     wanted = max(round(shares.of(side) * size), 1)
     cut = _cut(rest, wanted)
+    # All or nothing: no document gives an end to one split only.
     if wanted < least or not rest[:cut].strip() or not rest[cut:].strip():
       return {TRAIN: text, VALIDATION: "", TEST: ""}
     parts[side], rest = rest[cut:], rest[:cut]
@@ -277,6 +282,7 @@ def _cut(text: str, size: int) -> int:
   """
   end = len(text.rstrip())
   target = max(end - size, 0)
+  # Look back no further than this, so an end isn't much longer than asked for.
   first = max(0, target - max(40, size // 2))
   for mark in ("\n", " "):
     found = text.rfind(mark, first, target)
@@ -285,7 +291,7 @@ def _cut(text: str, size: int) -> int:
   return target
 
 
-# MARK: text that is given for a side
+# MARK: held-out corpora
 
 
 def without(

@@ -12,6 +12,7 @@ def rarity(job: Job, found: list[Block], name: str) -> np.ndarray:
   frequency, units = np.zeros(passes.WORD_BINS, np.int64), 0
   for block in found:
     words = passes.record("words", job, block)
+    # Bins are distinct within a block, so += adds every count.
     frequency[words[f"{name}.bins"]] += words[f"{name}.counts"]
     units += int(words[f"{name}.units"])
   return segments.rarity(frequency, max(units, 1))

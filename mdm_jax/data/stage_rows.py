@@ -123,7 +123,7 @@ def _sizes(rows: Rows) -> dict[str, int]:
     "most_segments": int(rows.segments.max(initial=0)),
   }
   if "answer" in rows.fields:
-    # Without the field, every token of a row may be asked for.
+    # Rows without the field may have any of their tokens masked.
     sizes["most_asked"] = int(rows.answer.sum(axis=1).max(initial=0))
   return sizes
 

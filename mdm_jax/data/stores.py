@@ -53,6 +53,7 @@ class OnDisk:
     """
     tally = Tally(skip=self.data.on_bad_record == "skip")
     documents = blocks.read(self.data, block, tally)
+    # Every pass reads the text anew, so it must still be the text counted.
     if block.sha256 and corpora.fingerprint(documents) != block.sha256:
       raise UserError(
         f"{block.spans[0].path}, or a file after it, has changed while it was"
@@ -86,6 +87,7 @@ class InMemory(dict[str, Any]):
     """
     self._found, self._done = found, done
     self.folder = folder
+    # Neither root nor spans: the documents are already here.
     self.blocks = [Block(0, "", (), side=side) for side in found]
 
   def read(self, block: Block) -> tuple[list[Document], Tally]:

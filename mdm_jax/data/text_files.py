@@ -31,7 +31,7 @@ Files = tuple[list[pathlib.Path], pathlib.Path]
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text with the name of where it was found; `Split` works on these."""
+  """A text and its name: file, relative to the corpus, and line or row."""
 
   name: str
   text: str

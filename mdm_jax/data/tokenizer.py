@@ -173,6 +173,7 @@ class CharTokenizer(Tokenizer):
 
   def __init__(self, kind: str, characters: str):
     self.kind = kind
+    # `characters` are sorted: `_encode` looks them up by binary search.
     self._known = _code_points(characters)
     fields = {"kind": kind, "characters": characters}
     pieces = _BYTES + tuple(c.encode() for c in characters)
@@ -183,7 +184,7 @@ class CharTokenizer(Tokenizer):
     return [self._encode(text) for text in texts]
 
   def _encode(self, text: str) -> Int32[np.ndarray, "N"]:
-    if not len(self._known):
+    if not len(self._known):  # a byte tokenizer: ids are the bytes
       return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
     points = _code_points(text)
     # Vectorised: look all code points up, then spell the unknown ones, whose
@@ -222,6 +223,7 @@ TOKENIZERS.register(
 
 
 def _code_points(text: str) -> np.ndarray:
+  # Four bytes a character, so NumPy can compare whole texts.
   return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
@@ -259,6 +261,7 @@ class SentencePieceTokenizer(Tokenizer):
 
   def _piece(self, i: int, name: str) -> bytes:
     if self._model.is_byte(i):
+      # Byte pieces are named like <0x0A>.
       return bytes([int(name[3:5], 16)])
     return name.replace(SPACE, " ").encode()
 
@@ -274,6 +277,7 @@ class SentencePieceTokenizer(Tokenizer):
     flat = list(itertools.chain.from_iterable(cut))
     encoded = self._model.encode(flat, num_threads=os.cpu_count() or 1)
     parts = iter(
+      # `chunks` makes U+2581 a chunk of its own.
       self._spelt if self.lossless and chunk == SPACE else ids
       for chunk, ids in zip(flat, encoded, strict=True)
     )

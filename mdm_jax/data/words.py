@@ -34,8 +34,8 @@ _WORDS = regex.compile(rf"(?V1){_WORD}")
 _TOKENS = regex.compile(rf"(?V1){_WORD}|{_OTHER}")
 _UNSPACED = regex.compile(rf"(?V1){_ALONE}{_ON}")
 _COUNTED = regex.compile(rf"(?V1){_ALONE}{_ON}|(?:(?!{_ALONE})[^\s\x1c-\x1f])+")
-# Longer runs are no words but genes or encoded data; every 6 characters of them
-# count as a word.
+# Runs of this length are no words but genes or encoded data; every 6 characters
+# of them count as one.
 _LONGEST = 50
 _LONG = re.compile(rf"[^\W_]{{{_LONGEST}}}")
 _IN_RUN = 6
@@ -77,6 +77,7 @@ def count(text: str) -> int:
   found = rest.split()
   if letters:
     found = [word for word in found if _WORDS.search(word)]
+  # Nearly always true, and much cheaper than the search below.
   if max(map(len, found), default=0) < _LONGEST:
     return letters + len(found)
   return letters + sum(len(_in_run(word)) for word in found)

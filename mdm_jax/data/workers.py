@@ -50,6 +50,7 @@ class Workers:
     return self
 
   def __exit__(self, *_: Any) -> None:
+    # Terminate all before waiting for any.
     for connection, process in self._processes.items():
       process.terminate()
       connection.close()
@@ -72,6 +73,7 @@ class Workers:
         busy.add(connection := idle.pop())
         connection.send((name, job, left.pop()))
       self._poll()
+      # With a timeout, so that `poll` runs even while all blocks are slow.
       for connection in wait(list(busy), _TICK):
         self._receive(connection)
         busy.remove(connection)
@@ -105,6 +107,7 @@ def _serve(connection: Connection) -> None:
     reply = _attempt(*task)
     try:
       connection.send(reply)
+    # The main program is gone; there is nobody to tell.
     except OSError:
       return
 
