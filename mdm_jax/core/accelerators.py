@@ -1,4 +1,4 @@
-"""What accelerators can do, by their data sheets."""
+"""Data-sheet numbers of accelerators: FLOP/s, memory, compute capability."""
 
 import dataclasses
 
@@ -9,14 +9,14 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-  """One device, as JAX counts them.
+  """One device, as counted by `jax.device_count`.
 
   Attributes:
-    name: what it is called on the command line.
-    kind: how JAX's `device_kind` begins.
-    flops: dense bfloat16 operations a second.
-    memory: bytes.
-    capability: an NVIDIA GPU's compute capability; None for all else.
+    name: its name on the command line.
+    kind: prefix of JAX's `device_kind`.
+    flops: peak dense bfloat16 FLOP/s.
+    memory: in bytes.
+    capability: compute capability of an NVIDIA GPU, else None.
   """
 
   name: str
@@ -39,7 +39,7 @@ _ALL = (
 
 
 def by_name(name: str) -> Accelerator:
-  """Returns the accelerator of a name; raises UserError for any other."""
+  """Returns the accelerator with a name; raises UserError if unknown."""
   found = {a.name: a for a in _ALL}
   if name.lower() not in found:
     raise UserError(f"device {name!r}: {nearest(name, found)}")
@@ -47,6 +47,7 @@ def by_name(name: str) -> Accelerator:
 
 
 def by_kind(device_kind: str) -> Accelerator | None:
-  """Returns what JAX calls so, None for one that is not listed."""
+  """Returns the accelerator of a `device_kind`, or None if it isn't listed."""
+  # The longest prefix wins: "TPU v5 lite" also begins with "TPU v5".
   fitting = [a for a in _ALL if device_kind.startswith(a.kind)]
   return max(fitting, key=lambda a: len(a.kind), default=None)

@@ -1,7 +1,7 @@
-"""What an object store does otherwise than a file system.
+"""Files in object stores (gs://, s3://), where they differ from local ones.
 
-It has no folders, takes only whole objects, and its packages (gcsfs, s3fs)
-raise errors of their own. `files.py` is what the rest of the library calls.
+An object store has no folders, can't append, and its packages (gcsfs, s3fs)
+raise their own errors. The rest of the library calls `files.py`.
 """
 
 import contextlib
@@ -16,35 +16,36 @@ from etils import epath
 
 from mdm_jax.core.errors import StorageError, UserError
 
-SCHEMES = {"gs": "gcs", "s3": "s3"}  # and what fsspec calls them
+SCHEMES = {"gs": "gcs", "s3": "s3"}  # URL scheme -> fsspec's protocol
 
 
 class StoreError(StorageError, OSError):
-  """A bucket that can't be reached, or does not do what it is asked."""
+  """A bucket can't be reached, or a request to it failed."""
 
   def __init__(self, path: epath.PathLike, told: str):
     super().__init__(f"{path} can't be reached: {told}")
     self.errno, self.strerror = errno.EIO, told
 
   def __str__(self) -> str:
-    return self.args[0]  # not the errno's form, which has no path
+    return self.args[0]  # OSError's own form has no path
 
 
 def is_local(path: epath.PathLike) -> bool:
-  """Whether a path is on this machine's file system, not in a bucket."""
+  """Returns whether a path is on a file system, not in a bucket."""
   return "://" not in str(path)
 
 
 @contextlib.contextmanager
 def reaching(path: epath.PathLike) -> Iterator[None]:
-  """Makes the errors of a bucket's package those of a file system.
+  """Converts errors of a bucket's package to those of a file system.
 
   Args:
-    path: that the block reads or writes; nothing is done for a local one.
+    path: what the block reads or writes; for a local path this does nothing.
 
   Raises:
-    FileNotFoundError, FileExistsError: as from a file system.
-    StoreError: whatever else the package raises.
+    FileNotFoundError: as from a file system.
+    FileExistsError: as from a file system.
+    StoreError: for any other error of the package.
     UserError: the package is not installed.
   """
   if is_local(path):
@@ -75,28 +76,31 @@ def read(path: epath.Path) -> bytes:
 
 
 def write(path: epath.Path, content: bytes) -> None:
-  """Writes an object; until it is there as a whole, the old one is."""
+  """Writes an object atomically: readers see the old one or the new one."""
   with reaching(path):
     _store(path).pipe_file(str(path), content)
 
 
 def create(path: epath.Path, content: bytes) -> None:
-  """Writes an object where none is: of two writers at once, one may.
+  """Writes a new object; of two concurrent writers only one succeeds.
 
   Raises:
-    FileExistsError: there is one.
+    FileExistsError: the object exists.
   """
   with reaching(path):
     _store(path).pipe_file(str(path), content, mode="create")
 
 
 def sizes(folder: epath.Path) -> dict[str, int]:
-  """Returns the bytes of every object below a folder, in one request."""
+  """Returns the size in bytes of every object below a folder.
+
+  One listing serves all of them.
+  """
   with reaching(folder):
     store = _store(folder)
     start = len(store._strip_protocol(str(folder))) + 1
     found = store.find(str(folder), detail=True)
-  # Some tools write an empty object in a folder's place.
+  # Some tools write an empty object to stand for a folder.
   return {
     path[start:]: told["size"]
     for path, told in found.items()
@@ -105,7 +109,7 @@ def sizes(folder: epath.Path) -> dict[str, int]:
 
 
 def copy(source: epath.Path, target: epath.Path) -> None:
-  """Copies a file, of which one or both are in a bucket."""
+  """Copies a file to, from or within a bucket."""
   bucket = target if is_local(source) else source
   with reaching(bucket):
     store, names = _store(bucket), (str(source), str(target))
@@ -118,46 +122,46 @@ def copy(source: epath.Path, target: epath.Path) -> None:
 
 
 class Appender:
-  """A file that grows, for a store that can't append.
+  """A growing file in a store that can't append.
 
-  All of it stays in memory, and each flush writes it whole: a crash leaves
-  what was flushed last.
+  The content stays in memory and every flush uploads all of it. A crash loses
+  what was written since the last flush.
   """
 
   def __init__(self, path: epath.PathLike, content: bytes = b""):
-    """Goes on from the content that a file has already."""
+    """Starts with the content that the file already has."""
     self._path = epath.Path(path)
     self._content, self._written = bytearray(content), len(content)
 
   def write(self, content: str | bytes) -> None:
-    """Keeps what is appended."""
+    """Appends to the content in memory."""
     plain = content.encode() if isinstance(content, str) else content
     self._content += plain
 
   def flush(self) -> None:
-    """Writes the file, unless nothing has come."""
+    """Uploads the file if it has grown since the last flush."""
     if len(self._content) == self._written:
       return
     write(self._path, bytes(self._content))
     self._written = len(self._content)
 
   def close(self) -> None:
-    """Writes what is left."""
+    """Uploads the rest."""
     self.flush()
 
 
 @functools.cache
 def _prepare() -> None:
-  """Settles, once a process, how the stores' packages behave."""
+  """Configures the stores' packages, once per process."""
   import fsspec.config
 
   for name in {*SCHEMES, *SCHEMES.values()}:
-    # Others write too: a listing that is kept would hide what they wrote.
+    # Other processes write too: a cached listing would hide their objects.
     told = fsspec.config.conf.setdefault(name, {})
     told.setdefault("use_listings_cache", False)
-  # It logs every retry with a traceback; the last one is raised anyway.
+  # gcsfs logs every retry with a traceback; the last error is raised anyway.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-  # With TensorFlow installed, paths would go by its file systems instead.
+  # If TensorFlow is installed, epath would use its file systems, not fsspec.
   os.environ.setdefault("EPATH_USE_TF", "false")
 
 

@@ -1,4 +1,4 @@
-"""Between plain values, as JSON has them, and a dataclass's types."""
+"""Conversion between config dataclasses and plain values (JSON, ConfigDict)."""
 
 import dataclasses
 import types
@@ -13,10 +13,15 @@ from mdm_jax.core.fields import at_home
 
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
-  """Checks one value against a type hint, turning lists into tuples.
+  """Converts a plain value to a type: lists to tuples, dicts to dataclasses.
+
+  Args:
+    value: as read from JSON or set in a `ConfigDict`.
+    hint: a dataclass, scalar type, tuple, `Literal`, or one of these | None.
+    path: dotted path of the value, for messages.
 
   Raises:
-    UserError: a wrong name or type, with its dotted path.
+    UserError: an unknown field or a wrong type.
   """
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if dataclasses.is_dataclass(hint):
@@ -36,6 +41,7 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
         coerce(v, h, f"{path}[{i}]")
         for i, (v, h) in enumerate(zip(value, hints, strict=True))
       )
+  # Accept 1 for 1.0, but not True: bool is a subclass of int.
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     try:
       return float(value)
@@ -62,7 +68,7 @@ def _dataclass(value: Any, cls: type, path: str) -> Any:
 
 
 def to_config_dict(value: Any) -> config_dict.ConfigDict:
-  """Returns a dataclass's fields, locked, each with the type it may have."""
+  """Returns a dataclass as a locked `ConfigDict` that checks types."""
   result = config_dict.ConfigDict()
   for field in dataclasses.fields(value):
     item = getattr(value, field.name)
@@ -72,7 +78,8 @@ def to_config_dict(value: Any) -> config_dict.ConfigDict:
       item = tuple(to_config_dict(part) for part in item)
     options = [t for t in typing.get_args(field.type) if t is not type(None)]
     if type(None) in typing.get_args(field.type):
-      # A typed placeholder can be set from the command line, None included.
+      # A ConfigDict infers a field's type from its value, and None has none. A
+      # placeholder has a type and can be set on the command line, also to None.
       holder = config_dict.placeholder(_plain_type(options[0]))
       if item is not None:
         holder.set(item)
@@ -87,18 +94,18 @@ def _plain_type(hint: Any) -> type:
 
 
 def union(base: type, parts: Mapping[str, type]) -> type:
-  """Returns a section that also has the fields of all parts.
+  """Returns a dataclass with the fields of `base` and of all parts.
 
-  One of a part's fields is None where it isn't given; its metadata say what it
-  is `of`, and what that takes as `default`.
+  Fields of parts become optional: None if not given. Their metadata has the
+  names of the parts that they are `of`, and the part's own `default`.
 
   Args:
-    base: has the fields that all share. A part that inherits from it brings
-      only what it adds.
-    parts: by the names of what they belong to.
+    base: a config section, with the fields that all parts share.
+    parts: sections by name, such as those of the registered objectives. Of a
+      subclass of `base`, only the additional fields are used.
 
   Raises:
-    UserError: fields of one name have different types.
+    UserError: two parts have fields of one name with different types.
   """
   found = {f.name: (f.type, _copy(f)) for f in _own_fields(base)}
   for name, part in parts.items():
@@ -121,7 +128,7 @@ def union(base: type, parts: Mapping[str, type]) -> type:
 
 
 def with_types(cls: type, types: Mapping[str, tuple[Any, Any]]) -> type:
-  """Returns a section with other types and defaults for some fields."""
+  """Returns a dataclass with the (type, default) of some fields replaced."""
   found = {f.name: (f.type, _copy(f)) for f in dataclasses.fields(cls)}
   for name, (hint, default) in types.items():
     found[name] = hint, dataclasses.field(default=default)
@@ -152,7 +159,7 @@ def _copy(at: dataclasses.Field[Any]) -> Any:
 
 
 def check_field(path: str, cls: type) -> None:
-  """Raises UserError, naming the nearest, if no field is at a dotted path."""
+  """Raises UserError, with the nearest name, if a dotted path has no field."""
   hint: Any = cls
   for done, part in enumerate(path.split(".")):
     name, _, index = part.partition("[")

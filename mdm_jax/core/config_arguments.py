@@ -1,4 +1,4 @@
-"""What follows the colon of --config=FILE:ARGUMENT."""
+"""Arguments of config files, the part after the colon in --config=FILE:ARG."""
 
 from ml_collections import config_dict
 
@@ -8,12 +8,18 @@ from mdm_jax.core.errors import UserError, nearest
 def apply_arg(
   config: config_dict.ConfigDict, arg: str, *names: str
 ) -> config_dict.ConfigDict:
-  """Handles what follows the colon of --config=FILE:ARG, `quick` or nothing.
+  """Applies `quick` if the argument contains it; call it last in `get_config`.
 
   Args:
-    config: the config file's result.
+    config: the config.
     arg: comma-separated words.
-    *names: words that the config file has handled itself.
+    *names: valid words that the config file handles itself.
+
+  Returns:
+    The config, locked.
+
+  Raises:
+    UserError: a word is unknown.
   """
   words = [word for word in arg.split(",") if word]
   for word in words:
@@ -24,13 +30,14 @@ def apply_arg(
 
 
 def quick(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """Scales any config down to about a minute on a CPU, the stages kept."""
+  """Scales a config down to about a minute on a CPU, keeping its stages."""
   config.name += "_quick"
   config.data.max_documents = 24
   config.data.batch_size = min(config.data.batch_size, 16)
   config.data.update(eval_fraction=0.2, test_fraction=0.1)
   config.tokenizer.vocab_size = min(config.tokenizer.vocab_size, 512)
   config.model.update(num_layers=2, embed_dim=64, num_heads=4, dtype="float32")
+  # None derives them from the smaller sizes above.
   config.model.update(num_kv_heads=None, mlp_dim=None)
   for i, part in enumerate(config.stages):
     part.length = 64 * 2 ** min(i, 1)

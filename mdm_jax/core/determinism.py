@@ -1,9 +1,9 @@
-"""The same bits in every run, and what that depends on.
+"""Bit-reproducible runs: XLA's flag for deterministic kernels on GPUs.
 
-On a CPU XLA computes so without being asked. On a GPU it picks kernels by
-timing them, and some add up in the order in which threads come by; its flag
-below does without both. XLA reads its flags once, when JAX starts a backend,
-and ends the process over one that it does not know.
+On a CPU XLA is deterministic. On a GPU it chooses kernels by timing them, and
+some sum with atomics, in the order in which threads arrive; the flag turns both
+off. XLA reads its flags once, when JAX initializes a backend, and aborts the
+process if it doesn't know one.
 """
 
 import importlib.metadata
@@ -20,12 +20,12 @@ _FIELD = "train.deterministic"
 
 
 def ask_for(wanted: bool) -> None:
-  """Asks XLA for the same bits in every run, before JAX starts a backend.
+  """Sets XLA's flag for deterministic kernels. Call it before JAX starts.
 
-  Where JAX can't find a GPU there is nothing to ask for.
+  Does nothing if no GPU plugin of JAX is installed.
 
   Raises:
-    UserError: this version of XLA does not know how.
+    UserError: this version of XLA does not know the flag.
   """
   if not wanted or is_asked() or not _gpu_plugins():
     return
@@ -39,7 +39,7 @@ def ask_for(wanted: bool) -> None:
 
 
 def check(wanted: bool) -> None:
-  """Raises UserError if a GPU was started before anybody asked it."""
+  """Raises UserError if JAX has started its GPU without the flag."""
   if wanted and jax.default_backend() == "gpu" and not is_asked():
     raise UserError(
       f"{_FIELD}=true: JAX has started its GPU without {FLAG}; start by"
@@ -48,21 +48,22 @@ def check(wanted: bool) -> None:
 
 
 def is_asked() -> bool:
-  """Returns whether XLA's flags ask for it."""
+  """Returns whether XLA_FLAGS has the flag, in any of its spellings."""
   name, value = FLAG.split("=")
   flags = os.environ.get("XLA_FLAGS", "").split()
   return any(f in (name, FLAG, f"{name}=1", f"{name}={value}") for f in flags)
 
 
 def is_known(flag: str) -> bool:
-  """Returns whether XLA knows a flag, tried out in a process of its own."""
+  """Returns whether XLA knows a flag."""
+  # In a subprocess, since XLA aborts the process over an unknown flag.
   env = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
   start = [sys.executable, "-c", "import jax; jax.devices()"]
   return not subprocess.run(start, env=env, capture_output=True).returncode
 
 
 def promise(backend: str) -> str:
-  """Says which runs are equal to the bit on a backend."""
+  """Returns a sentence that says which runs are bit-identical on a backend."""
   if backend == "cpu":
     return "the same command gives the same bits, on the same number of devices"
   if backend != "gpu":

@@ -1,8 +1,8 @@
-"""Several processes as one program, on JAX's own distributed runtime.
+"""Multi-process programs: joining, exchanging small values, naming lost peers.
 
-Every process runs the same program with the same arguments. Arrays are theirs
-together; what is small and plain goes through the coordination service, which
-process 0 holds: that needs no device, and can tell who is missing.
+Every process runs the same program with the same arguments. Arrays are global;
+small values are exchanged through JAX's coordination service, which runs in
+process 0. It needs no device, and it can tell which process is missing.
 """
 
 import contextlib
@@ -23,15 +23,17 @@ from jax.experimental import multihost_utils
 from mdm_jax.core import jax_internals
 from mdm_jax.core.errors import Aborted, Exit, Failure, UserError
 
-# A process that is gone ends all others by its missing heartbeat, one that is
-# stuck by the watchdog; so whoever waits here need not give up early.
+# Waits need no short timeout: if a process dies, its missing heartbeat ends all
+# others; if one hangs, the watchdog does.
 _LONG_MS = 24 * 3600 * 1000
-_TICK = 0.1
-_ANSWER = 2.0  # seconds the coordinator has for an answer
+_TICK = 0.1  # seconds to wait for a value that should be there already
+_ANSWER = 2.0  # extra seconds for the coordinator to answer
 _HOSTS, _ROLL = "mdm_jax/host/", "mdm_jax/roll/"
 
 T = TypeVar("T")
-_numbers = itertools.count()  # of exchanges: all processes do the same ones
+# Numbers the exchanges: all processes make them in the same order, so equal
+# numbers are the same exchange.
+_numbers = itertools.count()
 
 
 # MARK: joining
@@ -44,18 +46,22 @@ def initialize(
   initialization_timeout: int = 300,
   heartbeat_timeout: int = 100,
 ) -> bool:
-  """Joins the other processes, and returns whether there are any.
+  """Joins the other processes of a multi-process run.
 
-  Call it before anything else asks JAX for a device. What is not given is
-  found by JAX on a TPU, Slurm, Open MPI or Kubernetes; a program of one process
-  joins nothing. If the others don't come, JAX ends the process by SIGABRT.
+  Call it before anything asks JAX for a device. Without arguments JAX detects
+  the cluster on TPUs, Slurm, Open MPI or Kubernetes; without one, this is a
+  single process and nothing is joined. If the other processes don't appear in
+  time, JAX aborts this one (SIGABRT).
 
   Args:
-    coordinator: address and port of process 0.
-    num_processes: how many there are; 1 alone switches the search off.
-    process_id: the number of this one, from 0.
-    initialization_timeout: seconds until all have come.
-    heartbeat_timeout: seconds after which a silent process counts as gone.
+    coordinator: HOST:PORT of process 0.
+    num_processes: number of processes; 1 alone turns the detection off.
+    process_id: index of this process, from 0.
+    initialization_timeout: seconds to wait for all processes.
+    heartbeat_timeout: seconds of silence after which a process counts as gone.
+
+  Returns:
+    Whether there are other processes.
 
   Raises:
     UserError: the arguments don't fit together, or the port is taken.
@@ -106,10 +112,10 @@ def _checked(
 
 
 def _found(seconds: int) -> jax_internals.Cluster | None:
-  """Returns what JAX finds in the environment: what `initialize()` would."""
+  """Returns the cluster that JAX detects in the environment, if any."""
   try:
     return jax_internals.find_cluster(seconds)
-  except Exception as error:  # each kind of cluster has its own
+  except Exception as error:  # each kind of cluster raises its own
     raise UserError(
       f"this seems to be a cluster, but JAX can't read it: {error}; give"
       " --coordinator, --num_processes and --process_id, or --num_processes=1"
@@ -118,7 +124,7 @@ def _found(seconds: int) -> jax_internals.Cluster | None:
 
 def _join(cluster: jax_internals.Cluster, seconds: int, heartbeat: int) -> None:
   address, number, own, devices = cluster
-  # Before the call: if it fails, JAX aborts, and nothing can be told any more.
+  # Print the advice first: on a timeout JAX aborts inside the call.
   print(
     f"process {own} of {number}: joining the coordinator at {address}; aborts"
     f" (exit code {Exit.ABORTED.value}) after {seconds} s. If it hangs: process"
@@ -141,32 +147,36 @@ def _join(cluster: jax_internals.Cluster, seconds: int, heartbeat: int) -> None:
   _client().key_value_set(f"{_HOSTS}{own}", socket.gethostname())
 
 
-# MARK: who is there
+# MARK: processes
 
 
 def count() -> int:
-  """Returns the number of processes; asks for no device."""
+  """Returns the number of processes, without initializing a backend."""
   runtime = jax_internals.joined()
   return runtime.num_processes if runtime else 1
 
 
 def index() -> int:
-  """Returns the number of this process, from 0; asks for no device."""
+  """Returns the index of this process, without initializing a backend."""
   runtime = jax_internals.joined()
   return runtime.process_id if runtime else 0
 
 
 def is_first() -> bool:
-  """Returns whether this is process 0: the one that writes and prints."""
+  """Returns whether this is process 0, the one that writes and prints."""
   return index() == 0
 
 
 def missing_peers(timeout_seconds: float) -> str | None:
-  """Names the processes that don't call this too, within some seconds.
+  """Returns which processes don't respond, for a message; None if all do.
 
-  It may be called from any thread, and blocks for little longer than that,
-  also where process 0 does not answer. It tells once: a process that called it
-  counts as there from then on.
+  A process responds by calling this function too. It may be called from any
+  thread. Only the first call means something: a process that has called it
+  counts as alive from then on.
+
+  Args:
+    timeout_seconds: seconds to wait for the others. The call takes only a
+      little longer, even if process 0 does not answer.
   """
   if count() == 1:
     return None
@@ -177,6 +187,7 @@ def missing_peers(timeout_seconds: float) -> str | None:
   def ask() -> None:
     missing[0] = _call_the_roll(timeout_seconds)
 
+  # In a thread that can be abandoned: a request to a dead process 0 may hang.
   asking = threading.Thread(target=ask, name="roll", daemon=True)
   asking.start()
   asking.join(timeout_seconds + _ANSWER)
@@ -195,9 +206,9 @@ def _call_the_roll(seconds: float) -> str | None:
 
 
 def _wait_for(name: str, seconds: float) -> str | None:
-  """Returns a value of the service, or None if it does not come in time.
+  """Returns a value of the coordination service, or None after a timeout.
 
-  Of the client's ways to ask, this one lets other threads run meanwhile.
+  Of the client's methods, this one releases the interpreter's lock.
   """
   try:
     return _client().blocking_key_value_get(name, int(seconds * 1000))
@@ -209,14 +220,17 @@ def _client() -> Any:
   return jax_internals.joined().client
 
 
-# MARK: one value for all
+# MARK: exchanges
 
 
 def broadcast(value: Any) -> Any:
-  """Returns process 0's value: anything small that JSON can hold.
+  """Returns process 0's value on all processes.
 
-  All processes have to call it, from their main threads and in the same order
-  as every other exchange: `agree` and `first_alone` are such.
+  Like `agree` and `first_alone` it is a collective operation: all processes
+  must call them in the same order, from their main threads.
+
+  Args:
+    value: a small JSON value; only process 0's matters.
   """
   if count() == 1:
     return value
@@ -228,14 +242,14 @@ def broadcast(value: Any) -> Any:
 
 
 def agree(name: str, value: Any) -> None:
-  """Checks that all processes have the same small value, and waits for them.
+  """Checks that all processes have the same value; a barrier.
 
   Args:
-    name: of the value, for the error.
-    value: anything that JSON can hold; of something large, its hash.
+    name: what the value is, for the message.
+    value: a small JSON value; pass the hash of a large one.
 
   Raises:
-    UserError: on all processes, if they differ.
+    UserError: values differ; raised on all processes.
   """
   if count() == 1:
     return
@@ -261,12 +275,16 @@ def _difference(name: str, values: list[str]) -> str | None:
 
 
 def first_alone(function: Callable[[], T]) -> T:
-  """Calls a function in process 0, and only when it is done in the others.
+  """Calls a function in process 0 first, then in the others.
 
-  What process 0 has put on a disk that all see, the others find there.
+  So process 0 can write what the others then read from a shared disk.
+
+  Returns:
+    The result of this process's call.
 
   Raises:
-    Failure: what process 0's call raised, on all processes.
+    Failure: process 0's call raised it; raised on all processes, since the
+      others would wait forever.
   """
   if is_first():
     try:
@@ -286,13 +304,15 @@ def first_alone(function: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def naming_peers(seconds: float) -> Iterator[None]:
-  """Tells who is gone, where the runtime only tells of a connection.
+  """Names lost processes if a collective fails in the block.
+
+  JAX's own error only mentions a broken connection.
 
   Args:
-    seconds: that the others have to say that they are there.
+    seconds: how long the other processes have to respond.
 
   Raises:
-    Aborted: the block failed, and another process does not answer.
+    Aborted: a JAX error occurred, and another process does not respond.
   """
   try:
     yield
@@ -304,18 +324,19 @@ def naming_peers(seconds: float) -> Iterator[None]:
 
 
 def fetch(tree: Any) -> Any:
-  """Returns arrays as NumPy's, whole on every process, however they lie."""
+  """Returns a tree of arrays as NumPy arrays, gathered on every process."""
   if count() == 1:
     return jax.device_get(tree)
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def leave(code: int) -> None:
-  """Ends a process that failed; returns where there is only one.
+  """Exits at once after a failure; with a single process, just returns.
 
-  At a normal exit JAX waits some minutes for the others, who may be waiting in
-  a collective for this one. Without it they end by its missing heartbeat; so
-  this is not for an end that all come to, or it would end badly for the rest.
+  A normal exit would block: JAX waits minutes for the other processes, which
+  may be waiting for this one in a collective. Without that wait they are ended
+  by the missing heartbeat. So don't call this when all processes exit together:
+  the others would be aborted.
   """
   if count() == 1:
     return

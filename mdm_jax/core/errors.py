@@ -1,4 +1,4 @@
-"""How a program ends: exit codes, and the errors that lead to them."""
+"""Exit codes, and the exceptions that lead to them."""
 
 import difflib
 import enum
@@ -6,65 +6,66 @@ from collections.abc import Iterable
 
 
 class Exit(enum.IntEnum):
-  """Exit codes, so that a scheduler knows what to start again.
+  """Exit codes, which tell a scheduler whether to start a run again.
 
-  The names of the members are what docs/reliability.md lists.
+  docs/reliability.md lists them by these names.
   """
 
-  DONE = 0  # all is done, or was done before
-  BUG = 1  # an error of this library: the traceback is last
-  USER = 2  # a flag, a config, data, a tokenizer or a checkpoint is wrong
-  NUMERICS = 3  # losses or gradients stayed without a finite value
-  STORAGE = 4  # can't be written or read, full, or damaged with no fallback
-  CRASH_LOOP = 5  # several starts in a row saved nothing new
-  STOPPED = 42  # stopped by a signal, all saved; run again to go on
+  DONE = 0  # everything is done, now or before
+  BUG = 1  # an error in this library; the traceback comes last
+  USER = 2  # a wrong flag, config, data, tokenizer or checkpoint
+  NUMERICS = 3  # too many consecutive updates were not finite, or spikes
+  STORAGE = 4  # workdir not writable, full, or damaged without a fallback
+  CRASH_LOOP = 5  # several attempts in a row died without saving anything new
+  STOPPED = 42  # stopped by a signal, everything saved; run again to resume
+  # 128 + SIGABRT, which is how JAX ends a process whose peer is gone.
   ABORTED = 134  # no progress, or another process is gone; run again
 
 
 class Failure(Exception):
-  """An end that `main` tells in one line, with an exit code of its own."""
+  """An expected error: `main` prints it in one line and exits with `code`."""
 
   code = Exit.BUG
 
 
 class UserError(Failure):
-  """A mistake the user can mend."""
+  """An error that the user can fix."""
 
   code = Exit.USER
 
 
 class NumericsError(Failure):
-  """Numbers that are not finite, beyond what the config allows."""
+  """More bad updates than the config allows, or two results that differ."""
 
   code = Exit.NUMERICS
 
 
 class StorageError(Failure):
-  """A disk or bucket that does not keep what it is given."""
+  """A disk or bucket that can't be read or written."""
 
   code = Exit.STORAGE
 
 
 class CrashLoop(Failure):
-  """Starts that die again and again without saving anything new."""
+  """Several attempts in a row died without saving anything new."""
 
   code = Exit.CRASH_LOOP
 
 
 class Aborted(Failure):
-  """Another process is gone, and nothing can go on without it."""
+  """Another process of the run is gone."""
 
   code = Exit.ABORTED
 
 
 class Stopped(Failure):
-  """A signal stopped the run after everything was saved."""
+  """A signal stopped the run, after everything was saved."""
 
   code = Exit.STOPPED
 
 
 def exit_code(error: BaseException | None) -> Exit:
-  """Returns the exit code that an end by this error has."""
+  """Returns the exit code for an exception, or for success if None."""
   if error is None:
     return Exit.DONE
   if isinstance(error, KeyboardInterrupt):
@@ -73,7 +74,7 @@ def exit_code(error: BaseException | None) -> Exit:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-  """Returns a clause that names the closest valid value, or all of them."""
+  """Returns a hint for a message: the closest valid value, or all of them."""
   valid = sorted(map(str, valid))
   close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
   if close:

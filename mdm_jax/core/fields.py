@@ -1,13 +1,13 @@
-"""What a field of the configuration says of itself: doc, bounds, registry.
+"""Config fields with metadata: a description, bounds, a registry; and checks.
 
-Bounds are written as in mathematics: "[0, 1]" has both ends, "(0, 1)" none of
-them, "-1 or [1, 64]" one number more. Of a field with several numbers they are
-those of each. A registry is written as "package.module:NAME"; the field's value
-is then the name of a piece in it. A section that is `flat` is written without a
-name of its own: its fields stand beside it.
+Bounds are written as intervals: "[0, 1]" includes both ends, "(0, 1)" neither,
+"-1 or [1, 64]" also allows -1. They apply to each number of a tuple. A registry
+is given as "package.module:NAME"; the field's value is then a name in it. The
+fields of a `flat` section are written in its parent, without the section's
+name.
 
-What the fields of a section must be together is in its method `check(path)`,
-which is called once each of them can be right.
+A section's method `check(path)` validates combinations of fields. It is called
+after each field has been checked by itself.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from mdm_jax.core import registry
 from mdm_jax.core.errors import UserError
 
-COUNT = "[0, 2147483647]"  # what is counted fits 32 bits
+COUNT = "[0, 2147483647]"  # counters are int32
 POSITIVE = "[1, 2147483647]"
-MANY = "[1, 9007199254740991]"  # of what may be more
-SIZE = "[1, 1048576]"  # of an axis
+MANY = "[1, 9007199254740991]"  # beyond int32, but still exact as a float
+SIZE = "[1, 1048576]"  # of an array's axis
 SHARE = "[0, 1]"
 
 _INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
@@ -41,36 +41,40 @@ class _Interval(NamedTuple):
 
 
 def field(default: Any, doc: str, bounds: str = "", **more: Any) -> Any:
-  """A field.
+  """Declares a config field that may change when a run is resumed.
 
   Args:
-    default: its value if none is given.
-    doc: one line.
-    bounds: of a number, or of each of several.
-    **more: `path=True`, a file or folder, which may begin with ~;
-      `registry="package.module:NAME"`, where its possible values are listed;
-      `flat=True`, a section whose fields stand beside it.
+    default: the default value.
+    doc: one line for help texts and docs/configuration.md.
+    bounds: of the number, or of each number of a tuple.
+    **more: `path=True` for a file or folder, which may begin with ~;
+      `registry="package.module:NAME"` for a name in a registry; `flat=True` for
+      a section whose fields are written in its parent.
   """
   metadata = {"doc": doc, "bounds": bounds, **more}
   return dataclasses.field(default=default, metadata=metadata)
 
 
 def fixed(default: Any, doc: str, bounds: str = "", **more: Any) -> Any:
-  """A field whose value a run keeps: with another it is another run."""
+  """Declares a config field that may not change when a run is resumed."""
   return field(default, doc, bounds, fixed=True, **more)
 
 
 def at_home(path: str) -> str:
-  """Returns a path as the file system takes it: ~ is the home folder."""
+  """Returns a path with ~ expanded to the home folder."""
   return os.path.expanduser(path)
 
 
 def check(value: Any, path: str = "") -> None:
-  """Checks every field under a section, and what they are together.
+  """Checks all fields of a section and its subsections.
+
+  Args:
+    value: the section, a dataclass.
+    path: its dotted path, "" for the whole config.
 
   Raises:
     UserError: a number is out of bounds, a name isn't registered, or fields
-      don't go together.
+      contradict each other.
   """
   for at in dataclasses.fields(value):
     _check(getattr(value, at.name), path_of(path, at), at)
@@ -94,17 +98,18 @@ def _check(value: Any, path: str, at: dataclasses.Field[Any]) -> None:
       _check(item, f"{path}[{i}]", at)
   elif limits and value is not None and not allows(limits, value):
     raise UserError(f"{path}={value} must be {told(limits)}")
-  elif pieces and value != at.default:  # a default needs no slow import
+  # Defaults are valid: skip importing the registry's module, which is slow.
+  elif pieces and value != at.default:
     registry.resolve(pieces).check(value, path)
 
 
 def allows(bounds: str, value: int | float) -> bool:
-  """Returns whether a number is within bounds; one that is NaN never is."""
+  """Returns whether a number is within bounds; NaN never is."""
   return any(interval.has(value) for interval in _parsed(bounds))
 
 
 def told(bounds: str) -> str:
-  """Returns bounds as they go on after "must be"."""
+  """Returns bounds in words, to follow "must be"."""
   return re.sub(r"(?<!\S)(?=[\[(])", "in ", bounds)
 
 

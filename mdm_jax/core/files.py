@@ -1,7 +1,8 @@
-"""Files that are whole or not there, whenever the writer is killed.
+"""Atomic file operations, on local paths and in buckets.
 
-A path may be in a bucket, where every object is written whole or not at all;
-what else is different there is in `buckets.py`.
+A killed writer leaves the old file or the new one, never a part of it. Paths
+may be in a bucket, where writing an object is atomic by itself; `buckets.py`
+has the other differences.
 """
 
 import concurrent.futures
@@ -16,47 +17,48 @@ from etils import epath
 from mdm_jax.core import buckets, strict_json
 from mdm_jax.core.buckets import StoreError, is_local, reaching
 
-_COPIES = 8  # at once
+_COPIES = 8  # concurrent transfers
 
 
 def make_folder(folder: epath.Path) -> None:
-  """Makes a folder and those above it; a bucket has none to make."""
+  """Creates a folder and its parents; does nothing in a bucket."""
   if is_local(folder):
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def exists(path: epath.Path) -> bool:
-  """Whether a file or folder is there."""
+  """Returns whether a file or folder exists."""
   with reaching(path):
     return path.exists()
 
 
 def write(path: epath.Path, content: bytes) -> None:
-  """Writes a file so that a crash leaves the old one or the new one."""
+  """Writes a file atomically: a crash leaves the old one or the new one."""
   if not is_local(path):
     buckets.write(path, content)
     return
+  # Renaming is atomic within a file system, hence a file in the same folder.
   partial = path.parent / f".{path.name}.{os.getpid()}"
   try:
     partial.write_bytes(content)
     partial.replace(path)
   except OSError:
     with contextlib.suppress(OSError):
-      partial.unlink(missing_ok=True)  # half of it, on a full disk
+      partial.unlink(missing_ok=True)  # on a full disk, free what it took
     raise
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-  """Writes a value as JSON, the same way."""
+  """Writes a value as JSON, atomically."""
   write(path, _as_json(value))
 
 
 def create_json(path: epath.Path, value: Any) -> None:
-  """Writes a value as JSON where no file is.
+  """Writes a value as JSON to a new file.
 
   Raises:
-    FileExistsError: there is one by now. Only a bucket tells; on a file
-      system, the caller has to be alone.
+    FileExistsError: the file exists. This is only detected in a bucket; on a
+      file system the caller needs a lock.
   """
   if is_local(path):
     write_json(path, value)
@@ -70,25 +72,26 @@ def read_text(path: epath.Path) -> str:
 
 
 def read_json(path: epath.Path) -> Any:
-  """Returns a file's value, or None where there is no file or no JSON.
+  """Returns the value of a JSON file; None if it is missing or invalid.
 
   Raises:
-    StoreError: it is in a bucket that can't be reached.
+    StoreError: the file is in a bucket that can't be reached.
   """
   try:
     return json.loads(read_text(path))
   except StoreError:
-    raise  # not to be taken for a file that is not there
+    raise  # an OSError too, but the file may well exist
   except (OSError, ValueError):
     return None
 
 
 def append_line(path: epath.Path, value: dict[str, Any]) -> None:
-  """Appends one JSON object to a file of lines, on a line of its own."""
+  """Appends one JSON object to a JSONL file."""
   line = strict_json.dumps(value)
   if not is_local(path):
     write(path, f"{_text_if_any(path)}{line}\n".encode())
     return
+  # If a killed writer left half a line, don't continue it.
   cut = "\n" if _is_cut_short(path) else ""
   with path.open("a") as file:
     file.write(f"{cut}{line}\n")
@@ -96,9 +99,9 @@ def append_line(path: epath.Path, value: dict[str, Any]) -> None:
 
 
 def open_to_append(path: epath.Path, content: bytes) -> IO | buckets.Appender:
-  """Replaces a file's content and returns the file, to go on writing text.
+  """Replaces a file's content, and returns the file opened to append text.
 
-  In a bucket, each flush writes all of it again.
+  In a bucket, every flush uploads the whole file.
   """
   write(path, content)
   if is_local(path):
@@ -107,7 +110,11 @@ def open_to_append(path: epath.Path, content: bytes) -> IO | buckets.Appender:
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-  """Returns the objects of a file of lines, without one cut short."""
+  """Returns the objects of a JSONL file, [] if it is missing.
+
+  Lines that are not a JSON object are skipped, such as one that a killed writer
+  left unfinished.
+  """
   found = []
   for line in _text_if_any(path).splitlines():
     try:
@@ -120,25 +127,25 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def delete(path: epath.Path) -> None:
-  """Deletes a file, if it is there."""
+  """Deletes a file if it exists."""
   with reaching(path):
     path.unlink(missing_ok=True)
 
 
 def delete_folder(folder: epath.Path) -> None:
-  """Deletes a folder and all that is in it."""
+  """Deletes a folder and its contents."""
   with reaching(folder):
     folder.rmtree()
 
 
 def names(folder: epath.Path) -> list[str]:
-  """Returns the names of what is in a folder; none if it is not there."""
+  """Returns the names of a folder's entries, [] if it doesn't exist."""
   with reaching(folder):
     return [p.name for p in folder.iterdir()] if folder.exists() else []
 
 
 def sizes(folder: epath.Path) -> dict[str, int]:
-  """Returns the bytes of every file below a folder, by its name from there."""
+  """Returns the bytes of every file below a folder, by relative path."""
   if not is_local(folder):
     return buckets.sizes(folder)
   found = {}
@@ -152,7 +159,7 @@ def sizes(folder: epath.Path) -> dict[str, int]:
 def copy_files(
   source: epath.Path, target: epath.Path, names: Iterable[str]
 ) -> None:
-  """Copies files from a folder to another one; one of them is in a bucket."""
+  """Copies files by name from one folder to another, to or from a bucket."""
 
   def copy(name: str) -> None:
     make_folder((target / name).parent)
@@ -163,7 +170,7 @@ def copy_files(
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
-  """Gives a folder another name; in a bucket, object by object."""
+  """Renames a folder; in a bucket it copies and deletes every object."""
   if is_local(source):
     source.rename(target)
     return
@@ -185,7 +192,7 @@ def _text_if_any(path: epath.Path) -> str:
 
 
 def _is_cut_short(path: epath.Path) -> bool:
-  """Whether a file's last line has no end, its writer having been killed."""
+  """Returns whether a file's last line has no line feed."""
   if not path.is_file() or not path.stat().length:
     return False
   with path.open("rb") as file:

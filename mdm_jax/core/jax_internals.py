@@ -1,7 +1,7 @@
-"""What has no public name in JAX: only this module may reach behind them.
+"""All uses of JAX's private API: its distributed state and cluster detection.
 
-Both things are looked for once. Where a version of JAX has one no more, a
-program of one process goes on without it, and `missing` says what is lost.
+No other module may import `jax._src`. If a version of JAX lacks one of the two,
+single-process programs still work, and `missing` says what doesn't.
 """
 
 import functools
@@ -13,7 +13,7 @@ _FIELDS = ("client", "num_processes", "process_id", "coordinator_address")
 
 
 def missing() -> list[str]:
-  """Returns what this JAX does not have, and what follows; [] if nothing."""
+  """Returns what this version of JAX lacks, with the consequence of each."""
   lost = []
   if _state() is None:
     lost.append("its coordination service: there can be only one process")
@@ -26,24 +26,31 @@ def missing() -> list[str]:
 
 
 def can_join() -> bool:
-  """Returns whether there can be several processes."""
+  """Returns whether multi-process programs are possible."""
   return _state() is not None
 
 
 def joined() -> Any | None:
-  """Returns the state of JAX's distributed runtime, None for one process.
+  """Returns the state of JAX's distributed runtime, or None if not joined.
 
-  Its `client` talks to the coordination service, as Orbax's does.
+  Its `client` talks to the coordination service; Orbax uses the same one.
   """
   state = _state()
   return state if state is not None and state.client else None
 
 
 def find_cluster(seconds: int) -> Cluster | None:
-  """Returns what `jax.distributed.initialize` would find, if anything.
+  """Returns the cluster that `jax.distributed.initialize` would detect.
 
-  That is the coordinator's address, the number of processes, this one's, and
-  its devices. It raises what the kind of cluster does that can't be read.
+  Args:
+    seconds: timeout of the detection.
+
+  Returns:
+    The coordinator's address, the number of processes, the index of this one
+    and its local device ids; None if there is no cluster.
+
+  Raises:
+    Exception: whatever JAX raises for a cluster that it can't read.
   """
   search = _search()
   if search is None:

@@ -1,7 +1,7 @@
-"""Languages that text can be said to be in: the codes of ISO 639-1.
+"""Language codes (ISO 639-1) that a config may give for its text.
 
-The sentence splitter, sentencex, knows abbreviations and marks of many of them;
-the others it divides by the rules of a related one, or of English.
+The sentence splitter, sentencex, has rules for many of them; for the others it
+uses those of a related language, or of English.
 """
 
 from mdm_jax.core.errors import UserError, nearest
@@ -19,7 +19,7 @@ CODES = frozenset(
 
 
 def check(path: str, code: str) -> None:
-  """Raises UserError, with the nearest, if a field has no such code."""
+  """Raises UserError, with the nearest code, if a field's code is unknown."""
   if code in CODES:
     return
   short = code.lower()[:2]

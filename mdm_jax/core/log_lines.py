@@ -1,8 +1,8 @@
-"""Which log lines people see: the library's own, and others' warnings.
+"""Log filtering: shows this library's messages, and warnings of others.
 
-What everybody needs is logged at INFO or above, what only helps to find a
-mistake below it. JAX tells of every backend that is not there, and Orbax of
-every file: `--verbosity=0` shows that too, `--verbosity=1` all there is.
+JAX logs every backend that is missing, Orbax every file it writes; by default
+both are hidden. `--verbosity=0` shows their INFO messages, `--verbosity=1` also
+all debug messages. This library logs what users need at INFO or above.
 """
 
 import logging
@@ -18,7 +18,7 @@ _PACKAGE = str(pathlib.Path(__file__).parents[1])
 
 
 def run(main: Any, flags_parser: Any = None) -> None:
-  """Runs a program as `absl.app.run` does, with log lines for people."""
+  """Runs a program like `absl.app.run`, with filtered logging."""
 
   def quietly(argv: list[str]) -> Any:
     if not flags.FLAGS["verbosity"].present:
@@ -30,7 +30,7 @@ def run(main: Any, flags_parser: Any = None) -> None:
 
 
 def for_people(handler: logging.Handler) -> None:
-  """Has a handler show what people need, in words alone."""
+  """Makes a handler hide what users don't need, and print plain messages."""
   absl_logging.set_verbosity(absl_logging.INFO)
   handler.addFilter(_is_needed)
   handler.setFormatter(_Words())
@@ -39,7 +39,8 @@ def for_people(handler: logging.Handler) -> None:
 def _is_needed(record: logging.LogRecord) -> bool:
   if record.pathname.startswith(_PACKAGE):
     return record.levelno >= logging.WARNING or not console.quiet
-  # With an error that is told in one line, Orbax tells threads' tracebacks.
+  # Orbax logs tracebacks of its threads for errors that `main` prints in one
+  # line.
   return record.levelno >= logging.WARNING and "/orbax/" not in record.pathname
 
 

@@ -1,4 +1,4 @@
-"""How much memory there is, and errors that say there is too little."""
+"""Memory of the host and of devices, and out-of-memory errors."""
 
 import os
 import pathlib
@@ -12,22 +12,22 @@ _CONTAINER = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
 def of_host() -> int:
-  """Returns the bytes this machine has, or this container may take."""
+  """Returns the host's memory in bytes, or the container's limit if lower."""
   have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   try:
     return min(have, int(_CONTAINER.read_text()))
-  except (OSError, ValueError):  # there is none, or "max"
+  except (OSError, ValueError):  # no container, or "max" for no limit
     return have
 
 
 def of_device() -> int:
-  """Returns the bytes a device may take: the host's, where it has no own."""
+  """Returns a device's memory in bytes; the host's if it has none itself."""
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get("bytes_limit") or of_host()
 
 
 def told(error: BaseException) -> UserError | None:
-  """Returns an error of too little memory in one line; None for all others."""
+  """Returns a UserError for an out-of-memory error; None for any other."""
   if isinstance(error, MemoryError):
     where = "this machine's memory"
   elif isinstance(error, jax.errors.JaxRuntimeError) and _is_full(error):

@@ -1,8 +1,8 @@
-"""A user's own modules, which register pieces: imported only when asked to.
+"""Imports of user modules that register their own objectives, corpora, etc.
 
-Importing a module runs its code. So it happens only for modules that a config
-file or the command line names; those that a saved config names are never
-imported for that reason alone, as the folder may come from somebody else.
+Importing a module runs its code. So only modules named by a config file or on
+the command line are imported, never those named by a config saved in a workdir,
+which may come from somebody else.
 """
 
 import importlib
@@ -16,7 +16,7 @@ def load(names: Iterable[str]) -> None:
   """Imports modules that the user has named.
 
   Raises:
-    UserError: there is no such module, or its code fails.
+    UserError: a module doesn't exist, or its code fails.
   """
   for name in names:
     try:
@@ -28,7 +28,7 @@ def load(names: Iterable[str]) -> None:
 
 
 def check_loaded(names: Iterable[str]) -> None:
-  """Raises UserError if a config needs modules that nobody has imported."""
+  """Raises UserError if modules that a config needs aren't imported."""
   missing = [name for name in names if name not in sys.modules]
   if missing:
     given = ",".join(missing)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line, or plain lines."""
+"""Terminal output: the console and a run's progress line."""
 
 import math
 import time
@@ -7,23 +7,26 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-_PLAIN_SECONDS = 15.0  # between lines where there is no terminal
+_PLAIN_SECONDS = 15.0  # between progress lines if stdout is not a terminal
 
 
 class _Console(Console):
-  """Draws lines and bars with what stdout can show, as it is just now."""
+  """A console that looks stdout's encoding up every time.
+
+  rich draws lines and bars in ASCII if the encoding can't show more.
+  """
 
   @property
   def encoding(self) -> str:
     return (getattr(self.file, "encoding", None) or "utf-8").lower()
 
 
-# Names, paths and texts are printed as they are: [x] and :x: mean nothing.
+# No markup: names, paths and texts may contain [x] or :x:.
 console = _Console(highlight=False, markup=False, emoji=False)
 
 
 def duration(seconds: float) -> str:
-  """Returns a time as 3:05 or 1:02:03."""
+  """Returns a duration formatted as 3:05 or 1:02:03."""
   minutes, seconds = divmod(max(int(seconds), 0), 60)
   hours, minutes = divmod(minutes, 60)
   if hours:
@@ -34,7 +37,7 @@ def duration(seconds: float) -> str:
 def with_error(
   value: float | None, stderr: float | None, form: str = ".3f"
 ) -> str:
-  """Returns a number and its standard error, as far as there are any."""
+  """Returns "value ± stderr", without an unknown error; "-" for no value."""
   known = lambda x: x is not None and math.isfinite(x)
   if not known(value):
     return "-"
@@ -42,7 +45,10 @@ def with_error(
 
 
 class ProgressLine:
-  """Stage, update, loss, tokens/s, time left for the stage and for the run."""
+  """A live line with stage, update, loss, tokens/s and time left.
+
+  If stdout is not a terminal it prints a plain line now and then instead.
+  """
 
   def __init__(self, updates: int):
     self._updates = updates
@@ -67,7 +73,7 @@ class ProgressLine:
     self._live.stop()
 
   def say(self, text: str) -> None:
-    """Prints a line that stays."""
+    """Prints a permanent line above the progress line."""
     console.print(text, soft_wrap=True)
 
   def update(
@@ -79,7 +85,7 @@ class ProgressLine:
     stage_left: float,
     run_left: float,
   ) -> None:
-    """Shows where the run is; times in seconds."""
+    """Updates the line; `stage_left` and `run_left` are in seconds."""
     text = (
       f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s "
       f" left: stage {duration(stage_left)}, run {duration(run_left)}"

@@ -1,4 +1,4 @@
-"""Pieces by name: what a config chooses from, open to a user's own pieces."""
+"""Registries: names that a config field can take, and what each stands for."""
 
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -10,27 +10,29 @@ Piece = TypeVar("Piece")
 
 
 class Registry(Generic[Piece]):
-  """The pieces that a field of the config chooses from, by name.
+  """The choices of a config field, by name: functions, classes or values.
 
-  It stands beside the code of its pieces:
+  It is defined in the module of its choices, and a user's own module registers
+  more in the same way.
+
+  Example:
 
     ORDERS = Registry("sampling order", "sample.order")
 
     @ORDERS.register("random")
     def random(...): ...
 
-  and a user's module, anywhere, registers more in the same way. The field names
-  it as `registry="mdm_jax.sampling.order:ORDERS"` (see `core/fields.py`); that
-  module is imported only where a value is checked, so that a room's `config.py`
-  imports none of the code it configures.
+  The config field refers to it by `registry="mdm_jax.sampling.order:ORDERS"`
+  (see `core/fields.py`). The module is imported only when a value is checked,
+  so a `config.py` does not import the code that it configures.
   """
 
   def __init__(self, kind: str, field: str):
-    """Makes an empty registry.
+    """Creates an empty registry.
 
     Args:
-      kind: what a piece is, as messages call it.
-      field: dotted path of the config's field that chooses one.
+      kind: what the choices are, for messages.
+      field: dotted path of the config field that chooses one.
     """
     self.kind = kind
     self.field = field
@@ -43,12 +45,12 @@ class Registry(Generic[Piece]):
   def register(self, name: str) -> Callable[[Piece], Piece]: ...
 
   def register(self, name: str, *piece: Any) -> Any:
-    """Gives a piece its name; without a piece it is a decorator.
+    """Registers a choice; without `piece` it returns a decorator.
 
-    A module that is run again may register its pieces again.
+    The same definition may be registered again, as when a module is reloaded.
 
     Raises:
-      UserError: another piece has the name.
+      UserError: something else has the name.
     """
     if not piece:
       return lambda decorated: self.register(name, decorated)
@@ -62,11 +64,11 @@ class Registry(Generic[Piece]):
     return piece[0]
 
   def check(self, name: str, field: str = "") -> None:
-    """Raises UserError, with the nearest names, if nothing has this name.
+    """Raises UserError, with the nearest name, if a name isn't registered.
 
     Args:
-      name: the name that was asked for.
-      field: where it was given, if not in the registry's own field.
+      name: the name.
+      field: the config field with the name, if not the registry's own.
     """
     if name not in self._pieces:
       raise UserError(
@@ -75,7 +77,7 @@ class Registry(Generic[Piece]):
       )
 
   def __getitem__(self, name: str) -> Piece:
-    """Returns a piece; an unknown name is a UserError, as in `check`."""
+    """Returns the choice with a name; raises UserError if there is none."""
     self.check(name)
     return self._pieces[name]
 
@@ -83,7 +85,7 @@ class Registry(Generic[Piece]):
     return name in self._pieces
 
   def __iter__(self) -> Iterator[str]:
-    """Yields the names in the order in which they were registered."""
+    """Yields the names in order of registration."""
     return iter(self._pieces)
 
   def __len__(self) -> int:
@@ -96,7 +98,7 @@ def resolve(path: str) -> Registry[Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-  """Whether two pieces are one, or one definition that was run twice."""
+  """Returns whether two pieces are equal, or one definition executed twice."""
   named = all(
     hasattr(p, "__qualname__") or hasattr(p, "__wrapped__")
     for p in (one, other)
@@ -105,7 +107,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _origin(piece: Any) -> str:
-  """Returns where a piece, what it wraps, or its class was defined."""
+  """Returns the qualified name of a piece, of what it wraps, or its class."""
   piece = getattr(piece, "__wrapped__", piece)
   named = piece if hasattr(piece, "__qualname__") else type(piece)
   return f"{named.__module__}.{named.__qualname__}"

@@ -1,8 +1,8 @@
 """Random keys as a pure function of (seed, stream name, counters).
 
-No key is ever stored or split: whoever needs randomness says what it is for
-and which update, microbatch or row it belongs to. A resumed run, another
-device count and another host count therefore draw the same numbers.
+No key is stored or split. Code that needs randomness names its stream and the
+update, microbatch or row that it is for. So a resumed run, and a run on another
+number of devices or hosts, draws the same numbers.
 """
 
 import zlib
@@ -14,7 +14,14 @@ from jaxtyping import Array, Int, Key
 def stream(
   seed: int, name: str, *counters: int | Int[Array, ""]
 ) -> Key[Array, ""]:
-  """Returns the key of one named stream at the given counters."""
+  """Returns the key of a named stream at the given counters.
+
+  Args:
+    seed: the run's seed.
+    name: name of the stream; use each name for one purpose only.
+    *counters: such as the update's index.
+  """
+  # crc32, not `hash`, which is salted differently in every process.
   key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
   for counter in counters:
     key = jax.random.fold_in(key, counter)
@@ -22,7 +29,7 @@ def stream(
 
 
 def per_row(key: Key[Array, ""], rows: Int[Array, "*B"]) -> Key[Array, "*B"]:
-  """Folds global row numbers into a key: one independent key a row."""
+  """Returns one key per row, by folding global row indices into a key."""
   fold = jax.random.fold_in
   for _ in range(rows.ndim):
     fold = jax.vmap(fold, in_axes=(None, 0))

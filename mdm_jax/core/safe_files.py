@@ -1,7 +1,7 @@
-"""Files that others may have written: of bounded size, and inside a folder.
+"""Safe reading of files from untrusted sources.
 
-Nothing here runs what it reads. What is not as it should be is a UserError
-that names the file.
+Sizes are bounded, names can't lead out of a folder, and nothing that is read is
+executed. Problems raise a UserError that names the file.
 """
 
 import json
@@ -16,23 +16,24 @@ MAX_BYTES = 256 * 2**20  # of a JSON file or a tokenizer; both fit in memory
 
 
 class UnsafeFile(UserError):
-  """A file that is not read, and why."""
+  """A file was refused."""
 
 
 def read_bytes(path: epath.PathLike, most: int | None = None) -> bytes:
   """Returns a file's bytes.
 
   Args:
-    path: of the file.
-    most: bytes it may have (None: MAX_BYTES).
+    path: the file.
+    most: maximum size in bytes (None: MAX_BYTES).
 
   Raises:
-    UnsafeFile: it is larger, or can't be read.
+    UnsafeFile: the file is larger, or can't be read.
   """
   path, most = epath.Path(path), MAX_BYTES if most is None else most
   try:
     with files.reaching(path), path.open("rb") as file:
-      content = file.read(most + 1)  # its stated size may be another one
+      # Read one byte too many rather than trust the size that `stat` reports.
+      content = file.read(most + 1)
   except OSError as error:
     raise UnsafeFile(f"{path} can't be read: {error.strerror}") from error
   if len(content) > most:
@@ -44,7 +45,7 @@ def read_bytes(path: epath.PathLike, most: int | None = None) -> bytes:
 
 
 def read_json(path: epath.PathLike) -> Any:
-  """Returns what a JSON file holds; raises UnsafeFile if it is none."""
+  """Returns the value of a JSON file; raises UnsafeFile if it is invalid."""
   try:
     return json.loads(read_bytes(path))
   except RecursionError:
@@ -54,11 +55,11 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 def check_name(name: Any, where: epath.PathLike) -> str:
-  """Returns a file's name; raises UnsafeFile if it leads out of its folder.
+  """Returns a file name read from a file; raises UnsafeFile unless plain.
 
   Args:
-    name: a plain name, without any folder.
-    where: the file that the name stands in.
+    name: the name, which must not contain any folder.
+    where: the file that contains the name.
   """
   plain = isinstance(name, str) and name not in ("", ".", "..")
   if not plain or any(c in name for c in "/\\:\0"):

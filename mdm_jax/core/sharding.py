@@ -1,4 +1,4 @@
-"""The device mesh and the one table from logical axes to mesh axes."""
+"""The device mesh, and the mapping from logical axes to mesh axes."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ class MeshConfig:
 
 
 class Unsplittable(UserError):
-  """A model whose sizes the mesh's do not divide."""
+  """A size of the model is not divisible by the mesh axis that splits it."""
 
 
 Axis = str | tuple[str, ...] | None
@@ -44,7 +44,7 @@ _EXPLICIT = (AxisType.Explicit,) * len(AXES)
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-  """Which mesh axis every logical axis of an array is split over."""
+  """The mesh axes that each logical axis of an array is sharded over."""
 
   batch: Axis = BATCH_AXES
   length: Axis = None
@@ -56,10 +56,17 @@ class ShardingRules:
   def spec(self, *names: str | None) -> P:
     """Returns the PartitionSpec of an array with these logical axes.
 
-    Inside a `shard_map` over some mesh axes, of what is left to split.
+    Inside a `shard_map` the mesh axes that it maps over are left out.
+
+    Args:
+      *names: one per axis of the array; None for an axis that isn't split.
 
     Raises:
       ValueError: one mesh axis would split two axes of the same array.
+
+    Example:
+
+      RULES.spec("batch", "length")  # P(("replica", "fsdp"), None)
     """
     axes = [None if name is None else getattr(self, name) for name in names]
     for i, axis in enumerate(axes):
@@ -77,14 +84,14 @@ RULES = ShardingRules()
 
 
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-  """Returns the mesh; a size of -1 takes the devices that are left.
+  """Returns the mesh over all devices; a size of -1 takes those left over.
 
-  On a TPU the devices are ordered by interconnect topology (ICI), elsewhere by
-  process. The order decides which process reads which rows of a batch, never
-  which rows are in it.
+  On TPUs devices are ordered by interconnect topology (ICI), elsewhere by
+  process. The order determines which process reads which rows of a batch, never
+  the content of the batch.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes don't multiply to the number of devices.
   """
   sizes = mesh_sizes(config, jax.device_count())
   if jax.process_count() == 1 or jax.default_backend() == "tpu":
@@ -94,7 +101,7 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
 
 
 def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
-  """Returns a mesh of devices that need not be there; no size may be -1.
+  """Returns an abstract mesh, to plan for devices that don't exist here.
 
   Raises:
     UserError: a size is not positive.
@@ -106,10 +113,10 @@ def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-  """Returns the sizes written as FSDP, FSDPxTENSOR or REPLICAxFSDPxTENSOR.
+  """Parses "FSDP", "FSDPxTENSOR" or "REPLICAxFSDPxTENSOR", such as "64x4".
 
   Raises:
-    UserError: it is written otherwise.
+    UserError: the text has another form.
   """
   parts = text.lower().split("x")
   if len(parts) > 3 or not all(p.isdecimal() for p in parts):
@@ -123,10 +130,11 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-  """Returns the size of every axis, whose product is the number of devices.
+  """Returns the sizes of the mesh axes, with -1 replaced.
 
   Raises:
-    UserError: it is not, with the arithmetic and the sizes that would do.
+    UserError: their product isn't the number of devices; the message has the
+      arithmetic and the nearest valid sizes.
   """
   sizes = _given(config)
   if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
@@ -147,7 +155,7 @@ def _given(config: MeshConfig) -> list[int]:
 
 
 def _misfit(sizes: list[int], known: int, devices: int) -> str:
-  """Says why sizes don't fit, and which one size to change to what."""
+  """Returns why sizes don't fit, and the valid values of each single size."""
   text = " x ".join(
     f"{name}={size}" for name, size in zip(AXES, sizes, strict=True)
   )
@@ -174,23 +182,30 @@ def _divisors(number: int) -> list[int]:
 
 
 def _nearest(values: list[int], to: int) -> list[int]:
-  """Returns the next values below and above a number, itself excluded."""
+  """Returns the closest values below and above a number."""
   below = [max(v for v in values if v < to)] if min(values) < to else []
   above = [min(v for v in values if v > to)] if max(values) > to else []
   return below + above
 
 
 def data_shards(mesh: AnyMesh) -> int:
-  """Returns the number of shards a batch is split into."""
+  """Returns the number of shards that a batch is split into."""
   return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
 def check_splits(what: str, size: int, axis: str, mesh: AnyMesh) -> None:
-  """Raises Unsplittable if an axis of `size` can't be split over the mesh's."""
+  """Raises Unsplittable if a mesh axis doesn't divide a size of the model.
+
+  Args:
+    what: name of the size, for the message.
+    size: the size.
+    axis: the mesh axis that splits it.
+    mesh: the mesh.
+  """
   shards = mesh.shape[axis]
   if size % shards:
     near = [f"mesh.{axis}={n}" for n in _nearest(_divisors(size), shards)]
-    if axis == RULES.embed:  # any number of devices can have a copy each
+    if axis == RULES.embed:  # copies instead of shards fit any device count
       near = ["mesh.replica=-1 with mesh.fsdp=1", *near]
     raise Unsplittable(
       f"{what}={size} does not split over mesh.{axis}={shards}: {size} /"
@@ -200,15 +215,19 @@ def check_splits(what: str, size: int, axis: str, mesh: AnyMesh) -> None:
 
 
 def gathered(spec: P) -> P:
-  """Returns a parameter's spec once it is brought together for a product."""
+  """Returns a parameter's spec after gathering it over data shards.
+
+  Only the tensor axis stays split, as the matrix products need it.
+  """
   split = lambda axis: bool(_as_set(axis) - set(BATCH_AXES))
   return P(*(axis if split(axis) else None for axis in spec))
 
 
 def vocab_ids(width: int) -> jax.Array:
-  """Returns the ids of the vocabulary that are along an axis.
+  """Returns the token ids along a vocabulary axis of size `width`.
 
-  All of them, but inside a `shard_map` only this tensor shard's.
+  Inside a `shard_map` over the vocabulary these are the ids of this tensor
+  shard, elsewhere 0 to width - 1.
   """
   ids = jnp.arange(width)
   if RULES.vocab in jax.sharding.get_abstract_mesh().manual_axes:
@@ -217,14 +236,19 @@ def vocab_ids(width: int) -> jax.Array:
 
 
 def sum_over_shards(values: jax.Array, spec: P) -> jax.Array:
-  """Adds up what all data shards have, and leaves each the part `spec` says.
+  """Sums an array over data shards, keeping this one's part (reduce-scatter).
 
-  For the inside of a `shard_map`.
+  To be called inside a `shard_map`.
+
+  Args:
+    values: this shard's summand, of the full size.
+    spec: how the result is sharded.
   """
   for axis in BATCH_AXES:
     if axis not in spec:
       values = jax.lax.psum(values, axis)
-    elif jax.lax.axis_size(axis) > 1:  # of one, XLA turns the array around
+    # Not over one device: there XLA would transpose the array for nothing.
+    elif jax.lax.axis_size(axis) > 1:
       at = list(spec).index(axis)
       values = jax.lax.psum_scatter(
         values, axis, scatter_dimension=at, tiled=True
@@ -233,19 +257,22 @@ def sum_over_shards(values: jax.Array, spec: P) -> jax.Array:
 
 
 def padded_rows(rows: int, mesh: AnyMesh) -> int:
-  """Returns the fewest rows, at least so many, that all shards have alike."""
+  """Returns the number of rows rounded up to a multiple of the data shards."""
   shards = data_shards(mesh)
   return -(-rows // shards) * shards
 
 
 def batch_sharding(mesh: AnyMesh, rank: int, axis: int = 0):
-  """Returns the sharding of a rank-`rank` array split over rows at `axis`."""
+  """Returns the sharding of an array of rank `rank` with its rows at `axis`."""
   names = ["batch" if i == axis else None for i in range(rank)]
   return NamedSharding(mesh, RULES.spec(*names))
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
-  """Puts arrays on the devices that every process has whole copies of."""
+  """Puts a tree of host arrays on the devices.
+
+  In a multi-process run every process must have all of their values.
+  """
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding)
 

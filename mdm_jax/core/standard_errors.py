@@ -1,8 +1,8 @@
-"""Numbers from some texts, with standard errors that know what is independent.
+"""Means and ratios over texts, with standard errors clustered by document.
 
-Samples are independent draws. Pieces of running text are not: those of one
-document resemble each other, so that errors over pieces come out several times
-too small. Where the documents are given, a document is what is drawn.
+Samples of a model are independent. Pieces of running text are not: pieces of
+one document resemble each other, so a standard error over pieces comes out
+several times too small. If documents are given, errors are over documents.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ Values = Sequence[int | float] | Num[np.ndarray, "N"]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A number from some texts.
+  """A number measured on some texts.
 
   Attributes:
-    value: nan where it is not defined.
-    stderr: its standard error, over texts or their documents; nan where there
-      is none, as of a single one.
-    n: texts.
-    reason: why these texts can't have it, if they can't.
+    value: the number; nan if undefined.
+    stderr: its standard error over texts or documents; nan if undefined, as for
+      a single text.
+    n: number of texts.
+    reason: why the value is undefined for these texts, if it is.
   """
 
   value: float
@@ -40,17 +40,17 @@ def ratio(
   sizes: Values,
   clusters: Clusters = None,
 ) -> Estimate:
-  """Measures sum(parts) / sum(sizes).
+  """Estimates sum(parts) / sum(sizes), such as nats per token.
 
-  With P and S the sums over one of G clusters and R the ratio, the squared
+  With the sums P and S of each of G clusters and the ratio R, the squared
   standard error is G / (G - 1) * sum((P - R S)^2) / sum(S)^2, to first order:
-  that of a ratio estimate where clusters are drawn (Cochran 1977, Sampling
+  that of a ratio estimate under cluster sampling (Cochran 1977, Sampling
   Techniques, 11.2).
 
   Args:
-    parts: of each text.
-    sizes: of each text.
-    clusters: what each text belongs to (None: each is its own).
+    parts: numerator of each text.
+    sizes: denominator of each text.
+    clusters: the document of each text (None: texts are independent).
   """
   columns = np.array([parts, sizes], np.float64).T
   part, size = columns.sum(axis=0)
@@ -65,19 +65,17 @@ def ratio(
 
 
 def mean(values: Values, clusters: Clusters = None) -> Estimate:
-  """Measures the mean over texts, as `ratio` does with sizes of one."""
+  """Estimates the mean over texts; `ratio` with all sizes 1."""
   return ratio(values, [1] * len(values), clusters)
 
 
 def jackknife(values: Float64[np.ndarray, "M"], n: int) -> Estimate:
-  """Measures a pool from its value and those without each cluster in turn.
-
-  Where one of those is not defined, nor is the standard error (Efron and Stein
-  1981).
+  """Returns a jackknife estimate (Efron and Stein 1981).
 
   Args:
-    values: of the pool, then without each cluster.
-    n: texts.
+    values: the value on all texts, then with each cluster left out. If one of
+      the latter is nan, so is the standard error.
+    n: number of texts.
   """
   count = len(values) - 1
   stderr = np.sqrt((count - 1) * np.var(values[1:])) if count > 1 else math.nan
@@ -87,14 +85,26 @@ def jackknife(values: Float64[np.ndarray, "M"], n: int) -> Estimate:
 def without_each(
   totals: Int64[np.ndarray, "K"], own: Int64[np.ndarray, "G K"]
 ) -> Int64[np.ndarray, "M K"]:
-  """Returns the totals, then what they are without each cluster in turn."""
+  """Returns the totals, then the totals with each cluster left out.
+
+  Args:
+    totals: sums over all clusters.
+    own: each cluster's summands.
+  """
   return totals - np.vstack([np.zeros_like(totals), own])
 
 
 def pooled_ratio(
   part: int, own: Sequence[int], sizes: Sequence[int], n: int
 ) -> Estimate:
-  """Measures part / sum(sizes); each cluster has its own part and a size."""
+  """Estimates part / sum(sizes) by a jackknife over clusters.
+
+  Args:
+    part: the numerator over all clusters.
+    own: what part loses if a cluster is left out.
+    sizes: the denominator of each cluster.
+    n: number of texts.
+  """
   totals = np.array([part, sum(sizes)], np.int64)
   columns = np.array([own, sizes], np.int64).T
   parts, wholes = without_each(totals, columns).T
@@ -106,7 +116,7 @@ def pooled_ratio(
 def summed(
   columns: Num[np.ndarray, "N K"], clusters: Clusters
 ) -> Num[np.ndarray, "G K"]:
-  """Returns the sums of each cluster's lines."""
+  """Returns the sum of each cluster's rows."""
   if clusters is None:
     return columns
   _, of = np.unique(np.asarray(clusters, np.int64), return_inverse=True)

@@ -1,6 +1,7 @@
-"""JSON as its standard has it: what is not a finite number becomes null.
+"""Strict JSON: nan and inf are written as null.
 
-Python writes a bare NaN, which jq, browsers and most other readers refuse.
+Python's `json` writes a bare NaN, which jq, browsers and most other readers
+refuse.
 """
 
 import json
@@ -9,12 +10,12 @@ from typing import Any
 
 
 def dumps(value: Any, **layout: Any) -> str:
-  """Returns a value as strict JSON, laid out as `json.dumps` is told to."""
+  """Returns a value as strict JSON; `layout` is passed to `json.dumps`."""
   return json.dumps(plain(value), allow_nan=False, **layout)
 
 
 def plain(value: Any) -> Any:
-  """Returns a value with None for every number that is not finite."""
+  """Returns a value with every nan and inf replaced by None."""
   if isinstance(value, dict):
     return {key: plain(part) for key, part in value.items()}
   if isinstance(value, list | tuple):
@@ -25,5 +26,5 @@ def plain(value: Any) -> Any:
 
 
 def number(value: float | None) -> float:
-  """Returns a number as it was before JSON: nan for null."""
+  """Returns a number read from strict JSON: nan for null."""
   return math.nan if value is None else value

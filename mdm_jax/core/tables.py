@@ -1,4 +1,4 @@
-"""The same rows as CSV, as Markdown and as a table for a terminal."""
+"""Tables as CSV, as Markdown and for the terminal."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def as_csv(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-  """Returns a line of names and one for each row; None is an empty cell."""
+  """Returns a CSV table with a header; None becomes an empty cell."""
   file = io.StringIO()
   writer = csv.writer(file, lineterminator="\n")
   writer.writerow(names)
@@ -19,7 +19,7 @@ def as_csv(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def as_markdown(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  """Returns a table whose first column holds words, the others numbers."""
+  """Returns a Markdown table; all columns but the first are right-aligned."""
   lines = [names, ["---", *["---:"] * (len(names) - 1)], *rows]
   escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
   return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
@@ -28,7 +28,7 @@ def as_markdown(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def for_terminal(
   names: Sequence[str], rows: Iterable[Sequence[Any]] = (), title: str = ""
 ) -> Table:
-  """Returns a table whose first column holds words, the others numbers."""
+  """Returns a rich table; all columns but the first are right-aligned."""
   table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
   for i, name in enumerate(names):
     table.add_column(name, justify="right" if i else "left", no_wrap=not title)

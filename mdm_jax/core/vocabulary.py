@@ -1,7 +1,8 @@
-"""What each token id means, as data: no other code compares an id with a size.
+"""The vocabulary: its size, its special token ids, and which are predictable.
 
-The special ids may lie anywhere, and so may the ids that a model must never
-predict: the mask, the padding, and the rows that only round the embedding up.
+Special ids may be anywhere, and so may ids that a model must never predict: the
+mask, padding, and rows that only round up the size of the embedding. So other
+code must ask this class and never compare an id with a size.
 """
 
 import dataclasses
@@ -15,29 +16,29 @@ from jaxtyping import Bool, Integer
 from mdm_jax.core.errors import UserError
 
 _NAMES = "end", "pad", "mask", "begin", "separator"
-_ROUND = 128  # the embedding has a multiple of so many rows
+_ROUND = 128  # `after_text` rounds the embedding's rows up to a multiple
 Ids = jax.Array | np.ndarray | np.generic
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """The ids of a tokenizer and of the model that reads them.
+  """The token ids of a tokenizer and a model. A special id may be None.
 
   Hashable, so that a jitted function can take it as a static argument.
 
   Attributes:
-    size: rows of the embedding; ids run from 0 to size - 1.
-    end: ends a document.
-    pad: fills a row up. Nothing sees it, so any unused id will do where a model
-      has none of its own.
-    mask: hides a token.
-    begin: begins a document. It may stand in a text without being predicted.
+    size: number of rows of the embedding; ids are 0 to size - 1.
+    end: end of a document.
+    pad: padding. No token attends to it, so if a model has no such id, any
+      unused one will do.
+    mask: the mask token.
+    begin: begin of a document. It may occur in text without being predictable.
     separator: stands between the two sentences of a pair.
-    forbidden: half-open ranges (first, past) of the ids that are never
-      predicted, in rising order. `pad` and `mask` are among them.
+    forbidden: half-open ranges (first, past) of ids that are never predicted,
+      in increasing order. Must include `pad` and `mask`.
 
   Raises:
-    ValueError: a range or a special id can't be.
+    ValueError: a range or a special id is invalid.
   """
 
   size: int
@@ -55,12 +56,13 @@ class Vocabulary:
 
   @classmethod
   def after_text(cls, num_text: int) -> "Vocabulary":
-    """Returns ids of text from 0, then the special ones, rounded up.
+    """Returns a vocabulary of text ids from 0, followed by special ids.
+
+    The special ids are end, separator, pad and mask, in this order. The last
+    two, and the ids that round the size up, are not predictable.
 
     Args:
-      num_text: ids that stand for text. The next four are the end, the
-        separator, the padding and the mask; the last two, and the rows that
-        round the embedding up, are never predicted.
+      num_text: number of text ids.
     """
     size = -(-(num_text + 4) // _ROUND) * _ROUND
     end, separator, pad, mask = range(num_text, num_text + 4)
@@ -75,38 +77,41 @@ class Vocabulary:
 
   @property
   def predictable(self) -> int:
-    """How many ids can be predicted."""
+    """Number of ids that can be predicted."""
     return self.size - sum(past - first for first, past in self.forbidden)
 
   def is_predictable(self, ids: Ids) -> Ids:
     """Returns which ids can be predicted, as booleans of the same shape.
 
-    Made of comparisons, so the ids may be a shard's part of the vocabulary
-    (`core/sharding.py: vocab_ids`).
+    By comparisons and not by a table, so that the ids may be one shard's part
+    of the vocabulary (`core/sharding.py: vocab_ids`).
     """
     spans = (_within(ids, *span, self.size) for span in self._allowed())
     return functools.reduce(operator.or_, spans)
 
   def is_end(self, ids: Ids) -> Ids:
-    """Returns which ids end a document; none if no id does."""
+    """Returns which ids end a document; all False if there is no such id."""
     return ids != ids if self.end is None else ids == self.end
 
   def may_be_text(
     self, ids: Integer[np.ndarray, "*N"]
   ) -> Bool[np.ndarray, "*N"]:
-    """Returns which numbers may stand in a text; any number may be asked for.
+    """Returns which ids may occur in text; ids may be out of range.
 
-    All that can be predicted, and `begin`, `end` and `separator`.
+    These are all predictable ids, and `begin`, `end` and `separator`.
     """
-    # For a few ranges faster than a table's look-up.
+    # For a few ranges this is faster than a table look-up.
     spans = ((ids >= first) & (ids < past) for first, past in self._text)
     return functools.reduce(operator.or_, spans)
 
   def need(self, name: str) -> int:
-    """Returns a special id by its name, for those who can't do without.
+    """Returns a special id that must exist.
+
+    Args:
+      name: "end", "pad", "mask", "begin" or "separator".
 
     Raises:
-      UserError: there is none.
+      UserError: the id is None.
     """
     if (found := getattr(self, name)) is None:
       raise UserError(f"the tokenizer has no {name} id, which is needed here")
@@ -114,8 +119,9 @@ class Vocabulary:
 
   @functools.cached_property
   def _text(self) -> list[tuple[int, int]]:
-    """The ranges of what may stand in a text."""
-    table = np.zeros(self.size + 2, bool)  # False on both sides
+    """The ranges of ids that may occur in text."""
+    # Padded with False on both sides, so that every range has two edges.
+    table = np.zeros(self.size + 2, bool)
     for first, past in self._allowed():
       table[first + 1 : past + 1] = True
     beside = self.begin, self.end, self.separator
@@ -124,7 +130,7 @@ class Vocabulary:
     return [(first, past) for first, past in edges.tolist()]
 
   def _allowed(self) -> list[tuple[int, int]]:
-    """Returns the ranges between the forbidden ones."""
+    """Returns the ranges of predictable ids, between the forbidden ones."""
     firsts = [0, *(past for _, past in self.forbidden)]
     pasts = [*(first for first, _ in self.forbidden), self.size]
     both = zip(firsts, pasts, strict=True)
@@ -155,7 +161,7 @@ class Vocabulary:
 
 
 def _within(ids: Ids, first: int, past: int, size: int) -> Ids:
-  """Returns which ids are in a range, by as few comparisons as can be."""
+  """Returns which ids are in a range, with one comparison if possible."""
   if first == 0:
     return ids < past
   if past == size:
