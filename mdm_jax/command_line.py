@@ -120,6 +120,7 @@ def take_any_text() -> None:
 
 def _config_path(argv: list[str]) -> str | None:
   """Returns the file that --config names, without its :ARGUMENT, if any."""
+  # By hand: the --config flag is defined later, for this file.
   for given, following in itertools.pairwise([*argv[1:], ""]):
     name, equals, value = given.lstrip("-").partition("=")
     if given.startswith("-") and name == "config":
@@ -129,6 +130,7 @@ def _config_path(argv: list[str]) -> str | None:
 
 def _check_overrides(argv: list[str]) -> None:
   for given in argv[1:]:
+    # --noconfig.FIELD sets a bool to False.
     field = re.match(r"--?(?:no)?config\.([^=]+)", given)
     if field:
       coercion.check_field(field[1], config_lib.form())

@@ -126,6 +126,7 @@ class Config:
       (self.objective, kind.config),
       (part.objective, kind.stage),
     ):
+      # Files and flags always get the right class: this is for callers.
       if type(given) is not wanted:
         raise UserError(
           f"objective.name={name} takes a {wanted.__name__}, not a"

@@ -110,6 +110,7 @@ def _stage_changes(
   before: tuple[Any, ...], after: tuple[Any, ...]
 ) -> Iterator[tuple[Change, bool]]:
   if len(before) != len(after):
+    # Fatal; the stages that both configs have are compared as well.
     yield Change(_COUNT, len(before), len(after)), True
   for i, (old, new) in enumerate(zip(before, after, strict=False)):
     yield from _changes(old, new, f"stages[{i}]")
@@ -119,6 +120,7 @@ def _allowed(change: Change, saved: Config, now: Config) -> bool:
   """Returns whether a fixed field may change, given the whole config."""
   if change.path in _FACTORS:
     return saved.rows_per_update == now.rows_per_update
+  # Only a stage that is the last one in both may become longer.
   if len(saved.stages) != len(now.stages):
     return False
   last = f"stages[{len(saved.stages) - 1}]"

@@ -67,7 +67,7 @@ class Measures:
       mesh: the devices.
       poll: called between the longer parts; may raise to stop.
     """
-    # First: a judge that can not be loaded should fail before the training.
+    # First: a judge that can't be loaded should fail before the training.
     check_judge(config.eval.judge)
     self._poll = poll
     self.config, self.data = config, data
@@ -100,6 +100,8 @@ class Measures:
     self, workdir: Workdir, checkpoints: Checkpoints
   ) -> dict[str, Any] | None:
     """Returns stored results, or None if evaluating now could change them."""
+    # Results of an earlier update, of another text or with other settings must
+    # not be taken for those of this one.
     found = workdir.read_results() or {}
     what = self.what(checkpoints.best(), checkpoints.latest())
     same = all(found.get(name) == value for name, value in what.items())
@@ -315,9 +317,11 @@ def evaluate_params(
     "tokens_per_second": tokens / wall,
     **measures.samples(params),
   }
+  # Stored in a file of its own.
   unmasking = results.pop("unmasking")
   table = targets.check(measured, results)
   results["targets"] = [dataclasses.asdict(t) for t in table]
+  # JSON has no NaN: numbers that are undefined become null.
   results = strict_json.plain(results)
   tables.show(measured, results)  # before the write, which may fail
   workdir.write_results(results, unmasking)

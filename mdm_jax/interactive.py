@@ -47,6 +47,7 @@ def converse(config: Config, workdir: Workdir) -> list[str]:
     try:
       if not talk.take(line):
         break
+    # The session continues: loading and compiling a model takes long.
     except UserError as error:
       print(f"error: {error}", file=sys.stderr)
   return talk.texts

@@ -111,6 +111,7 @@ def _main() -> int:
     return Exit.STOPPED
   except Failure as error:
     return command_line.fail(error)
+  # In modes without a handler of their own: they have nothing to save.
   except KeyboardInterrupt:
     print("interrupted: the same command goes on from what was saved")
     return Exit.STOPPED
@@ -148,6 +149,7 @@ def _end_soon(code: int) -> None:
   # After a failed save, a thread of Orbax's waits for a signal that never
   # comes, and the interpreter waits for the thread.
   timer = threading.Timer(_LAST_SECONDS, os._exit, (code,))
+  # The timer itself must not delay a normal exit.
   timer.daemon = True
   timer.start()
 
@@ -233,6 +235,7 @@ def _keep_compiled_programs() -> None:
   import jax
 
   cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+  # JAX_COMPILATION_CACHE_DIR takes precedence.
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update(
       "jax_compilation_cache_dir", os.path.join(cache, "mdm_jax", "xla")

@@ -86,5 +86,6 @@ def describe(data: PreparedData, config: Config, side: str) -> dict[str, Any]:
     return told | {"own": False} | other
   told["corpus"] = getattr(config.data, f"{side}_corpus") or told["corpus"]
   files = data.manifest["files"]
+  # Only this split's files: training rows don't change what is measured.
   own = [f"{n} {files[n]}" for n in sorted(files) if n.startswith(f"{side}.")]
   return told | {"sha256": hashlib.sha256("\n".join(own).encode()).hexdigest()}

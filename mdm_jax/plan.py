@@ -39,7 +39,7 @@ class StageForecast:
     name: of the stage.
     unit: the unit of text that it reads, as in `sentences`.
     length: tokens per row.
-    asked: what the objective asks in it, in a few words.
+    asked: the objective's settings in a few words, such as its mask rates.
     rows: number of prepared rows.
     tokens: tokens in these rows.
     epochs: passes over these rows.
@@ -204,6 +204,7 @@ def _forecast(
   s = stage.config
   tokens = counts[f"stage_{stage.index + 1}"]["tokens"]
   epochs = stage.updates * config.rows_per_update / stage.rows
+  # A resumed run has only a part of its current stage left.
   left = stage.end - max(stage.start, after)
   return StageForecast(
     name=s.name,

@@ -95,6 +95,7 @@ def _shown(pool: Workers) -> preparation.Run:
       transient=True,
       disable=not console.is_terminal,
     )
+    # A log file gets one line per pass instead of a bar.
     if not console.is_terminal:
       console.print(f"{name}: {len(blocks):,} blocks", soft_wrap=True)
     with progress:

@@ -27,6 +27,7 @@ def show(config: Config, data: PreparedData) -> None:
   console.print()
   for text in describe(config, data).values():
     for line in text.splitlines():
+      # Long examples are cut: a line each is enough to see what they are.
       console.print(line, no_wrap=True, overflow="ellipsis")
     console.print()
   if unread := coverage.told(data.manifest["text"]):

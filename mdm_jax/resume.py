@@ -88,5 +88,6 @@ def find_origin(
     )
   if saved is None:
     return Origin()
+  # An attempt may have died between the save and the evaluation.
   measured = checkpoints.evaluation(update) is not None
   return Origin(update, measured, config_changes.check(saved, config))

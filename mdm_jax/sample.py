@@ -157,6 +157,7 @@ class Model:
     num_samples: int,
     settings: dict[str, Any],
   ) -> tuple[Canvas, SampleConfig]:
+    # A single prompt, not a sequence of characters.
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or num_samples < 1:
       raise UserError("no text is asked for: give prompts and num_samples")
@@ -214,11 +215,13 @@ class Model:
     for name in settings:
       if name not in names:
         raise UserError(f"unknown setting {name}; {nearest(name, names)}")
+    # Through `from_dict`, for the same checks as in a config file.
     raw = config_lib.to_dict(self.config)
     raw["sample"] |= settings
     return config_lib.from_dict(raw).sample
 
   def _sampler(self, length: int) -> TextSampler:
+    # The length is compiled into a sampler.
     if length not in self._samplers:
       self._samplers[length] = TextSampler(
         self._model.denoiser, self.tokenizer, self._mesh, length, self.watch
@@ -254,11 +257,13 @@ def sample_workdir(
   Raises:
     UserError: a prompt or a setting is invalid, or a file can't be written.
   """
+  # Before the model is loaded: a file with a mistake fails at once.
   given = prompts_lib.read(file) if file else [prompt]
   model = load_with(config, workdir)
   try:
     texts = _draw_all(config, model, workdir, given, trace, page, keep)
   except template.PromptError as error:
+    # Only here is it known which file and line the prompt is from.
     if file:
       told = f"--prompts={file}, line {error.number}: {error.why}"
       raise UserError(told) from None

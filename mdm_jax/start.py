@@ -65,6 +65,8 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
       workdir.path,
       train.keep_latest,
       train.keep_every,
+      # A save counts as safe once it is verified, which happens later and in
+      # another thread.
       on_sealed=session.attempt.commit,
     ) as checkpoints,
   ):
@@ -81,6 +83,7 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
       distributed.agree("the checkpoint to go on from", origin.update)
       session.attempt.begin(origin.done)
     data = prepare_on_all(config.rows, workdir.path)
+    # Without a shared disk each process prepares its own rows.
     distributed.agree("the prepared data", data.manifest["files"])
     workdir.check_tokenizer(data.tokenizer.sha256)
     if origin.update is not None:
@@ -88,6 +91,8 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
     determinism.check(train.deterministic == "true")
     mesh = training_mesh(config.mesh, config.model)
     session.check()
+    # Where a peer is gone, a collective fails with a connection error that
+    # names nobody.
     with jax.set_mesh(mesh), distributed.naming_peers(ROLL_SECONDS):
       trainer = make_trainer(config, data, mesh)
       run = Run(config, trainer, workdir, checkpoints, session, origin)
@@ -116,6 +121,8 @@ class Run:
     self._workdir, self._checkpoints = workdir, checkpoints
     self._session, self._attempt = session, session.attempt
     self._origin = origin
+    # Built now, though most of it is used later: a judge that can't be loaded,
+    # or a sample length with no room, fails before the training.
     self._measures = evaluate_lib.Measures(
       *(config, trainer.data, trainer.denoiser, trainer.mesh, session.check)
     )
@@ -154,9 +161,9 @@ class Run:
     Raises:
       UserError: the checkpoint has another architecture or optimizer.
     """
-    # Checks come first: a config that can not resume the run must leave its
-    # files unchanged. The plan comes before the state: the trial updates need a
-    # state of their own, and there may be no memory for two.
+    # Checks come first: a config that can't resume the run must leave its files
+    # unchanged. The plan comes before the state: the trial updates need a state
+    # of their own, and there may be no memory for two.
     update = self._origin.update
     if update is not None:
       self._checkpoints.check(update, self.trainer.abstract())
@@ -169,6 +176,7 @@ class Run:
       # belong to a history that is not this one.
       self._checkpoints.set_aside_after(update)
       state = self._init() if update is None else self._restore(update)
+    # Only now: until here anything could have refused to resume the run.
     self._write_what_it_is()
     self._attempt.changes = self._origin.told()
     return state
@@ -181,6 +189,7 @@ class Run:
     source = self._config.init_from
     if not source:
       return self.trainer.init()
+    # Its averaged parameters: those that it was evaluated with.
     with Checkpoints(source) as finished:
       step, params = averaged_params(finished, self.trainer.denoiser)
     console.print(f"starting from the parameters of {source}, update {step}")
@@ -296,5 +305,7 @@ def _as_text(config: Config) -> str:
 
 
 def _sha256(config: Config) -> str:
+  # All processes must have the same config; and attempts that died count as a
+  # crash loop only under the same one.
   plain = json.dumps(config_lib.to_dict(config), sort_keys=True)
   return hashlib.sha256(plain.encode()).hexdigest()[:16]

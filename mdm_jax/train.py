@@ -48,7 +48,7 @@ def train_and_evaluate(
   Raises:
     UserError: the config, the data or the workdir can't be used.
     StorageError: the workdir can't be written, is full, or is damaged.
-    NumericsError: too many updates had no finite loss or gradient.
+    NumericsError: too many updates in a row could not be applied.
     CrashLoop: the last attempts all died without saving anything new.
     Aborted: another process is gone.
     Stopped: a signal came; the same command resumes.
@@ -66,6 +66,7 @@ def train_and_evaluate(
         if run.is_evaluated_late:
           _evaluate(run.done, state, subscribed)
         train(run.trainer, state, run.updates, subscribed, saving)
+    # Also for a finished run whose results are out of date.
     return run.measure_best()
 
 
@@ -102,6 +103,8 @@ def train(
         batch = trainer.batch(stage, update)
       with hooks.during(Cause.TRAIN, update):
         state, metrics = trainer.checked_update(state, update, batch)
+        # Dispatched, perhaps not computed yet: a hook that reads these metrics
+        # now makes the device wait for the host.
         hooks.on_metrics(done, metrics)
     hooks.on_update(done, state)
 
@@ -111,6 +114,8 @@ def train(
     wanted = hooks.wants_state(done)
     if wanted or why or saving.is_due(done):
       with hooks.during(Cause.SAVE, update):
+        # Hooks add what a resume needs and the state doesn't have, such as
+        # tokens and seconds so far.
         kept = {}
         hooks.on_save(done, state, kept)
         saving.save(done, state, kept)
@@ -121,6 +126,7 @@ def train(
     # After the last update there is nothing left to stop.
     if why and done < trainer.curriculum.updates:
       with hooks.during(Cause.SAVE, update):
+        # Saves run in the background; "saved" must be true when it is said.
         saving.wait()
       raise Stopped(
         f"{why}: saved update {done} of {trainer.curriculum.updates}; the same"

@@ -68,7 +68,9 @@ def load_model(
   workdir.check_tokenizer(tokenizer.sha256)
   vocab = tokenizer.vocab
   denoiser = Denoiser(config.model, vocab)
+  # Not the training's mesh: this machine may have other devices.
   mesh = mesh_for_use(config.mesh, config.model)
+  # The stack closes checkpoints only if they are opened here.
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     if checkpoints is None:
       checkpoints = stack.enter_context(Checkpoints(workdir.path))

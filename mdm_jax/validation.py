@@ -54,6 +54,8 @@ class Validation(Hook):
     log.writers.write_scalars(done, scalars)
     log.writers.write_texts(done, texts)
     log.writers.flush()
+    # After the log: a resume repeats an evaluation that was not recorded, and
+    # replaces its log lines.
     self._checkpoints.record(done, evaluation(measured) | sizes)
     log.line.say(
       f"update {done}: validation {tables.in_a_line(measured)}"

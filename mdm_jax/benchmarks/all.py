@@ -92,6 +92,8 @@ def run(commands: Sequence[Command]) -> list[dict[str, Any]]:
 def _run(command: Command) -> dict[str, Any]:
   name, *arguments = command
   program = [sys.executable, "-m", f"mdm_jax.benchmarks.{name}"]
+  # Each in its own process: an accelerator is held until its process ends, and
+  # peak memory is counted per process.
   done = subprocess.run(
     [*program, *arguments, "--json"], capture_output=True, text=True
   )

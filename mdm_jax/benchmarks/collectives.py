@@ -162,6 +162,7 @@ def _trips(condition: list[str]) -> int:
 def _size(shape: str) -> int:
   """Returns the bytes of an HLO shape, or of a tuple of shapes."""
   return sum(
+    # Of other types (f32, s32, u32) an element has 4 bytes.
     _BYTES.get(dtype, 4) * math.prod(int(n) for n in sizes.split(",") if n)
     for dtype, sizes in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
   )

@@ -69,6 +69,7 @@ def _program(preset: Preset) -> timing.Program:
   config = workload.make_config(preset)
   data = workload.make_data(preset, workload.make_rows(preset, preset.batch))
   work = workload.make_work(config, data, jax.sharding.get_mesh())
+  # Shapes are enough to compile; no state is allocated.
   state = jax.tree.map(_placed, work.trainer.abstract())
   return timing.compiled(train_step.library_step(work), state, work.batch)
 

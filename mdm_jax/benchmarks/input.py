@@ -127,6 +127,7 @@ class _Updates:
 def _steps(work: Work, repeats: int) -> dict[str, Any]:
   """Measures what reading rows adds to updates."""
   work_done = _Updates(work)
+  # Turns of about the same length, whatever the model.
   once = timing.interleave({"step": lambda: work_done.same_batch(2)}, 1)
   updates = round(2 * _SECONDS / once["step"][0])
   updates = min(max(updates, 2), _MOST_UPDATES)

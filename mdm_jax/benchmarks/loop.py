@@ -85,6 +85,7 @@ def _sleeping_step(seconds: float) -> Any:
   def step(state: TrainState, batch: Any):
     shape = jax.ShapeDtypeStruct((), jnp.float32)
     slept = jax.pure_callback(sleep, shape, state.step)
+    # Uses the batch as well, so that the step waits for its rows.
     value = 0.0 * slept + 0.0 * batch.tokens[0, 0, 0].astype(jnp.float32)
     # Depends on the result, so that the next step waits for this one.
     later = state.step + 1 + value.astype(jnp.int32)

@@ -187,6 +187,7 @@ def compiled_for_tpu(
 def _tpus(topology: str, sizes: tuple[int, ...]) -> jax.sharding.Mesh:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server here
   try:
+    # libtpu describes the devices without having any.
     found = topologies.get_topology_desc(topology, platform="tpu")
   except (RuntimeError, NotImplementedError) as error:
     reason = str(error).splitlines()[0]

@@ -57,6 +57,7 @@ def init(key: Key[Array, ""], model: ModelConfig, vocab_size: int) -> Params:
     return draw(next(keys), (fan_in, fan_out))
 
   affine = lambda weight: (weight, jnp.zeros(weight.shape[1]))
+  # MD4 scales the MLP's initial weights down with depth.
   inward = functools.partial(dense, width, hidden, 2 / model.num_layers)
   block = lambda: {
     "modulation": affine(jnp.zeros((time, 6 * width))),

@@ -56,6 +56,7 @@ def measure(
   """
   programs, runs = {}, {}
   for name, (optimizer, update) in _ways(config).items():
+    # Every way donates its state, so it needs arrays of its own.
     copy = lambda: jax.tree.map(jnp.copy, params)
     state = copy(), copy(), jax.jit(optimizer.init)(params)
     grads = copy()

@@ -60,6 +60,7 @@ def _inputs(work: Work) -> dict[str, jax.Array]:
   drawn = corruption.corrupt(keys, x0, segments > 0, rate, work.mask_id)
   model = work.config.model
   shape = *x0.shape, model.embed_dim
+  # The head is timed on its own, so its input need not come from the blocks.
   hidden = jax.random.normal(jax.random.key(2), shape, compute_dtype(model))
   return {
     "x0": x0,

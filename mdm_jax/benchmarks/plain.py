@@ -71,6 +71,7 @@ def losses(
   flat = lambda x: x.reshape(-1, *x.shape[2:])
   logits = denoiser.logits(params, flat(hidden))
   logits = jax.reshard(logits, RULES.spec("batch", None))
+  # At all positions: what the library avoids, and what is measured here.
   values = cross_entropy(logits, flat(x0)).reshape(masked.shape)
   return jnp.where(masked, values, 0.0)
 

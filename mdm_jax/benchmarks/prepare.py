@@ -26,8 +26,8 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.data import corpora
 
-_FILE_BYTES = 20e6
-_TICK = 0.05
+_FILE_BYTES = 20e6  # per .jsonl file
+_TICK = 0.05  # seconds between two readings
 CONFIG = """
 from mdm_jax.config import default_config, stage
 

@@ -245,6 +245,7 @@ def _canvas(preset: Preset, vocab: Vocabulary, rows: int) -> Canvas:
   )
 
 
+# The model's own distribution: filters are measured as ways of their own.
 _UNTRUNCATED = SampleConfig(
   order="random",
   temperature=1.0,

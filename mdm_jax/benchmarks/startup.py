@@ -54,6 +54,7 @@ def measure(workdir: str, repeats: int) -> dict[str, Any]:
     # An empty compilation cache: the first process fills it, the others find
     # it.
     env = os.environ | {"XDG_CACHE_HOME": cache}
+    # It would take precedence over that cache.
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     sample = (*_MAIN, "--mode=sample", f"--workdir={workdir}")
     cold = _first_text(sample, env)

@@ -55,6 +55,7 @@ def interleave(
 
 
 def _calls(run: Timed, at_least: float) -> int:
+  # Warms up: a first call may compile or allocate.
   _time(run, 1)
   if not at_least:
     return 1

@@ -212,6 +212,7 @@ def _compare(
   result: dict[str, Any], seconds: dict[str, list[float]], other: str
 ) -> dict[str, Any]:
   """Returns the ratios of seconds within each turn, and of memory."""
+  # Within a turn: the load of the machine changes slowly, so it cancels.
   pairs = zip(seconds[other], seconds["library"], strict=True)
   ours, theirs = result["library"], result[other]
   return {

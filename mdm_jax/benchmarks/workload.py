@@ -185,6 +185,7 @@ def one_byte_a_token(rows: Rows) -> HeldOut:
   row = np.repeat(np.arange(len(rows)), [len(found) for found in numbers])
   segment = np.concatenate(numbers).astype(np.int64)
   sizes = (rows.segments[row] == segment[:, None]).sum(axis=1)
+  # In the order of ROW, SEGMENT, DOCUMENT, BYTES, PIECE.
   columns = row, segment, np.arange(len(row)), sizes, np.zeros_like(row)
   return HeldOut(rows, np.stack(columns, axis=1).astype(np.int64))
 

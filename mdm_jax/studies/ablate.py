@@ -69,6 +69,7 @@ def main(_: list[str]) -> int:
 def _chosen(path: str | None, names: list[str] | None) -> list[str]:
   if path is None or not os.path.isfile(path):
     raise UserError(f"config file {path} does not exist; give --config=FILE")
+  # Runs the config file, as --config does.
   known = runpy.run_path(path).get("VARIANTS")
   if not known:
     raise UserError(f"{path} has no VARIANTS; see configs/ablation.py")
