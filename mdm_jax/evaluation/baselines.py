@@ -1,7 +1,7 @@
-"""What others need for the same text: bits a byte of n-grams and of xz.
+"""Baselines in bits per byte: an n-gram model and xz on the same text.
 
-A bound per byte says little by itself: a model worse than counting n-grams
-still passes four choices a byte.
+Bits per byte say little by themselves: even a model that is worse than counting
+n-grams has a perplexity bound below 4 per byte.
 """
 
 import concurrent.futures
@@ -17,9 +17,11 @@ from mdm_jax.data.held_out import DOCUMENT, PIECE, ROW, SEGMENT, HeldOut
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.judge import NgramJudge
 
-_MOST_TRAIN = 12 * 2**20  # bytes that xz is given: some ten seconds
+# Most bytes of training and held-out text for xz, which takes some ten seconds.
+_MOST_TRAIN = 12 * 2**20
 _MOST_TEST = 4 * 2**20
-_WINDOW = 2**24  # bytes back that xz finds repetitions in
+# xz's dictionary, in bytes: covers both, so that all training text is used.
+_WINDOW = 2**24
 _POLL_SECONDS = 1.0
 
 
@@ -30,26 +32,28 @@ def baselines(
   ngrams: NgramJudge,
   poll: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-  """Returns bits per byte of held-out rows, by who compresses them.
+  """Returns bits per byte of held-out text under an n-gram model and xz.
 
-  What is compressed is the text that the rows spell, as the model reads it;
-  bytes are those of the original text, as they are for the model.
+  The text compressed is that decoded from the rows, which is what the model
+  reads. Bytes are those of the original text, as for the model.
 
   Args:
-    train: what was trained on; xz is given the last part of it.
-    held: the text; of rows that are not all, their texts of one document are
-      read one after the other.
-    tokenizer: of its rows.
-    ngrams: counted on the same training text.
-    poll: called as long as it takes.
+    train: training text, of which xz gets the last part.
+    held: held-out rows. If they are only some rows of a document, their texts
+      are joined.
+    tokenizer: tokenizer of the rows.
+    ngrams: n-gram model of the same training text.
+    poll: called about once a second while xz runs.
 
   Returns:
-    Name, bits_per_byte, bytes, and the standard error over documents where
-    there is one; None for a number that there is not.
+    By baseline: name, bits_per_byte, stderr over documents and bytes; None for
+    numbers that are undefined.
   """
   documents, sizes = _documents(held, tokenizer)
   before, after = _last("\n".join(train).encode()), _test(documents, sizes)
   text, counted = after
+  # xz of the held-out text given the training text: the bytes that it adds to
+  # the compressed training text. lzma releases the GIL, so threads suffice.
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
     given = threads.submit(_compressed, before)
     both = threads.submit(_compressed, before + text)
@@ -82,7 +86,7 @@ def baselines(
 def _documents(
   held: HeldOut, tokenizer: Tokenizer
 ) -> tuple[list[str], list[int]]:
-  """Returns the documents as the rows spell them, and their original bytes."""
+  """Returns decoded documents, and the number of bytes of their originals."""
   reading = np.lexsort((held.texts[:, PIECE], held.texts[:, DOCUMENT]))
   ids: dict[int, list[np.ndarray]] = {}
   sizes: dict[int, int] = {}
@@ -101,7 +105,11 @@ def _last(text: bytes) -> bytes:
 
 
 def _test(texts: list[str], sizes: list[int]) -> tuple[bytes, int]:
-  """Returns the first documents up to a size, and their original bytes."""
+  """Joins the first documents: up to `_MOST_TEST` bytes, but at least one.
+
+  Returns:
+    The text to compress, and the number of original bytes that it stands for.
+  """
   taken, counted = [], 0
   for text, size in zip(texts, sizes, strict=True):
     if taken and counted + size > _MOST_TEST:
@@ -112,7 +120,7 @@ def _test(texts: list[str], sizes: list[int]) -> tuple[bytes, int]:
 
 
 def _compressed(text: bytes) -> int:
-  """Returns the bytes of a text by xz's method (LZMA2), without a header."""
+  """Returns the compressed size in bytes with xz's LZMA2, without a header."""
   filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": _WINDOW}]
   return len(lzma.compress(text, format=lzma.FORMAT_RAW, filters=filters))
 

@@ -1,4 +1,4 @@
-"""What is measured, when, and on how much."""
+"""Configuration of evaluation: how often, on how many rows and samples."""
 
 import dataclasses
 

@@ -1,9 +1,9 @@
-"""Measures a model on held-out rows, whatever its objective asks of them.
+"""Evaluates a model on held-out rows, for any objective.
 
-The objective says what is asked of each row and what the answers come to
-(`objectives/base.py`: `jobs`, `pose`, `nats`, `values`). Here the jobs go
-through the devices: in batches of one size, so that one program does, spread
-over the shards, one batch ahead, and back from all processes.
+The objective defines what is measured (`objectives/base.py`: `jobs`, `pose`,
+`nats`, `values`). The evaluator runs its jobs on the devices: sharded, in
+batches of one size so that there is one program, dispatched one batch ahead,
+and gathers the results from all processes.
 """
 
 import functools
@@ -31,7 +31,16 @@ from mdm_jax.objectives.measured import Jobs, Measured, Nats, Part
 
 
 class Evaluator:
-  """Measures parameters on fixed rows with fixed draws; compiled once."""
+  """Evaluates parameters on fixed rows with fixed randomness.
+
+  Rows and masks are the same for every checkpoint, so that differences between
+  checkpoints are not sampling noise. Compiles once per shape of rows.
+
+  Example:
+    evaluator = Evaluator(config.eval, objective, denoiser, mesh)
+    measured = evaluator.measure(state.ema_params, validation)
+    print(measured.head().value)
+  """
 
   def __init__(
     self,
@@ -41,14 +50,14 @@ class Evaluator:
     mesh: jax.sharding.Mesh,
     poll: Callable[[], None] = lambda: None,
   ):
-    """Makes what measures.
+    """Prepares an evaluation; nothing is compiled yet.
 
     Args:
-      config: how many draws a row, how many rows a call.
-      objective: what is measured.
+      config: mask rates per row and rows per call.
+      objective: defines what is measured.
       model: the denoiser.
-      mesh: devices that it is computed on.
-      poll: called as long as batches are done.
+      mesh: devices to run on.
+      poll: called before every batch, as a sign of progress; may raise to stop.
     """
     self._config, self._objective, self._mesh = config, objective, mesh
     self._poll = poll
@@ -61,12 +70,12 @@ class Evaluator:
   def measure(
     self, params: Params, held: HeldOut, part: Part = "likelihood"
   ) -> Measured:
-    """Returns one part of what the objective measures on some rows.
+    """Returns one part of the objective's measurements on held-out rows.
 
     Args:
-      params: of the model.
-      held: the rows.
-      part: which; an objective may have nothing there.
+      params: parameters of the model.
+      held: held-out rows.
+      part: which part; the result is empty if the objective has none.
     """
     jobs = self._objective.jobs(held, part, self._config.masks_per_row)
     if jobs is None:
@@ -75,15 +84,24 @@ class Evaluator:
     return self._objective.values(part, jobs, nats, held)
 
   def ask(self, params: Params, rows: Rows, jobs: Jobs) -> Nats:
-    """Returns what the answers to all jobs cost."""
+    """Returns the loss of all jobs in nats, by row and by text of a row.
+
+    Args:
+      params: parameters of the model.
+      rows: the rows that the jobs refer to.
+      jobs: what to ask, from `Objective.jobs`.
+    """
     size, total = self._rows_a_call, len(jobs)
+    # The first jobs again fill up the last batch; their results are dropped.
     padded = np.arange(total + -total % size) % total
     capacity = self._capacity(rows, jobs.asked[padded])
-    # Rounded up: with another text of a row nothing is compiled anew.
+    # Static, so rounded up to a power of two: rows with one more text should
+    # not cause a recompilation.
     texts = 1 << int(rows.segments[:].max() - 1).bit_length()
     results = []
     for start in range(0, len(padded), size):
-      # One batch ahead of the devices, so that a poll means progress.
+      # Dispatch at most one batch ahead of the devices: without this wait all
+      # batches would be queued at once, and a poll would not mean progress.
       jax.block_until_ready(results[-2:-1])
       self._poll()
       job = padded[start : start + size]
@@ -112,12 +130,18 @@ class Evaluator:
     return put(values, batch_sharding(self._mesh, values.ndim))
 
   def _capacity(self, rows: Rows, asked: Int[np.ndarray, "N"]) -> int:
-    """Returns the most positions that any shard of any batch asks for."""
+    """Returns how many asked positions any shard has in any batch, rounded up.
+
+    Args:
+      rows: held-out rows.
+      asked: number of positions asked by each job, padded to whole batches.
+    """
     shards = data_shards(self._mesh)
     by_shard = asked.reshape(-1, self._rows_a_call // shards)
     most = by_shard.sum(axis=1).max()
     whole = rows.length * self._rows_a_call // shards
-    # In eighths of the whole, so that a few rows more don't compile anew.
+    # Static, so rounded up to eighths of all positions: a few rows more should
+    # not cause a recompilation.
     step = max(whole // 8, 1)
     return min(int(-(-most // step) * step), whole)
 
@@ -134,17 +158,19 @@ def _nats(
   capacity: int,
   num_texts: int,
 ) -> tuple[Float[Array, "B"], Float[Array, "B S"]]:
-  """Asks one batch; keys follow from the row and the draw.
+  """Returns the loss of one batch of jobs.
 
   Returns:
-    The nats of each row, and the part of them that is of each of its first
-    `num_texts` texts.
+    Nats by row, and by each of its first `num_texts` texts.
   """
+  # A key follows from the row and the draw alone, so that masks depend neither
+  # on the batch size nor on the devices.
   keys = jax.vmap(
     lambda r, d: jax.random.fold_in(jax.random.fold_in(key, r), d)
   )
   part = objective.pose(batch, keys(row, draw), given, capacity)
   nats = objective.nats(model, params, part)
+  # Texts are numbered from 1 within a row; segment 0 is padding.
   of = batch.segments[:, :, None] == jnp.arange(1, num_texts + 1)[None, None]
   by_text = jnp.where(of, nats[:, :, None], 0).sum(axis=1)
   return nats.sum(axis=1), by_text

