@@ -1,6 +1,7 @@
-"""Checkpoints of a pytree of arrays: the only module that knows Orbax.
+"""Saving and restoring checkpoints of a pytree of arrays, with Orbax.
 
-`step_folders.py` knows the files around what Orbax writes.
+No other module uses Orbax, and this one only to write and read arrays.
+`step_folders.py` decides which steps exist, are whole, or are best.
 """
 
 import concurrent.futures
@@ -28,15 +29,16 @@ from mdm_jax.core.errors import (
 )
 
 _STATE = "state"
-_ROOM = 1.05  # bytes on disk for a byte of state, at most
+_ROOM = 1.05  # upper bound of bytes on disk / bytes of state
 
 
 class Checkpoints:
-  """Saved steps of a workdir: the newest few and the best by held-out bound.
+  """The checkpoints of a workdir.
 
-  Saving is asynchronous, one step at a time; a save that failed is raised by
-  whatever is called next. Leaving the `with` block waits. Several processes
-  save together, and the first one does what is to be done once.
+  Saving is asynchronous, one step at a time. The error of a failed save is
+  raised by the next call that waits for it. Leaving the `with` block waits for
+  the pending save. In a multi-process run all processes save together; process
+  0 writes the manifest and deletes old steps.
   """
 
   def __init__(
@@ -46,14 +48,17 @@ class Checkpoints:
     keep_every: int | None = None,
     on_sealed: Callable[[int], None] = lambda step: None,
   ):
-    """Opens a workdir's checkpoints, if there are any.
+    """Opens a workdir's checkpoints.
 
     Args:
-      workdir: of the run.
-      keep_latest: newest steps that are kept.
-      keep_every: and those divisible by this.
-      on_sealed: called, in another thread, with each step that is safe.
+      workdir: the run's folder.
+      keep_latest: number of newest steps to keep.
+      keep_every: also keep steps divisible by this (None: none).
+      on_sealed: called with each step that has been saved completely, in
+        another thread.
     """
+    # Our own bookkeeping, not Orbax's CheckpointManager, which remembers steps
+    # whose save failed and ranks NaN as the best.
     path = epath.Path(workdir)
     path = path.resolve() if files.is_local(path) else path
     self._folders = StepFolders(path, Retention(keep_latest, keep_every))
@@ -67,17 +72,19 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type | None, *_: Any) -> None:
-    if kind in (None, Stopped):  # a stop promises that all is saved
+    # `Stopped` promises that everything is saved, so a failed save must raise.
+    if kind in (None, Stopped):
       self.close()
       return
-    with contextlib.suppress(Exception):  # the first error is the one to tell
+    # Any other error is already on its way and must not be replaced.
+    with contextlib.suppress(Exception):
       self.close()
 
   def close(self) -> None:
-    """Waits for the pending save.
+    """Waits for the pending save and stops all threads.
 
     Raises:
-      StorageError: it failed.
+      StorageError: the save failed.
     """
     try:
       self.wait()
@@ -86,30 +93,30 @@ class Checkpoints:
       self._orbax.close()
       self._staging.close()
 
-  # MARK: what there is
+  # MARK: reading
 
   def latest(self) -> int | None:
-    """Returns the newest step that is whole, None before there was any.
+    """Returns the newest whole step, or None if nothing was ever saved.
 
     Raises:
-      StorageError: there were steps, and not one of them is whole.
-      UserError: one is of a newer version of this library.
+      StorageError: steps were saved, but none of them is whole.
+      UserError: a step was written by another version of this library.
     """
     self.wait()
     return self._folders.newest()
 
   def best(self) -> int | None:
-    """Returns the step with the lowest held-out bound, else the newest."""
+    """Returns the best evaluated step, or the newest if none was evaluated."""
     self.wait()
     best = distributed.first_alone(self._folders.best)
     return self.latest() if best is None else best
 
   def has(self, step: int) -> bool:
-    """Whether a step is there and whole."""
+    """Returns whether a step exists and is whole."""
     return step in self._folders.steps() and self._folders.is_whole(step)
 
   def check_has(self, step: int) -> None:
-    """Raises UserError, with those that there are, if a step is not there."""
+    """Raises UserError, listing the whole steps, if a step isn't one."""
     if not self.has(step):
       raise UserError(
         f"workdir {self._folders.workdir} has no checkpoint {step}; there are:"
@@ -117,34 +124,34 @@ class Checkpoints:
       )
 
   def told(self) -> str:
-    """Returns the steps that are whole, for a message."""
+    """Returns the whole steps as text, for a message."""
     whole = filter(self._folders.is_whole, self._folders.steps())
     return ", ".join(map(str, whole)) or "none"
 
   def progress(self, step: int) -> dict[str, Any]:
-    """Returns what was saved beside a step."""
+    """Returns the `progress` that a step was saved with."""
     return self._folders.progress(step)
 
   def evaluation(self, step: int) -> dict[str, Any] | None:
-    """Returns what was measured of a step, or None."""
+    """Returns a step's evaluation, or None if it wasn't evaluated."""
     return self._folders.evaluation(step)
 
   # MARK: saving
 
   def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-    """Saves a state under a step; a step that is there is left alone.
+    """Starts saving a state, unless the step is saved already.
 
     Args:
-      step: updates that it is the state after.
+      step: number of updates before the state.
       state: a pytree of arrays. They may be donated once this returns.
-      progress: plain values to keep beside it.
+      progress: JSON values to save with it.
 
     Raises:
       NumericsError: the state is not finite; nothing is saved.
-      StorageError: there is no room, or this or the last save failed.
+      StorageError: the disk is too full, or this or the last save failed.
     """
     self.wait()
-    if self._folders.known_whole(step):  # as after a stop
+    if self._folders.known_whole(step):
       return
     if not bool(_all_finite(state)):
       raise NumericsError(
@@ -164,7 +171,7 @@ class Checkpoints:
     self._sealing = self._thread.submit(self._seal, step, progress, began)
 
   def record(self, step: int, measured: dict[str, Any]) -> None:
-    """Keeps what was measured of a step: see `StepFolders.record`."""
+    """Saves a step's evaluation, see `StepFolders.record`."""
     self.wait()
     try:
       if distributed.is_first():
@@ -178,17 +185,22 @@ class Checkpoints:
       self.wait()
 
   def wait(self) -> None:
-    """Waits for the pending save, and raises StorageError if it failed."""
+    """Waits for the pending save; raises StorageError if it failed."""
     if self._sealing is not None:
       pending, self._sealing = self._sealing, None
       pending.result()
 
   def set_aside_after(self, step: int | None) -> None:
-    """Moves the steps after `step`, all if None, out of the way."""
+    """Moves all steps after `step` out of the way; all steps if None."""
     distributed.first_alone(lambda: self._folders.set_aside_after(step))
 
   def _seal(self, step: int, progress: dict[str, Any], began: float) -> None:
-    """Makes what Orbax wrote a checkpoint, and deletes what it replaces."""
+    """Finishes a save: waits, writes the manifest, deletes old steps.
+
+    Runs in a thread, so that training continues meanwhile. The manifest is
+    written last, so a killed save never looks like a whole checkpoint, and old
+    steps are deleted only after that.
+    """
     try:
       self._orbax.wait_until_finished()
       if distributed.is_first():
@@ -229,26 +241,29 @@ class Checkpoints:
   # MARK: restoring
 
   def restore(self, step: int, like: Any) -> Any:
-    """Restores a step onto the shardings of `like`, a tree of shapes.
+    """Restores a step.
+
+    Args:
+      step: a whole step.
+      like: a pytree of `jax.ShapeDtypeStruct` with the shardings of the result.
 
     Raises:
-      UserError: what was saved has other arrays than `like`.
+      UserError: the saved arrays differ from `like`.
     """
     return self._restore(step, like)
 
   def restore_part(self, step: int, like: Any) -> Any:
-    """Restores the arrays of a step that `like` names, and reads no others."""
+    """Restores only the arrays in `like`, e.g. `ema_params`; see `restore`."""
     return self._restore(step, like, partial=True)
 
   def restore_best_part(self, like: Any) -> tuple[int, Any]:
-    """Returns the best step, and of its arrays those that `like` names.
+    """Returns the best step, and its arrays in `like`; see `restore_part`.
 
-    A run that trains meanwhile may delete a step before it is read: then it is
-    the next one's turn.
+    If a training run deletes the step while it is read, the next best is tried.
 
     Raises:
-      UserError: nothing was saved yet, or it has other arrays than `like`.
-      StorageError: all that was saved is damaged.
+      UserError: nothing was saved, or the saved arrays differ from `like`.
+      StorageError: all steps are damaged.
     """
     while (step := self.best()) is not None:
       try:
@@ -271,10 +286,13 @@ class Checkpoints:
     )
 
   def check(self, step: int, like: Any) -> None:
-    """Says in one line what Orbax says in many, or casts in silence.
+    """Checks a step's arrays before they are restored.
+
+    Orbax itself raises a long error for other shapes, and silently casts other
+    dtypes.
 
     Raises:
-      UserError: what was saved has other arrays than `like`.
+      UserError: the saved arrays differ from `like`.
     """
     folder = self._staging.fetch(self._folders.path(step))
     tree = self._orbax.metadata(folder / _STATE)
@@ -305,8 +323,11 @@ def _all_finite(state: Any) -> jax.Array:
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """Puts an abstract leaf on the current mesh's devices, at its own spec."""
-  # Constants of an abstract state, such as counters, have no sharding.
+  """Returns an abstract leaf with its spec bound to the current mesh's devices.
+
+  `eval_shape` gives shardings over an abstract mesh, which has no devices.
+  """
+  # Constants in an abstract state, such as counters, have no sharding.
   spec = leaf.sharding.spec if leaf.sharding else jax.sharding.PartitionSpec()
   sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

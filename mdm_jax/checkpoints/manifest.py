@@ -1,7 +1,8 @@
-"""A list of a checkpoint's files and hashes: without it, it is none.
+"""The manifest of a checkpoint: sizes and SHA-256 hashes of all its files.
 
-Orbax detects no bit that has changed: it would be restored in silence. So every
-file is hashed once it is written, and again before it is read.
+Orbax doesn't detect flipped bits and restores them silently. So every file is
+hashed when it has been written, and again before it is read. A folder without a
+valid manifest is no checkpoint.
 """
 
 import concurrent.futures
@@ -17,24 +18,25 @@ from mdm_jax.core import files, strict_json
 from mdm_jax.core.errors import UserError
 
 NAME = "manifest.json"
-FORMAT = 2  # 1: until mdm_jax 0.1
+FORMAT = 2  # 1 was written by mdm_jax 0.1 and older
 _SELF = "sha256"
 
 
 def write(
   folder: epath.Path, told: dict[str, Any], written: epath.Path | None = None
 ) -> dict[str, Any]:
-  """Hashes every file under a folder; writes and returns the manifest.
+  """Hashes every file below a folder; writes and returns the manifest.
 
   Args:
-    folder: of a checkpoint that is complete.
-    told: what else to keep beside it.
-    written: where its files were written, if they were copied from there.
+    folder: the folder of a complete checkpoint.
+    told: further JSON values for the manifest, such as the progress.
+    written: where the files were written, if they were copied from there.
   """
   content = {
     "format": FORMAT,
     "written_by": f"mdm_jax {mdm_jax.__version__}",
-    **strict_json.plain(told),  # as it is read back: the hash is of that
+    # With null for nan, as it will be read: the manifest's hash must match.
+    **strict_json.plain(told),
     "files": _hash_all(written or folder),
   }
   content[_SELF] = _digest(content)
@@ -43,10 +45,10 @@ def write(
 
 
 def read(folder: epath.Path) -> dict[str, Any] | None:
-  """Returns the manifest of a folder; None if it is missing or damaged.
+  """Returns the manifest of a folder, or None if it is missing or damaged.
 
   Raises:
-    UserError: it is of another format than this version's.
+    UserError: another version of this library wrote it, in another format.
   """
   content = files.read_json(folder / NAME)
   if not isinstance(content, dict) or _digest(content) != content.get(_SELF):
@@ -63,10 +65,10 @@ def read(folder: epath.Path) -> dict[str, Any] | None:
 
 
 def problem(folder: epath.Path) -> str | None:
-  """Returns what is wrong with a checkpoint's files, reading them all.
+  """Returns what is wrong with a checkpoint, or None; reads all its files.
 
   Raises:
-    UserError: it is of another format than this version's.
+    UserError: as in `read`.
   """
   content = read(folder)
   if content is None:
@@ -84,7 +86,10 @@ def problem(folder: epath.Path) -> str | None:
 
 
 def has_its_files(folder: epath.Path) -> bool:
-  """Whether a checkpoint has all files in their sizes: cheap, no proof."""
+  """Returns whether all files of a checkpoint have their sizes.
+
+  Cheap, because it doesn't hash: a flipped bit goes unnoticed.
+  """
   content = read(folder)
   if content is None:
     return False

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the newest few, the best one, some for good."""
+"""Which checkpoints are kept: the newest N, the best, and every N-th."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-  """A rule for steps that are whole; damaged ones are neither kept nor deleted.
+  """The rule for whole steps; damaged ones are neither counted nor deleted.
 
   Attributes:
-    latest: newest steps that are kept.
-    every: steps divisible by this are kept for good (None: none are).
+    latest: number of newest steps to keep.
+    every: steps divisible by this are always kept (None: no such steps).
   """
 
   latest: int
@@ -20,8 +20,8 @@ class Retention:
     """Returns the steps to keep.
 
     Args:
-      steps: all that are whole, rising.
-      ranked: those of them that were evaluated, the best one first.
+      steps: all whole steps, in increasing order.
+      ranked: the evaluated ones among them, the best first.
     """
     keep = set(steps[-self.latest :]) | set(ranked[:1])
     return keep | {s for s in steps if self.every and s % self.every == 0}

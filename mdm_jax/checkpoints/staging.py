@@ -1,7 +1,8 @@
-"""Steps on their way to and from a bucket that Orbax can't write to.
+"""Local copies of checkpoints for buckets that Orbax can't write to (s3://).
 
-Orbax knows file systems and gs://. For s3://, a step's folder lies on this
-machine while it is written or read, and its files are copied.
+Orbax supports file systems and gs://. For s3:// it writes and reads a step in a
+temporary folder on this machine, and the files are copied to or from the
+bucket.
 """
 
 import tempfile
@@ -13,13 +14,17 @@ from mdm_jax.core.errors import UserError
 
 
 class Staging:
-  """Where Orbax finds the folder of a step; at most one is on this machine."""
+  """Maps a step's folder to the one that Orbax writes and reads.
+
+  They differ only if the workdir needs staging. The temporary folder holds at
+  most one step.
+  """
 
   def __init__(self, workdir: epath.Path):
-    """Looks at where a workdir is.
+    """Creates a temporary folder if the workdir needs one.
 
     Raises:
-      UserError: several processes can't write there together.
+      UserError: it needs one, and there are several processes.
     """
     self._scratch: tempfile.TemporaryDirectory | None = None
     self._step: int | None = None
@@ -34,23 +39,26 @@ class Staging:
 
   @property
   def room(self) -> epath.Path | None:
-    """The folder that needs room for a step, if that is not the workdir."""
+    """The temporary folder, if there is one."""
     return epath.Path(self._scratch.name) if self._scratch else None
 
   def begin(self, folder: epath.Path) -> epath.Path:
-    """Returns where to write a step that belongs into `folder`."""
+    """Returns where to write the step that belongs to `folder`."""
     self.clear()
     return self._place(folder)
 
   def send(self, folder: epath.Path) -> epath.Path:
-    """Brings what was written to where it belongs; returns where it was."""
+    """Copies a written step to `folder` if needed; returns where it was."""
     place = self._place(folder)
     if place != folder:
       files.copy_files(place, folder, files.sizes(place))
     return place
 
   def fetch(self, folder: epath.Path) -> epath.Path:
-    """Returns where a step can be read; it stays there for a second look."""
+    """Returns where the step of `folder` can be read, copying it if needed.
+
+    The copy is kept until the next step: a restore first reads its metadata.
+    """
     place = self._place(folder)
     if place != folder and self._step != int(folder.name):
       self.clear()
@@ -59,13 +67,13 @@ class Staging:
     return place
 
   def clear(self) -> None:
-    """Deletes what is on this machine."""
+    """Deletes the local copy."""
     self._step = None
     for name in files.names(self.room) if self.room else ():
       (self.room / name).rmtree()
 
   def close(self) -> None:
-    """Deletes all that was ever needed."""
+    """Deletes the temporary folder."""
     if self._scratch:
       self._scratch.cleanup()
 

@@ -1,13 +1,14 @@
-"""The folders of saved steps: which there are, which are whole, which go.
+"""The folders of checkpoints: which exist, are whole, are best, are deleted.
 
-checkpoints/350/state            what Orbax wrote
-checkpoints/350/manifest.json    the hashes of its files, and the run's progress
-checkpoints/350/evaluation.json  what was measured of it, if it was
-checkpoints.jsonl                every step that ever had a manifest
-set_aside/350                    a step that was damaged, or not wanted
+checkpoints/350/state            the arrays, written by Orbax
+checkpoints/350/manifest.json    hashes of its files, and the run's progress
+checkpoints/350/evaluation.json  the step's evaluation, if there was one
+checkpoints.jsonl                every step that was ever saved completely
+set_aside/350                    a step that was damaged, or given up by the
+                                 user (`train.restore_step`)
 
-A step without a verified manifest is no checkpoint: it is neither restored nor
-counted when older ones are deleted.
+A step without a valid manifest is no checkpoint: it is neither restored, nor
+counted when old ones are deleted.
 """
 
 import math
@@ -26,7 +27,7 @@ _EVALUATION = "evaluation.json"
 
 
 class StepFolders:
-  """The checkpoints of a workdir, as far as they are files.
+  """The checkpoint folders of a workdir.
 
   Attributes:
     workdir: the run's folder.
@@ -37,28 +38,32 @@ class StepFolders:
     self._retention = retention
     self._folder = workdir / "checkpoints"
     self._log = workdir / "checkpoints.jsonl"
-    self._problems: dict[int, str | None] = {}  # what is known of each
+    # By step: what is wrong with it, None if it is whole. Steps that this
+    # process has neither read nor written are missing.
+    self._problems: dict[int, str | None] = {}
 
   def path(self, step: int) -> epath.Path:
-    """Returns the folder of a step, whether it is there or not."""
+    """Returns the folder of a step, which need not exist."""
     return self._folder / str(step)
 
   def steps(self) -> list[int]:
-    """Returns every step that has a folder, rising; most of them are whole."""
+    """Returns the steps with a folder, whole or not, in increasing order."""
     names = files.names(self._folder)
     return sorted(int(name) for name in names if name.isdecimal())
 
   # MARK: reading
 
   def newest(self) -> int | None:
-    """Returns the newest step that is whole, None before there was any.
+    """Returns the newest whole step, or None if nothing was ever saved.
 
     Raises:
-      StorageError: there were steps, and not one of them is whole.
-      UserError: one is of a newer version of this library.
+      StorageError: steps were saved, but none of them is whole.
+      UserError: a step was written by another version of this library.
     """
+    # A training run may replace steps while they are checked here, so look
+    # again until the list stays the same.
     steps: list[int] = []
-    while steps != (steps := self.steps()):  # another process may make new ones
+    while steps != (steps := self.steps()):
       for step in reversed(steps):
         if self.is_whole(step):
           return step
@@ -72,12 +77,15 @@ class StepFolders:
     return None
 
   def best(self) -> int | None:
-    """Returns the best whole step by its headline, if one was measured."""
+    """Returns the best whole step, or None if none was evaluated."""
     ranked = self._ranked(self.steps())
     return next((step for step in ranked if self.is_whole(step)), None)
 
   def is_whole(self, step: int) -> bool:
-    """Whether a step's files fit its manifest; reads all of them, once."""
+    """Returns whether a step's files match its manifest.
+
+    Reads all files the first time. Prints a message if the step is not whole.
+    """
     if step not in self._problems:
       try:
         problem = manifest.problem(self.path(step))
@@ -91,11 +99,17 @@ class StepFolders:
     return self._problems[step] is None
 
   def is_gone(self, step: int) -> bool:
-    """Whether another process has deleted a step that was there."""
+    """Returns whether another process has deleted a step.
+
+    A deletion starts with the manifest. So a step with a manifest isn't being
+    deleted.
+    """
     if files.exists(self.path(step) / manifest.NAME):
       return False
+    # A folder without a manifest is being deleted only if it had one before;
+    # else it may be damaged, or a save that was never finished.
     if files.exists(self.path(step)) and not self.known_whole(step):
-      return False  # half of it may have been lost at any time
+      return False
     self._problems[step] = "deleted"
     self._pass_over(step, "was deleted meanwhile")
     return True
@@ -104,18 +118,18 @@ class StepFolders:
     console.print(f"checkpoint {step} {what}: passing over it", soft_wrap=True)
 
   def known_whole(self, step: int) -> bool:
-    """Whether a step was read or written by this process, and is whole."""
+    """Returns whether this process has found a step whole, or saved it."""
     return self._problems.get(step, "unknown") is None
 
   def last_known(self) -> int | None:
-    """Returns the newest of those steps, for a message."""
+    """Returns the newest step known to be whole, for a message."""
     return max(filter(self.known_whole, self._problems), default=None)
 
   def progress(self, step: int) -> dict[str, Any]:
-    """Returns what was saved beside a step.
+    """Returns the progress that a step was saved with.
 
     Raises:
-      StorageError: it is no more.
+      StorageError: the step has been deleted.
     """
     content = manifest.read(self.path(step))
     if content is None:
@@ -126,19 +140,18 @@ class StepFolders:
     return content["progress"]
 
   def evaluation(self, step: int) -> dict[str, Any] | None:
-    """Returns what was measured of a step, or None."""
+    """Returns a step's evaluation, or None."""
     return files.read_json(self.path(step) / _EVALUATION)
 
   def _ranked(self, steps: list[int]) -> list[int]:
-    """Returns the measured ones of some steps, the best first.
-
-    Each is ranked by what its own evaluation names as the headline.
+    """Returns the evaluated ones among some steps, the best first.
 
     Raises:
-      UserError: an older version measured one, and named none.
+      UserError: an evaluation by an older version doesn't name its headline.
     """
     measured = {step: self.evaluation(step) for step in steps}
     ranks = {step: self._rank(step, m) for step, m in measured.items() if m}
+    # NaN would compare as neither better nor worse and could come out first.
     found = [step for step, rank in ranks.items() if math.isfinite(rank)]
     return sorted(found, key=ranks.get)
 
@@ -165,13 +178,13 @@ class StepFolders:
     seconds: float,
     written: epath.Path | None = None,
   ) -> None:
-    """Makes a folder that is complete a checkpoint.
+    """Writes the manifest of a completely written step: it is a checkpoint now.
 
     Args:
-      step: whose folder it is.
-      progress: to keep beside it.
-      seconds: the save took so far, for the log.
-      written: where its files were written, if they were copied from there.
+      step: the step.
+      progress: JSON values to keep in the manifest.
+      seconds: duration of the save so far, for checkpoints.jsonl.
+      written: where the files were written, if they were copied from there.
     """
     told = {"step": step, "finite": True, "progress": progress}
     content = manifest.write(self.path(step), told, written)
@@ -181,33 +194,35 @@ class StepFolders:
     self.trust(step)
 
   def trust(self, step: int) -> None:
-    """Takes a step for whole that this process saw being written."""
+    """Marks a step as whole without reading it, after its save."""
     self._problems[step] = None
 
   def record(self, step: int, measured: dict[str, Any]) -> None:
-    """Keeps what was measured of a step, and which number is its headline.
+    """Saves a step's evaluation.
 
     Args:
-      step: what was measured.
-      measured: numbers by name, and `headline`: the `name` and `value` of the
-        one that tells the best step, and whether `lower_is_better`.
+      step: the evaluated step.
+      measured: metrics by name, and under "headline" the `name` and `value` of
+        the one that selects the best step, and whether `lower_is_better`.
     """
     files.write_json(self.path(step) / _EVALUATION, measured)
 
   def prune(self) -> None:
-    """Deletes the whole steps that are not to be kept."""
+    """Deletes the whole steps that `Retention` doesn't keep."""
+    # By sizes only: hashing would read every kept step after each save.
     whole = [s for s in self.steps() if manifest.has_its_files(self.path(s))]
     kept = self._retention.kept(whole, self._ranked(whole))
     for step in set(whole) - kept:
-      # Without its manifest first: half a deletion must not look like damage.
+      # The manifest goes first: a process that is reading the step then finds
+      # it deleted (`is_gone`), not damaged.
       files.delete(self.path(step) / manifest.NAME)
       files.delete_folder(self.path(step))
       self._problems.pop(step, None)
 
   def set_aside_after(self, step: int | None) -> None:
-    """Moves the steps after `step`, all if None, out of the way.
+    """Moves all steps after `step` to set_aside/; all steps if None.
 
-    What was never finished is deleted, as its update will be made again.
+    Steps whose save never finished are deleted instead.
     """
     logged, aside = self._logged(), self.workdir / "set_aside"
     for found in self.steps():
