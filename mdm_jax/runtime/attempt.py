@@ -1,11 +1,11 @@
-"""One attempt at a run: who has the workdir, how far it came, how it ended.
+"""The workdir's lock, and the record of a run's attempts.
 
-lock.json       the attempt that is running, renewed every few seconds
-attempts.jsonl  all that ended, in order
+lock.json       the running attempt, renewed every few seconds as a heartbeat
+attempts.jsonl  all attempts that ended, in order
 exit.json       how the last one ended
 
-Whoever finds the lock of an attempt that is dead ends it in its place, so a
-killed attempt is counted like any other.
+A killed attempt leaves its lock behind. The next one writes it to
+attempts.jsonl, so killed attempts are counted like all others.
 """
 
 import contextlib
@@ -32,35 +32,41 @@ from mdm_jax.core.errors import (
 )
 from mdm_jax.runtime import goodput
 
-_BEAT = 5.0  # seconds between two renewals of the lock
-_STALE = 60.0  # seconds without one after which another host's lock is dead
-_DIED = (None, Exit.BUG, Exit.ABORTED)  # ends that count towards a crash loop
+_BEAT = 5.0  # seconds between two heartbeats
+_STALE = 60.0  # seconds without a heartbeat until another host's lock is stale
+# Exit codes that count towards a crash loop; None is a kill.
+_DIED = (None, Exit.BUG, Exit.ABORTED)
 
 
 class Attempt:
-  """One attempt, from the lock to the exit code; a `with` block around all.
+  """One attempt at a run: the time from a start of the program to its exit.
+
+  A context manager. Entering takes the workdir's lock; leaving releases it and
+  records how the attempt ended.
 
   Attributes:
-    number: of the attempt, from 1.
-    ledger: where its time goes.
-    start: updates that were done when it began.
-    update: updates done now.
-    committed: updates of the newest checkpoint that is safe.
-    rows: of the update that failed, if one did.
-    changes: of the config since the attempt before.
+    number: index of the attempt, from 1.
+    ledger: the attempt's time by cause.
+    start: number of updates done when it started.
+    update: number of updates done now.
+    committed: number of updates in the newest complete checkpoint.
+    rows: indices of the rows of the update that failed, if one did.
+    changes: how the config differs from the last attempt's, if it does.
+    before: the records of all earlier attempts.
   """
 
   def __init__(
     self, folder: epath.Path, config: str, max_attempts: int, process: int = 0
   ):
-    """Describes an attempt; entering it begins it.
+    """Initializes an attempt; entering the context starts it.
 
     Args:
       folder: the workdir.
-      config: a hash of the config; with another one, a crash loop is over.
-      max_attempts: that may die in a row without saving anything new.
-      process: of several; process 0 has the lock and writes the attempt down,
-        the others only how they ended.
+      config: a hash of the config. A changed config resets the crash count.
+      max_attempts: number of consecutive attempts that may die without saving
+        anything new.
+      process: index of this process. Process 0 holds the lock and records the
+        attempt; the others only write how they ended.
     """
     self._process = process
     self._folder, self._config = folder, config
@@ -77,8 +83,8 @@ class Attempt:
     """Takes the lock.
 
     Raises:
-      UserError: another process has it.
-      CrashLoop: attempts of this config died too often.
+      UserError: another process holds it.
+      CrashLoop: too many attempts with this config died.
     """
     if self._process:
       return self
@@ -106,7 +112,14 @@ class Attempt:
     self.finish(code, reason, told if code == Exit.BUG else None)
 
   def finish(self, code: Exit, reason: str, told: str | None = None) -> None:
-    """Writes how the attempt ended and gives the lock back, once."""
+    """Records how the attempt ended and releases the lock, once.
+
+    Args:
+      code: the exit code.
+      reason: one line.
+      told: the traceback of a bug.
+    """
+    # The watchdog's or the signals' thread may have been first.
     if not self._end():
       return
     record = self._record() | {
@@ -123,7 +136,7 @@ class Attempt:
     name = (
       f"exit.process_{self._process}.json" if self._process else "exit.json"
     )
-    # A full disk must not change the exit code; what fits is written.
+    # A full disk must not change the exit code, so try each file by itself.
     with contextlib.suppress(OSError):
       files.write_json(self._folder / name, told)
     if self._process:
@@ -134,11 +147,12 @@ class Attempt:
       files.delete(self._folder / "lock.json")
 
   def _end(self) -> bool:
-    """Sees to it that no beat comes any more; tells whether it did not before.
+    """Stops the heartbeat; returns whether it was running.
 
-    A beat that is being written would bring the lock back behind us. One that a
-    store does not let come to its end is not waited for.
+    Waits for a heartbeat that is being written: it would recreate lock.json
+    after we delete it.
     """
+    # With a timeout, since writing to a bucket that doesn't answer may hang.
     alone = self._writing.acquire(timeout=_BEAT)
     try:
       first = not self._over.is_set()
@@ -149,15 +163,15 @@ class Attempt:
         self._writing.release()
 
   def begin(self, update: int) -> None:
-    """Tells what the attempt goes on from."""
+    """Sets the update that the attempt starts or resumes from."""
     self.start = self.update = self.committed = update
 
   def commit(self, update: int) -> None:
-    """Tells that an update is safe; any thread may."""
+    """Records that a checkpoint is complete. Thread-safe."""
     self.committed = max(self.committed, update)
 
   def seconds(self) -> dict[str, float]:
-    """Returns the seconds of the whole run by cause, all attempts together."""
+    """Returns the seconds of the whole run by cause, over all attempts."""
     return goodput.total([*self.before, self._record()])
 
   # MARK: the lock
@@ -191,7 +205,10 @@ class Attempt:
             self._beat()
 
   def _lose(self, owner: dict[str, Any]) -> None:
-    """Leaves a workdir that another process took for abandoned."""
+    """Exits at once, because another process has taken the lock over.
+
+    That happens if this process was silent for too long, e.g. suspended.
+    """
     print(
       f"error: {self._folder} was taken over by {_who(owner)}, this process"
       " having been silent for too long",
@@ -201,7 +218,7 @@ class Attempt:
     os._exit(Exit.STORAGE)
 
   def _take_over(self) -> None:
-    """Ends what a dead attempt left behind; refuses if it is alive."""
+    """Records a dead attempt from its lock; raises UserError if it is alive."""
     path = self._folder / "lock.json"
     owner = files.read_json(path)
     if owner is None:
@@ -213,7 +230,10 @@ class Attempt:
     files.delete(path)
 
   def _claim(self) -> None:
-    """Writes the first beat; in a bucket, another one may come before it."""
+    """Writes the first heartbeat; raises UserError if another process did.
+
+    Only in a bucket: on a file system `_alone` keeps other processes out.
+    """
     try:
       files.create_json(self._folder / "lock.json", self._record())
     except FileExistsError:
@@ -226,6 +246,8 @@ class Attempt:
     )
 
   def _check_crash_loop(self) -> None:
+    # From the newest attempt back to the last one with progress or another
+    # config. Orderly ends in between, such as a stop, don't count.
     died = []
     for attempt in reversed(self.before):
       if attempt.get("config") != self._config:
@@ -265,17 +287,20 @@ def _is_dead(owner: dict[str, Any]) -> bool:
     return True
   if host != socket.gethostname():
     return time.time() - beat > _STALE
-  # A number may have been given to another process since, even to this one.
+  # The system may have reused the pid since, even for this process; so compare
+  # when the processes started.
   return pid == os.getpid() or _born(pid) != owner.get("born")
 
 
 def _born(pid: int) -> str | None:
-  """Returns when a process of this machine began, None if it is gone.
+  """Returns the start time of a local process, or None if it is gone.
 
-  Where the system doesn't tell, all that are alive began at the same time.
+  Without /proc, as on macOS, it is "?" for every process that is alive.
   """
   try:
     stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    # The second field is the command in brackets, which may hold spaces; after
+    # it come the state (Z: a zombie) and, 19 further, the start time.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]
   except OSError:
@@ -296,13 +321,14 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _alone(folder: epath.Path) -> Iterator[None]:
-  """Lets one process of a machine at a time look at the lock and take it.
+  """Lets one process at a time check and take the lock, by `flock`.
 
   Raises:
     StorageError: the folder can't be opened.
   """
+  # In a bucket creating lock.json fails if it exists, which is enough.
   if not files.is_local(folder):
-    yield  # a bucket: the lock is written where none is, or refused
+    yield
     return
   try:
     descriptor = os.open(folder, os.O_RDONLY)

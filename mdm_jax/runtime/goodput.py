@@ -1,4 +1,8 @@
-"""Where the time goes: every second of a run has exactly one cause."""
+"""Goodput accounting: the seconds of a run by cause.
+
+Every second has exactly one cause, so the causes add up to the time since the
+run's first start.
+"""
 
 import contextlib
 import enum
@@ -9,24 +13,24 @@ from typing import Any
 
 
 class Cause(enum.StrEnum):
-  """What a second was spent on."""
+  """What time was spent on."""
 
-  INIT = "init"  # rows, mesh, restoring nothing
-  COMPILE = "compile"  # compiling and trying the updates out
+  INIT = "init"  # preparing rows, mesh and state: all that is none of the below
+  COMPILE = "compile"  # compiling the updates and trying them out
   RESTORE = "restore"  # reading and verifying a checkpoint
   DATA = "data"  # waiting for rows
   TRAIN = "train"  # updates
-  EVAL = "eval"  # likelihoods and samples
-  SAVE = "save"  # what a checkpoint blocks
-  WASTED = "wasted"  # updates that were lost, and made again
+  EVAL = "eval"  # held-out likelihood and samples
+  SAVE = "save"  # the blocking part of a checkpoint's save
+  WASTED = "wasted"  # updates that a kill lost, to be repeated
   DOWN = "down"  # between two attempts
 
 
 class Ledger:
-  """Counts seconds by cause; they add up to the time since it was made.
+  """Accumulates seconds by cause, from its creation on.
 
   Args:
-    clock: seconds, monotonic.
+    clock: a monotonic clock, in seconds.
   """
 
   def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -36,7 +40,7 @@ class Ledger:
 
   @contextlib.contextmanager
   def spend(self, cause: Cause) -> Iterator[None]:
-    """Counts the block's seconds for one cause, but for inner blocks'."""
+    """Counts the block's time for a cause, except for nested blocks."""
     before = self._switch(cause)
     try:
       yield
@@ -44,7 +48,7 @@ class Ledger:
       self._switch(before)
 
   def seconds(self) -> dict[str, float]:
-    """Returns the seconds of every cause up to now; any thread may ask."""
+    """Returns the seconds by cause up to now. Thread-safe."""
     with self._lock:
       self._settle()
       return {str(cause): value for cause, value in self._seconds.items()}
@@ -62,12 +66,13 @@ class Ledger:
 
 
 def total(attempts: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-  """Adds up a run's attempts, with the time between and the work lost.
+  """Returns a run's seconds by cause, including downtime and lost work.
 
   Args:
-    attempts: in order, each with `seconds` by cause, `started` and `beat`
-      (times of day), `start` and `update` (its first and last update), and
-      `committed` (the last one saved).
+    attempts: the records of the attempts, in order: `seconds` by cause,
+      `started` and `beat` (its first and last sign of life, in seconds since
+      the epoch), `start` and `update` (updates done at its start and end), and
+      `committed` (updates saved).
   """
   seconds, ended = dict.fromkeys(map(str, Cause), 0.0), None
   for attempt in attempts:
@@ -83,12 +88,12 @@ def total(attempts: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def goodput(seconds: Mapping[str, float]) -> float:
-  """Returns the share of the time in which updates were made that count."""
+  """Returns the share of time spent on updates that weren't lost."""
   return seconds[Cause.TRAIN] / max(sum(seconds.values()), 1e-9)
 
 
 def _lost(attempt: Mapping[str, Any]) -> float:
-  """Seconds of the updates after the last saved one, were they all alike."""
+  """Returns the seconds of updates after the last save, all taken as equal."""
   made = attempt["update"] - attempt["start"]
   lost = attempt["update"] - max(attempt["committed"], attempt["start"])
   if not attempt.get("ended") or made <= 0 or lost <= 0:

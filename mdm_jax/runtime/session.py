@@ -1,4 +1,4 @@
-"""What surrounds a run while it goes on: signals, lock, ledger, watchdog."""
+"""A training session: the run's lock, signals, goodput ledger and watchdog."""
 
 import contextlib
 import os
@@ -13,15 +13,15 @@ from mdm_jax.runtime.attempt import Attempt
 from mdm_jax.runtime.signals import StopRequest, stop_request
 from mdm_jax.runtime.watchdog import Watchdog
 
-ROLL_SECONDS = 5.0  # that other processes have to say that they are there
+ROLL_SECONDS = 5.0  # how long other processes have to respond
 
 
 class Session:
-  """An attempt, the signals it answers to and the watchdog over it.
+  """Context manager around a run's attempt, signal handling and watchdog.
 
   Attributes:
-    attempt: the lock, the ledger and how it ends.
-    stop: the owner of SIGINT and SIGTERM.
+    attempt: the lock, the ledger and the record of how the run ends.
+    stop: the handler of SIGINT and SIGTERM.
   """
 
   def __init__(
@@ -41,7 +41,7 @@ class Session:
 
   def __enter__(self) -> "Session":
     with contextlib.ExitStack() as stack:
-      # A signal between the lock and its owner's handler would leave it.
+      # Handle signals first: one right after taking the lock would leave it.
       stack.enter_context(self.stop)
       distributed.first_alone(lambda: stack.enter_context(self.attempt))
       stack.enter_context(self._watchdog)
@@ -55,12 +55,15 @@ class Session:
     self._stack.__exit__(*error)
 
   def poll(self) -> bool:
-    """Tells the watchdog that all is well; returns whether to stop."""
+    """Resets the watchdog; returns whether a signal asks to stop."""
     self._watchdog.progress()
     return self.stop.poll()
 
   def check(self) -> None:
-    """Polls where nothing is unsaved; raises Stopped if a signal came."""
+    """Resets the watchdog; raises Stopped if a signal came.
+
+    Only call it where nothing is unsaved.
+    """
     self._watchdog.progress()
     self.stop.check()
 
@@ -75,8 +78,8 @@ class Session:
     self._end(Exit.STOPPED, reason)
 
   def _end(self, code: Exit, reason: str) -> None:
-    """Ends the process from another thread than the main one."""
+    """Exits the process from a thread, where `sys.exit` wouldn't."""
     self.attempt.finish(code, reason)
-    console.show_cursor(True)  # a live line may have hidden it
+    console.show_cursor(True)  # the progress line may have hidden it
     console.file.flush()
     os._exit(code)

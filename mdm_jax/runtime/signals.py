@@ -1,9 +1,10 @@
-"""A request to stop: the first signal asks, a second SIGINT insists.
+"""Handling of SIGINT and SIGTERM: stop after saving; a second SIGINT exits.
 
-The program polls where it can save. Where it can't poll, inside a compilation
-or a long evaluation, a thread ends the process for it as soon as nothing would
-be lost: the interpreter runs a signal's handler only between two of its own
-instructions, but the system writes the signal's number into a pipe at once.
+The program polls at points where it can save. During a compilation or a long
+evaluation it can't poll; then a thread exits the process as soon as nothing is
+unsaved. The thread reads the pipe of `signal.set_wakeup_fd`: Python runs signal
+handlers only between bytecode instructions of the main thread, but the signal's
+number is written to the pipe at once.
 """
 
 import itertools
@@ -19,15 +20,16 @@ from jax.experimental import multihost_utils
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import Exit, Stopped
 
-_PATIENCE = 2.0  # seconds in which a program that can save comes to a poll
+_PATIENCE = 2.0  # seconds to wait for a poll before exiting from the thread
 _TICK = 0.1
 
 
 class _Owner:
-  """Hears some signals, in a thread and in the interpreter.
+  """Handles some signals, in Python's handlers and in a thread.
 
   Attributes:
-    leave: ends the process, given the signal's name.
+    signals: the signals that it handles.
+    leave: exits the process; takes the signal's name.
   """
 
   signals: tuple[int, ...]
@@ -37,11 +39,13 @@ class _Owner:
     self._previous: dict[int, Any] = {}
 
   def __enter__(self):
-    # Elsewhere, as in a notebook's thread, the program's own handlers stay.
+    # Python allows handlers only in the main thread. In any other, such as a
+    # notebook's, the program's own handlers stay.
     if threading.current_thread() is threading.main_thread():
       for number in self.signals:
         self._previous[number] = signal.signal(number, self._handle)
       read, self._write = os.pipe()
+      # `set_wakeup_fd` requires it.
       os.set_blocking(self._write, False)
       self._previous_fd = signal.set_wakeup_fd(
         self._write, warn_on_full_buffer=False
@@ -61,7 +65,7 @@ class _Owner:
     os.close(self._write)  # ends the thread
 
   def check(self) -> None:
-    """Stops right here, where nothing is unsaved.
+    """Polls where nothing is unsaved.
 
     Raises:
       Stopped: a signal came.
@@ -70,8 +74,9 @@ class _Owner:
       raise Stopped(f"{self.name}: nothing was lost; the same command resumes")
 
   def _listen(self, read: int) -> None:
-    """Answers every signal, in a thread of its own."""
+    """Reads signals from the pipe, in a thread."""
     heard: list[int] = []
+    # The read returns no bytes once `__exit__` has closed the other end.
     while number := os.read(read, 1):
       if number[0] not in self.signals:
         continue
@@ -84,12 +89,11 @@ class _Owner:
 
 
 class StopRequest(_Owner):
-  """The owner of SIGINT and SIGTERM in a program of one process.
+  """Handles SIGINT and SIGTERM in a single-process program.
 
   Attributes:
-    unsaved: returns whether leaving now would lose work; with the default,
-      nothing is ever lost.
-    leave: ends the process, given the signal's name.
+    unsaved: returns whether exiting now would lose work; never, by default.
+    leave: exits the process; takes the signal's name.
   """
 
   signals = signal.SIGINT, signal.SIGTERM
@@ -106,16 +110,18 @@ class StopRequest(_Owner):
 
   @property
   def name(self) -> str | None:
-    """The signal that came, or None."""
+    """Name of the signal that came, or None."""
     return signal.Signals(self._signal).name if self._signal else None
 
   def poll(self) -> bool:
-    """Whether to stop; from then on the caller sees to it that it happens."""
+    """Returns whether to stop. After True, the caller must exit itself."""
     if self._signal is None:
       return False
+    # The thread no longer exits for us.
     self._answered.set()
     return True
 
+  # Python's handler and the thread both record the signal: either may be first.
   def _handle(self, number: int, _: Any) -> None:
     self._signal = self._signal or number
 
@@ -124,7 +130,7 @@ class StopRequest(_Owner):
     threading.Thread(target=self._wait, daemon=True).start()
 
   def _wait(self) -> None:
-    """Leaves in the main thread's place, if that does not come to a poll."""
+    """Exits the process if the main thread doesn't poll in time."""
     self._answered.wait(_PATIENCE)
     while not self._answered.is_set():
       if not self.unsaved():
@@ -133,15 +139,15 @@ class StopRequest(_Owner):
 
 
 class SharedStopRequest(_Owner):
-  """A signal to any of several processes stops all of them, at the same poll.
+  """Stops all processes at the same poll if any of them gets a signal.
 
-  SIGTERM belongs to JAX here, which tells the other processes: nothing may
-  install a handler of its own for it, or no process would ever be told. SIGINT
-  becomes a SIGTERM; a second one ends this process at once, and with it the
-  others.
+  JAX's preemption service handles SIGTERM and notifies the other processes.
+  Installing another handler for SIGTERM would disable it. SIGINT is turned into
+  SIGTERM; a second SIGINT exits this process at once, which ends the others
+  too.
 
   Attributes:
-    leave: ends the process, given the signal's name.
+    leave: exits the process; takes the signal's name.
   """
 
   signals = (signal.SIGINT,)
@@ -153,14 +159,14 @@ class SharedStopRequest(_Owner):
 
   @property
   def name(self) -> str | None:
-    """What came, or None until all processes know."""
+    """SIGTERM's name once all processes have agreed to stop, else None."""
     return signal.SIGTERM.name if self._stopping else None
 
   def poll(self) -> bool:
-    """Whether to stop: the same answer in all processes.
+    """Returns whether to stop, with the same answer in all processes.
 
-    They all have to poll equally often, so never by the clock. An answer takes
-    effect at the poll after the one that the fastest process is at.
+    All processes must poll equally often, never depending on a clock. They stop
+    at the poll after the one that the fastest process has reached.
     """
     number = next(self._polls)
     if not self._stopping:
@@ -168,21 +174,21 @@ class SharedStopRequest(_Owner):
     return self._stopping
 
   def _handle(self, *_: Any) -> None:
-    """The thread answers: the main one may be waiting in a collective."""
+    """Does nothing; the thread answers. The main one may be in a collective."""
 
   def _answer(self, _: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop_request() -> StopRequest | SharedStopRequest:
-  """Returns the one owner of signals that this program has.
+  """Returns the signal handler for this number of processes.
 
-  Never both: each would take SIGTERM from the other.
+  Never use both kinds: each would take SIGTERM from the other.
   """
   return StopRequest() if distributed.count() == 1 else SharedStopRequest()
 
 
 def _leave(name: str) -> None:
-  """Ends the process at once; `SystemExit` would only end a thread."""
+  """Exits the process at once; `SystemExit` would only end the thread."""
   print(f"{name}: process {distributed.index()} leaves as it is", flush=True)
   os._exit(Exit.STOPPED)

@@ -1,4 +1,4 @@
-"""No hang is silent: without progress, all stacks are told and the run ends."""
+"""A watchdog: if a run hangs, prints all stacks and exits."""
 
 import faulthandler
 import sys
@@ -9,19 +9,20 @@ from typing import Any
 
 from mdm_jax.core.errors import Exit
 
-_TICKS = 20  # looks at the clock a limit, at most
-# A thread that holds the interpreter's lock for ever stops Python's own
-# threads too; then faulthandler's, which is C, ends the process (with 1).
+_TICKS = 20  # checks per limit, or more if that is over 10 seconds apart
+# If some thread never releases the interpreter's lock, the watchdog's thread
+# can't run either. Then faulthandler's, written in C, exits the process with
+# code 1 after this many more seconds.
 _GRACE = 60.0
 
 
 class Watchdog:
-  """Ends a process that is not told of progress for a while.
+  """Exits the process if `progress` isn't called for a while.
 
   Args:
-    seconds: that may pass without progress; 0 turns it off.
-    describe: returns what is to be told beside the stacks; it must not block.
-    end: ends the process, given an exit code and a reason.
+    seconds: time limit without progress; 0 turns the watchdog off.
+    describe: returns a description to print with the stacks; must not block.
+    end: exits the process; takes an exit code and a reason.
   """
 
   def __init__(
@@ -45,12 +46,13 @@ class Watchdog:
       faulthandler.cancel_dump_traceback_later()
 
   def progress(self) -> None:
-    """Tells that something was done."""
+    """Resets the time limit."""
     self._last = time.monotonic()
 
   def _watch(self) -> None:
     tick = min(self._seconds / _TICKS, 10.0)
     while not self._over.wait(tick):
+      # Postpones faulthandler's exit, so it only happens if we stop running.
       faulthandler.dump_traceback_later(self._seconds + _GRACE, exit=True)
       idle = time.monotonic() - self._last
       if idle > self._seconds:
