@@ -63,6 +63,7 @@ SUITES: dict[str, tuple[Command, ...]] = {
     ("sampler", "--preset=accelerator"),
     ("sampler", "--preset=accelerator_one_text"),
   ),
+  # Seconds only, for the tests.
   "tiny": (
     *(
       ("train_step", "--preset=tiny", "--rates=uniform", other, "--repeats=2")

@@ -90,6 +90,7 @@ def _sampler(run: Blueprint, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
   )
   pace = jax.tree.map(replicated, schedule.pace(config, length, None))
   settings = tokens.effective_settings(config)
+  # Random keys have a dtype of their own; this finds it without a device.
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
   keys = jax.ShapeDtypeStruct(
     keys.shape, keys.dtype, sharding=batch_sharding(mesh, 1)

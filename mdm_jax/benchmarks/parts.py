@@ -80,6 +80,7 @@ def _trunk(work: Work, params: Any, inputs: dict[str, jax.Array]):
   def gradient(params, xt, segments, rate):
     context = row_context(segments, condition=rate)
     hidden = denoiser.hidden(params, xt, context)
+    # Any scalar will do: the gradient of the blocks is what is timed.
     return jnp.square(hidden.astype(jnp.float32)).mean()
 
   return _timed(
@@ -89,6 +90,7 @@ def _trunk(work: Work, params: Any, inputs: dict[str, jax.Array]):
 
 def _gathered_loss(work: Work) -> Callable[..., jax.Array]:
   denoiser = work.trainer.denoiser
+  # The loss's buffer is per data shard.
   capacity = work.head_positions // data_shards(work.trainer.mesh)
 
   def loss(params, hidden, x0, masked):

@@ -67,6 +67,7 @@ class Preset:
 
 
 PRESETS = {
+  # Layers, width, heads, text ids, texts, tokens per text, steps.
   "large_vocab": Preset(6, 384, 6, 50_257, 8, 128, 24),
   "small_vocab": Preset(6, 384, 6, 1_000, 8, 128, 24),
   "accelerator": Preset(12, 768, 12, 32_000, 64, 512, 24),
@@ -132,6 +133,7 @@ def _parts(
   preset: Preset, denoiser: Denoiser, params: Params, vocab: Vocabulary
 ) -> dict[str, Timed]:
   """Returns the trunk, the head and the draw of all steps, each alone."""
+  # `most` positions per text are drawn in a step.
   steps, most = preset.num_steps, -(-preset.length // preset.num_steps)
   x = _split(jnp.ones((preset.batch, preset.length), jnp.int32))
   rate = _split(jnp.ones(preset.batch))

@@ -94,6 +94,7 @@ def _first_text(
   """Returns seconds until the first line of a text, and until the end."""
   began, first = time.perf_counter(), None
   with (
+    # Not a pipe: nobody reads it, and a full pipe would block the process.
     tempfile.TemporaryFile("w+") as errors,
     subprocess.Popen(
       command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True

@@ -240,6 +240,7 @@ def _numbers(
   )
   times = timing.spread(seconds)
   achieved = count / times["median"]
+  # The ceiling is that of one device.
   highest = ceiling["flops_per_second"] * ceiling["devices"]
   return {
     "seconds": times,

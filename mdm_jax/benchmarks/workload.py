@@ -47,6 +47,7 @@ class Preset:
 
 
 PRESETS = {
+  # Layers, width, heads, text ids, row length, rows.
   "char": Preset(6, 384, 6, 27, 256, 8),
   "bpe": Preset(6, 384, 6, 32_768, 256, 8),
   "gpt2": Preset(12, 768, 12, 50_257, 512, 8),
