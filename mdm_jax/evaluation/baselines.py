@@ -87,6 +87,8 @@ def _documents(
   held: HeldOut, tokenizer: Tokenizer
 ) -> tuple[list[str], list[int]]:
   """Returns decoded documents, and the number of bytes of their originals."""
+  # By document, then by the piece's number within it: lexsort sorts by its last
+  # key first.
   reading = np.lexsort((held.texts[:, PIECE], held.texts[:, DOCUMENT]))
   ids: dict[int, list[np.ndarray]] = {}
   sizes: dict[int, int] = {}

@@ -125,6 +125,7 @@ class Evaluator:
     return put(values.astype(field(name).device), batch_sharding(self._mesh, 2))
 
   def _place(self, values: np.ndarray) -> Array:
+    # NumPy's indices are int64, which JAX does not enable by default.
     if np.issubdtype(values.dtype, np.integer):
       values = values.astype(np.int32)
     return put(values, batch_sharding(self._mesh, values.ndim))

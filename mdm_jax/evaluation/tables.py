@@ -63,6 +63,7 @@ def in_a_line(measured: Measured) -> str:
 
 def _number(value: Value) -> str:
   form = ".2f" if value.role == PERPLEXITY else ".4f"
+  # The exact value is at most the bound.
   below = "<= " if value.bound else ""
   return below + with_error(value.value, value.error, form)
 

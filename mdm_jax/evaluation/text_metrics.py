@@ -211,6 +211,7 @@ def _joined(parts: list[Counts]) -> Counts:
 
 def _starts(k: int, texts: Texts) -> Estimate:
   """Returns distinct first k words / texts; shorter texts count whole."""
+  # As if a text had one n-gram: its first k words.
   starts = [Counts([tuple(words[:k])]) for words in texts.words]
   return _distinct(starts, texts.documents)
 

@@ -98,6 +98,7 @@ def extend(
       jnp.concatenate([old, new], axis=2)
       for old, new in zip(cached, own, strict=True)
     )
+    # The concatenation is both: later calls attend to all of it.
     return both, both
   # The buffers of all layers stay together: in a scan's carry they are updated
   # in place (see `Network._in_place`).

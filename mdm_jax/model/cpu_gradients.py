@@ -144,7 +144,7 @@ def attend(
 def _attend_forward(query, key, value, visible):
   # Output shardings are explicit, as einsum loses that of a one-row batch.
   scores = _scores(query, key, visible)
-  highest = scores.max(axis=-1, keepdims=True)
+  highest = scores.max(axis=-1, keepdims=True)  # so that exp can't overflow
   weights = jnp.exp(scores - highest)
   total = weights.sum(axis=-1, keepdims=True)
   mixed = jnp.einsum(
@@ -181,7 +181,7 @@ def _attend_backward(residuals, grad):
   grad_scores = grad_scores.astype(query.dtype)
   grad_query = jnp.einsum("bgnl,bglk->bgnk", grad_scores, key, **like(query))
   grad_key = jnp.einsum("bgnl,bgnk->bglk", grad_scores, query, **like(key))
-  return grad_query, grad_key, grad_value, None
+  return grad_query, grad_key, grad_value, None  # a mask has no gradient
 
 
 attend.defvjp(_attend_forward, _attend_backward)

@@ -84,6 +84,7 @@ def _add(
   size: int, dtype: jnp.dtype, ids: Int[Array, "B L"], grad: Array
 ) -> Float[Array, "W E"]:
   """Sums the gradient of each id over a shard's tokens, then over shards."""
+  # Ids of other shards are out of range, and so are dropped.
   total = jnp.zeros((size, grad.shape[-1]), dtype)
   total = total.at[_own(ids, size)].add(grad.astype(dtype), mode="drop")
   # With one data shard nothing needs to be reduced, and XLA accumulates into

@@ -200,7 +200,7 @@ def _plain(query, key, value, visible) -> Float[Array, "B G N K"]:
     value,
     out_sharding=jax.typeof(query).sharding,
   )
-  # With a name, remat="dots" stores it and need not recompute the softmax.
+  # The name makes remat="dots" store it (see `denoiser._KEPT`).
   return checkpoint_name(mixed, "attention")
 
 
@@ -294,6 +294,7 @@ def _by_jax(query, key, value, prepared: dict[str, Any], kernel: str | None):
       query, key, value, **arrays, **fixed, implementation=kernel
     )
 
+  # On one device cuDNN is called directly: there is nothing to split.
   if kernel is None or jax.sharding.get_abstract_mesh().size > 1:
     attend = _by_device(attend, *inputs, arrays)
   result = attend(*inputs, arrays)

@@ -35,6 +35,7 @@ def normal(
     fan_in: number of inputs that each output sums over.
     scale: factor on the standard deviation.
   """
+  # Scaled by fan-in: learns faster in few updates than a fixed std of 0.02.
   init = jax.nn.initializers.normal(scale * fan_in**-0.5)
   return nnx.Param(
     init(key, shape, jnp.float32, out_sharding=RULES.spec(*axes))

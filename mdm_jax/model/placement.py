@@ -41,6 +41,7 @@ def mesh_for_use(config: MeshConfig, model: ModelConfig) -> jax.sharding.Mesh:
       markup=False,
       soft_wrap=True,
     )
+    # Pure data parallelism, which works for any model.
     return make_mesh(MeshConfig(replica=-1, fsdp=1, tensor=1))
   return mesh
 

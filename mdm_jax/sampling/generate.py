@@ -107,6 +107,7 @@ class TextSampler:
       )
     rows = rows_a_call(length, jax.default_backend())
     self.rows_a_call = padded_rows(rows, mesh)
+    # Checked here, before anything is compiled.
     room.check_length(
       length,
       self.rows_a_call // data_shards(mesh),

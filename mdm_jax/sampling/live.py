@@ -62,6 +62,7 @@ class LiveView:
     with self._lock:
       self._open = False
       if self._x is not None:
+        # No token differs from itself, so the final text has no highlights.
         self._draw(self._x, self._x)
       if self._is_live:
         self._live.stop()

@@ -94,6 +94,7 @@ def _kendall_tau(turn: Int[np.ndarray, "N"]) -> float:
 def _jump(
   where: Int[np.ndarray, "N"], turn: Int[np.ndarray, "N"]
 ) -> tuple[float, float]:
+  # All pairs of positions; those of successive turns are jumps.
   distance = np.abs(where[None, :] - where[:, None])
   follows = turn[None, :] == turn[:, None] + 1
   if not follows.any():

@@ -153,12 +153,13 @@ def pace(
   """
   shares = SCHEDULES[config.schedule](config.num_steps, length, curve)
   if remasking.WAYS[config.remasking].rests:
+    # The pause consists of idle steps, so these are kept.
     counts = table(remasking.rest(shares), length)
   else:
     even = table(shares, length)
     counts = without_idle_steps(even)
     if config.remasking != "none":
-      # Steps in excess of the tokens stay where they are: they can remask.
+      # Rows with fewer tokens than steps keep their idle steps, to remask in.
       counts[:, : config.num_steps] = even[:, : config.num_steps]
   back = remasking.counts(config.remasking, config.remasking_rate, counts)
   return Pace(counts, back)
@@ -195,6 +196,8 @@ def without_idle_steps(
     counts: as from `table`; the last row is the number of free tokens.
   """
   counts, steps, free = counts.copy(), len(counts) - 1, counts[-1]
+  # Forwards, each step reveals a token at least; backwards, each leaves one for
+  # every step after it.
   for i in range(1, steps + 1):
     counts[i] = np.maximum(counts[i], counts[i - 1] + 1)
   for i in range(steps, -1, -1):
@@ -218,5 +221,7 @@ def within_entropy(
     entropies: in nats, by rank; +inf ends a prefix.
     bound: most divergence, in nats.
   """
+  # For the first token this is 0, so it is always taken. Unless it is inf: then
+  # it is NaN, which no bound admits.
   shared = jnp.cumsum(entropies, axis=1) - jax.lax.cummax(entropies, axis=1)
   return jnp.cumprod(shared <= bound, axis=1).astype(bool)

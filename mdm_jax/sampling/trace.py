@@ -274,7 +274,7 @@ def _token(
   step. The text is null for MASK and false for PAD.
   """
   ids = samples.path[:, row, place].tolist()
-  unreal = vocab.mask, vocab.pad
+  unreal = vocab.mask, vocab.pad  # ids that stand for no text
   before, changes = "", []
   for k, (i, text) in enumerate(zip(ids, spelt, strict=True)):
     now = False if i == vocab.pad else text and visible(text)

@@ -38,6 +38,7 @@ class Axis(NamedTuple):
 def axis_of(values: Iterable[Number], low: Number | None = None) -> Axis:
   """Returns an axis around the finite values with a margin, or from `low`."""
   finite = [v for v in values if math.isfinite(v)] or [0.0]
+  # A constant curve needs an interval, too.
   room = 0.08 * (max(finite) - min(finite)) or abs(finite[0]) / 100 or 1
   return Axis(min(finite) - room if low is None else low, max(finite) + room)
 

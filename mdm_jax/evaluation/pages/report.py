@@ -340,6 +340,7 @@ def _histogram(difficulty: Json) -> markup.Html:
     for i, count in enumerate(counts)
     if i / bins < stop
   )
+  # Bars up to the cut are drawn over all bars, in another colour.
   paths = {"rest": bars(1), "kept": bars(cut)}
   label = f"cut {cut:.2f}"
   mark = markup.el("span", label, class_="cut", style=f"left:{x.at(cut)}%")
