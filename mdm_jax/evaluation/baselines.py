@@ -118,6 +118,7 @@ def _test(texts: list[str], sizes: list[int]) -> tuple[bytes, int]:
       break
     taken.append(text)
     counted += size
+  # Begins with a newline, as it is compressed behind the training text.
   return "\n".join(["", *taken]).encode(), counted
 
 

@@ -180,6 +180,7 @@ def _unigram_entropy(texts: Texts) -> Estimate:
 
 
 def _entropy(counts: Counts) -> float:
+  # An empty text has an entropy of 0.
   found, total = np.array(list(counts.values())), counts.total()
   return float((found * np.log(total / found)).sum() / max(total, 1))
 
@@ -336,6 +337,7 @@ class CopyIndex:
     return pooled_ratio(sum(copied), copied, sizes, len(texts))
 
 
+# None without an index (or judge, below): `measure` leaves the metric out.
 def _copied(texts: Texts) -> Estimate | None:
   return texts.copies and texts.copies.share(texts, texts.documents)
 

@@ -87,7 +87,8 @@ class Call:
     self._guidance = config.guidance
     inside = jnp.arange(x.shape[1])[None] < end[:, None]
     given = ~canvas.free & inside
-    # Not in front of a given token: an end there would cut the token off.
+    # Positions with no given token from there on. In front of one, a drawn end
+    # would cut it off.
     self._may_end = jnp.cumsum(given[:, ::-1], axis=1)[:, ::-1] == 0
     self._hidden = self._run(x, masked, inside)
     if self._guidance:

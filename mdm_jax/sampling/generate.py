@@ -184,6 +184,7 @@ class TextSampler:
     for start in range(0, count, size):
       # The last call is filled up with further texts, which are thrown away:
       # another number of rows would be another program (see `rows_a_call`).
+      # Row n is a text of row n // repeat of the canvas.
       rows = np.arange(start, start + size)
       row = lambda x: self._place(x[rows % count // repeat])  # noqa: B023
       part = Canvas(row(canvas.tokens), row(canvas.free), row(canvas.lengths))
@@ -196,7 +197,8 @@ class TextSampler:
 
   def _program(self, config: SampleConfig) -> Sampler:
     """Returns the compiled sampler for a config's static settings."""
-    # Settings that are arguments of the program get placeholders in the key.
+    # Settings that are arguments of the program get placeholders in the key. Of
+    # min-p and top-p only the values are arguments, not whether they are used.
     way = dataclasses.replace(
       config,
       num_samples=1,

@@ -86,7 +86,8 @@ def _row(
 
 def _kendall_tau(turn: Int[np.ndarray, "N"]) -> float:
   order = np.sign(turn[None, :] - turn[:, None])[np.triu_indices(len(turn), 1)]
-  # Positions have no ties, so only pairs of the same step lack an order.
+  # Positions have no ties, so only pairs of the same step lack an order. If all
+  # were revealed in one step, tau is NaN.
   untied = np.count_nonzero(order)
   return float(order.sum() / math.sqrt(untied * len(order) or math.nan))
 

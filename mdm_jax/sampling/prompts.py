@@ -29,6 +29,7 @@ def read(path: str) -> list[str]:
   """
   # utf-8-sig drops the byte order mark that some editors write.
   text = _bytes(path).decode("utf-8-sig", "surrogateescape")
+  # The newline at the end of a file does not begin another prompt.
   lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
   if lines == [""]:
     raise UserError(f"--prompts={path} has no prompt: write one a line")

@@ -85,6 +85,7 @@ def parse(text: str, tokenizer: Tokenizer) -> Template:
   parts = _split(text)
   plain = len(parts) == 1 and not parts[0].holes and not parts[0].grows
   given = [part.given for part in parts]
+  # A space in front of a hole belongs to the hole (see the module's docstring).
   if _spaces_begin_words(tokenizer):
     given = [
       part.given.removesuffix(" ")
@@ -113,6 +114,7 @@ def fit(template: Template, length: int, vocab: Vocabulary) -> Template:
   rest = length - count
   drawn = template.free.any()
   if rest < 0:
+    # One token more if otherwise nothing would be left to draw.
     raise UserError(
       f"the prompt takes {count} tokens and a sample has {length}; shorten it"
       f" by {-rest + (not drawn)} or set sample.length"

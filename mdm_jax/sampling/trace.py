@@ -77,6 +77,7 @@ def save(
     "put_back": samples.put_back.tolist(),
     "order": {name: _plain(found) for name, found in statistics.items()},
     "tokenizer_sha256": tokenizer.sha256,
+    # By which `load` knows that both files are of the same samples.
     "arrays_sha256": hashlib.sha256(arrays.getvalue()).hexdigest(),
   }
   layout = {"indent": 1, "ensure_ascii": False, "default": _as_json}
@@ -107,6 +108,7 @@ def load(folder: epath.PathLike) -> tuple[Samples, Json]:
     told = json.loads((folder / "samples.json").read_bytes())
     if told["arrays_sha256"] != hashlib.sha256(content).hexdigest():
       raise UserError(f"{folder}: samples.npz and samples.json do not match")
+    # A pickle in a file of someone else's could run code.
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
       values = {name: arrays[name] for name in _ARRAYS}
     return Samples(texts=told["texts"], **values), told["settings"]
@@ -143,6 +145,7 @@ def spell(ids: Sequence[int], tokenizer: Tokenizer) -> list[str | None]:
   vocab = tokenizer.vocab
   named = {vocab.end: _END, vocab.separator: _SEPARATOR}
   named |= {vocab.pad: "", vocab.mask: None}
+  # Incremental, as a character may span several byte tokens.
   decoder = codecs.getincrementaldecoder("utf-8")("replace")
   found: list[str | None] = []
   for i in ids:
