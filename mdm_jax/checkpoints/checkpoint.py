@@ -39,6 +39,14 @@ class Checkpoints:
   raised by the next call that waits for it. Leaving the `with` block waits for
   the pending save. In a multi-process run all processes save together; process
   0 writes the manifest and deletes old steps.
+
+  Example:
+
+    with Checkpoints(workdir) as checkpoints:
+      checkpoints.save(step, state, progress={})
+    ...
+    with Checkpoints(workdir) as checkpoints:
+      state = checkpoints.restore(checkpoints.latest(), abstract_state)
   """
 
   def __init__(
@@ -60,6 +68,7 @@ class Checkpoints:
     # Our own bookkeeping, not Orbax's CheckpointManager, which remembers steps
     # whose save failed and ranks NaN as the best.
     path = epath.Path(workdir)
+    # Orbax needs an absolute path.
     path = path.resolve() if files.is_local(path) else path
     self._folders = StepFolders(path, Retention(keep_latest, keep_every))
     self._staging = Staging(path)
@@ -164,7 +173,7 @@ class Checkpoints:
       self._orbax.save(
         self._staging.begin(self._folders.path(step)) / _STATE,
         args=ocp.args.PyTreeSave(state),
-        force=True,
+        force=True,  # replaces what a killed save left in the folder
       )
     except Exception as error:
       raise self._failed(step, error) from error
@@ -186,6 +195,7 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Waits for the pending save; raises StorageError if it failed."""
+    # Forget the save first, so that its error is raised only once.
     if self._sealing is not None:
       pending, self._sealing = self._sealing, None
       pending.result()

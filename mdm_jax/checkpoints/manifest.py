@@ -104,6 +104,7 @@ def _hash_all(
 ) -> dict[str, dict[str, Any]]:
   if names is None:
     names = sorted(name for name in files.sizes(folder) if name != NAME)
+  # Threads are enough: hashlib releases the interpreter's lock.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
     found = threads.map(lambda name: _hash(folder / name), names)
     return dict(zip(names, found, strict=True))

@@ -29,7 +29,7 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
   if origin in (types.UnionType, typing.Union):
     if value is None and type(None) in args:
       return None
-    return coerce(value, args[0], path)
+    return coerce(value, args[0], path)  # no union but `T | None` occurs
   if origin is Literal:
     if value not in args:
       raise UserError(f"{path}={value!r}: {nearest(str(value), args)}")
@@ -89,6 +89,7 @@ def to_config_dict(value: Any) -> config_dict.ConfigDict:
 
 
 def _plain_type(hint: Any) -> type:
+  # A placeholder takes str for a Literal of strings, and tuple for tuple[...].
   origin = typing.get_origin(hint)
   return type(typing.get_args(hint)[0]) if origin is Literal else origin or hint
 

@@ -78,5 +78,7 @@ def promise(backend: str) -> str:
 
 
 def _gpu_plugins() -> list[str]:
+  # By what is installed: asking JAX would start its backends, which fixes the
+  # flags.
   found = importlib.metadata.entry_points(group="jax_plugins")
   return [p.name for p in found if "cuda" in p.name or "rocm" in p.name]

@@ -144,6 +144,7 @@ def _join(cluster: jax_internals.Cluster, seconds: int, heartbeat: int) -> None:
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).splitlines()[0]
     raise UserError(f"coordinator {address}: {reason}") from error
+  # For `missing_peers`, which names the hosts of lost processes.
   _client().key_value_set(f"{_HOSTS}{own}", socket.gethostname())
 
 
@@ -318,7 +319,7 @@ def naming_peers(seconds: float) -> Iterator[None]:
     yield
   except jax.errors.JaxRuntimeError as error:
     missing = missing_peers(seconds)
-    if missing is None:
+    if missing is None:  # all respond: it is some other error
       raise
     raise Aborted(f"{missing}: {str(error).splitlines()[0]}") from error
 

@@ -20,6 +20,11 @@ def stream(
     seed: the run's seed.
     name: name of the stream; use each name for one purpose only.
     *counters: such as the update's index.
+
+  Example:
+
+    key = rng.stream(seed, "mask", update)
+    keys = rng.per_row(key, jnp.arange(num_rows))
   """
   # crc32, not `hash`, which is salted differently in every process.
   key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))

@@ -122,6 +122,7 @@ def summed(
   _, of = np.unique(np.asarray(clusters, np.int64), return_inverse=True)
   count = int(of.max(initial=-1)) + 1
   sums = np.zeros((count, columns.shape[1]), columns.dtype)
+  # `sums[of] += columns` would add only one row of each cluster.
   np.add.at(sums, of, columns)
   return sums
 

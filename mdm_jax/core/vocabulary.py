@@ -91,6 +91,7 @@ class Vocabulary:
 
   def is_end(self, ids: Ids) -> Ids:
     """Returns which ids end a document; all False if there is no such id."""
+    # `ids != ids` is False everywhere, with the type and sharding of `ids`.
     return ids != ids if self.end is None else ids == self.end
 
   def may_be_text(

@@ -201,6 +201,7 @@ class Draws:
 
 
 def _over_shards(rows: Array) -> Array:
+  # With Explicit axes, what meets the batch must be sharded like it.
   return jax.reshard(rows, RULES.spec(None, "batch"))
 
 
@@ -325,6 +326,7 @@ class Objective(abc.ABC):
       part.capacity,
       model.vocab,
     )
+    # `where`, because a weight may be NaN where nothing is asked.
     return jnp.where(part.asked, part.weights * losses, 0)
 
   @abc.abstractmethod

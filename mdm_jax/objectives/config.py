@@ -99,7 +99,7 @@ def build(config: ObjectiveConfig, *args: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedConfig(ObjectiveConfig):
-  """The masked objective: what stood where a token is masked?"""
+  """The masked objective: predict the masked tokens from the others."""
 
   weighting: Literal["masked_ce", "nelbo"] = fixed(
     "masked_ce",

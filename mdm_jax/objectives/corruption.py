@@ -80,6 +80,7 @@ def num_masked(
   """Returns ceil(rate * length), and at least 1 where rate and length > 0."""
   count = jnp.ceil(rate * length.astype(rate.dtype) * (1 - _ROUNDING))
   count = count.astype(length.dtype)
+  # A tiny rate still masks a token, but not in a row of padding (length 0).
   return jnp.where(rate > 0, jnp.clip(count, jnp.minimum(1, length), length), 0)
 
 
@@ -144,6 +145,7 @@ def corrupt(
   # The tokens with the lowest noise are masked. Noise is below 1, so 2 ranks
   # padding last.
   noise = jnp.where(real, draw(keys), 2.0)
+  # Sorting the order again gives each token's rank.
   rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
   count = num_masked(rate, real.sum(axis=-1))
   masked = rank < count[..., None]

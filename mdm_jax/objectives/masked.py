@@ -178,6 +178,8 @@ def row_weights(
     answer: True at tokens that may be masked.
     inverse_density: 1 / p(r) of each row's rate.
   """
+  # Divisors of at least 1: padding rows have neither masked tokens nor any that
+  # may be, and a whole update may have none.
   count, length = _count(masked), _count(answer)
   match weighting:
     case "masked_ce":

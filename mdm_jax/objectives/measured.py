@@ -200,6 +200,7 @@ class Measured:
 
 
 def _exp(nats: float) -> float:
+  # Above 709 nats this is inf, where `math.exp` would raise.
   with np.errstate(over="ignore"):
     return float(np.exp(nats))
 

@@ -31,6 +31,12 @@ class Ledger:
 
   Args:
     clock: a monotonic clock, in seconds.
+
+  Example:
+
+    with ledger.spend(Cause.EVAL):
+      evaluate()
+    ledger.seconds()["eval"]
   """
 
   def __init__(self, clock: Callable[[], float] = time.monotonic):

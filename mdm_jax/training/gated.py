@@ -76,6 +76,8 @@ def gate(transformation: optax.GradientTransformation) -> Gated:
     if not jax.tree.leaves(state):
       return run(grads, state, params, applied, extra)
     applied, extra = jax.tree.map(jnp.asarray, (applied, extra))
+    # The state must leave sharded as it came, or the next update would be
+    # compiled again.
     specs = _specs(grads), _specs(state)
     updates, new = _with_auto_axes(run, specs)(
       *(grads, state, params, applied, extra)
@@ -91,6 +93,7 @@ def chain(*parts: optax.GradientTransformation) -> Gated:
   Only the parts that aren't `Gated` then need memory for two states. Parts
   without a state run unwrapped, on the mesh's Explicit axes.
   """
+  # All parts are gated, so the chain is: mark it, for `gate` not to wrap it.
   return Gated(*optax.chain(*map(gate, parts)))
 
 

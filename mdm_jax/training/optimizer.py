@@ -68,6 +68,8 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
   watched = _Watched(**vars(config))
   optimizer = build(watched, schedule)
   _log_unused(config, watched)
+  # Inside `gate`: MultiSteps resets its sum by multiplying it by 0, so a NaN
+  # from an update that isn't applied would stay in it forever.
   if config.every > 1:
     optimizer = accumulate(optimizer, config.every)
   inner = gate(optimizer)
@@ -96,6 +98,8 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
 @OPTIMIZERS.register("adamw")
 def adamw(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
   """AdamW (arXiv 1711.05101) with clipping by the global gradient norm."""
+  # The decay comes after Adam's scaling, which makes it decoupled, and before
+  # the learning rate, which scales both.
   return chain(
     optax.clip_by_global_norm(config.clip_norm),
     _adam(config),

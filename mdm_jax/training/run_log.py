@@ -175,6 +175,8 @@ class RunLog(Hook):
   def _write_point(self, update: int) -> None:
     """Writes the means since the last point, and updates the progress line."""
     seconds = max(time.monotonic() - self._since, 1e-9)
+    # Speed is that of this process's updates only; after a resume the window
+    # also has metrics of updates before it.
     made = max(len(self._durations), 1)
     means = _means(self._window)
     tokens = means.pop("tokens") * made
@@ -293,7 +295,7 @@ def _memory() -> dict[str, float]:
     "memory/peak_gib": "peak_bytes_in_use",
     "memory/limit_gib": "bytes_limit",
   }
-  # Not every backend reports these.
+  # Not every backend reports memory.
   told = {
     tag: max(stats[name] for stats in found) / _GIB
     for tag, name in names.items()

@@ -178,6 +178,7 @@ def make_diagnosis(parts: Parts, objective: Objective, plan: Plan) -> Diagnosis:
     found = forward_backward(params, step, batch)
     whole = lambda x: jax.reshard(x, jax.P(*[None] * x.ndim))
     columns = objective.by_row(found.examples, found.aux)
+    # Rows that only make the shards equally large are not reported.
     without_padding = lambda x: whole(x)[:, : plan.batch]
     numbers = {
       "loss": found.loss,
