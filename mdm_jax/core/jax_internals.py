@@ -55,6 +55,7 @@ def find_cluster(seconds: int) -> Cluster | None:
   search = _search()
   if search is None:
     return None
+  # None for everything that the user could give: detect all of it.
   found = search(None, None, None, None, None, seconds)
   return None if found[0] is None else found
 

@@ -68,6 +68,7 @@ class MaskedBound(Objective):
       case "likelihood":
         rates, key = row_rates(rows, draws), rng.stream(SEED, "nelbo")
       case "values":
+        # The stage's own range, without its rehearsal.
         low, high = self._range()
         rates = low + (high - low) * row_rates(rows, draws)
         key = rng.stream(SEED, "range")
@@ -116,6 +117,7 @@ class MaskedBound(Objective):
         bound = _bound(by_row.mean(axis=1), by_text, held)
         return dataclasses.replace(found, likelihood=bound)
       case "values":
+        # Rows weighted by length: a mean over tokens, like the NELBO.
         loss = by_row.mean(axis=1) @ (lengths / lengths.sum())
         return dataclasses.replace(found, values=self._in_range(float(loss)))
       case "curves":

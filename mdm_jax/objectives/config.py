@@ -124,7 +124,8 @@ class MaskedConfig(ObjectiveConfig):
     """Warns of mask rates that sampling passes through but no stage trains."""
     if any(s.mask_rate is None or s.rehearsal > 0 for s in stages):
       return []
-    # Sweep the sorted ranges; `reached` is the end of what they cover so far.
+    # Rehearsal or a noise schedule covers all rates, so only ranges are left.
+    # Sweep them in order; `reached` is the end of what they cover so far.
     gaps, reached = [], 0.0
     for low, high in sorted(s.mask_rate for s in stages):
       if low > reached:

@@ -63,6 +63,7 @@ class Watchdog:
   def _bark(self, idle: float) -> None:
     reason = f"no progress for {idle:.0f} seconds"
     print(f"watchdog: {reason}; all stacks:", file=sys.stderr, flush=True)
+    # The stacks first: describing may ask other processes, which takes seconds.
     faulthandler.dump_traceback(all_threads=True)
     reason = f"{reason}; {self._describe()}"
     print(f"error: watchdog: {reason}", file=sys.stderr, flush=True)

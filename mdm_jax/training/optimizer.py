@@ -28,7 +28,7 @@ Builder = Callable[
 ]
 OPTIMIZERS: Registry[Builder] = Registry("optimizer", "optimizer.name")
 
-_UNDECAYED = ("scale", "bias", "embedding")
+_UNDECAYED = ("scale", "bias", "embedding")  # suffixes of leaf names
 # Fields that not every optimizer uses; a warning names those without effect.
 _SPECIAL = "clip_norm", "weight_decay", "b1", "b2", "eps", "momentum"
 # Muon's matrices by leaf name: (reduction axes, output axes). Weights are
@@ -129,6 +129,7 @@ def muon(config: OptimizerConfig, schedule: optax.Schedule) -> Gated:
     ),
     optax.stateless(_scale_to_adams_size),
   )
+  # One clip for all parameters together, so it is outside the partition.
   return chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.partition(
@@ -251,7 +252,10 @@ def _scale_to_adams_size(updates: Params, params: Params | None) -> Params:
 
 
 class _Watched(OptimizerConfig):
-  """A config that records which fields a builder reads."""
+  """A config that records which fields a builder reads.
+
+  Builders may be a user's, so nothing else says which fields they use.
+  """
 
   def __getattribute__(self, name: str) -> Any:
     if name in _SPECIAL:

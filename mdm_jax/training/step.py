@@ -92,6 +92,8 @@ def make_pass(parts: Parts, objective: Objective, plan: Plan) -> _Pass:
     # For all microbatches at once: the weights depend on the whole update.
     examples = objective.examples(batch, draws)
 
+    # A scan, not optax.MultiSteps: that would run the optimizer for every
+    # microbatch, and average them whatever their weights (docs/optimizer.md).
     def add(total, part):
       value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
       (loss, aux), grads = value_and_grad(params, part)

@@ -33,6 +33,7 @@ class _Buckets:
     """Does nothing: a bucket has no folders to create."""
 
 
+# tensorboardX looks up the writer of a path by its scheme.
 for _scheme in buckets.SCHEMES:
   record_writer.register_writer_factory(_scheme, _Buckets())
 
