@@ -151,7 +151,8 @@ class StepFolders:
     """
     measured = {step: self.evaluation(step) for step in steps}
     ranks = {step: self._rank(step, m) for step, m in measured.items() if m}
-    # NaN would compare as neither better nor worse and could come out first.
+    # NaN compares as neither better nor worse, so sorted() could put it first,
+    # and the true best step would be deleted.
     found = [step for step, rank in ranks.items() if math.isfinite(rank)]
     return sorted(found, key=ranks.get)
 

@@ -77,6 +77,7 @@ def jackknife(values: Float64[np.ndarray, "M"], n: int) -> Estimate:
       the latter is nan, so is the standard error.
     n: number of texts.
   """
+  # The variance is (n - 1) / n times the sum of squared deviations.
   count = len(values) - 1
   stderr = np.sqrt((count - 1) * np.var(values[1:])) if count > 1 else math.nan
   return Estimate(float(values[0]), float(stderr), n)

@@ -121,6 +121,7 @@ class Vocabulary:
   @functools.cached_property
   def _text(self) -> list[tuple[int, int]]:
     """The ranges of ids that may occur in text."""
+    # Cached, but no field: it is neither compared nor hashed.
     # Padded with False on both sides, so that every range has two edges.
     table = np.zeros(self.size + 2, bool)
     for first, past in self._allowed():

@@ -287,8 +287,8 @@ def _is_dead(owner: dict[str, Any]) -> bool:
     return True
   if host != socket.gethostname():
     return time.time() - beat > _STALE
-  # The system may have reused the pid since, even for this process; so compare
-  # when the processes started.
+  # Another process may have the pid by now, even this one: in containers the
+  # first process always has the same. So compare when the processes started.
   return pid == os.getpid() or _born(pid) != owner.get("born")
 
 

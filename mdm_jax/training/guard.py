@@ -1,7 +1,8 @@
 """Detection of gradient-norm spikes, relative to the last applied updates.
 
-The window holds the norms of applied updates only: a spike or a non-finite norm
-would shift the mean and deviation that the next norms are compared with.
+The window holds the norms of applied updates only. A spike in it would raise
+the mean and deviation that later norms are compared with, and hide their spikes
+for as long as the window is.
 """
 
 import dataclasses

@@ -133,6 +133,7 @@ class Hooks(Hook):
     return next(filter(None, reasons), None)
 
   def wants_state(self, done: int) -> bool:
+    # A list, so that here too all hooks are asked.
     return any([hook.wants_state(done) for hook in self._hooks])
 
   def on_save(self, done: int, state: TrainState, kept: dict[str, Any]) -> None:
@@ -141,6 +142,7 @@ class Hooks(Hook):
 
   def on_evaluate(self, done: int, state: TrainState) -> None:
     for hook in self._hooks:
+      # It may be another hook that wanted the state.
       if hook.wants_state(done):
         hook.on_evaluate(done, state)
 

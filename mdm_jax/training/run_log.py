@@ -253,6 +253,7 @@ def _fetched(value: Any) -> float | Ratio:
 
 def _means(window: list[dict[str, Any]]) -> dict[str, float]:
   """Returns the means of the scalar metrics, over their finite values."""
+  # A bad update is counted by `nonfinite`; it must not spoil the others' means.
   means = {}
   for name, value in window[0].items():
     if not isinstance(value, Ratio):

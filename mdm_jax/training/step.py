@@ -130,8 +130,9 @@ def make_train_step(
     finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
     spike = finite & guard.is_spike(state.guard, norm)
     applied = finite & ~spike
-    # Selected inside the optimizer, not by `lax.cond`: on a GPU the host would
-    # wait for the gradient in every update (docs/performance.md).
+    # The optimizer selects element by element, so that old and new moments are
+    # never both in memory. With `lax.cond` around it instead, on a GPU the host
+    # would wait for the gradient in every update (docs/performance.md).
     updates, opt_state = optimizer.update(
       *(found.grads, state.opt_state, state.params),
       step=state.step,

@@ -248,6 +248,7 @@ def _same_bits(a: Any, b: Any) -> Bool[Array, ""]:
 
   Bits, not values: NaN is not equal to itself, and -0.0 is equal to 0.0.
   """
+  # Compared on the devices, so that only one bool is fetched.
   same = jax.tree.map(lambda x, y: (_bits(x) == _bits(y)).all(), a, b)
   return jnp.stack(jax.tree.leaves(same)).all()
 

@@ -100,6 +100,7 @@ class TensorBoardWriter:
 
   def __init__(self, folder: epath.Path, after: int):
     files.make_folder(folder)
+    # The pid, since attempts started in the same second would share a name.
     self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
     # TensorBoard hides what earlier event files have from this step on.
     started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
