@@ -146,7 +146,7 @@ def test_the_other_way_round_it_is_as_bad(case):
 
 def test_every_field_can_be_changed_by_the_tests():
   """Otherwise the properties above would be silent about one."""
-  values = (1, 3, 4, 24, 0.3, "x", "de", "3:4", True, False, [0.1, 0.4])
+  values = (1, 3, 4, 24, 0.3, 1e-5, "x", "de", "3:4", True, False, [0.1, 0.4])
   values += (["json"],)  # a module that is imported already
   found = {
     path

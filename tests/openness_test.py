@@ -131,7 +131,9 @@ def test_it_samples_from_the_middle_on(trained, env):
   args = "--workdir=w", "--mode=sample", "--modules=own_pieces"
   done = call(folder, env, *args, "--trace")
   assert done.returncode == 0, done.stderr
-  with np.load(folder / "w" / "samples" / "samples.npz") as drawn:
+  with np.load(
+    folder / "w" / "samples" / "samples.npz", allow_pickle=False
+  ) as drawn:
     step = drawn["step"]
   # A quarter of the row at a time, each around those before it; -1 is what
   # stands behind the end of a text.

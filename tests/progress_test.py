@@ -30,7 +30,7 @@ def _plan(text):
   stage = plan_lib.StageForecast(text, "", 8, "0-1", 1, 8, 1.0, 1, 1.0, 1.0)
   laws = scaling_laws.forecast(1e6, 1e6, 2.0)
   plan = plan_lib.Plan(
-    text, text, "", 1, 1, 1, 1, (stage,), 8, 8, laws, (text,), (text,)
+    text, text, "", 1, text, 1, 1, 1, (stage,), 8, 8, laws, (text,), (text,)
   )
   plan_lib.show(plan)
 
