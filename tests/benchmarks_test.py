@@ -37,6 +37,7 @@ from mdm_jax.benchmarks import (
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data.batches import Batch
 from mdm_jax.model import flops
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
@@ -246,7 +247,7 @@ def test_md4_overfits_a_batch(any_mesh):
   work = _work(TINY)
   rows = np.broadcast_to(np.arange(8)[None, :, None], (1, 8, 16))
   tokens = jax.device_put(rows, work.batch.tokens.sharding)
-  batch = dataclasses.replace(work.batch, tokens=tokens)
+  batch = Batch(tokens=tokens, segments=work.batch.segments)
   model = dataclasses.replace(work.config.model, dropout=0.02)
   rates = RateRange(0.3, 0.5)
   optimizer = optax.adamw(1e-2)
