@@ -29,6 +29,7 @@ from mdm_jax.workdir import Workdir
 OPTIONAL = {
   "data.max_documents": 7,
   "model.num_kv_heads": 4,
+  "model.head_dim": 8,
   "model.mlp_dim": 128,
   "optimizer.b2": 0.99,
   "optimizer.momentum": 0.9,
