@@ -7,7 +7,7 @@ import operator
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdm_jax import command_line, config_reference, sample
@@ -99,6 +99,7 @@ def test_optional_values_survive_every_form(path):
   assert config_lib.from_config_dict(raw) == config
 
 
+@settings(deadline=None)
 @given(
   st.lists(
     st.builds(
