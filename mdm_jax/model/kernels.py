@@ -10,6 +10,7 @@ the visibility into what the kernel reads, such as a mask or row lengths;
     def attend(self, query, key, value, prepared): ...
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -75,7 +76,7 @@ class Case:
     return kind and not self.packed and not self.cache
 
 
-class Kernel:
+class Kernel(abc.ABC):
   """One way to compute attention; stateless.
 
   Attributes:
@@ -101,6 +102,7 @@ class Kernel:
     del case
     return ""
 
+  @abc.abstractmethod
   def prepare(self, visibility: Visibility, q: Side, k: Side) -> Any:
     """Returns the layer-independent input of `attend`.
 
@@ -109,8 +111,8 @@ class Kernel:
       q: the queries' segments and labels.
       k: the keys'; the same object as `q` if there is no cache.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def attend(
     self,
     query: Float[Array, "B G R Q K"],
@@ -126,7 +128,6 @@ class Kernel:
       value: one head per group.
       prepared: result of `prepare`.
     """
-    raise NotImplementedError
 
 
 class _Kernels(Registry[type[Kernel]]):
