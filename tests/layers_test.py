@@ -209,3 +209,18 @@ def test_no_layers_attention_weights_are_kept():
     program = jax.jit(jax.grad(loss)).lower(query).compile()
   weights = 4 * length**2
   assert program.memory_analysis().temp_size_in_bytes < layers_ * weights
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_rms_norm_is_the_formula_with_its_scale_and_epsilon(dtype, eps):
+  x = jax.random.normal(jax.random.key(0), (3, 5, 8)).astype(dtype)
+  scale = jnp.linspace(-1.0, 2.0, 8)
+  exact = np.asarray(x, np.float64)
+  exact /= np.sqrt((exact**2).mean(axis=-1, keepdims=True) + eps)
+  found = layers.rms_norm(x, scale, eps)
+  assert found.dtype == dtype
+  tolerance = 1e-6 if dtype == jnp.float32 else 2**-8
+  np.testing.assert_allclose(
+    np.asarray(found, np.float64), exact * np.asarray(scale), rtol=tolerance
+  )
