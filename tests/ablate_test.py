@@ -31,11 +31,11 @@ def test_variants_are_compared_seed_by_seed():
   lines = ablate.compare(
     {"base": [_run(1.0), _run(3.0)], "other": [_run(1.5), _run(3.5, 2.0)]}
   )
-  assert ablate._cell(lines["base"]["loses"]) == "0.000 ± 0.000"
-  assert ablate._cell(lines["other"]["loses"]) == "0.500 ± 0.000"
-  assert ablate._cell(lines["other"]["Loss"]) == "2.500 ± 1.000"
+  assert ablate._cells(lines, ["loses", "Loss", "entropy"]) == [
+    ["base", "0.000 ± 0.000", "2.000 ± 1.000", "-"],
+    ["other", "0.500 ± 0.000", "2.500 ± 1.000", "2.000"],
+  ]
   assert lines["other"]["f(1)"].value == 3.5
-  assert ablate._cell(lines["other"]["entropy"]) == "2.000"
   assert math.isnan(lines["base"]["entropy"].value)
 
 

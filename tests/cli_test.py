@@ -481,7 +481,7 @@ def test_ways_to_draw_are_compared(trained, copied):
   args = ["--mode=compare", f"--workdir={copied}", "--config.eval.samples=4"]
   args += ["--config.sample.length=30", "--json", "--ways=threshold"]
   rows = _last_json(call(trained.folder, trained.env, *args))
-  assert [row["way"] for row in rows] == [
+  assert [row["settings"] for row in rows] == [
     *(f"confidence, threshold {t}" for t in (0.5, 0.2)),
     "validation text",
   ]
@@ -539,9 +539,11 @@ def test_the_frontier_is_a_table_and_a_plot(trained, copied):
   done = call(trained.folder, trained.env, *args)
   points = _last_json(done)
   header, *lines = (copied / "frontier.csv").read_text().splitlines()
-  assert header.startswith("drawn,judge_nll,") and len(lines) == len(points)
-  swept = [p for p in points if p["drawn"].startswith("T = ")]
-  assert len(swept) == 8 and points[-1]["drawn"] == "validation text"
+  assert header.startswith("settings,num_steps,calls,judge_nll,") and len(
+    lines
+  ) == len(points)
+  swept = [p for p in points if p["settings"].startswith("T = ")]
+  assert len(swept) == 8 and points[-1]["settings"] == "validation text"
   assert swept[0]["unigram_entropy"] < swept[-1]["unigram_entropy"]
   own = trained.results()["text_metrics"]["sampling"]["judge_nll"]["value"]
   assert points[0]["judge_nll"] == pytest.approx(own)

@@ -1,11 +1,13 @@
-"""The ways to draw that are compared."""
+"""The sampling settings that are compared."""
+
+import sys
 
 import pytest
 
 from mdm_jax import config as config_lib
 from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
-from mdm_jax.studies import compare
+from mdm_jax.studies import compare, frontier
 from mdm_jax.workdir import Workdir
 
 
@@ -23,3 +25,9 @@ def test_every_way_is_another_that_can_work():
 def test_a_way_that_is_not_there_is_one_line(tmp_path):
   with pytest.raises(UserError, match="--ways=margni, 24 steps.*'margin, 24"):
     compare.compare_workdir(Config(), Workdir(tmp_path), "margni, 24 steps")
+
+
+def test_the_frontier_says_how_to_install_its_plots(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  with pytest.raises(UserError, match=r"pip install -e '\.\[plots\]'"):
+    frontier.frontier_workdir(Config(), Workdir(tmp_path))

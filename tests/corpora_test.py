@@ -15,6 +15,7 @@ from tensorflow_datasets.core import registered
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import blocks, corpora
+from mdm_jax.data import tfds as tfds_corpus
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.corpora import Document
 from mdm_jax.data.text_files import Tally
@@ -384,17 +385,17 @@ def test_tfds_in_another_format_is_refused(tmp_path, monkeypatch):
 
 def test_tfds_unprepared_says_what_is_missing(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  monkeypatch.setattr(corpora, "_has_tensorflow", lambda: False)
-  monkeypatch.setattr(corpora, "_online", lambda: False)
+  monkeypatch.setattr(tfds_corpus, "_has_tensorflow", lambda: False)
+  monkeypatch.setattr(tfds_corpus, "_online", lambda: False)
   assert "there is no network" in _error("tfds:tiny_shakespeare")
-  monkeypatch.setattr(corpora, "_online", lambda: True)
+  monkeypatch.setattr(tfds_corpus, "_online", lambda: True)
   assert "pip install -e '.[tf]'" in _error("tfds:tiny_shakespeare")
 
 
 def test_tfds_reports_a_failed_preparation(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  monkeypatch.setattr(corpora, "_has_tensorflow", lambda: True)
-  monkeypatch.setattr(corpora, "_online", lambda: True)
+  monkeypatch.setattr(tfds_corpus, "_has_tensorflow", lambda: True)
+  monkeypatch.setattr(tfds_corpus, "_online", lambda: True)
 
   def fail(self):
     raise OSError("disk full\nmore")
@@ -409,6 +410,11 @@ def test_tfds_names_the_nearest_data_set(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   assert "'tiny_shakespeare'" in _error("tfds:tiny_shakespear")
   assert "knows no such data set" in _error("tfds:qqqq")
+
+
+def test_tfds_without_its_package_says_how_to_install_it(monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+  assert "pip install -e '.[tfds]'" in _error("tfds:tiny_shakespeare")
 
 
 # MARK: fingerprint

@@ -1,4 +1,6 @@
-"""Imports of user modules that register their own objectives, corpora, etc.
+"""Imports user modules that register their own objectives, corpora, etc.
+
+Also checks that optional packages are installed.
 
 Importing a module runs its code. So only modules named by a config file or on
 the command line are imported, never those named by a config saved in a workdir,
@@ -6,6 +8,7 @@ which may come from somebody else.
 """
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterable
 
@@ -25,6 +28,21 @@ def load(names: Iterable[str]) -> None:
       raise
     except Exception as error:  # whatever the module's own code raises
       raise UserError(f"module {name}: {_told(name, error)}") from error
+
+
+def need(package: str, extra: str, what: str) -> None:
+  """Raises UserError, with the remedy, if an optional package is missing.
+
+  Args:
+    package: name of its module.
+    extra: this library's extra that installs it.
+    what: what needs the package, such as a flag or a file.
+  """
+  if importlib.util.find_spec(package) is None:
+    raise UserError(
+      f"{what} needs the Python package {package}; run: pip install -e"
+      f" '.[{extra}]'"
+    )
 
 
 def check_loaded(names: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import itertools
 import pathlib
 from collections.abc import Iterator
 
-from mdm_jax.data import corpora, records
+from mdm_jax.data import corpora, records, tfds
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.corpora import Document
 from mdm_jax.data.records import Form
@@ -86,9 +86,7 @@ def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
   form = records.form_of(data)
   if block.root.startswith("tfds:"):
     name = block.root.removeprefix("tfds:")
-    parts = [
-      corpora.read_tfds(name, s.path, s.start, s.end, form) for s in block.spans
-    ]
+    parts = [tfds.read(name, s.path, s.start, s.end, form) for s in block.spans]
     found = (document for part in parts for document in part)
   else:
     root = pathlib.Path(block.root)
@@ -155,7 +153,7 @@ def _file_spans(
 
 def _split_spans(name: str, size: int) -> Iterator[tuple[Span, int]]:
   # Assumes that the examples of a split are about equally long.
-  for part, (examples, total) in corpora.tfds_splits(name).items():
+  for part, (examples, total) in tfds.splits(name).items():
     step = max(size * examples // max(total, 1), 1)
     for start in range(0, examples, step):
       end = min(start + step, examples)

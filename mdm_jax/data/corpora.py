@@ -7,24 +7,18 @@ import dataclasses
 import hashlib
 import importlib.util
 import itertools
-import os
 import pathlib
 import pydoc_data.topics
-import socket
-import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
-from typing import Any
 
 from absl import logging
 
+from mdm_jax.core import modules
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.registry import Registry
-from mdm_jax.data import records, splits, text_files
+from mdm_jax.data import records, splits, text_files, tfds
 from mdm_jax.data.config import DataConfig
-from mdm_jax.data.records import Form, decode
+from mdm_jax.data.records import Form
 from mdm_jax.data.text_files import (
   BadRecord,
   Document,
@@ -199,12 +193,8 @@ def _python_docs() -> Iterator[Document]:
 
 def _package(name: str, extra: str) -> pathlib.Path:
   """Returns an installed package's folder without importing the package."""
+  modules.need(name, extra, f"data.corpus={name}")
   spec = importlib.util.find_spec(name)
-  if spec is None or not spec.submodule_search_locations:
-    raise UserError(
-      f"the Python package {name!r} with the text is not installed; run: pip"
-      f" install -e '.[{extra}]'"
-    )
   return pathlib.Path(spec.submodule_search_locations[0])
 
 
@@ -218,149 +208,6 @@ def read_files(
     raise UserError(
       f"{error}; data.on_bad_record=skip leaves such records out"
     ) from error
-
-
-# MARK: TensorFlow Datasets
-
-
-def tfds_splits(name: str) -> dict[str, tuple[int, int]]:
-  """Returns {split: (examples, bytes)} of a TFDS data set, "train" first."""
-  builder = _on_disk(name) or _prepare(name)
-  splits = builder.info.splits
-  return {
-    part: (splits[part].num_examples, splits[part].num_bytes)
-    for part in sorted(splits, key=_split_order)
-  }
-
-
-def read_tfds(
-  name: str, part: str, start: int, end: int, form: Form
-) -> Iterator[Document]:
-  """Yields examples `start` to `end` of a TFDS split, without TensorFlow."""
-  builder = _on_disk(name) or _prepare(name)
-  feature = _text_feature(name, builder.info.features, form.text_key)
-  source = builder.as_data_source(part)
-  for i in range(start, end):
-    text = source[i][feature]
-    if isinstance(text, bytes):
-      text = decode(text, f"tfds:{name}/{part}[{i}]")
-    yield Document(f"{name}/{part}/{i}", text)
-
-
-def _tfds(name: str, form: Form) -> Iterator[Document]:
-  for part, (examples, _) in tfds_splits(name).items():
-    yield from read_tfds(name, part, 0, examples, form)
-
-
-def _split_order(name: str) -> tuple[bool, str]:
-  return name != "train", name
-
-
-def _data_dir() -> str | None:
-  return os.environ.get("TFDS_DATA_DIR")
-
-
-def _on_disk(name: str) -> Any:
-  """Returns the builder of a prepared TFDS data set, or None."""
-  # Imported here because it takes a third of a second and few runs need it.
-  from tensorflow_datasets.core import read_only_builder, registered
-
-  try:
-    builder = read_only_builder.builder_from_files(name, data_dir=_data_dir())
-  except (registered.DatasetNotFoundError, ValueError, AssertionError):
-    return None
-  kind = builder.info.file_format.value
-  if kind != "array_record":
-    raise UserError(
-      f"tfds:{name} is prepared as {kind}, which can't be read without"
-      " TensorFlow; prepare it as array_record in another TFDS_DATA_DIR"
-    )
-  return builder
-
-
-def _prepare(name: str) -> Any:
-  import tensorflow_datasets as tfds
-
-  try:
-    # array_record, as later runs can read it without TensorFlow.
-    builder = tfds.builder(
-      name, data_dir=_data_dir(), file_format="array_record"
-    )
-  except (ValueError, AssertionError, ImportError) as e:
-    raise UserError(f"tfds:{name}: {_unknown(name, e)}") from e
-  if not _online():
-    raise UserError(
-      f"tfds:{name} is not prepared in {builder.data_path.parent}, and there is"
-      " no network to download it; set TFDS_DATA_DIR to where it is"
-    )
-  if not _has_tensorflow():
-    raise UserError(
-      f"tfds:{name} is not prepared yet, and that needs TensorFlow once; run:"
-      " pip install -e '.[tf]'"
-    )
-  try:
-    builder.download_and_prepare()
-  except Exception as e:  # whatever the data set's own code raises
-    raise UserError(f"tfds:{name} can't be prepared: {_first_line(e)}") from e
-  return builder
-
-
-def _unknown(name: str, error: Exception) -> str:
-  from tensorflow_datasets.core import registered
-
-  if not isinstance(error, registered.DatasetNotFoundError):
-    return _first_line(error)
-  base = name.partition("/")[0].partition(":")[0]
-  known = registered.list_imported_builders()
-  advice = [nearest(base, known)] if get_close_matches(base, known) else []
-  if not _has_tensorflow():
-    advice.append(
-      "without TensorFlow a part of the catalogue is hidden (pip install -e"
-      " '.[tf]')"
-    )
-  return "; ".join(["TFDS knows no such data set", *advice])
-
-
-def _first_line(error: Exception) -> str:
-  return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _text_feature(name: str, features: Any, key: str) -> str:
-  import tensorflow_datasets as tfds
-
-  if key in features:
-    return key
-  texts = [k for k, f in features.items() if isinstance(f, tfds.features.Text)]
-  if len(texts) != 1:
-    raise UserError(
-      f"tfds:{name} has no feature {key!r} and not one Text feature; set"
-      f" data.text_key to one of its features: {', '.join(features)}"
-    )
-  return texts[0]
-
-
-def _has_tensorflow() -> bool:
-  return importlib.util.find_spec("tensorflow") is not None
-
-
-def _online(seconds: float = 3.0) -> bool:
-  """Whether a download can work; without a network TFDS retries for minutes."""
-  proxy = urllib.parse.urlsplit(urllib.request.getproxies().get("https", ""))
-  host = proxy.hostname or "www.tensorflow.org"
-  reached = threading.Event()
-
-  def connect() -> None:
-    try:
-      socket.create_connection((host, proxy.port or 443), seconds).close()
-      reached.set()
-    except OSError:
-      pass
-
-  # DNS look-ups have no timeout, so the thread may have to be abandoned.
-  thread = threading.Thread(target=connect, daemon=True)
-  thread.start()
-  thread.join(seconds)
-  return reached.is_set()
 
 
 def _read(corpus: str, tally: Tally, form: Form) -> Iterator[Document]:
@@ -388,5 +235,5 @@ CORPORA.register(
   Corpus(lambda rest, tally, form: _read(f"text:{rest}", tally, form), "GLOB"),
 )
 CORPORA.register(
-  "tfds", Corpus(lambda rest, tally, form: _tfds(rest, form), "NAME")
+  "tfds", Corpus(lambda rest, tally, form: tfds.read_all(rest, form), "NAME")
 )

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+from mdm_jax.core import modules
 from mdm_jax.core.errors import UserError
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import BadRecord, Document, Span, Tally
@@ -334,13 +335,9 @@ def _no_column(
 
 
 def _parquet(path: pathlib.Path) -> Any:
-  try:
-    from pyarrow import parquet
-  except ImportError:
-    raise UserError(
-      f"{path} needs the Python package pyarrow; run: pip install -e"
-      " '.[parquet]'"
-    ) from None
+  modules.need("pyarrow", "parquet", str(path))
+  from pyarrow import parquet
+
   try:
     return parquet.ParquetFile(path)
   except (ValueError, OSError) as e:  # base classes of pyarrow's errors

@@ -8,7 +8,7 @@ config arguments (what may follow the colon of --config=FILE:ARGUMENT) to
 descriptions; the first variant is the baseline of the comparison.
 """
 
-import os
+import pathlib
 import runpy
 import shlex
 import subprocess
@@ -16,12 +16,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from absl import flags
-from rich.table import Table
 
 from mdm_jax import command_line
 from mdm_jax.core import log_lines, tables
 from mdm_jax.core.errors import Exit, Failure, StorageError, UserError, nearest
-from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console, with_error
 from mdm_jax.core.standard_errors import Estimate, mean
 from mdm_jax.objectives.measured import from_json
@@ -29,45 +27,54 @@ from mdm_jax.workdir import Workdir
 
 _COLUMNS = 3  # of a table on the screen
 
-# Metrics of samples in the comparison with their titles, then the ways of
-# sampling with what they add to a title.
+# Metrics of samples in the comparison with their titles, then the kinds of
+# samples with what they add to a title.
 _TEXT = {"seq_rep_4": "seq-rep-4", "unigram_entropy": "entropy"}
 _TEXT |= {"judge_nll": "judge"}
-_WAYS = {"sampling": "", "untruncated": ", T=1"}
+_SAMPLES = {"sampling": "", "untruncated": ", T=1"}
 
 
 def main(_: list[str]) -> int:
   """Trains what is not finished yet, and prints the comparison."""
+  options = flags.FLAGS
   try:
-    variants = _chosen(flags.FLAGS.config, flags.FLAGS.variants)
-    folder = at_home(
-      flags.FLAGS.workdir or os.path.join("runs", _name(flags.FLAGS.config))
-    )
+    variants = _chosen(options.config, options.variants)
+    name = pathlib.Path(options.config).stem
+    folder = pathlib.Path(options.workdir or f"runs/{name}").expanduser()
+    place = lambda variant, seed: folder / variant / f"seed_{seed}"
     # Seeds in the outer loop: if the sweep is cut short, all variants have the
     # same number of runs.
-    for seed in range(flags.FLAGS.seeds):
+    for seed in range(options.seeds):
       for variant in variants:
-        code = _train(variant, seed, _run_folder(folder, variant, seed))
+        code = _train(variant, seed, place(variant, seed))
         if code != Exit.DONE:
           return code
   except Failure as error:
     return command_line.fail(error)
   except KeyboardInterrupt:
-    print("interrupted: the same command goes on from what was saved")
+    print("interrupted; the same command resumes")
     return Exit.STOPPED
-  results = {v: _results(folder, v, flags.FLAGS.seeds) for v in variants}
-  for table in _tables(results):
+  read = lambda v, seed: Workdir(place(v, seed)).read_results()
+  results = {v: [read(v, s) for s in range(options.seeds)] for v in variants}
+  lines = compare(results)
+  names = list(next(iter(lines.values())))
+  # Tables narrow enough for a terminal.
+  for at in range(0, len(names), _COLUMNS):
+    part = names[at : at + _COLUMNS]
+    table = tables.for_terminal(["variant", *part], _cells(lines, part))
     console.print(table)
   try:  # after printing, since this may fail
-    _write(folder, results)
+    (folder / "ablation.csv").write_text(_as_csv(results))
+    table = tables.as_markdown(["variant", *names], _cells(lines, names))
+    (folder / "ablation.md").write_text(table)
   except OSError as error:
-    told = f"{folder} can't be written: {error.strerror}"
-    return command_line.fail(StorageError(told))
+    reason = f"{folder} can't be written: {error.strerror}"
+    return command_line.fail(StorageError(reason))
   return Exit.DONE
 
 
 def _chosen(path: str | None, names: list[str] | None) -> list[str]:
-  if path is None or not os.path.isfile(path):
+  if path is None or not pathlib.Path(path).is_file():
     raise UserError(f"config file {path} does not exist; give --config=FILE")
   # Runs the config file, as --config does.
   known = runpy.run_path(path).get("VARIANTS")
@@ -79,15 +86,7 @@ def _chosen(path: str | None, names: list[str] | None) -> list[str]:
   return list(names or known)
 
 
-def _name(path: str) -> str:
-  return os.path.splitext(os.path.basename(path))[0]
-
-
-def _run_folder(folder: str, variant: str, seed: int) -> str:
-  return os.path.join(folder, variant, f"seed_{seed}")
-
-
-def _train(variant: str, seed: int, workdir: str) -> int:
+def _train(variant: str, seed: int, workdir: pathlib.Path) -> int:
   """Trains and evaluates one run in its own process."""
   argument = f"{variant},quick" if flags.FLAGS.quick else variant
   command = [
@@ -104,11 +103,6 @@ def _train(variant: str, seed: int, workdir: str) -> int:
   # The printed command says `python`, for people to paste; this one must be the
   # interpreter at hand.
   return subprocess.run([sys.executable, *command[1:]]).returncode
-
-
-def _results(folder: str, variant: str, seeds: int) -> list[dict]:
-  runs = [Workdir(_run_folder(folder, variant, s)) for s in range(seeds)]
-  return [run.read_results() for run in runs]
 
 
 # MARK: the comparison
@@ -169,52 +163,30 @@ def measures(run: dict) -> dict[str, float | None]:
       (first, *_, last) = curve.points().items()
       found |= {curve.point.format(x): y for x, y in (first, last)}
   text = run.get("text_metrics", {})
-  for way, kind in _WAYS.items():
+  for kind, suffix in _SAMPLES.items():
     for name, title in _TEXT.items():
-      value = text.get(way, {}).get(name, {}).get("value")
-      found[f"{title}{kind}"] = value
+      value = text.get(kind, {}).get(name, {}).get("value")
+      found[f"{title}{suffix}"] = value
   return found
 
 
-def _tables(results: Mapping[str, list[dict]]) -> list[Table]:
-  """Returns the comparison as tables narrow enough for a terminal."""
-  lines = compare(results)
-  names = list(next(iter(lines.values())))
-  return [
-    _table(lines, names[at : at + _COLUMNS])
-    for at in range(0, len(names), _COLUMNS)
-  ]
-
-
-def _table(
+def _cells(
   lines: Mapping[str, Mapping[str, Estimate]], names: Sequence[str]
-) -> Table:
-  rows = (
-    (variant, *(_cell(line[name]) for name in names))
-    for variant, line in lines.items()
-  )
-  return tables.for_terminal(["variant", *names], rows)
+) -> list[list[str]]:
+  """Returns a row of a table for each variant."""
+  cell = lambda found: with_error(found.value, found.stderr)
+  return [[v, *(cell(line[n]) for n in names)] for v, line in lines.items()]
 
 
-def _cell(found: Estimate) -> str:
-  return with_error(found.value, found.stderr)
-
-
-def _write(folder: str, results: Mapping[str, list[dict]]) -> None:
-  """Writes ablation.csv, one line per run, and ablation.md, the comparison."""
+def _as_csv(results: Mapping[str, list[dict]]) -> str:
+  """Returns a table with a line per run."""
   names = _names(results)
   rows = [
     [variant, seed, *(found.get(name) for name in names)]
     for variant, runs in results.items()
     for seed, found in enumerate(map(measures, runs))
   ]
-  with open(os.path.join(folder, "ablation.csv"), "w") as out:
-    out.write(tables.as_csv(["variant", "seed", *names], rows))
-  lines = compare(results)
-  names = list(next(iter(lines.values())))
-  cells = ([v, *map(_cell, line.values())] for v, line in lines.items())
-  with open(os.path.join(folder, "ablation.md"), "w") as out:
-    out.write(tables.as_markdown(["variant", *names], cells))
+  return tables.as_csv(["variant", "seed", *names], rows)
 
 
 def _define_flags() -> None:

@@ -1,25 +1,18 @@
-"""Compares ways to sample from one checkpoint: orders, steps and budgets.
+"""Compares sampling settings of one checkpoint: orders, steps and budgets.
 
-All use the run's temperature and filters, so the ways differ only in which
+All use the run's temperature and filters, so they differ only in which
 positions a step reveals, and how many. The judge's number, the entropy and the
-denoiser calls belong together: one way is better than another if the judge
-finds its texts more likely at the same entropy and the same number of calls.
+denoiser calls belong together: settings are better than others if the judge
+finds their texts more likely at the same entropy and the same number of calls.
 """
 
 import dataclasses
 from typing import Any
 
-from mdm_jax import sample
 from mdm_jax.config import Config
 from mdm_jax.core import tables
 from mdm_jax.core.errors import UserError, nearest
-from mdm_jax.core.progress import console, with_error
-from mdm_jax.core.standard_errors import Clusters
-from mdm_jax.data.prepared import training_texts
-from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
-from mdm_jax.evaluation.running_text import running_texts
-from mdm_jax.evaluation.text_metrics import measure
-from mdm_jax.measured_text import open_rows
+from mdm_jax.studies import sampled
 from mdm_jax.workdir import Workdir
 
 _ORDERS = (
@@ -28,31 +21,9 @@ _ORDERS = (
 )
 _IN_FULL = "random", "spread", "confidence"  # also with one token per step
 _STEPS = 12, 24, 48
-
-
-@dataclasses.dataclass(frozen=True)
-class Way:
-  """One way to sample, and what its texts are like.
-
-  Attributes:
-    way: name of the settings.
-    num_steps: denoiser calls allowed.
-    calls: denoiser calls made, mean over the texts.
-    judge_nll: the judge's nats per byte.
-    judge_nll_stderr: its standard error.
-    unigram_entropy: entropy of a text's own tokens, in nats.
-    unigram_entropy_stderr: its standard error.
-    n: number of texts.
-  """
-
-  way: str
-  num_steps: int
-  calls: float
-  judge_nll: float
-  judge_nll_stderr: float
-  unigram_entropy: float
-  unigram_entropy_stderr: float
-  n: int
+# What every way starts from: the run's own settings of these must not leak in.
+_BASE = {"order": "random", "schedule": "linear", "remasking": "none"}
+_BASE |= dict.fromkeys(("block_length", "entropy_bound", "threshold"))
 
 
 def ways(length: int) -> dict[str, dict[str, Any]]:
@@ -109,80 +80,11 @@ def compare_workdir(
     UserError: no way has such a name, or there is no checkpoint.
   """
   known = ways(config.sample_length)
-  chosen = {name: fields for name, fields in known.items() if only in name}
+  chosen = {n: _BASE | fields for n, fields in known.items() if only in n}
   if not chosen:
     raise UserError(f"--ways={only}: {nearest(only, known)}")
-  data, config = open_rows(config, workdir)
-  judge = make_judge(config.eval.judge, training_texts(config.rows))
-  model = sample.load_with(config, workdir)
-  count = max(config.eval.samples, config.sample.num_samples)
-  rows = []
-  for name, settings in chosen.items():
-    rows.append(_draw(model, judge, name, settings, count))
-    console.print(f"{len(rows)}: {name}", soft_wrap=True)
-  own = running_texts(
-    data.validation, data.tokenizer, count, config.sample_length
-  )
-  name = "validation text"
-  rows.append(_way(name, 0, 0.0, judge, own.texts, own.documents))
-  # Printed before it is written, since writing may fail.
-  title = f"{rows[0].n} texts each, judged by {judge.name}"
-  cells = list(map(_cells, rows))
-  console.print(tables.for_terminal(_COLUMNS, cells, title))
-  table = tables.as_markdown(_COLUMNS, cells)
-  workdir.write_ways(_as_csv(rows), table)
-  return [dataclasses.asdict(row) for row in rows]
-
-
-def _draw(
-  model: sample.Model,
-  judge: Judge,
-  name: str,
-  settings: dict[str, Any],
-  count: int,
-) -> Way:
-  # The run's own settings of these must not leak into the comparison.
-  base = {"order": "random", "schedule": "linear", "remasking": "none"}
-  base |= dict.fromkeys(("block_length", "entropy_bound", "threshold"))
-  drawn = model.generate("", count, **{**base, **settings})
-  calls = float(drawn.calls.mean())
-  return _way(name, settings["num_steps"], calls, judge, drawn.texts)
-
-
-def _way(
-  name: str,
-  num_steps: int,
-  calls: float,
-  judge: Judge,
-  texts: list[str],
-  documents: Clusters = None,
-) -> Way:
-  nll = nll_per_byte(judge, texts, documents)
-  entropy = measure(texts, documents=documents)["unigram_entropy"]
-  return Way(
-    name,
-    num_steps,
-    calls,
-    nll.value,
-    nll.stderr,
-    entropy.value,
-    entropy.stderr,
-    len(texts),
-  )
-
-
-def _as_csv(rows: list[Way]) -> str:
-  names = [field.name for field in dataclasses.fields(Way)]
-  return tables.as_csv(names, map(dataclasses.astuple, rows))
-
-
-def _cells(row: Way) -> tuple[str, ...]:
-  return (
-    row.way,
-    f"{row.calls:.1f}",
-    with_error(row.judge_nll, row.judge_nll_stderr),
-    with_error(row.unigram_entropy, row.unigram_entropy_stderr),
-  )
-
-
-_COLUMNS = "way to draw", "calls", "nats a byte", "entropy, nats"
+  found, _ = sampled.sample_each(config, workdir, chosen)
+  cells = [row.cells for row in found]
+  table = tables.as_markdown(sampled.COLUMNS, cells)
+  workdir.write_ways(sampled.as_csv(found), table)
+  return [dataclasses.asdict(row) for row in found]
