@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[1]
+from paths import ROOT
 
 
 def python_with(folder: pathlib.Path, extras: str, variable: str) -> str:

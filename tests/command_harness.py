@@ -1,13 +1,12 @@
 """Commands as a user gives them: real processes, with a cache of their own."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
+from paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 QUICK = f"--config={ROOT / 'configs' / 'quickstart.py'}:quick"
 
 

@@ -19,9 +19,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 import pytest
+from mesh_harness import MESHES, make_mesh
 
 from mdm_jax.config import Config
-from mdm_jax.core.sharding import AXES
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.model.config import ModelConfig
 
@@ -42,15 +42,6 @@ jax.config.update(
   os.path.join(CACHE, "mdm_jax", "xla_tests"),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-MESHES = {"1x1": (1, 1, 1), "4x2": (1, 4, 2)}
-
-
-def make_mesh(name: str) -> jax.sharding.Mesh:
-  """Returns a mesh of that many of the fake devices."""
-  shape = MESHES[name]
-  count = shape[0] * shape[1] * shape[2]
-  return jax.make_mesh(shape, AXES, devices=jax.devices()[:count])
 
 
 @pytest.fixture

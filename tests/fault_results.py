@@ -7,12 +7,13 @@ A test belongs to the rows whose numbers are in its name, as in
 """
 
 import collections
-import pathlib
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
 
-PAGE = pathlib.Path(__file__).parents[1] / "docs" / "reliability.md"
+from paths import ROOT
+
+PAGE = ROOT / "docs" / "reliability.md"
 ROW = re.compile(r"^\| ([ABCS]?\d+) \|.*\|([^|]*)\|$")
 
 

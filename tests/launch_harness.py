@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parents[1]
+from paths import ROOT
+
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
 TIMEOUT = 30.0  # seconds; all of it takes one or two

@@ -5,8 +5,8 @@ import pathlib
 import re
 
 import pytest
+from paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "mdm_jax"
 MODULES = sorted(
   p.relative_to(ROOT) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"
@@ -67,7 +67,7 @@ PRIVATE = re.compile(
 )
 INTERNALS = {
   "mdm_jax/core/jax_internals.py": "looks whether it is there",
-  "tests/launch_gke_test.py": "plays a machine with a TPU",
+  "tests/launch/gke_test.py": "plays a machine with a TPU",
 }
 
 

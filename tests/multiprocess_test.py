@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pathlib
 import signal
 import stat
 import subprocess
@@ -12,14 +11,13 @@ import time
 
 import numpy as np
 import pytest
+from paths import ROOT
 from processes_harness import TIMEOUT, environment, free_port, python, running
 
 from mdm_jax.core import distributed, jax_internals
 from mdm_jax.core.errors import UserError
 
-LAUNCHER = (
-  pathlib.Path(__file__).parents[1] / "launch" / "local" / "cpu_multiprocess.sh"
-)
+LAUNCHER = ROOT / "launch" / "local" / "cpu_multiprocess.sh"
 
 PAIR = """
 import json, processes_harness as harness

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 
 import pytest
+from paths import GOLDEN
 
 from mdm_jax import sample, train
 from mdm_jax.checkpoints.checkpoint import Checkpoints
@@ -17,13 +18,13 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.trained_model import load_model
 from mdm_jax.workdir import Workdir
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "workdir_0.1"
+WORKDIR = GOLDEN / "workdir_0.1"
 BY = r"by mdm_jax 0\.1\.0 \(format 1\); this is mdm_jax .* \(format 2\): use"
 
 
 @pytest.fixture
 def old(tmp_path):
-  return Workdir(shutil.copytree(GOLDEN, tmp_path / "old"))
+  return Workdir(shutil.copytree(WORKDIR, tmp_path / "old"))
 
 
 def _latest(workdir):

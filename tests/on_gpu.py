@@ -23,11 +23,9 @@ import time
 from collections.abc import Callable
 
 import faults_harness as harness
+from paths import ROOT
 
-QUICK = (
-  f"--config={pathlib.Path(__file__).parents[1] / 'configs/quickstart.py'}"
-  ":quick"
-)
+QUICK = f"--config={ROOT / 'configs/quickstart.py'}:quick"
 TEXTS = 1, 2, 64
 DEVICE = """
 import jax

@@ -6,15 +6,15 @@ of the package is edited: a config file names the module and the pieces.
 """
 
 import json
-import pathlib
 import re
 import shutil
 
 import numpy as np
 import pytest
-from command_harness import ROOT, call, check_mistake, environment
+from command_harness import call, check_mistake, environment
+from paths import ROOT, TESTS
 
-PIECES = pathlib.Path(__file__).with_name("own_pieces.py")
+PIECES = TESTS / "own_pieces.py"
 CONFIG = """
 from mdm_jax import config as config_lib
 

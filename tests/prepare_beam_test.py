@@ -12,6 +12,7 @@ import command_harness as commands
 import prepare_harness as harness
 import pytest
 from apart_harness import python_with
+from paths import ROOT
 
 CONFIG = """
 from mdm_jax.config import default_config, stage
@@ -54,7 +55,7 @@ def _beam(python, place, env, *more):
 
 def test_without_it_one_line_says_what_to_install(place, env):
   (place / "apache_beam.py").write_text("raise ImportError\n")
-  env = env | {"PYTHONPATH": f"{place}{os.pathsep}{commands.ROOT}"}
+  env = env | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}"}
   done = _beam(sys.executable, place, env)
   commands.check_mistake(done, "pip install -e '.[beam]'")
 

@@ -19,7 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-TESTS = pathlib.Path(__file__).parent
+from paths import ROOT, TESTS
+
 TIMEOUT = 120.0  # seconds, of a machine that is busy with something else
 _POLL = 0.05
 _UPDATES = 4
@@ -83,7 +84,7 @@ def environment(devices: int) -> dict[str, str]:
     "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, "mdm_jax", "xla_tests"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+    "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)]),
     "PYTHONUNBUFFERED": "1",
   }
 
@@ -104,7 +105,7 @@ def running(
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         env=environment(devices),
-        cwd=TESTS.parent,
+        cwd=ROOT,
         preexec_fn=_hear_sigint,
       )
       children.append(Child(process, path))

@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import functools
 import itertools
-import pathlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,9 +20,10 @@ import optax
 import pytest
 from absl import logging
 from absl.testing import flagsaver
-from conftest import make_mesh
 from jax.sharding import NamedSharding, PartitionSpec
+from mesh_harness import make_mesh
 from ml_collections.config_flags import config_path
+from paths import ROOT
 
 import mdm_jax.main  # noqa: F401 (defines the flags)
 from mdm_jax import command_line
@@ -51,7 +51,6 @@ from mdm_jax.sampling.sampler import make_sampler
 from mdm_jax.training.curriculum import make_curriculum
 from mdm_jax.training.learning_rate import warmup_updates
 
-ROOT = pathlib.Path(__file__).parents[1]
 HEADER = (
   "| guide's name | field | baseline | recommended | priority | meaning |"
 )

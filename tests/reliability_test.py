@@ -1,16 +1,15 @@
 """docs/reliability.md says what the code and the tests say."""
 
-import pathlib
 import re
 
 import fault_results
 import pytest
+from paths import TESTS
 
 from mdm_jax.core.errors import Exit
 from mdm_jax.runtime.goodput import Cause
 
 PAGE = fault_results.PAGE.read_text()
-TESTS = pathlib.Path(__file__).parent
 BEFORE, _, FAULTS = PAGE.partition("## Faults")
 ROWS = dict(
   match.groups()
@@ -21,7 +20,7 @@ ROWS = dict(
 
 def _names():
   """The names of all tests, and of the cases that parametrize them."""
-  for path in TESTS.glob("*_test.py"):
+  for path in TESTS.rglob("*_test.py"):
     yield from re.findall(
       r"(?:def test_|\")((?:fault|safety|found)_\w+)", path.read_text()
     )

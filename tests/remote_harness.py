@@ -14,11 +14,12 @@ from collections.abc import Iterator
 
 import faults_harness
 from etils import epath
+from paths import TESTS
 
 from mdm_jax.core import files
 
 BUCKET = "bucket"
-GCS_SERVER = pathlib.Path(__file__).with_name("gcs_server.py")
+GCS_SERVER = TESTS / "gcs_server.py"
 SERVERS = {
   "s3": ("-m", "moto.server", "-H", "127.0.0.1", "-p", "{port}"),
   "gs": (str(GCS_SERVER), "{port}", BUCKET),

@@ -1,7 +1,6 @@
 """Whole runs in a bucket of a real server on this machine."""
 
 import json
-import pathlib
 import re
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import faults_harness as harness
 import pytest
 import remote_harness
 from apart_harness import python_with
+from paths import TESTS
 
 from mdm_jax.core import files
 
@@ -31,7 +31,7 @@ def test_s3_in_an_environment_of_its_own(tmp_path):
   for name in ("remote_files_test.py", "remote_run_test.py"):
     done = subprocess.run(
       [python, "-m", "pytest", "-q", "-n0", "-m", "", "-k", "s3", name],
-      cwd=pathlib.Path(__file__).parent,
+      cwd=TESTS,
       capture_output=True,
       text=True,
       timeout=600,

@@ -9,7 +9,8 @@ import shutil
 import command_harness
 import numpy as np
 import pytest
-from command_harness import ROOT, call, check_mistake
+from command_harness import call, check_mistake
+from paths import ROOT
 
 from mdm_jax import config as config_lib
 from mdm_jax.core import safe_files

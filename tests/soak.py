@@ -22,8 +22,8 @@ import tempfile
 import time
 
 import faults_harness as harness
+from paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 UPDATES = 60, 40, 100
 ARGS = [
   f"--config={ROOT / 'configs' / 'quickstart.py'}",

@@ -12,7 +12,6 @@ the devices tell each other is told by as many fake ones, in another process.
 import dataclasses
 import difflib
 import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import pytest
 from absl import flags
 from command_harness import call, check_mistake, environment
 from ml_collections import config_flags
+from paths import GOLDEN, ROOT
 
 from mdm_jax import config as config_lib
 from mdm_jax import fit
@@ -32,8 +32,6 @@ from mdm_jax.core import sharding
 from mdm_jax.core.errors import UserError
 from mdm_jax.planning.footprint import footprint, layouts
 
-ROOT = pathlib.Path(__file__).parents[1]
-GOLDEN = ROOT / "tests" / "golden"
 NAMES = ["recommended", "medium", "large", "8b"]
 MESHES = ["1", "8", "64x4"]
 EVERY = [(name, mesh) for name in NAMES for mesh in MESHES]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_mesh
+from mesh_harness import make_mesh
 from objectives_harness import Toy
 
 from mdm_jax.checkpoints.checkpoint import Checkpoints

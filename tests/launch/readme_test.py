@@ -4,7 +4,8 @@ import re
 import shutil
 
 import pytest
-from launch_harness import LAUNCH, OUT_OF_MEMORY, ROOT, Stage, restarts
+from launch_harness import LAUNCH, OUT_OF_MEMORY, Stage, restarts
+from paths import ROOT
 
 PAGE = (LAUNCH / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

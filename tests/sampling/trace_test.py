@@ -6,9 +6,10 @@ import json
 import math
 import time
 
+import browser_harness
 import numpy as np
 import pytest
-import report_test
+from browser_harness import Page, visible_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -336,7 +337,7 @@ def _now(changes, step):
 def _tokens(page):
   """The data of each text's tokens."""
   rows = []
-  for tag, values in report_test._Page(page).tags:
+  for tag, values in Page(page).tags:
     rows += [[]] if tag == "article" else []
     if tag == "span" and "data-changes" in values:
       rows[-1].append(values | {"changes": json.loads(values["data-changes"])})
@@ -382,7 +383,7 @@ def test_the_pages_data_is_the_samples(kind):
 
 
 def test_numbers_and_settings_are_told(samples):
-  told = report_test._told(render_page(samples, BYTES, SETTINGS))
+  told = visible_text(render_page(samples, BYTES, SETTINGS))
   for name, value in SETTINGS.items():
     assert f"{name} {value}" in told
   for b in range(3):
@@ -405,13 +406,11 @@ def test_of_many_texts_the_first_are_shown():
 
 def test_any_text_stays_text(samples):
   page = render_page(samples, BYTES, SETTINGS | {NASTY: NASTY})
-  parsed = report_test._Page(page)
+  parsed = Page(page)
   scripts = [tag for tag, _ in parsed.tags if tag == "script"]
   assert len(scripts) == 1
   assert not any("onclick" in values for _, values in parsed.tags)
-  plain = report_test._Page(
-    render_page(_simulate(BYTES, ["abcd"]), BYTES, {"a": 1})
-  )
+  plain = Page(render_page(_simulate(BYTES, ["abcd"]), BYTES, {"a": 1}))
   assert {tag for tag, _ in parsed.tags} == {tag for tag, _ in plain.tags}
   assert NASTY in parsed.texts["texts"]
   assert parsed.texts["settings"].count(NASTY) == 2
@@ -425,7 +424,7 @@ def test_the_page_needs_nothing_and_is_small(samples):
   page = render_page(samples, BYTES, SETTINGS)
   assert page == render_page(samples, BYTES, SETTINGS)
   assert "default-src 'none'" in page
-  for _, values in report_test._Page(page).tags:
+  for _, values in Page(page).tags:
     for name in ("src", "href", "action", "data", "srcset"):
       assert values.get(name, "data:").startswith("data:")
   assert "@import" not in page and "url(" not in page
@@ -449,7 +448,7 @@ def test_no_token_at_all(samples):
 
 # MARK: in a browser
 
-browser = report_test.browser
+browser = browser_harness.browser
 
 
 @pytest.fixture

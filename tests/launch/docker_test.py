@@ -9,7 +9,8 @@ import sys
 import tomllib
 
 import pytest
-from launch_harness import LAUNCH, ROOT, TIMEOUT, Stage
+from launch_harness import LAUNCH, TIMEOUT, Stage
+from paths import ROOT
 
 ENTRYPOINT = LAUNCH / "docker" / "entrypoint.sh"
 FILES = sorted((LAUNCH / "docker").glob("Dockerfile.*"))

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_mesh
 from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array
+from mesh_harness import make_mesh
 
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES, MeshConfig, planned_mesh

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
+from paths import ROOT
 
 from mdm_jax import sample
 from mdm_jax.benchmarks import all as all_lib
@@ -46,7 +46,6 @@ from mdm_jax.objectives.masked import row_weights
 from mdm_jax.objectives.noise import RateRange
 from mdm_jax.training.state import state_from
 
-ROOT = pathlib.Path(__file__).parents[1]
 TINY = workload.PRESETS["tiny"]
 TWO_LAYERS = dataclasses.replace(TINY, num_layers=2)
 

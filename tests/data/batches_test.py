@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from conftest import make_mesh
 from grain.experimental import index_shuffle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
+from mesh_harness import make_mesh
 
 from mdm_jax.core.sharding import AXES, RULES, batch_sharding, data_shards
 from mdm_jax.data import batches

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_mesh
+from mesh_harness import make_mesh
 from objectives_harness import (
   MODEL,
   PLAN,

@@ -3,17 +3,17 @@
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
+from paths import ROOT
 
 from mdm_jax.objectives.measured import Curve, Measured, Value, to_json
 from mdm_jax.studies import ablate
 
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "ablation.py"
+CONFIG = ROOT / "configs" / "ablation.py"
 
 
 def _run(loss, entropy=None):

@@ -9,6 +9,7 @@ import command_harness
 import prepare_harness
 import pytest
 import scripts_harness
+from paths import ROOT
 
 from mdm_jax import config as config_lib
 from mdm_jax.core.errors import UserError
@@ -21,7 +22,7 @@ WITHOUT_SENTENCES = ["thai", "names", "one_line"]
 
 
 def _recipe(name, corpus, cache, **data):
-  path = command_harness.ROOT / "configs" / f"{name}.py"
+  path = ROOT / "configs" / f"{name}.py"
   spec = importlib.util.spec_from_file_location(name, path)
   spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
   config = module.get_config("quick")

@@ -4,16 +4,16 @@ Packed rows, dropout, smoothing, weights of the bound, rehearsal and two
 microbatches, on one device and on eight (alike to 1e-7). After a change that is
 meant to alter the losses, write them anew and say so in the commit:
 
-  python tests/golden_losses_test.py
+  PYTHONPATH=tests python tests/training/golden_losses_test.py
 """
 
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
-from conftest import MESHES, make_mesh
+from mesh_harness import MESHES, make_mesh
+from paths import GOLDEN
 
 from mdm_jax.benchmarks.workload import one_byte_a_token
 from mdm_jax.blueprint import make_trainer
@@ -26,7 +26,7 @@ from mdm_jax.model.config import ModelConfig
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage
 from mdm_jax.training.config import OptimizerConfig
 
-PATH = pathlib.Path(__file__).parent / "golden" / "losses.json"
+PATH = GOLDEN / "losses.json"
 UPDATES = 20
 CONFIG = Config(
   seed=3,

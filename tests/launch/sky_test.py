@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import yaml
-from launch_harness import LAUNCH, OUT_OF_MEMORY, ROOT, VALUES, Stage, restarts
+from launch_harness import LAUNCH, OUT_OF_MEMORY, VALUES, Stage, restarts
+from paths import ROOT
 
 KINDS = ("tpu", "gpu")
 ADDRESSES = "a.example\nb.example"

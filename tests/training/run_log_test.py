@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 import re
 
 import jax
@@ -10,6 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from etils import epath
+from paths import ROOT
 
 from mdm_jax.benchmarks import workload
 from mdm_jax.blueprint import make_trainer
@@ -22,7 +22,7 @@ from mdm_jax.training.writers import Writers
 
 EVERY = 20  # updates between two points
 TINY = workload.PRESETS["tiny"]
-PAGE = pathlib.Path(__file__).parents[1] / "docs" / "reliability.md"
+PAGE = ROOT / "docs" / "reliability.md"
 TIMED = re.compile("perf/|goodput/|memory/|.*seconds|.*per_second|health/att")
 
 

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 import pytest
 from command_harness import call, check_mistake, environment
+from paths import ROOT
 
 from mdm_jax import config as config_lib
 from mdm_jax.sampling import trace
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 # The quickstart is what most tests run; the quick fix starts from its run, and
 # ablate_test runs the ablation. The large ones have no text of their own:
 # golden_test reads and lowers them.

@@ -1,17 +1,17 @@
 """docs/configuration.md is what the dataclasses say."""
 
 import dataclasses
-import pathlib
 import subprocess
 import sys
 
 import pytest
+from paths import ROOT
 
 from mdm_jax import config_reference
 from mdm_jax.config import form
 from mdm_jax.core import coercion
 
-FILE = pathlib.Path(__file__).parents[1] / "docs" / "configuration.md"
+FILE = ROOT / "docs" / "configuration.md"
 CLASSES = [cls for _, cls in config_reference.sections()]
 
 

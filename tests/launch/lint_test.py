@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from launch_harness import LAUNCH, ROOT, SCRIPTS, VALUES, Stage
+from launch_harness import LAUNCH, SCRIPTS, VALUES, Stage
+from paths import ROOT
 
 FILES = sorted(p for p in LAUNCH.rglob("*") if p.is_file() and p.name != "env")
 IN_BIN = f"{sys.prefix}/bin"

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_mesh
+from mesh_harness import make_mesh
 
 from mdm_jax import config as config_lib
 from mdm_jax.core import rng, sharding

@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import make_mesh
+from mesh_harness import make_mesh
 
 from mdm_jax import config as config_lib
 from mdm_jax import plan as plan_lib

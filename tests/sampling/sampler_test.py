@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_mesh
 from jax.sharding import NamedSharding, PartitionSpec
+from mesh_harness import make_mesh
 from sampling_harness import settings
 
 from mdm_jax.core import rng

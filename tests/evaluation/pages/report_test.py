@@ -1,17 +1,14 @@
 """The page of a run: what it says, and how it behaves in a browser."""
 
 import dataclasses
-import html.parser
 import json
 import math
-import os
 import re
-import select
-import shutil
-import subprocess
 import time
 
+import browser_harness
 import pytest
+from browser_harness import Page, visible_text
 
 from mdm_jax.evaluation.pages import plots
 from mdm_jax.evaluation.pages import report as report_lib
@@ -198,53 +195,11 @@ def report():
   )
 
 
-class _Page(html.parser.HTMLParser):
-  """Elements, ids and text of a page; fails where a tag is left open."""
-
-  VOID = {"meta", "link", "input", "br"}
-
-  def __init__(self, page):
-    super().__init__()
-    self.open, self.tags, self.ids, self.texts = [], [], [], {}
-    self.feed(page)
-    self.close()
-    assert not self.open
-
-  def handle_starttag(self, tag, attrs):
-    values = dict(attrs)
-    self.tags.append((tag, values))
-    self.ids += [values["id"]] if "id" in values else []
-    if tag not in self.VOID:
-      self.open.append((tag, values.get("id")))
-
-  def handle_endtag(self, tag):
-    assert self.open and self.open[-1][0] == tag, (tag, self.getpos())
-    self.open.pop()
-
-  def handle_data(self, data):
-    for _, name in self.open:
-      if name:
-        self.texts[name] = self.texts.get(name, "") + data
-
-  def paths(self, name):
-    """The paths of a class, as lists of numbers."""
-    shapes = [v["d"] for t, v in self.tags if v.get("class") == name]
-    return [
-      [float(n) for n in re.findall(r"-?[\d.]+", shape)] for shape in shapes
-    ]
-
-
-def _told(page):
-  """What a reader sees, white space made one."""
-  text = re.sub(r"<(script|style)>.*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL)
-  return " ".join(html.unescape(text).split())
-
-
 # MARK: what it says
 
 
 def test_every_number_of_the_results_is_told(report):
-  told = _told(render(report))
+  told = visible_text(render(report))
   expected = "2.2951 0.0051 4.9572 0.0109 1,142.19 319 35,266 895,799 5,558"
   for number in expected.split():
     assert number in told, number
@@ -265,7 +220,7 @@ def test_every_number_of_the_results_is_told(report):
 
 
 def test_texts_are_measured_in_three_columns(report):
-  told = _told(render(report))
+  told = visible_text(render(report))
   head = "measure the run's sampling untruncated, T = 1 test text"
   assert f"{head} distinct 2 0.3125 ± 0.012, n = 64 0.7411" in told
   assert "judge 5-grams" in told
@@ -274,7 +229,7 @@ def test_texts_are_measured_in_three_columns(report):
 
 def test_targets_pass_or_miss_in_words(report):
   page = render(report)
-  told = _told(page)
+  told = visible_text(page)
   assert "1 of 2 met." in told
   first = "few repeats what came before repeated_4_grams 0.0625 0.0312 pass"
   assert first in told
@@ -285,7 +240,7 @@ def test_targets_pass_or_miss_in_words(report):
 
 
 def test_data_of_every_stage_is_told(report):
-  told = _told(render(report))
+  told = visible_text(render(report))
   assert "units found 9,033 4,321 9,033 9,033 9,033" in told
   assert "rows 1,201 1,201 1,201 777 778" in told
   sizes = "train 205 documents, validation 17 documents, test 17"
@@ -296,7 +251,7 @@ def test_data_of_every_stage_is_told(report):
 
 
 def test_every_setting_has_its_command_line_name(report):
-  told = _told(render(report))
+  told = visible_text(render(report))
   assert "optimizer.learning_rate 0.0002" in told
   assert "stages[1].mask_rate [0.4, 0.6]" in told
   assert "model.num_kv_heads None" in told and "data.cache_dir ''" in told
@@ -306,11 +261,11 @@ def test_every_setting_has_its_command_line_name(report):
 
 @pytest.mark.parametrize("missing", ["results", "data", "unmasking", "metrics"])
 def test_what_is_missing_is_said_in_a_sentence(report, missing):
-  whole = _Page(render(report))
+  whole = Page(render(report))
   value = [] if missing == "metrics" else None
   page = render(dataclasses.replace(report, **{missing: value}))
-  assert whole.texts.keys() - {"canvas"} <= _Page(page).texts.keys()
-  told = {name: " ".join(t.split()) for name, t in _Page(page).texts.items()}
+  assert whole.texts.keys() - {"canvas"} <= Page(page).texts.keys()
+  told = {name: " ".join(t.split()) for name, t in Page(page).texts.items()}
   trained = missing in ("metrics", "data")
   mode = "--mode=train" if trained else "--mode=eval"
   sections = {
@@ -343,7 +298,7 @@ def test_numbers_that_are_not_are_dashes(report):
   lines[-2]["validation/error"] = math.nan
   results = RESULTS | empty | {"loss_by_share": curve}
   page = render(dataclasses.replace(report, results=results, metrics=lines))
-  told = _told(page)
+  told = visible_text(page)
   assert "bits per byte ≤ – ± – " in told and "LOSS – ± – nats" in told
   assert "time – 1,080 updates" in told and "checkpoint – " in told
   assert "0.35 –" in told and "0.55 –" in told
@@ -355,7 +310,7 @@ def test_numbers_that_are_not_are_dashes(report):
 
 
 def test_the_page_is_well_formed_and_whole(report):
-  page = _Page(render(report))
+  page = Page(render(report))
   assert len(page.ids) == len(set(page.ids))
   wanted = (
     "targets training curves texts data samples unmasking settings".split()
@@ -374,7 +329,7 @@ def test_the_page_is_well_formed_and_whole(report):
 def test_nothing_is_fetched(report):
   page = render(report)
   assert "default-src 'none'" in page
-  for _, values in _Page(page).tags:
+  for _, values in Page(page).tags:
     for name in ("src", "href", "action", "data", "srcset"):
       assert re.match(r"#|data:", values.get(name, "#"))
   assert "@import" not in page and "url(" not in page
@@ -401,7 +356,7 @@ def test_any_text_stays_text(report):
     [NASTY] * 3,
     {"train/loss": Chart(NASTY, NASTY), **CHARTS},
   )
-  usual, page = _Page(render(report)), _Page(render(nasty))
+  usual, page = Page(render(report)), Page(render(nasty))
   scripts = [tag for tag, _ in page.tags if tag == "script"]
   assert len(scripts) == 1
   assert not any("onclick" in values for _, values in page.tags)
@@ -416,7 +371,7 @@ def test_any_text_stays_text(report):
 
 
 def test_a_curve_goes_through_its_points(report):
-  page = _Page(render(report))
+  page = Page(render(report))
   loss, bound = page.paths("line")[:2]
   x, y = loss[0:-1:2], loss[1:-1:2]
   assert len(x) == 20
@@ -434,7 +389,7 @@ def test_a_curve_goes_through_its_points(report):
 def test_error_bars_stay_in_the_frame(report):
   lines = _metrics()
   lines[-2]["validation/error"] = 3.0
-  page = _Page(render(dataclasses.replace(report, metrics=lines)))
+  page = Page(render(dataclasses.replace(report, metrics=lines)))
   (bars,) = [path for path in page.paths("errors") if path]
   assert min(bars) >= 0 and max(bars) <= 100 and bars[5] - bars[4] > 80
 
@@ -444,14 +399,14 @@ def test_a_curve_breaks_where_a_number_is_missing(report):
   lines[5]["train/loss"] = math.nan
   lines[5]["train/skipped"] = 0.05
   page = render(dataclasses.replace(report, metrics=lines))
-  (loss, *_) = [v["d"] for t, v in _Page(page).tags if v.get("class") == "line"]
+  (loss, *_) = [v["d"] for t, v in Page(page).tags if v.get("class") == "line"]
   assert loss.count("M") == 2 and loss.count("L") == 17
   assert "1 points hold updates that were not finite" in page
   assert "not finite" not in render(report)
 
 
 def test_stages_are_bands_over_their_updates(report):
-  tags = _Page(render(report)).tags
+  tags = Page(render(report)).tags
   styles = [v["style"] for _, v in tags if "band" in v.get("class", "").split()]
   assert styles[:3] == [
     "left:0.0%;width:25.00%",
@@ -474,7 +429,7 @@ def test_a_run_without_an_evaluation_has_no_bound_yet(report):
 
 def test_the_area_is_the_bound(report):
   """CE(r) = 4.4 + r: the area, from 0.05 on, is what the page says of it."""
-  page = _Page(render(report))
+  page = Page(render(report))
   area = page.paths("area")[-1]  # the start on the axis, points, the end
   x, y = area[2:-1:2], area[3:-1:2]
   drawn = sum(
@@ -487,7 +442,7 @@ def test_the_area_is_the_bound(report):
 
 
 def test_the_histogram_is_cut_within_a_bar(report):
-  page = _Page(render(report))
+  page = Page(render(report))
   rest, kept = page.paths("rest")[0], page.paths("kept")[0]
   assert len(rest) == 5 * 20 and len(kept) == 5 * 9
   assert max(kept[3::5]) == 42.5 and max(rest[3::5]) == 100
@@ -518,98 +473,7 @@ def test_ticks_are_few_round_and_inside(low, width):
 
 # MARK: in a browser
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-FLAGS = (
-  *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
-  *("--disable-background-networking", "--remote-debugging-pipe"),
-)
-
-
-class _Browser:
-  """Chromium by its debugging protocol, over pipes 3 and 4 of its process."""
-
-  def __init__(self, program, folder):
-    command = [program, *FLAGS, f"--user-data-dir={folder}"]
-    (theirs, self._out), (self._in, back) = os.pipe(), os.pipe()
-    self._process = subprocess.Popen(
-      [
-        "sh",
-        "-c",
-        f'exec "$@" 3</dev/fd/{theirs} 4>/dev/fd/{back}',
-        "sh",
-        *command,
-      ],
-      pass_fds=(theirs, back),
-      stdin=subprocess.DEVNULL,
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-    )
-    os.close(theirs)
-    os.close(back)
-    self._count, self._buffer, self._session = 0, b"", {}
-    self.events = []
-    target = self.call("Target.createTarget", url="about:blank")["targetId"]
-    opened = self.call("Target.attachToTarget", targetId=target, flatten=True)
-    self._session = {"sessionId": opened["sessionId"]}
-    for domain in ("Page", "Runtime", "Network", "Log"):
-      self.call(f"{domain}.enable")
-
-  def close(self):
-    os.close(self._out)
-    os.close(self._in)
-    self._process.kill()
-    self._process.wait()
-
-  def call(self, method, **params):
-    """Sends a command and returns its result."""
-    self._count += 1
-    message = {"id": self._count, "method": method, "params": params}
-    os.write(self._out, json.dumps(message | self._session).encode() + b"\0")
-    while (answer := self._read()).get("id") != self._count:
-      self.events.append(answer)
-    assert "error" not in answer, (method, answer)
-    return answer["result"]
-
-  def _read(self):
-    while b"\0" not in self._buffer:
-      ready, _, _ = select.select([self._in], [], [], 20)
-      part = os.read(self._in, 1 << 20) if ready else b""
-      assert part, "the browser does not answer"
-      self._buffer += part
-    message, _, self._buffer = self._buffer.partition(b"\0")
-    return json.loads(message)
-
-  def open(self, path):
-    """Loads a file; the events are those of this page alone."""
-    self.events = []
-    self.call("Page.navigate", url=path.as_uri())
-    while not any(e["method"] == "Page.loadEventFired" for e in self.events):
-      self.events.append(self._read())
-
-  def run(self, script):
-    """Returns the value of an expression in the page."""
-    params = {"returnByValue": True, "awaitPromise": True}
-    answer = self.call("Runtime.evaluate", expression=script, **params)
-    assert "exceptionDetails" not in answer, answer
-    return answer["result"].get("value")
-
-  def press(self, key, text=""):
-    """Presses a key."""
-    codes = {"ArrowRight": 39, "ArrowLeft": 37, "End": 35, "Home": 36, " ": 32}
-    named = {"key": key, "windowsVirtualKeyCode": codes[key]}
-    self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **named)
-    self.call("Input.dispatchKeyEvent", type="keyUp", **named)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-  """One browser for all tests."""
-  found = [path for path in map(shutil.which, NAMES) if path]
-  if not found:
-    pytest.skip(f"no browser on PATH: none of {', '.join(NAMES)}")
-  browser = _Browser(found[0], tmp_path_factory.mktemp("browser"))
-  yield browser
-  browser.close()
+browser = browser_harness.browser
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from absl import logging
-from conftest import make_mesh
+from mesh_harness import make_mesh
 
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.errors import UserError

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import make_mesh
 from jax.sharding import PartitionSpec as P
+from mesh_harness import make_mesh
 
 from mdm_jax.benchmarks import collectives
 from mdm_jax.core.sharding import MeshConfig, planned_mesh
