@@ -20,7 +20,7 @@ def report_workdir(config: Config, workdir: Workdir) -> str:
       data=workdir.read_data(),
       results=workdir.read_results(),
       unmasking=workdir.read_unmasking(),
-      asked=[stage.objective.describe() for stage in config.stages],
+      descriptions=[stage.objective.describe() for stage in config.stages],
       charts=OBJECTIVES[config.objective.name].charts,
     )
   )

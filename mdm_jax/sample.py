@@ -19,6 +19,7 @@ from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console
+from mdm_jax.evaluation.pages import samples as samples_page
 from mdm_jax.objectives.measured import (
   LOSS_BY_MASKED_SHARE,
   Curve,
@@ -36,7 +37,6 @@ from mdm_jax.sampling.generate import (
 )
 from mdm_jax.sampling.live import LiveView
 from mdm_jax.sampling.sampler import Watch
-from mdm_jax.sampling.trace import render_page
 from mdm_jax.trained_model import TrainedModel, load_model
 from mdm_jax.workdir import Workdir
 
@@ -299,11 +299,14 @@ def _draw_all(
   else:
     drawn = model.generate(prompts, count)
   texts = _print_all([drawn], names, keep)
-  settings = effective(config.sample)
-  if trace and distributed.is_first():
-    trace_lib.save(drawn, model.tokenizer, settings, workdir.path / "samples")
-  if page and distributed.is_first():
-    _write_page(page, render_page(drawn, model.tokenizer, settings))
+  if distributed.is_first():
+    settings = effective(config.sample)
+    html = samples_page.render(drawn, model.tokenizer, settings)
+    if trace:
+      folder = workdir.path / "samples"
+      trace_lib.save(drawn, model.tokenizer, settings, html, folder)
+    if page:
+      _write_page(page, html)
   return texts
 
 

@@ -15,7 +15,7 @@ from mdm_jax.core import progress
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.sampling.trace import spell, visible
 
-_NEW = "#1a1d29 on #ffd24a"  # the colours of trace_page.html
+_NEW = "#1a1d29 on #ffd24a"  # the colours of the HTML pages
 
 
 class LiveView:

@@ -163,12 +163,12 @@ def test_results_table_and_report_have_its_titles(found):
   page = render(
     RunReport(
       *("toy", config | {"stages": [stage]}, lines, None, results, None),
-      asked=["one hole a row"],
+      descriptions=["one hole a row"],
       charts=Hole.charts,
     )
   )
   for words in (
-    *("Right answers", "the best by Right answers", "Cost by place"),
+    *("Right answers", "with the best Right answers", "Cost by place"),
     *("Where a hole is costs little", "Cost of a hole", "one hole a row"),
   ):
     assert words in page

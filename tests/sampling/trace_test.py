@@ -18,10 +18,11 @@ from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
+from mdm_jax.evaluation.pages.samples import render as render_page
 from mdm_jax.sampling import trace
 from mdm_jax.sampling.generate import Samples
 from mdm_jax.sampling.order_statistics import order_statistics
-from mdm_jax.sampling.trace import load, render_page, save, spell
+from mdm_jax.sampling.trace import load, spell
 
 NASTY = "</script><script>window.owned=1</script>&amp;<b onclick='x'>\"'$name"
 TEXTS = (
@@ -79,6 +80,11 @@ def _revealed(steps, given=()):
 def _statistics(steps, given=()):
   found = order_statistics(_revealed(steps, given), V)
   return {k: (s.rows[0], s.random[0]) for k, s in found.items()}
+
+
+def save(samples, tokenizer, settings, folder):
+  page = render_page(samples, tokenizer, settings)
+  trace.save(samples, tokenizer, settings, page, folder)
 
 
 @pytest.fixture(scope="module")
@@ -388,20 +394,20 @@ def test_numbers_and_settings_are_told(samples):
     assert f"{name} {value}" in told
   for b in range(3):
     assert (
-      f"Text {b + 1} denoiser calls 12 put back {samples.put_back[b]} " in told
+      f"Text {b + 1} denoiser calls 12 remasked {samples.put_back[b]} " in told
     )
   for name, found in order_statistics(samples, V).items():
     assert f" {found.mean:.2f} {found.random_mean:.2f}" in told
     assert f"{name.replace('_', ' ')} {found.rows[1]:.2f}" in told
-  assert "How 3 texts came about" in told and "12 steps" in told
+  assert "How 3 texts were sampled" in told and "12 steps" in told
 
 
 def test_of_many_texts_the_first_are_shown():
   many = _simulate(BYTES, [f"text {i}" for i in range(20)], length=12)
   page = render_page(many, BYTES, {})
-  assert len(_tokens(page)) == 16 and "How 16 of 20 texts came about" in page
+  assert len(_tokens(page)) == 16 and "How 16 of 20 texts were sampled" in page
   one = _simulate(BYTES, ["abcd"], length=12)
-  assert "How 1 text came about" in render_page(one, BYTES, {})
+  assert "How 1 text was sampled" in render_page(one, BYTES, {})
 
 
 def test_any_text_stays_text(samples):
@@ -522,7 +528,7 @@ def _check(shown, samples, text, step):
   total = sum(n is not False for n in now)
   told = f"step {step} of {STEPS}: {known} of {total} tokens"
   told += f", {sum(fresh)} new" if any(fresh) else ""
-  told += f", {sum(back)} put back" if any(back) else ""
+  told += f", {sum(back)} remasked" if any(back) else ""
   assert shown["output"] == shown["spoken"] == told
 
 
@@ -593,7 +599,7 @@ def test_a_token_tells_how_it_was_drawn(page, samples):
   told = page.run(SHOWN)["about"]
   step = samples.step[0, place]
   assert told.startswith(f"Token {place + 1}: step 1 drew ")
-  assert f"step {step} put it back; step {step + 1} drew \u201c" in told
+  assert f"step {step} remasked it; step {step + 1} drew \u201c" in told
   confidence, entropy = samples.confidence[0, place], samples.entropy[0, place]
   assert f"confidence {confidence:.4f}, entropy {entropy:.3f} nats." in told
   # By keyboard: one stop for the text, then the arrows.

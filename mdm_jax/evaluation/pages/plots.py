@@ -1,13 +1,12 @@
-"""Draws line plots as SVG with HTML labels, in percent of their frame."""
+"""Line plots and histograms, as data for the template `plots.html`."""
 
+import dataclasses
 import itertools
-import json
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from mdm_jax.evaluation.pages import markup
-from mdm_jax.evaluation.pages.markup import Number
+from mdm_jax.evaluation.pages.page import Number
 
 
 class Point(NamedTuple):
@@ -35,7 +34,30 @@ class Axis(NamedTuple):
     return [step * n for n in range(first, last + 1)]
 
 
-def axis_of(values: Iterable[Number], low: Number | None = None) -> Axis:
+@dataclasses.dataclass(frozen=True)
+class Plot:
+  """A plot in percent of its frame.
+
+  Attributes:
+    x: horizontal axis.
+    y: vertical axis.
+    label: description for screen readers.
+    paths: SVG paths by CSS class.
+    bands: (low, high, name, index of the stage's colour) on the x axis.
+    points: (x, y, label) to show under the pointer.
+    cutoff: position of a marked value on the x axis.
+  """
+
+  x: Axis
+  y: Axis
+  label: str
+  paths: Mapping[str, str]
+  bands: Sequence[tuple[Number, Number, str, int]] = ()
+  points: Sequence[tuple[float, float, str]] = ()
+  cutoff: float | None = None
+
+
+def _axis_of(values: Iterable[Number], low: Number | None) -> Axis:
   """Returns an axis around the finite values with a margin, or from `low`."""
   finite = [v for v in values if math.isfinite(v)] or [0.0]
   # A constant curve needs an interval, too.
@@ -43,53 +65,22 @@ def axis_of(values: Iterable[Number], low: Number | None = None) -> Axis:
   return Axis(min(finite) - room if low is None else low, max(finite) + room)
 
 
-def _band(
-  x: Axis, low: Number, high: Number, name: str, index: int
-) -> markup.Html:
-  style = f"left:{x.at(low)}%;width:{x.at(high) - x.at(low):.2f}%"
-  return markup.el(
-    "span", name, class_=f"band stage-{index % 4 + 1}", style=style
-  )
-
-
-def plot(
-  x: Axis, y: Axis, parts: list, paths: dict[str, str], **more: str
-) -> markup.Html:
-  """Returns a plot: a frame with ticks, parts as labels, and SVG paths.
-
-  Paths are in percent, with y upwards: CSS flips the drawing.
-  """
-  ticks = [
-    markup.el(
-      "span", markup.number(tick), class_=side, style=f"{side}:{axis.at(tick)}%"
-    )
-    for axis, side in ((x, "left"), (y, "bottom"))
-    for tick in axis.ticks()
-  ]
-  drawn = [
-    markup.el("path", d=path, class_=name) for name, path in paths.items()
-  ]
-  svg = markup.el(
-    "svg", *drawn, viewBox="0 0 100 100", preserveAspectRatio="none"
-  )
-  return markup.el(
-    "div", *parts, *ticks, svg, class_="plot", role="img", **more
-  )
-
-
-def curve(points: list[Point], bands: list, low: Number | None) -> markup.Html:
+def curve(points: list[Point], bands: list, low: Number | None) -> Plot | None:
   """Returns a line plot over named bands, with gaps at non-finite values.
 
   Args:
     points: points in the order of x.
-    bands: (low, high, name, index of the stage's colour) on the x axis.
+    bands: as in `Plot`.
     low: lower end of the y axis; None to fit the values. At 0 the area below
       the curve is filled.
+
+  Returns:
+    The plot, or None without points.
   """
   if not points:
-    return markup.el("p", "No number yet.", class_="missing")
+    return None
   x = Axis(0, max([points[-1].x, *[high for _, high, *_ in bands]]))
-  y = axis_of([p.y + s * p.error for p in points for s in (-1, 1)], low)
+  y = _axis_of([p.y + s * p.error for p in points for s in (-1, 1)], low)
   way = lambda run: "L".join(f"{x.at(p.x)} {y.at(p.y)}" for p in run)
   bar = lambda p: f"M{x.at(p.x)} {y.at(p.y - p.error)}V{y.at(p.y + p.error)}"
   runs = itertools.groupby(points, lambda p: math.isfinite(p.y))
@@ -106,6 +97,19 @@ def curve(points: list[Point], bands: list, low: Number | None) -> markup.Html:
     area = "".join(f"M{x.at(run[0].x)} 0L{way(run)}V0z" for run in runs)
     paths = {"area": area} | paths
   label = f"{points[0].label} to {points[-1].label}"
-  data = json.dumps([(x.at(p.x), y.at(p.y), p.label) for p in known])
-  parts = [_band(x, *band) for band in bands]
-  return plot(x, y, parts, paths, aria_label=label, data_points=data)
+  shown = [(x.at(p.x), y.at(p.y), p.label) for p in known]
+  return Plot(x, y, label, paths, bands, shown)
+
+
+def histogram(difficulty: dict[str, Any]) -> Plot:
+  """Returns a histogram of units by difficulty, with the stage's cutoff."""
+  counts, cut = difficulty["histogram"], difficulty["cut"]
+  x, y, bins = Axis(0, 1), Axis(0, max(counts) or 1), len(counts)
+  bars = lambda stop: "".join(
+    f"M{x.at(i / bins)} 0V{y.at(count)}H{x.at(min((i + 1) / bins, stop))}V0z"
+    for i, count in enumerate(counts)
+    if i / bins < stop
+  )
+  # Bars up to the cutoff are drawn over all bars, in another colour.
+  paths = {"rest": bars(1), "kept": bars(cut)}
+  return Plot(x, y, f"histogram, cutoff {cut:.2f}", paths, cutoff=cut)

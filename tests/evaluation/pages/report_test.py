@@ -190,7 +190,7 @@ def report():
   unmasking = {"settings": settings, "steps": STEPS}
   return RunReport(
     *("tiny", CONFIG, _metrics(), DATA, RESULTS, unmasking),
-    asked=["shares 0.75\u20130.9", "shares 0.4\u20130.6", "any share"],
+    descriptions=["shares 0.75\u20130.9", "shares 0.4\u20130.6", "any share"],
     charts=CHARTS,
   )
 
@@ -221,7 +221,7 @@ def test_every_number_of_the_results_is_told(report):
 
 def test_texts_are_measured_in_three_columns(report):
   told = visible_text(render(report))
-  head = "measure the run's sampling untruncated, T = 1 test text"
+  head = "metric the run's settings untruncated, T = 1 test text"
   assert f"{head} distinct 2 0.3125 ± 0.012, n = 64 0.7411" in told
   assert "judge 5-grams" in told
   assert "self bleu – – 0.1234 ± 0.012, n = 99" in told
@@ -246,7 +246,7 @@ def test_data_of_every_stage_is_told(report):
   sizes = "train 205 documents, validation 17 documents, test 17"
   assert f"documents, {sizes}" in told
   assert "vocab_size 4224" in told
-  assert told.count("cut 0.42") == 2 and told.count("not ranked") == 3
+  assert told.count("cutoff 0.42") == 2 and told.count("not ranked") == 3
   assert told.count("Is it? Why not? We shall see.") == 5
 
 
@@ -272,18 +272,22 @@ def test_what_is_missing_is_said_in_a_sentence(report, missing):
     "results": {"targets", "curves", "texts", "samples"},
     "metrics": {"training"},
   }.get(missing, {missing})
-  said = {n for n, t in told.items() if f"Not here yet: {mode} gives it." in t}
+  said = {
+    n
+    for n, t in told.items()
+    if f"Not available yet; run {mode} to create it." in t
+  }
   assert said == sections
   if missing == "results":
-    assert page.count("Not here yet") == 5  # and the headline
-  assert render(report).count("Not here yet") == 0
+    assert page.count("Not available yet") == 5  # and the headline
+  assert render(report).count("Not available yet") == 0
 
 
 def test_results_without_the_later_measures(report):
   names = ("text_metrics", "targets")
   results = {k: v for k, v in RESULTS.items() if k not in names}
   page = render(dataclasses.replace(report, results=results))
-  assert page.count("Not here yet") == 2
+  assert page.count("Not available yet") == 2
 
 
 def test_numbers_that_are_not_are_dashes(report):
@@ -401,8 +405,8 @@ def test_a_curve_breaks_where_a_number_is_missing(report):
   page = render(dataclasses.replace(report, metrics=lines))
   (loss, *_) = [v["d"] for t, v in Page(page).tags if v.get("class") == "line"]
   assert loss.count("M") == 2 and loss.count("L") == 17
-  assert "1 points hold updates that were not finite" in page
-  assert "not finite" not in render(report)
+  assert "1 points include skipped, non-finite updates" in page
+  assert "non-finite" not in render(report)
 
 
 def test_stages_are_bands_over_their_updates(report):
@@ -424,7 +428,7 @@ def test_stages_are_bands_over_their_updates(report):
 def test_a_run_without_an_evaluation_has_no_bound_yet(report):
   lines = [line for line in _metrics() if "train/loss" in line][:3]
   page = render(dataclasses.replace(report, metrics=lines))
-  assert page.count("No number yet.") == 1
+  assert page.count("No values yet.") == 1
 
 
 def test_the_area_is_the_bound(report):
