@@ -146,9 +146,7 @@ def _define_config(path: str | None) -> None:
   ):
     config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
   if path is None and flags.FLAGS.workdir is not None:
-    saved = config_lib.from_dict(
-      Workdir(flags.FLAGS.workdir).read_config_dict()
-    )
+    saved = Workdir(flags.FLAGS.workdir).read_config()
     config_flags.DEFINE_config_dict("config", config_lib.to_config_dict(saved))
     return
   if path and not os.path.isfile(path):

@@ -102,7 +102,7 @@ class Measures:
     """Returns stored results, or None if evaluating now could change them."""
     # Results of an earlier update, of another text or with other settings must
     # not be taken for those of this one.
-    found = workdir.read_results() or {}
+    found = workdir.read("results.json") or {}
     what = self.what(checkpoints.best(), checkpoints.latest())
     same = all(found.get(name) == value for name, value in what.items())
     return found if same else None
@@ -324,7 +324,8 @@ def evaluate_params(
   # JSON has no NaN: numbers that are undefined become null.
   results = strict_json.plain(results)
   tables.show(measured, results)  # before the write, which may fail
-  workdir.write_results(results, unmasking)
+  workdir.write("unmasking.json", unmasking)
+  workdir.write("results.json", results)
   return results
 
 

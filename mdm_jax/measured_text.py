@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from mdm_jax import config as config_lib
 from mdm_jax import config_changes
 from mdm_jax.config import Config
 from mdm_jax.core.progress import console
@@ -25,7 +24,7 @@ def open_rows(config: Config, workdir: Workdir) -> tuple[PreparedData, Config]:
   Raises:
     UserError: the rows differ from those that the run was started with.
   """
-  saved = config_lib.from_dict(workdir.read_config_dict())
+  saved = workdir.read_config()
   named = {f"{side}_corpus": side for side in splits.HELD_OUT}
   own = {name: getattr(saved.data, name) for name in named}
   config = dataclasses.replace(

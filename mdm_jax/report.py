@@ -17,13 +17,14 @@ def report_workdir(config: Config, workdir: Workdir) -> str:
       name=config.name,
       config=to_dict(config),
       metrics=workdir.read_metrics(),
-      data=workdir.read_data(),
-      results=workdir.read_results(),
-      unmasking=workdir.read_unmasking(),
+      data=workdir.read("data.json"),
+      results=workdir.read("results.json"),
+      unmasking=workdir.read("unmasking.json"),
       descriptions=[stage.objective.describe() for stage in config.stages],
       charts=OBJECTIVES[config.objective.name].charts,
     )
   )
-  path = str(workdir.write_page(page))
+  workdir.write("report.html", page)
+  path = str(workdir.path / "report.html")
   console.print(f"written: {path}", soft_wrap=True)
   return path

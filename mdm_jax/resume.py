@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from mdm_jax import config as config_lib
 from mdm_jax import config_changes
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
@@ -73,7 +72,7 @@ def find_origin(
   wanted = config.train.restore_step
   saved = None
   if latest is not None:
-    saved = config_lib.from_dict(workdir.read_config_dict())
+    saved = workdir.read_config()
   # A saved config with this restore_step means that an earlier attempt went
   # back to it: from then on the same command resumes from the newest
   # checkpoint.

@@ -62,7 +62,7 @@ def load_with(config: Config, workdir: Workdir) -> "Model":
 def _with_curve(
   workdir: Workdir, config: Config | None, step: int | None = None
 ) -> "Model":
-  results = workdir.read_results()
+  results = workdir.read("results.json")
   curve = curve_in(results, LOSS_BY_MASKED_SHARE, "validation")
   return Model(load_model(workdir, config, step), curve)
 

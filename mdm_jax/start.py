@@ -198,7 +198,7 @@ class Run:
   def _write_what_it_is(self) -> None:
     tokenizer = self._data.tokenizer
     self._workdir.write_config(self._config, tokenizer.sha256)
-    self._workdir.write_data(self._data.manifest)
+    self._workdir.write("data.json", self._data.manifest)
     if distributed.is_first():
       tokenizer.save(self._workdir.path)
 

@@ -13,7 +13,6 @@ import dataclasses
 
 import jax
 
-from mdm_jax import config as config_lib
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -63,7 +62,7 @@ def load_model(
     StorageError: what was saved is damaged.
   """
   if config is None:
-    config = config_lib.from_dict(workdir.read_config_dict())
+    config = workdir.read_config()
   tokenizer = load_tokenizer(workdir.path)
   workdir.check_tokenizer(tokenizer.sha256)
   vocab = tokenizer.vocab

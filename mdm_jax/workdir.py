@@ -14,12 +14,10 @@ ways.csv        the same, and denoiser calls, by order and steps; also .md
 `training/writers.py` metrics.jsonl.
 """
 
-import contextlib
 import getpass
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -34,13 +32,9 @@ from mdm_jax.core.fields import at_home
 # Version of all file formats in a workdir; 1 until mdm_jax 0.1.
 FORMAT = 2
 _PACKAGES = (
-  "mdm_jax",
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-) + ("grain", "numpy", "sentencepiece", "sentencex")
+  *("mdm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
+  *("grain", "numpy", "sentencepiece", "sentencex"),
+)
 
 
 class Workdir:
@@ -74,13 +68,9 @@ class Workdir:
         f"workdir {self.path} can't be written by {_user()}: {why}"
       ) from error
 
-  def has_config(self) -> bool:
-    """Returns whether a run was started here."""
-    return files.exists(self.path / "config.json")
-
   def check_format(self) -> None:
     """Raises UserError if the run here has files of another format."""
-    saved = self._read("versions.json") or {"format": FORMAT}
+    saved = self.read("versions.json") or {"format": FORMAT}
     # Versions before 0.2 wrote no format.
     found = saved.get("format", 1)
     if found != FORMAT:
@@ -91,44 +81,37 @@ class Workdir:
         " version for it, or give another --workdir to start anew"
       )
 
-  def read_config_dict(self) -> dict[str, Any]:
-    """Returns the saved config as plain values; runs no code.
+  def read_config(self) -> Config:
+    """Returns the saved config; runs no code.
 
     Raises:
-      UserError: there is none, it is no JSON, or it has another format.
+      UserError: there is none, it is not valid JSON, or has another format.
     """
     self.check_format()
     try:
-      return json.loads(files.read_text(self.path / "config.json"))
-    except FileNotFoundError:
-      raise UserError(
-        f"workdir {self.path} has no config.json: no run was started there"
-      ) from None
+      saved = self.read("config.json")
     except ValueError as error:
       raise UserError(f"{self.path / 'config.json'}: {error}") from None
+    if saved is None:
+      raise UserError(
+        f"workdir {self.path} has no config.json: no run was started there"
+      )
+    return config_lib.from_dict(saved)
 
   def write_config(self, config: Config, tokenizer_sha256: str) -> None:
     """Stores what a resume, an evaluation or sampling needs to know."""
-    self._write("config.json", config_lib.to_dict(config))
-    packages = {p: importlib.metadata.version(p) for p in _PACKAGES}
-    self._write(
-      "versions.json",
-      {
-        "format": FORMAT,
-        "packages": packages,
-        "tokenizer_sha256": tokenizer_sha256,
-      },
-    )
-
-  def tokenizer_sha256(self) -> str | None:
-    """Returns the hash of the run's tokenizer, None before its start."""
-    saved = self._read("versions.json")
-    return None if saved is None else saved["tokenizer_sha256"]
+    self.write("config.json", config_lib.to_dict(config))
+    versions = {
+      "format": FORMAT,
+      "packages": {p: importlib.metadata.version(p) for p in _PACKAGES},
+      "tokenizer_sha256": tokenizer_sha256,
+    }
+    self.write("versions.json", versions)
 
   def check_tokenizer(self, sha256: str) -> None:
     """Raises UserError if the run was started with another tokenizer."""
-    saved = self.tokenizer_sha256()
-    if saved not in (None, sha256):
+    saved = (self.read("versions.json") or {}).get("tokenizer_sha256", sha256)
+    if saved != sha256:
       raise UserError(
         f"workdir {self.path} was started with another tokenizer (sha256"
         f" {saved[:12]}, now {sha256[:12]}): the text or the tokenizer's config"
@@ -142,7 +125,7 @@ class Workdir:
       manifest: of the rows at hand.
       advice: ends the message.
     """
-    saved = (self.read_data() or manifest)["files"]
+    saved = (self.read("data.json") or manifest)["files"]
     changed = [n for n in saved if saved[n] != manifest["files"].get(n)]
     if changed:
       raise UserError(
@@ -150,75 +133,38 @@ class Workdir:
         f" changed since; bring the text back, or use another workdir{advice}"
       )
 
-  def write_data(self, manifest: dict[str, Any]) -> None:
-    """Stores what the stages read."""
-    self._write("data.json", manifest)
-
-  def read_data(self) -> dict[str, Any] | None:
-    """Returns what the stages read, or None."""
-    return self._read("data.json")
-
-  def write_results(
-    self, results: dict[str, Any], unmasking: dict[str, Any]
-  ) -> None:
-    """Stores an evaluation, and one of its samples step by step."""
-    self._write("unmasking.json", unmasking)
-    self._write("results.json", results)
-
-  def read_results(self) -> dict[str, Any] | None:
-    """Returns the last evaluation, or None."""
-    return self._read("results.json")
-
-  def read_unmasking(self) -> dict[str, Any] | None:
-    """Returns the last evaluation's sample step by step, or None."""
-    return self._read("unmasking.json")
-
-  def read_metrics(self) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, [] where there is none."""
-    return files.read_lines(self.path / "metrics.jsonl")
-
-  def write_frontier(self, table: str, plot: bytes) -> None:
-    """Stores a temperature sweep: a CSV table and a PNG plot."""
-    self._write_bytes("frontier.csv", table.encode())
-    self._write_bytes("frontier.png", plot)
-
-  def write_ways(self, table: str, markdown: str) -> None:
-    """Stores a comparison of ways to sample: CSV and Markdown tables."""
-    self._write_bytes("ways.csv", table.encode())
-    self._write_bytes("ways.md", markdown.encode())
-
-  def write_page(self, html: str) -> epath.Path:
-    """Stores the report and returns its path."""
-    self._write_bytes("report.html", html.encode())
-    return self.path / "report.html"
-
-  def _read(self, name: str) -> dict[str, Any] | None:
+  def read(self, name: str) -> dict[str, Any] | None:
+    """Returns the content of a JSON file, or None if it doesn't exist."""
     try:
       return json.loads(files.read_text(self.path / name))
     except FileNotFoundError:
       return None
 
-  def _write(self, name: str, values: dict[str, Any]) -> None:
-    if distributed.is_first():
-      with _storing(self.path / name):
-        files.write_json(self.path / name, values)
+  def read_metrics(self) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, [] if it doesn't exist."""
+    return files.read_lines(self.path / "metrics.jsonl")
 
-  def _write_bytes(self, name: str, content: bytes) -> None:
-    if distributed.is_first():
-      with _storing(self.path / name):
-        files.write(self.path / name, content)
+  def write(self, name: str, content: dict[str, Any] | str | bytes) -> None:
+    """Writes a file atomically: a dict as JSON, anything else as it is.
 
-
-@contextlib.contextmanager
-def _storing(path: epath.Path) -> Iterator[None]:
-  """Turns an error of the file system into a StorageError of one line."""
-  try:
-    yield
-  except OSError as error:
-    raise StorageError(
-      f"{path} can't be written by {_user()}: {error.strerror} (errno"
-      f" {error.errno})"
-    ) from error
+    Raises:
+      StorageError: it can't be written.
+    """
+    if not distributed.is_first():
+      return
+    path = self.path / name
+    try:
+      if isinstance(content, dict):
+        files.write_json(path, content)
+      else:
+        files.write(
+          path, content.encode() if isinstance(content, str) else content
+        )
+    except OSError as error:
+      raise StorageError(
+        f"{path} can't be written by {_user()}: {error.strerror} (errno"
+        f" {error.errno})"
+      ) from error
 
 
 def _user() -> str:

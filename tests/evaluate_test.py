@@ -10,7 +10,6 @@ import shutil
 import jax
 import pytest
 
-from mdm_jax import config as config_lib
 from mdm_jax import evaluate, report, train
 from mdm_jax.config import Config
 from mdm_jax.core import files
@@ -149,7 +148,7 @@ def test_another_setting_is_measured(run):
   after = run.results()
   assert after["samples"] != before["samples"]
   assert after["nelbo_per_token"] == before["nelbo_per_token"]
-  saved = config_lib.from_dict(run.workdir.read_config_dict())
+  saved = run.workdir.read_config()
   assert saved.sample.seed == 5
 
 

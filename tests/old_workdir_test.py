@@ -47,7 +47,7 @@ REFUSALS = {
   "init_from": _start_from,
   "load": lambda workdir: sample.load(str(workdir.path)),
   "load_model": load_model,
-  "config": Workdir.read_config_dict,
+  "config": Workdir.read_config,
   "checkpoints": _latest,
 }
 
@@ -64,9 +64,9 @@ def test_a_folder_of_before_is_refused_in_one_line(way, old):
 def test_a_folder_of_now_says_its_format(tmp_path):
   workdir = Workdir(tmp_path)
   workdir.write_config(Config(), "0")
-  assert workdir.read_config_dict()["seed"] == 0
+  assert workdir.read_config().seed == 0
   path = tmp_path / "versions.json"
   written = json.loads(path.read_text())
   path.write_text(json.dumps(written | {"format": 3}))
   with pytest.raises(UserError, match="format 3"):
-    workdir.read_config_dict()
+    workdir.read_config()

@@ -311,7 +311,7 @@ def test_a_bucket_that_is_not_there(store):
     Workdir(path).create()
   assert time.monotonic() - began < 5
   with pytest.raises(UserError, match="no run was started there"):
-    Workdir(path).read_config_dict()
+    Workdir(path).read_config()
 
 
 def test_a_store_that_does_not_answer_is_no_missing_file(store, tmp_path):

@@ -59,7 +59,7 @@ def workdir(tmp_path_factory):
   tokenizer.save(folder)
   workdir = Workdir(folder)
   workdir.write_config(CONFIG, tokenizer.sha256)
-  workdir.write_results(to_json(Measured(curves={"any name": CURVE})), {})
+  workdir.write("results.json", to_json(Measured(curves={"any name": CURVE})))
   vocab = tokenizer.vocab
   with jax.set_mesh(make_mesh(CONFIG.mesh)), Checkpoints(folder) as checkpoints:
     denoiser = Denoiser(CONFIG.model, vocab)

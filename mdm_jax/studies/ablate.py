@@ -54,7 +54,7 @@ def main(_: list[str]) -> int:
   except KeyboardInterrupt:
     print("interrupted; the same command resumes")
     return Exit.STOPPED
-  read = lambda v, seed: Workdir(place(v, seed)).read_results()
+  read = lambda v, seed: Workdir(place(v, seed)).read("results.json")
   results = {v: [read(v, s) for s in range(options.seeds)] for v in variants}
   lines = compare(results)
   names = list(next(iter(lines.values())))

@@ -86,5 +86,6 @@ def compare_workdir(
   found, _ = sampled.sample_each(config, workdir, chosen)
   cells = [row.cells for row in found]
   table = tables.as_markdown(sampled.COLUMNS, cells)
-  workdir.write_ways(sampled.as_csv(found), table)
+  workdir.write("ways.csv", sampled.as_csv(found))
+  workdir.write("ways.md", table)
   return [dataclasses.asdict(row) for row in found]

@@ -39,7 +39,8 @@ def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
     f"T = {t:g}": plain | {"temperature": t} for t in TEMPERATURES
   }
   found, title = sampled.sample_each(config, workdir, settings)
-  workdir.write_frontier(sampled.as_csv(found), _as_png(found, title))
+  workdir.write("frontier.csv", sampled.as_csv(found))
+  workdir.write("frontier.png", _as_png(found, title))
   return [dataclasses.asdict(row) for row in found]
 
 

@@ -173,7 +173,7 @@ def test_found_B10_a_corpus_that_moved_is_the_same(config, cache, tmp_path):
   workdir.create()
   first = prepare(config.rows)
   workdir.write_config(config, first.tokenizer.sha256)
-  workdir.write_data(first.manifest)
+  workdir.write("data.json", first.manifest)
   (tmp_path / "texts").rename(tmp_path / "moved")
   moved = _change(config, "data", corpus=f"text:{tmp_path}/moved/*.txt")
   (change,) = config_changes.check(config, moved)
