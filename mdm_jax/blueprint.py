@@ -14,10 +14,9 @@ from mdm_jax.model.placement import check_vocabulary
 from mdm_jax.objectives.base import Objective, Plan
 from mdm_jax.objectives.config import build
 from mdm_jax.training.curriculum import StagePlan, make_curriculum
-from mdm_jax.training.guard import make_guard
+from mdm_jax.training.guard import SpikeGuard
 from mdm_jax.training.learning_rate import learning_rate_schedule
 from mdm_jax.training.optimizer import make_optimizer
-from mdm_jax.training.step import Parts
 from mdm_jax.training.trainer import Recipe, Trainer
 
 
@@ -46,18 +45,15 @@ class Blueprint(Recipe):
       config.stages, rows, config.rows_per_update, config.train.skip_updates
     )
     schedule = learning_rate_schedule(config.optimizer, curriculum)
-    parts = Parts(
+    super().__init__(
       seed=config.seed,
-      model=Denoiser(config.model, vocab),
+      denoiser=Denoiser(config.model, vocab),
       optimizer=make_optimizer(config.optimizer, schedule),
       schedule=schedule,
-      guard=make_guard(config.train),
+      guard=SpikeGuard(config.train.spike_sigmas, config.train.spike_window),
       ema_decay=config.optimizer.ema_decay,
-    )
-    super().__init__(
-      parts,
-      curriculum,
-      self._objective,
+      curriculum=curriculum,
+      make_objective=self._objective,
       accumulation=config.optimizer.accumulation,
       batch_size=config.data.batch_size,
       recheck_every=config.train.recheck_every,

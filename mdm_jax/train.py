@@ -14,6 +14,7 @@ See `start.py` for what comes before the loop, and `training/hooks.py` for what
 is called from it.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -96,8 +97,8 @@ def train(
       hooks.on_stage(stage, update)
 
     # train.skip_updates: the update counts, but its rows are left out.
-    if trainer.passes_over(update):
-      state = trainer.pass_over(state)
+    if trainer.curriculum.passes_over(update):
+      state = dataclasses.replace(state, step=state.step + 1)
     else:
       with hooks.during(Cause.DATA, update):
         batch = trainer.batch(stage, update)

@@ -181,7 +181,7 @@ def measure_data(mesh: Any) -> dict[str, Any]:
     @jax.jit
     def pose(step, batch):
       padded = batch.tokens.shape[1]
-      draws = Draws(trainer.parts.seed, step, plan, padded)
+      draws = Draws(trainer.seed, step, plan, padded)
       return objective.examples(batch, draws)
 
     for update in range(_UPDATES):

@@ -47,7 +47,7 @@ from mdm_jax.model import flops
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import compute_dtype
 from mdm_jax.model.kernels import KERNELS
-from mdm_jax.training.state import TrainState, init_state, state_from
+from mdm_jax.training.state import TrainState, initial_state
 
 _TURN = 0.2  # seconds
 _MEMORY = {"temporary_bytes": "temporary", "peak_bytes": "peak"}
@@ -103,7 +103,9 @@ def _plain(work: Work) -> Way:
   update = plain.make_train_step(
     denoiser, optimizer, schedule, work.rates, work.mask_id
   )
-  init = lambda: init_state(denoiser, optimizer, jax.random.key(0))
+  init = jax.jit(
+    lambda: initial_state(denoiser.init(jax.random.key(0)), optimizer)
+  )
   return Way(update, init, work.tokens, denoiser.vocab.size)
 
 
@@ -113,7 +115,7 @@ def _md4(work: Work) -> Way:
   optimizer = plain.make_optimizer(schedule)
   update = md4.make_train_step(model, optimizer, schedule, work.rates)
   fresh = jax.jit(lambda: md4.init(jax.random.key(0), model, vocab_size))
-  init = lambda: state_from(fresh(), optimizer)
+  init = jax.jit(lambda: initial_state(fresh(), optimizer))
   return Way(update, init, work.tokens, vocab_size)
 
 

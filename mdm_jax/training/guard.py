@@ -11,8 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mdm_jax.training.config import TrainConfig
-
 # The guard's part of the train state. It is an empty dict if the guard is off,
 # since checkpoints can't hold an array without elements.
 Norms = dict[str, Any]
@@ -66,8 +64,3 @@ class SpikeGuard:
       "norms": jnp.where(here & applied, norm, seen["norms"]),
       "count": seen["count"] + applied.astype(jnp.int32),
     }
-
-
-def make_guard(config: TrainConfig) -> SpikeGuard:
-  """Returns the configured guard."""
-  return SpikeGuard(config.spike_sigmas, config.spike_window)

@@ -47,7 +47,7 @@ def write_report(
   """
   counts = jax.device_get(jax.jit(count_nonfinite)(state))
   report = {
-    "seed": trainer.parts.seed,
+    "seed": trainer.seed,
     "step": int(state.step),
     "nonfinite": {
       name: _some(getattr(counts, name))

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
 
-from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.model.denoiser import Params
 from mdm_jax.training.guard import SpikeGuard
 
 _NO_GUARD = SpikeGuard()
@@ -38,44 +37,12 @@ class TrainState:
   guard: Any = dataclasses.field(default_factory=dict)
 
 
-def init_state(
-  denoiser: Denoiser,
-  optimizer: optax.GradientTransformation,
-  key: Key[Array, ""],
-  guard: SpikeGuard = _NO_GUARD,
-) -> TrainState:
-  """Returns a new state with random parameters, sharded over the mesh."""
-  init = jax.jit(_init, static_argnums=(0, 1, 3))
-  return init(denoiser, optimizer, key, guard)
-
-
-def state_from(
+def initial_state(
   params: Params,
   optimizer: optax.GradientTransformation,
   guard: SpikeGuard = _NO_GUARD,
 ) -> TrainState:
-  """Returns a new state with the given parameters."""
-  return jax.jit(_start, static_argnums=(1, 2))(params, optimizer, guard)
-
-
-def abstract_state(
-  denoiser: Denoiser,
-  optimizer: optax.GradientTransformation,
-  guard: SpikeGuard = _NO_GUARD,
-) -> TrainState:
-  """Returns the state's shapes, dtypes and shardings, without computing it."""
-  # The key is made inside `eval_shape`: with a planned mesh there may be no
-  # device to put it on.
-  return jax.eval_shape(
-    lambda: _init(denoiser, optimizer, jax.random.key(0), guard)
-  )
-
-
-def _init(denoiser, optimizer, key, guard) -> TrainState:
-  return _start(denoiser.init(key), optimizer, guard)
-
-
-def _start(params, optimizer, guard) -> TrainState:
+  """Returns the state before the first update; call it under `jax.jit`."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

@@ -32,13 +32,13 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Diagnosis = Callable[[Params, Int[Array, ""], Batch], dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Parts:
   """The parts of a train step that are the same in all stages.
 
   Attributes:
     seed: seed of all random keys.
-    model: the denoiser.
+    denoiser: the model.
     optimizer: made by `optimizer.make_optimizer`.
     schedule: update -> learning rate; for the log, the optimizer has its own.
     guard: detects spikes of the gradient norm.
@@ -46,7 +46,7 @@ class Parts:
   """
 
   seed: int
-  model: Denoiser
+  denoiser: Denoiser
   optimizer: optax.GradientTransformationExtraArgs
   schedule: optax.Schedule
   guard: SpikeGuard
@@ -83,7 +83,7 @@ def make_pass(parts: Parts, objective: Objective, plan: Plan) -> _Pass:
   """
 
   def loss_fn(params: Params, part: Any):
-    return objective.loss(parts.model, params, part)
+    return objective.loss(parts.denoiser, params, part)
 
   def forward_backward(
     params: Params, step: Int[Array, ""], batch: Batch

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Int
 
 from mdm_jax.core import rng
@@ -19,15 +18,10 @@ from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.rows import most_asked, most_segments
 from mdm_jax.data.stage_rows import stage_name
-from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.model.denoiser import Params
 from mdm_jax.objectives.base import Objective, Plan
 from mdm_jax.training.curriculum import Curriculum, StagePlan
-from mdm_jax.training.state import (
-  TrainState,
-  abstract_state,
-  init_state,
-  state_from,
-)
+from mdm_jax.training.state import TrainState, initial_state
 from mdm_jax.training.step import (
   Diagnosis,
   Metrics,
@@ -38,11 +32,11 @@ from mdm_jax.training.step import (
 )
 
 
-class Recipe:
+@dataclasses.dataclass(eq=False)
+class Recipe(Parts):
   """A trainer without rows and devices, e.g. to plan or compile a run.
 
   Attributes:
-    parts: what all updates share.
     curriculum: the stages.
     make_objective: builds a stage's objective from its plan.
     accumulation: microbatches per update.
@@ -50,39 +44,23 @@ class Recipe:
     recheck_every: compute every N-th update twice and compare (None: never).
   """
 
-  def __init__(
-    self,
-    parts: Parts,
-    curriculum: Curriculum,
-    make_objective: Callable[[StagePlan, Plan], Objective],
-    accumulation: int,
-    batch_size: int,
-    recheck_every: int | None = None,
-  ):
-    self.parts, self.curriculum = parts, curriculum
-    self.make_objective = make_objective
-    self.accumulation, self.batch_size = accumulation, batch_size
-    self.recheck_every = recheck_every
+  curriculum: Curriculum
+  make_objective: Callable[[StagePlan, Plan], Objective]
+  accumulation: int
+  batch_size: int
+  recheck_every: int | None = None
 
-  @property
-  def denoiser(self) -> Denoiser:
-    """The model."""
-    return self.parts.model
-
-  @property
-  def optimizer(self) -> optax.GradientTransformationExtraArgs:
-    """The optimizer."""
-    return self.parts.optimizer
-
-  @property
-  def schedule(self) -> optax.Schedule:
-    """The learning rate of each update."""
-    return self.parts.schedule
+  def initial_state(self, params: Params) -> TrainState:
+    """Returns the state before the first update; call it under `jax.jit`."""
+    return initial_state(params, self.optimizer, self.guard)
 
   def abstract(self) -> TrainState:
     """Returns shapes, dtypes and shardings of the state."""
-    parts = self.parts
-    return abstract_state(parts.model, parts.optimizer, parts.guard)
+    # The key is made inside `eval_shape`: with a planned mesh there may be no
+    # device to put it on.
+    return jax.eval_shape(
+      lambda: self.initial_state(self.denoiser.init(jax.random.key(0)))
+    )
 
   def plan(self, stage: StagePlan) -> Plan:
     """Returns the sizes of a stage, for the current mesh."""
@@ -103,7 +81,7 @@ class Recipe:
 
   def step(self, stage: StagePlan) -> TrainStep:
     """Returns a stage's jitted train step, for the current mesh."""
-    return make_train_step(self.parts, self.objective(stage), self.plan(stage))
+    return make_train_step(self, self.objective(stage), self.plan(stage))
 
 
 class Trainer(Recipe):
@@ -112,22 +90,19 @@ class Trainer(Recipe):
   Attributes:
     data: the prepared rows.
     mesh: the devices.
+    init_from: returns the initial state with given parameters.
   """
 
   def __init__(
     self, recipe: Recipe, data: PreparedData, mesh: jax.sharding.Mesh
   ):
-    super().__init__(
-      recipe.parts,
-      recipe.curriculum,
-      recipe.make_objective,
-      recipe.accumulation,
-      recipe.batch_size,
-      recipe.recheck_every,
-    )
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    super().__init__(*(getattr(recipe, name) for name in names))
     self.data, self.mesh = data, mesh
     stages = self.curriculum.stages
-    # One jitted function per stage: a new one would be compiled again.
+    # Jitted functions are made once: new ones would be compiled again.
+    self._init = jax.jit(lambda key: self.init_from(self.denoiser.init(key)))
+    self.init_from = jax.jit(self.initial_state)
     self._steps = functools.cache(lambda index: self.step(stages[index]))
     self._diagnoses = functools.cache(self._make_diagnosis)
 
@@ -143,14 +118,7 @@ class Trainer(Recipe):
 
   def init(self) -> TrainState:
     """Returns the initial state with random parameters."""
-    key = rng.stream(self.parts.seed, "init")
-    return init_state(
-      self.parts.model, self.parts.optimizer, key, self.parts.guard
-    )
-
-  def init_from(self, params: Params) -> TrainState:
-    """Returns the initial state with the given parameters."""
-    return state_from(params, self.parts.optimizer, self.parts.guard)
+    return self._init(rng.stream(self.seed, "init"))
 
   def update(
     self, state: TrainState, update: int, batch: Batch | None = None
@@ -170,10 +138,12 @@ class Trainer(Recipe):
       batch = self.batch(stage, update)
     return self._steps(stage.index)(state, batch)
 
-  def update_twice(
+  def checked_update(
     self, state: TrainState, update: int, batch: Batch
   ) -> tuple[TrainState, Metrics]:
-    """Runs one update twice, to detect hardware that computes wrongly.
+    """Runs one update; every `recheck_every`-th one twice, to compare.
+
+    That detects hardware that computes wrongly.
 
     Args:
       state: as in `update`.
@@ -181,8 +151,10 @@ class Trainer(Recipe):
       batch: as in `update`.
 
     Raises:
-      NumericsError: the results differ in any bit.
+      NumericsError: the two results differ in any bit.
     """
+    if not self.recheck_every or (update + 1) % self.recheck_every:
+      return self.update(state, update, batch)
     # The copy goes first, because an update donates the state it gets.
     again = self.update(jax.tree.map(jnp.copy, state), update, batch)
     first = self.update(state, update, batch)
@@ -194,23 +166,6 @@ class Trainer(Recipe):
       )
     return first
 
-  def checked_update(
-    self, state: TrainState, update: int, batch: Batch
-  ) -> tuple[TrainState, Metrics]:
-    """Runs one update; every `recheck_every`-th one twice."""
-    every = self.recheck_every
-    twice = every and (update + 1) % every == 0
-    make = self.update_twice if twice else self.update
-    return make(state, update, batch)
-
-  def passes_over(self, update: int) -> bool:
-    """Returns whether the config skips an update."""
-    return self.curriculum.passes_over(update)
-
-  def pass_over(self, state: TrainState) -> TrainState:
-    """Returns the state with one more update counted, its rows skipped."""
-    return dataclasses.replace(state, step=state.step + 1)
-
   def diagnose(self, params: Params, update: int) -> dict[str, Any]:
     """Returns `make_diagnosis`'s results for an update, on the host."""
     stage = self.curriculum.stage_at(update)
@@ -221,25 +176,24 @@ class Trainer(Recipe):
 
   def batch(self, stage: StagePlan, update: int) -> Batch:
     """Returns the rows of an update, on the devices."""
-    numbers = self._row_numbers(stage, update)
     rows = self.data.stages[stage.index]
-    return batches.make_batch(rows, numbers, self.accumulation, self.mesh)
+    return batches.make_batch(
+      rows, self.row_numbers(update), self.accumulation, self.mesh
+    )
 
   def row_numbers(self, update: int) -> Int[np.ndarray, "N"]:
     """Returns the indices of the stage's rows that an update reads."""
-    return self._row_numbers(self.curriculum.stage_at(update), update)
-
-  def _row_numbers(self, stage: StagePlan, update: int):
+    stage = self.curriculum.stage_at(update)
     return batches.row_numbers(
       stage.rows,
-      batches.stage_seed(self.parts.seed, stage.index),
+      batches.stage_seed(self.seed, stage.index),
       update - stage.start,
       self.accumulation * self.batch_size,
     )
 
   def _make_diagnosis(self, index: int) -> Diagnosis:
     stage = self.curriculum.stages[index]
-    return make_diagnosis(self.parts, self.objective(stage), self.plan(stage))
+    return make_diagnosis(self, self.objective(stage), self.plan(stage))
 
 
 @jax.jit

@@ -44,7 +44,7 @@ from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import corruption, cross_entropy
 from mdm_jax.objectives.masked import row_weights
 from mdm_jax.objectives.noise import RateRange
-from mdm_jax.training.state import state_from
+from mdm_jax.training.state import initial_state
 
 TINY = workload.PRESETS["tiny"]
 TWO_LAYERS = dataclasses.replace(TINY, num_layers=2)
@@ -251,7 +251,7 @@ def test_md4_overfits_a_batch(any_mesh):
   rates = RateRange(0.3, 0.5)
   optimizer = optax.adamw(1e-2)
   step = md4.make_train_step(model, optimizer, lambda _: 1e-2, rates)
-  state = state_from(md4.init(jax.random.key(0), model, 29), optimizer)
+  state = initial_state(md4.init(jax.random.key(0), model, 29), optimizer)
   losses = []
   for _ in range(40):
     state, metrics = step(state, batch)

