@@ -7,7 +7,7 @@ neither the old one nor a new one. All other fields may change at any resume.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mdm_jax.config import Config
@@ -24,33 +24,30 @@ _HEADER = "field", "saved", "now"
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """A changed field, under its name on the command line."""
+  """A changed field, under its name on the command line.
+
+  Attributes:
+    path: the field.
+    before: its value in the saved config.
+    after: its value now.
+    fatal: whether the change would make it another run.
+  """
 
   path: str
   before: Any
   after: Any
+  fatal: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Changes:
-  """All changed fields.
-
-  Attributes:
-    fatal: changes that would make it another run.
-    benign: changes that a run can be resumed with.
-  """
-
-  fatal: tuple[Change, ...]
-  benign: tuple[Change, ...]
-
-
-def compare(saved: Config, now: Config) -> Changes:
+def compare(saved: Config, now: Config) -> tuple[Change, ...]:
   """Returns the fields that differ, in the config's own order."""
-  found = list(_changes(saved, now))
-  kept = lambda change, fixed: fixed and not _allowed(change, saved, now)
-  return Changes(
-    tuple(change for change, fixed in found if kept(change, fixed)),
-    tuple(change for change, fixed in found if not kept(change, fixed)),
+  before, after = dict(_values(saved)), dict(_values(now))
+  # Fields of another objective, or of a stage that only one config has, are
+  # not compared: the objective's name and the number of stages are.
+  return tuple(
+    Change(path, old, after[path][0], fixed and not _allowed(path, saved, now))
+    for path, (old, fixed) in before.items()
+    if path in after and old != after[path][0]
   )
 
 
@@ -61,15 +58,16 @@ def check(saved: Config, now: Config) -> tuple[Change, ...]:
     UserError: a fixed field has changed; the message lists both values.
   """
   changes = compare(saved, now)
-  if changes.fatal:
+  fatal = [change for change in changes if change.fatal]
+  if fatal:
     raise UserError(
-      "this run was started with other settings: give another --workdir, or"
-      f" take the saved values back\n{table(changes.fatal)}"
+      "this run was started with other settings: use another --workdir, or"
+      f" restore the saved values\n{table(fatal)}"
     )
-  return changes.benign
+  return changes
 
 
-def table(changes: tuple[Change, ...]) -> str:
+def table(changes: Sequence[Change]) -> str:
   """Returns an aligned table of changes, indented by two spaces."""
   cells = [
     _HEADER,
@@ -89,39 +87,28 @@ def _text(value: Any) -> str:
   return str(value) if plain else json.dumps(value)
 
 
-def _changes(
-  before: Any, after: Any, prefix: str = ""
-) -> Iterator[tuple[Change, bool]]:
-  """Yields the fields that differ, and whether each is fixed."""
-  for field in dataclasses.fields(before):
-    if not hasattr(after, field.name):
-      continue  # another objective's: its name is among the changes
-    old, new = getattr(before, field.name), getattr(after, field.name)
-    path = fields.path_of(prefix, field)
-    if dataclasses.is_dataclass(old):
-      yield from _changes(old, new, path)
-    elif path == "stages":
-      yield from _stage_changes(old, new)
-    elif old != new:
-      yield Change(path, old, new), field.metadata.get("fixed", False)
+def _values(
+  section: Any, path: str = ""
+) -> Iterator[tuple[str, tuple[Any, bool]]]:
+  """Yields the path of every field, its value and whether it is fixed."""
+  for field in dataclasses.fields(section):
+    value, name = getattr(section, field.name), fields.path_of(path, field)
+    if dataclasses.is_dataclass(value):
+      yield from _values(value, name)
+    elif name == "stages":
+      yield _COUNT, (len(value), True)
+      for i, stage in enumerate(value):
+        yield from _values(stage, f"stages[{i}]")
+    else:
+      yield name, (value, field.metadata.get("fixed", False))
 
 
-def _stage_changes(
-  before: tuple[Any, ...], after: tuple[Any, ...]
-) -> Iterator[tuple[Change, bool]]:
-  if len(before) != len(after):
-    # Fatal; the stages that both configs have are compared as well.
-    yield Change(_COUNT, len(before), len(after)), True
-  for i, (old, new) in enumerate(zip(before, after, strict=False)):
-    yield from _changes(old, new, f"stages[{i}]")
-
-
-def _allowed(change: Change, saved: Config, now: Config) -> bool:
+def _allowed(path: str, saved: Config, now: Config) -> bool:
   """Returns whether a fixed field may change, given the whole config."""
-  if change.path in _FACTORS:
+  if path in _FACTORS:
     return saved.rows_per_update == now.rows_per_update
   # Only a stage that is the last one in both may become longer.
-  if len(saved.stages) != len(now.stages):
-    return False
   last = f"stages[{len(saved.stages) - 1}]"
-  return change.path in {f"{last}.{name}" for name in _ENDS}
+  return len(saved.stages) == len(now.stages) and path in {
+    f"{last}.{name}" for name in _ENDS
+  }

@@ -46,7 +46,7 @@ def _advice(saved: Config, config: Config) -> str:
     "; to measure another text on purpose, give it as --config.data.test_corpus"
     " or, to --mode=frontier and compare, as --config.data.validation_corpus"
   )
-  changes = config_changes.compare(saved, config).fatal
+  changes = [c for c in config_changes.compare(saved, config) if c.fatal]
   return f"{text}\n{config_changes.table(changes)}" if changes else text
 
 
