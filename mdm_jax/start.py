@@ -169,7 +169,7 @@ class Run:
       self._checkpoints.check(update, self.trainer.abstract())
     preview.show(self._config, self._data)
     with self._spend(Cause.COMPILE):
-      plan_lib.show(plan_lib.make_plan(self._config, self.trainer, self.done))
+      plan_lib.show_plan(self._config, self.trainer, self.done)
     self._session.check()
     with self._spend(Cause.RESTORE):
       # Going back to an older checkpoint must not leave newer ones behind: they

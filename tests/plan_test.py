@@ -32,6 +32,14 @@ def test_rates_that_no_stage_trains_are_named():
   assert "rehearsal" in warning
 
 
+PLAN = {
+  **{"name": "a", "corpus": "b", "devices": "c", "stages": [], "seconds": 0.0},
+  **dict.fromkeys(("params", "vocabulary", "rows_per_update"), 1),
+  **{"held_out_rows": 1, "unique_tokens": 8, "tokens": 8},
+  **{"notes": [], "warnings": []},
+}
+
+
 @pytest.mark.parametrize(
   "config",
   [
@@ -86,9 +94,9 @@ def test_found_A16_a_law_that_expects_less_than_guessing_knows_says_so(
   params, tokens, epochs, reach, capsys
 ):
   laws = scaling_laws.forecast(params, tokens, epochs)
-  worst = max(laws.diffusion_loss, laws.ar_loss)
-  assert laws.losses_in_reach == reach == (worst < math.log(50_257))
-  plan.show(plan.Plan("a", "b", "c", 1, "", 1, 1, 1, (), 8, 8, laws, (), ()))
+  worst = max(laws["diffusion_loss"], laws["ar_loss"])
+  assert laws["losses_in_reach"] == reach == (worst < math.log(50_257))
+  plan.show(PLAN | {"laws": laws})
   told = capsys.readouterr().out
   assert ("by fitted losses diffusion" in told) == reach
-  assert (f"{laws.diffusion_loss:.1f} nats for diffusion" in told) != reach
+  assert (f"{laws['diffusion_loss']:.1f} nats for diffusion" in told) != reach

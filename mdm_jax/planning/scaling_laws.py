@@ -11,7 +11,6 @@ Sources: Prabhudesai et al. 2025 (arXiv 2507.15857), Muennighoff et al. 2023
 (arXiv 2305.16264) and Quokka (Ni et al. 2025, arXiv 2510.03280).
 """
 
-import dataclasses
 import math
 
 import numpy as np
@@ -177,11 +176,12 @@ def crossover_epochs(params: Number, unique_tokens: Number) -> float:
   return start
 
 
-@dataclasses.dataclass(frozen=True)
-class Forecast:
-  """What the laws predict for one run.
+def forecast(
+  params: Number, unique_tokens: Number, epochs: Number
+) -> dict[str, float | bool]:
+  """Returns everything that the laws predict for one run.
 
-  Attributes:
+  Returns:
     flops: training compute, FLOPs.
     critical_flops: compute past which diffusion should win, FLOPs.
     past_critical_flops: whether `flops` exceeds `critical_flops`.
@@ -199,42 +199,25 @@ class Forecast:
     in_fitted_range: whether R* and `critical_flops` were fitted on such
       corpora.
   """
-
-  flops: float
-  critical_flops: float
-  past_critical_flops: bool
-  effective_tokens_diffusion: float
-  effective_tokens_ar: float
-  overfitting_scale: float
-  best_epochs: float
-  crossover_epochs: float
-  diffusion_loss: float
-  ar_loss: float
-  diffusion_wins: bool
-  losses_in_reach: bool
-  in_fitted_range: bool
-
-
-def forecast(params: Number, unique_tokens: Number, epochs: Number) -> Forecast:
-  """Returns everything that the laws predict for one run."""
   run, read = (params, unique_tokens, epochs), (unique_tokens, epochs)
   flops = training_flops(params, unique_tokens * epochs)
   critical = critical_flops(unique_tokens)
-  return Forecast(
-    flops=flops,
-    critical_flops=critical,
-    past_critical_flops=flops > critical,
-    effective_tokens_diffusion=effective_tokens(*read, DIFFUSION_R_STAR),
-    effective_tokens_ar=effective_tokens(*read, AR_R_STAR),
-    overfitting_scale=overfitting_scale(params, unique_tokens),
-    best_epochs=best_epochs(params, unique_tokens),
-    crossover_epochs=crossover_epochs(params, unique_tokens),
-    diffusion_loss=diffusion_loss(*run),
-    ar_loss=ar_loss(*run),
-    diffusion_wins=diffusion_wins(*run),
-    losses_in_reach=max(diffusion_loss(*run), ar_loss(*run)) < UNIFORM_LOSS,
-    in_fitted_range=in_fitted_range(unique_tokens),
-  )
+  diffusion, ar = diffusion_loss(*run), ar_loss(*run)
+  return {
+    "flops": flops,
+    "critical_flops": critical,
+    "past_critical_flops": flops > critical,
+    "effective_tokens_diffusion": effective_tokens(*read, DIFFUSION_R_STAR),
+    "effective_tokens_ar": effective_tokens(*read, AR_R_STAR),
+    "overfitting_scale": overfitting_scale(params, unique_tokens),
+    "best_epochs": best_epochs(params, unique_tokens),
+    "crossover_epochs": crossover_epochs(params, unique_tokens),
+    "diffusion_loss": diffusion,
+    "ar_loss": ar,
+    "diffusion_wins": diffusion < ar,
+    "losses_in_reach": max(diffusion, ar) < UNIFORM_LOSS,
+    "in_fitted_range": in_fitted_range(unique_tokens),
+  }
 
 
 def _fresh(unique_tokens: Number, epochs: Number) -> tuple[Number, Number]:

@@ -27,11 +27,17 @@ def _table(text):
 
 
 def _plan(text):
-  stage = plan_lib.StageForecast(text, "", 8, "0-1", 1, 8, 1.0, 1, 1.0, 1.0)
-  laws = scaling_laws.forecast(1e6, 1e6, 2.0)
-  plan = plan_lib.Plan(
-    text, text, "", 1, text, 1, 1, 1, (stage,), 8, 8, laws, (text,), (text,)
-  )
+  stage = {"name": text, "asked": "0-1", "length": 8, "rows": 1}
+  plan = {
+    "name": text,
+    "corpus": text,
+    "devices": "",
+    **dict.fromkeys(("params", "vocabulary", "rows_per_update"), 1),
+    **{"held_out_rows": 1, "unique_tokens": 8, "tokens": 8, "seconds": 1.0},
+    "stages": [stage | {"epochs": 1.0, "updates": 1, "seconds": 1.0}],
+    "laws": scaling_laws.forecast(1e6, 1e6, 2.0),
+    **{"notes": [text], "warnings": [text]},
+  }
   plan_lib.show(plan)
 
 

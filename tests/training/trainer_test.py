@@ -226,19 +226,21 @@ def plan(config, trainer):
 
 
 def test_the_plan_counts_what_the_run_does(plan, trainer):
-  first, second = plan.stages
+  first, second = plan["stages"]
   rows = [len(r) for r in trainer.data.stages]
   tokens = [int((r.segments > 0).sum()) for r in trainer.data.stages]
-  assert (first.rows, second.rows) == tuple(rows)
-  assert (first.tokens, second.tokens) == tuple(tokens)
-  assert first.epochs == pytest.approx(3 * 8 / rows[0])
+  assert (first["rows"], second["rows"]) == tuple(rows)
+  assert (first["tokens"], second["tokens"]) == tuple(tokens)
+  assert first["epochs"] == pytest.approx(3 * 8 / rows[0])
   seen = sum(
     8 * n * t / r for n, t, r in zip((3, 2), tokens, rows, strict=True)
   )
-  assert plan.tokens == round(seen)
-  assert plan.unique_tokens == max(tokens)
-  assert plan.laws.flops == pytest.approx(6 * plan.params * seen)
-  assert sum(s.flops for s in plan.stages) == pytest.approx(plan.laws.flops)
+  assert plan["tokens"] == round(seen)
+  assert plan["unique_tokens"] == max(tokens)
+  assert plan["laws"]["flops"] == pytest.approx(6 * plan["params"] * seen)
+  assert sum(s["flops"] for s in plan["stages"]) == pytest.approx(
+    plan["laws"]["flops"]
+  )
 
 
 def test_the_plan_knows_what_is_left(config, trainer, monkeypatch):
@@ -248,14 +250,14 @@ def test_the_plan_knows_what_is_left(config, trainer, monkeypatch):
     "update_seconds",
     lambda _, after: {i: t for i, t in times.items() if i or after < 3},
   )
-  left = lambda after: plan_lib.make_plan(config, trainer, after).seconds
+  left = lambda after: plan_lib.make_plan(config, trainer, after)["seconds"]
   assert [left(n) for n in (0, 1, 3, 4)] == [26.0, 24.0, 20.0, 10.0]
 
 
 def test_the_plan_is_printed(plan, capsys):
   plan_lib.show(plan)
   out = capsys.readouterr().out
-  for word in ("first", "second", "0.75-0.9", f"{plan.params:,} parameters"):
+  for word in ("first", "second", "0.75-0.9", f"{plan['params']:,} parameters"):
     assert word in out
   assert "warning: no stage trains mask rates" in out
   assert "outside the fitted range" in out
