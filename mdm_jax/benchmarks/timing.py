@@ -206,6 +206,11 @@ def process_peak_bytes() -> int:
   peaks = [s["peak_bytes_in_use"] for s in stats if s]
   if peaks:
     return max(peaks)
+  return resident_peak_bytes()
+
+
+def resident_peak_bytes() -> int:
+  """Returns the peak of this process's resident memory, in bytes."""
   # ru_maxrss is in bytes on macOS and in KiB on Linux.
   unit = 1 if sys.platform == "darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

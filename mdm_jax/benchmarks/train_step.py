@@ -11,23 +11,29 @@ library   corruption, denoiser, loss at masked positions, optimizer, metrics
 plain     the same blocks and objective with every position's logits, one-hot,
           AdamW (`plain.py`)
 md4       MD4's own blocks too, in float32 whatever the preset says (`md4.py`)
+torch     MDLM's model and step in PyTorch, compiled, in a process of its own
+          (`torch_mdlm.py`); its rates are uniform, which its work does not
+          depend on
 matmul    the machine's ceiling in the blocks' dtype
 mfu       counted FLOP/s (`model/flops.py`) over the ceiling; for the head, the
           positions that each step computes are counted
 
 A speed-up is the median of the ratios within each turn, where the two steps are
-timed one right after the other. Dropout is off; --dropout turns it on in the
-library's and in MD4's blocks, never in the plain step.
+timed one right after the other. Most presets have no dropout; --dropout turns
+it on in the library's, MD4's and MDLM's blocks, never in the plain step.
 
-Memory is XLA's plan for each program. `process_peak_bytes` is read after the
-library's first update; with several rates, only the first one's excludes what
-came before.
+Memory is XLA's plan for each program; for PyTorch, what its allocator counted.
+`process_peak_bytes` is read after the library's first update; with several
+rates, only the first one's excludes what came before.
 
 --parts also times trunk, head and optimizer alone (`parts.py`).
 """
 
+import contextlib
 import dataclasses
 import json
+import os
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,10 +43,11 @@ from absl import flags
 from rich import box
 from rich.table import Table
 
-from mdm_jax.benchmarks import md4, parts, plain, timing, workload
+from mdm_jax.benchmarks import md4, parts, plain, timing, torch_mdlm, workload
 from mdm_jax.benchmarks.workload import PRESETS, RATES, Preset, Work
 from mdm_jax.config import Config
 from mdm_jax.core import log_lines
+from mdm_jax.core.errors import Failure
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.model import flops
@@ -71,17 +78,34 @@ class Way:
 
 
 class _Stepper:
-  """A train step that is called over and over, on the state it returned."""
+  """A train step that is called over and over, on the state it returned.
 
-  def __init__(self, program: timing.Program, state: Any, batch: Any):
-    self.program, self._state, self._batch = program, state, batch
-    self.first_loss: float | None = None
+  Attributes:
+    flops: of an update.
+  """
+
+  def __init__(self, way: Way, work: Work):
+    self._state, self._batch = way.init(), work.batch
+    self._program = timing.compiled(way.step, self._state, self._batch)
+    self._first_loss: float | None = None
+    self.flops = flops.update_flops(
+      work.config.model,
+      work.config.rows_per_update,
+      work.reads,
+      way.head_positions,
+      way.vocab_size,
+    )
 
   def __call__(self) -> Any:
-    self._state, metrics = self.program.call(self._state, self._batch)
-    if self.first_loss is None:
-      self.first_loss = float(metrics["loss"])
+    self._state, metrics = self._program.call(self._state, self._batch)
+    if self._first_loss is None:
+      self._first_loss = float(metrics["loss"])
     return self._state
+
+  @property
+  def facts(self) -> dict[str, Any]:
+    """The loss of the first update, and what compiling it took."""
+    return {"first_loss": self._first_loss, **self._program.facts()}
 
 
 def library_step(work: Work) -> Any:
@@ -124,7 +148,8 @@ WAYS: dict[str, Callable[[Work], Way]] = {
   "plain": _plain,
   "md4": _md4,
 }
-OTHERS = [name for name in WAYS if name != "library"]
+_TORCH = "torch"
+OTHERS = [*(name for name in WAYS if name != "library"), _TORCH]
 
 
 def measure(
@@ -133,7 +158,6 @@ def measure(
   against: str = "none",
   repeats: int = 10,
   with_parts: bool = False,
-  dropout: float = 0.0,
 ) -> dict[str, Any]:
   """Measures everything, for every distribution of mask rates.
 
@@ -143,16 +167,13 @@ def measure(
     against: name in `OTHERS` to time in the same turns, or `none`.
     repeats: turns.
     with_parts: whether to time the parts of a step as well.
-    dropout: rate in the library's blocks and in MD4's.
   """
   results = {
     "facts": timing.facts(),
     "preset": dataclasses.asdict(preset),
-    "dropout": dropout,
     "rates": {
       name: _measure(
-        preset,
-        _with_dropout(workload.make_config(preset, name), dropout),
+        *(preset, workload.make_config(preset, name)),
         *(against, repeats, with_parts),
       )
       for name in rates
@@ -161,33 +182,34 @@ def measure(
   return results | {"headline": _headline(results)}
 
 
-def _with_dropout(config: Config, rate: float) -> Config:
-  model = dataclasses.replace(config.model, dropout=rate)
-  return dataclasses.replace(config, model=model)
-
-
 def _measure(
   preset: Preset, config: Config, against: str, repeats: int, with_parts: bool
 ) -> dict[str, Any]:
   data = workload.make_data(preset, workload.make_rows(preset))
   mesh = jax.sharding.get_mesh()
   work = workload.make_work(config, data, mesh)
-  ways = {"library": WAYS["library"](work)}
-  steppers = {"library": _stepper(ways["library"], work)}
+  console.print("compiling library")
+  steppers = {"library": _Stepper(WAYS["library"](work), work)}
   jax.block_until_ready(steppers["library"]())
   peak = timing.process_peak_bytes()  # before anything else is allocated
-  if against != "none":
-    ways[against] = WAYS[against](work)
-    steppers[against] = _stepper(ways[against], work)
   dtype = compute_dtype(config.model)
   products = timing.matmuls(dtype)
   pieces = parts.make_parts(work, against) if with_parts else {}
-  runs = {
-    **steppers,
-    **{name: product.run for name, product in products.items()},
-    **pieces,
-  }
-  seconds = timing.interleave(runs, repeats, _TURN)
+  with contextlib.ExitStack() as peers:
+    if against != "none":
+      # Some take minutes; a benchmark that is stopped then says where it was.
+      console.print(f"compiling {against}")
+    if against == _TORCH:
+      peer = torch_mdlm.Peer(preset)
+      steppers[against] = peers.enter_context(peer)
+    elif against != "none":
+      steppers[against] = _Stepper(WAYS[against](work), work)
+    runs = {
+      **steppers,
+      **{name: product.run for name, product in products.items()},
+      **pieces,
+    }
+    seconds = timing.interleave(runs, repeats, _TURN)
   ceiling = timing.ceiling(products, seconds)
   ceiling |= {"dtype": str(dtype), "devices": mesh.size}
   result = {
@@ -197,17 +219,11 @@ def _measure(
     "process_peak_bytes": peak,
     "parts": {name: timing.spread(seconds[name]) for name in pieces},
   }
-  for name, way in ways.items():
-    result[name] = _numbers(work, way, steppers[name], seconds[name], ceiling)
+  for name, stepper in steppers.items():
+    result[name] = _numbers(work, stepper, seconds[name], ceiling)
   if against != "none":
     result |= _compare(result, seconds, against)
   return result
-
-
-def _stepper(way: Way, work: Work) -> _Stepper:
-  state = way.init()
-  program = timing.compiled(way.step, state, work.batch)
-  return _Stepper(program, state, work.batch)
 
 
 def _compare(
@@ -227,31 +243,21 @@ def _compare(
 
 def _numbers(
   work: Work,
-  way: Way,
-  stepper: _Stepper,
+  stepper: _Stepper | torch_mdlm.Peer,
   seconds: list[float],
   ceiling: dict[str, Any],
 ) -> dict[str, Any]:
-  config = work.config
-  count = flops.update_flops(
-    config.model,
-    config.rows_per_update,
-    work.reads,
-    way.head_positions,
-    way.vocab_size,
-  )
   times = timing.spread(seconds)
-  achieved = count / times["median"]
+  achieved = stepper.flops / times["median"]
   # The ceiling is that of one device.
   highest = ceiling["flops_per_second"] * ceiling["devices"]
   return {
     "seconds": times,
     "tokens_per_second": work.tokens / times["median"],
-    "flops": count,
+    "flops": stepper.flops,
     "flops_per_second": achieved,
     "mfu": achieved / highest,
-    "first_loss": stepper.first_loss,
-    **stepper.program.facts(),
+    **stepper.facts,
   }
 
 
@@ -283,7 +289,7 @@ def _headline(results: dict[str, Any]) -> dict[str, float]:
 
 def _measured(measured: dict[str, Any]) -> list[str]:
   """Returns the names of the steps that were timed, the library first."""
-  return [name for name in WAYS if name in measured]
+  return [name for name in ("library", *OTHERS) if name in measured]
 
 
 # MARK: printing
@@ -335,22 +341,31 @@ def _cells(numbers: dict[str, Any]) -> tuple[str, ...]:
   )
 
 
-def main(_: list[str]) -> None:
+def main(_: list[str]) -> int:
   values = flags.FLAGS
   # Compile times must not be those of reading a cache.
   jax.config.update("jax_enable_compilation_cache", False)
   preset = PRESETS[values.preset]
-  for name in ("batch", "dtype", "attention", "remat"):
+  for name in ("batch", "dtype", "attention", "remat", "dropout"):
     if values[name].value is not None:
       preset = dataclasses.replace(preset, **{name: values[name].value})
-  with jax.set_mesh(make_mesh(MeshConfig())):
-    results = measure(
-      *(preset, values.rates, values.against, values.repeats, values.parts),
-      dropout=values.dropout,
-    )
+  try:
+    if values.against == _TORCH:
+      torch_mdlm.check()
+      # JAX takes three quarters of a device's memory by default, and PyTorch
+      # needs its share of the same device.
+      os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with jax.set_mesh(make_mesh(MeshConfig())):
+      results = measure(
+        *(preset, values.rates, values.against, values.repeats, values.parts)
+      )
+  except Failure as error:
+    print(error, file=sys.stderr)
+    return error.code
   _show(values.preset, results)
   if values.json:
     print(json.dumps(results))
+  return 0
 
 
 def _define_flags() -> None:
@@ -371,7 +386,9 @@ def _define_flags() -> None:
     ("remat", typing.get_args(hints["remat"])),
   ):
     flags.DEFINE_enum(name, None, choices, f"In place of the preset's {name}.")
-  flags.DEFINE_float("dropout", 0.0, "Of the library and of md4.", 0.0, 0.99)
+  flags.DEFINE_float(
+    "dropout", None, "In place of the preset's; not in plain.", 0.0, 0.99
+  )
   flags.DEFINE_bool("json", False, "Print JSON on the last line.")
 
 

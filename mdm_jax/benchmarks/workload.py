@@ -44,6 +44,14 @@ class Preset:
   dtype: str = "auto"
   attention: str = "auto"
   remat: str = "dots"
+  dropout: float = 0.0
+  label_smoothing: float = 0.0
+
+
+def _recommended(length: int) -> Preset:
+  return Preset(
+    *(12, 768, 12, 8192, length, 64), dropout=0.1, label_smoothing=0.1
+  )
 
 
 PRESETS = {
@@ -53,12 +61,18 @@ PRESETS = {
   "gpt2": Preset(12, 768, 12, 50_257, 512, 8),
   "medium": Preset(24, 1024, 16, 50_257, 1024, 8),
   "tiny": Preset(1, 32, 2, 27, 16, 8),
+  # The stages of configs/recommended.py, in larger batches.
+  "recommended_1": _recommended(64),
+  "recommended_2": _recommended(128),
+  "recommended_3": _recommended(512),
 }
 
-# Distributions of a row's mask rate: r ~ U(0, 1); and the last stage of
-# configs/recommended.py, as it is and without rehearsal.
+# Distributions of a row's mask rate: r ~ U(0, 1); the stages of
+# configs/recommended.py; and the last one without rehearsal.
 RATES: dict[str, dict[str, Any]] = {
   "uniform": {},
+  "stage_1": {"mask_rate": (0.75, 0.90), "rehearsal": 0.1},
+  "stage_2": {"mask_rate": (0.40, 0.60), "rehearsal": 0.1},
   "stage_3": {"mask_rate": (0.05, 0.20), "rehearsal": 0.1},
   "stage_3_strict": {"mask_rate": (0.05, 0.20)},
 }
@@ -104,8 +118,12 @@ def make_config(
       dtype=preset.dtype,
       attention=preset.attention,
       remat=preset.remat,
+      dropout=preset.dropout,
     ),
-    objective=MaskedConfig(weighting="nelbo" if unbiased else "masked_ce"),
+    objective=MaskedConfig(
+      weighting="nelbo" if unbiased else "masked_ce",
+      label_smoothing=preset.label_smoothing,
+    ),
     stages=(stage,),
     optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
     train=TrainConfig(checkpoint_every=checkpoint_every),
