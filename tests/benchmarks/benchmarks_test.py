@@ -7,6 +7,8 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
+from absl import flags
 from paths import ROOT
 
 from mdm_jax import sample
@@ -442,7 +445,7 @@ def test_all_writes_a_table(tmp_path):
   assert results == json.loads((tmp_path / "benchmarks.json").read_text())
   assert not [r for r in results if "error" in r]
   table = (tmp_path / "benchmarks.md").read_text()
-  for result, other in zip(results, train_step.OTHERS, strict=False):
+  for result, other in zip(results, ("plain", "md4"), strict=False):
     measured = result["rates"]["uniform"]
     assert measured["tokens"] == 128 and measured["head_positions"] == 68
     for way in ("library", other):
@@ -456,15 +459,75 @@ def test_all_writes_a_table(tmp_path):
   assert table.count("\n| train_step --preset=tiny") == 2 * 16
 
 
-def test_a_failure_is_in_the_table():
-  results = all_lib.run([("nothing", "--json")])
+SERVE = """
+import json, os, sys, time
+for line in sys.stdin:
+  name, *rest = json.loads(line)
+  if name == "fail":
+    sys.exit("no such\\nthing")
+  print(f"compiling {name}", flush=True)
+  if name == "hang":
+    time.sleep(100)
+  print(json.dumps({"pid": os.getpid(), "headline": {name: 1.0}}), flush=True)
+"""
+
+
+@pytest.fixture
+def served(monkeypatch):
+  """A function that runs groups of parts by a small program."""
+  command = sys.executable, "-u", "-c", SERVE
+  monkeypatch.setattr(all_lib, "_SERVE", command)
+  part = lambda name: all_lib.Part((name,), 1.0 if name == "hang" else None)
+  return lambda *groups, **limits: all_lib.run(
+    [tuple(map(part, group)) for group in groups], **limits
+  )
+
+
+def test_a_group_has_one_process(served):
+  results = served("ab", "c")
+  first, second, other = (result["pid"] for result in results)
+  assert first == second != other
+  assert [line[1:] for line in all_lib.rows(results)] == [
+    (name, "1") for name in "abc"
+  ]
+
+
+def test_what_fails_or_hangs_is_in_the_table_and_the_rest_is_run(served):
+  kept = []
+  results = served(("a", "fail", "b", "hang", "c"), keep=kept.append)
+  table = [line[1:] for line in all_lib.rows(results)]
+  assert table.pop(3) == ("unfinished", results[3]["unfinished"])
+  rest = [("a", "1"), ("failed", "thing"), ("b", "1"), ("c", "1")]
+  assert table == rest
+  how = r"not finished within 1 s; the last \d s: (begun|compiling hang)"
+  assert re.fullmatch(how, results[3]["unfinished"])
+  pids = [results[i]["pid"] for i in (0, 2, 4)]
+  assert len(set(pids)) == 3
+  # A process that was stopped is gone.
+  assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids)
+  assert len(kept) == 5
+
+
+def test_nothing_begins_after_the_limit(served):
+  results = served(("a", "hang"), "b", limit=all_lib._LEAST + 0.5)
+  assert "pid" in results[0]
+  told = [result.get("unfinished") for result in results[1:]]
+  assert told[0].startswith("not finished within 1 s")
+  assert told[1].startswith("not begun")
+
+
+def test_an_unknown_benchmark_is_a_failure_in_the_table():
+  results = all_lib.run(all_lib._apart(("nothing", "--json")))
   ((command, what, error),) = all_lib.rows(results)
   assert (command, what) == ("nothing --json", "failed")
-  assert error and "failed" in all_lib.markdown(results)
+  assert "mdm_jax.benchmarks.nothing" in error
+  assert "failed" in all_lib.markdown(results)
 
 
 @pytest.mark.parametrize("suite", all_lib.SUITES)
-def test_suites_name_programs_that_are_there(suite):
-  for program, *_ in all_lib.SUITES[suite]:
-    path = ROOT / "mdm_jax" / "benchmarks" / f"{program}.py"
-    assert "_define_flags()" in path.read_text()
+def test_suites_name_programs_and_flags_that_are_there(suite):
+  for group in all_lib.SUITES[suite]:
+    for part in group:
+      with all_lib.program(part.command) as module:
+        assert flags.FLAGS.json and callable(module.main)
+  assert "preset" not in flags.FLAGS
