@@ -7,7 +7,7 @@ from typing import Any
 from mdm_jax import config_changes
 from mdm_jax.config import Config
 from mdm_jax.core.progress import console
-from mdm_jax.data import corpora, records, splits
+from mdm_jax.data import corpora, splits
 from mdm_jax.data.prepared import PreparedData, prepare
 from mdm_jax.data.stage_rows import make_held_out
 from mdm_jax.workdir import Workdir
@@ -54,11 +54,9 @@ def _with_other(
   data: PreparedData, config: Config, side: str, corpus: str
 ) -> PreparedData:
   """Returns the data with another corpus as one of its held-out splits."""
-  field, form = f"data.{side}_corpus", records.form_of(config.data)
-  documents, tally = corpora.load_and_count(
-    corpus, None, config.data.on_bad_record, form, field
-  )
-  corpora.tell(tally)
+  field = f"data.{side}_corpus"
+  documents, tally = corpora.load_and_count(corpus, config.data, field)
+  corpora.log_bad(tally)
   texts = [document.text for document in documents]
   held, _ = make_held_out(texts, config.rows, data.tokenizer)
   told = {"corpus": corpus, "sha256": corpora.fingerprint(documents)}

@@ -36,7 +36,7 @@ from mdm_jax.training.optimizer import OPTIMIZERS
 # MARK: a corpus: documents, in the same order every time
 
 
-def _counting(argument, tally, form):
+def _counting(argument, tally, data):
   for start in range(60):
     count = " ".join(str(n) for n in range(start, start + 30))
     yield Document(f"from {start}", f"Counting on: {count}.")

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from mdm_jax.data import corpora, records, tfds
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.corpora import Document
-from mdm_jax.data.records import Form
 from mdm_jax.data.splits import TRAIN
 from mdm_jax.data.text_files import Span, Tally
 
@@ -51,25 +50,20 @@ def cut(data: DataConfig) -> list[Block]:
   size = max(int(data.block_megabytes * 1e6), 1)
   found = []
   for side, (field, corpus) in corpora.sources(data).items():
-    root, weighted = _spans(corpus, field, size, records.form_of(data))
+    kind, _, name = corpus.partition(":")
+    if kind == "tfds" and name:
+      root, weighted = corpus, _split_spans(name, size)
+    elif files := corpora.files(corpus):
+      root, weighted = str(files[1]), _file_spans(files[0], size, data)
+    else:
+      valid = ("sotu", "shakespeare", "text:GLOB", "tfds:NAME")
+      why = " can't be prepared in blocks"
+      raise corpora.unknown(corpus, field, why, valid)
     groups = enumerate(_group(weighted, size))
     # One block alone may have to supply all of `max_documents`.
     most = data.max_documents if side == TRAIN else None
     found += [Block(i, root, spans, most, side=side) for i, spans in groups]
   return found
-
-
-def _spans(
-  corpus: str, field: str, size: int, form: Form
-) -> tuple[str, Iterator[tuple[Span, int]]]:
-  """Returns a corpus' root, and its spans with their sizes in bytes of text."""
-  kind, _, name = corpus.partition(":")
-  if kind == "tfds" and name:
-    return corpus, _split_spans(name, size)
-  if found := corpora.files(corpus):
-    return str(found[1]), _file_spans(found[0], size, form)
-  valid = ("sotu", "shakespeare", "text:GLOB", "tfds:NAME")
-  raise corpora.unknown(corpus, field, " can't be prepared in blocks", valid)
 
 
 def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
@@ -83,14 +77,13 @@ def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
   Raises:
     UserError: a file can't be read, or a record is bad and may not be skipped.
   """
-  form = records.form_of(data)
   if block.root.startswith("tfds:"):
     name = block.root.removeprefix("tfds:")
-    parts = [tfds.read(name, s.path, s.start, s.end, form) for s in block.spans]
-    found = (document for part in parts for document in part)
+    parts = [tfds.read(name, s.path, s.start, s.end, data) for s in block.spans]
+    found = itertools.chain.from_iterable(parts)
   else:
     root = pathlib.Path(block.root)
-    found = corpora.read_files(block.spans, root, tally, form)
+    found = corpora.read_files(block.spans, root, data, tally)
   found = (document for document in found if document.text.strip())
   return list(itertools.islice(found, block.most))
 
@@ -134,13 +127,13 @@ def _within(path: pathlib.Path, root: str) -> str:
 
 
 def _file_spans(
-  paths: list[pathlib.Path], size: int, form: Form
+  paths: list[pathlib.Path], size: int, data: DataConfig
 ) -> Iterator[tuple[Span, int]]:
   """Yields spans of files with the approximate size of their text in bytes."""
   for path in paths:
     packed = path.name.lower().endswith((".gz", ".parquet"))
     whole = path.stat().st_size * (_COMPRESSED if packed else 1)
-    parts = records.parts(path, form)
+    parts = records.parts(path, data)
     if not parts:  # can only be read as a whole, or is empty
       yield Span(str(path)), whole
       continue

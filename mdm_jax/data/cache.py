@@ -51,7 +51,7 @@ def folder_of(config: RowsConfig, given: Tokenizer | None) -> pathlib.Path:
   found, total = corpora.load_all(config.data), Tally()
   for _, tally in found.values():
     total.add(tally)
-  corpora.tell(total)
+  corpora.log_bad(total)
   inputs = {
     "format": _FORMAT,
     "text": {side: corpora.fingerprint(d) for side, (d, _) in found.items()},

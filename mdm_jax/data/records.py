@@ -8,14 +8,12 @@ decompressed, is not UTF-8, or holds no text where text should be.
 
 import contextlib
 import csv
-import dataclasses
-import functools
 import gzip
 import io
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from mdm_jax.core import modules
@@ -24,8 +22,8 @@ from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import BadRecord, Document, Span, Tally
 
 Kind = Literal["text", "lines", "jsonl", "csv", "parquet"]
-# Name of a record, and a function that returns its text or raises BadRecord.
-Record = tuple[str, Callable[[], str]]
+# Name of a record, and its text or why it can't be read.
+Record = tuple[str, "str | BadRecord"]
 
 _KINDS: dict[str, Kind] = {
   ".jsonl": "jsonl",
@@ -49,39 +47,20 @@ _LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
 _DAMAGED = EOFError, zlib.error, gzip.BadGzipFile
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """How files are read.
-
-  Attributes:
-    document: "line" makes each line of a text file a document; "auto" and
-      "file" make the whole file one.
-    text_key: key or column of the text in .jsonl, .csv and .parquet files.
-  """
-
-  document: str = "auto"
-  text_key: str = "text"
-
-
-def form_of(data: DataConfig) -> Form:
-  """Returns how a config asks for files to be read."""
-  return Form(data.document, data.text_key)
-
-
-def kind_of(path: pathlib.Path, form: Form) -> Kind:
+def kind_of(path: pathlib.Path, data: DataConfig) -> Kind:
   """Returns what a file holds, by its suffix, in upper or lower case."""
   name = path.name.lower().removesuffix(".gz")
   kind = _KINDS.get(pathlib.PurePath(name).suffix, "text")
-  return "lines" if kind == "text" and form.document == "line" else kind
+  return "lines" if kind == "text" and data.document == "line" else kind
 
 
-def parts(path: pathlib.Path, form: Form) -> int | None:
+def parts(path: pathlib.Path, data: DataConfig) -> int | None:
   """Returns the number of units at which a file may be divided.
 
   These are bytes for files of lines and row groups for .parquet; None means
   that the file can only be read as a whole.
   """
-  kind = kind_of(path, form)
+  kind = kind_of(path, data)
   if kind == "parquet":
     with contextlib.suppress(BadRecord):  # reported when the file is read
       return _parquet(path).num_row_groups
@@ -91,26 +70,24 @@ def parts(path: pathlib.Path, form: Form) -> int | None:
 
 
 def read_all(
-  spans: Iterable[Span], root: pathlib.Path, tally: Tally, form: Form
+  spans: Iterable[Span], root: pathlib.Path, data: DataConfig, tally: Tally
 ) -> Iterator[Document]:
   """Yields the documents of spans; their names are relative to `root`.
 
   Args:
     spans: parts of files to read.
     root: folder left out of the names, so that a moved corpus keeps them.
+    data: how files are read.
     tally: counts files and records; raises the first bad record unless it is
       set to skip them.
-    form: how files are read.
   """
   for span in spans:
     tally.files += 1
     name = pathlib.Path(span.path).relative_to(root).as_posix()
-    for record, read in _records(span, name, tally, form):
+    for record, text in _records(span, name, data):
       tally.records += 1
-      try:
-        text = read()
-      except BadRecord as error:
-        tally.add_bad(error)
+      if isinstance(text, BadRecord):
+        tally.add_bad(text)
       else:
         yield Document(record, text)
 
@@ -133,28 +110,28 @@ def decode(data: bytes, path: str | pathlib.Path, first_line: int = 1) -> str:
     raise BadRecord(f"{path}, line {line}: not valid UTF-8 ({e.reason})") from e
 
 
-def _records(
-  span: Span, name: str, tally: Tally, form: Form
-) -> Iterator[Record]:
-  """Yields each record's name and a function that reads it.
+def _records(span: Span, name: str, data: DataConfig) -> Iterator[Record]:
+  """Yields each record's name with its text, or with its error.
 
-  Reading is deferred because a generator that raises is finished: this way
-  `read_all` can count a bad record and continue with the next.
+  Errors are values because a generator that raises is finished: this way the
+  caller can count a bad record and continue with the next.
   """
   path = pathlib.Path(span.path)
-  kind = kind_of(path, form)
+  kind = kind_of(path, data)
   try:
     if kind == "text":
-      yield name, functools.partial(_read_file, path)
+      yield name, _read_file(path)
     elif kind == "parquet":
-      yield from _parquet_rows(span, name, form)
+      yield from _parquet_rows(span, name, data.text_key)
     elif kind == "csv":
-      yield from _csv_rows(path, name, form)
+      yield from _csv_rows(path, name, data.text_key)
     else:
-      yield from _line_records(span, name, kind, form)
+      key = data.text_key if kind == "jsonl" else None
+      yield from _line_records(span, name, key)
   except BadRecord as error:  # the whole file is bad: count it as one record
-    tally.records += 1
-    tally.add_bad(error)
+    yield name, error
+  except _DAMAGED as error:
+    yield name, BadRecord(f"{path} is damaged or incomplete: {error}")
   except OSError as e:
     reason = (e.strerror or str(e)).partition("\n")[0]
     raise UserError(f"{path} can't be read: {reason}") from e
@@ -171,20 +148,11 @@ def _open(path: pathlib.Path) -> io.BufferedIOBase:
   return gzip.open(path, "rb") if _is_packed(path) else open(path, "rb")
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> BadRecord:
-  return BadRecord(f"{path} is damaged or incomplete: {error}")
-
-
 def _read_file(path: pathlib.Path) -> str:
-  try:
-    data = path.read_bytes()
-    data = gzip.decompress(data) if _is_packed(path) else data
-  except _DAMAGED as e:
-    raise _damaged(path, e) from e
-  except OSError as e:
-    raise UserError(f"{path} can't be read: {e.strerror}") from e
-  _check_encoding(data, path)
-  return decode(data.removeprefix(_MARK), path)
+  content = path.read_bytes()
+  content = gzip.decompress(content) if _is_packed(path) else content
+  _check_encoding(content, path)
+  return decode(content.removeprefix(_MARK), path)
 
 
 def _check_encoding(data: bytes, where: Any) -> None:
@@ -208,31 +176,27 @@ def _check_encoding(data: bytes, where: Any) -> None:
     )
   if b"\0" in data:
     line = 1 + data[: data.index(b"\0")].count(b"\n")
-    raise BadRecord(f"{where}, line {line}: a NUL byte, so it is no text file")
+    raise BadRecord(
+      f"{where}, line {line}: a NUL byte, so it is not a text file"
+    )
 
 
 # MARK: lines
 
 
-def _line_records(
-  span: Span, name: str, kind: Kind, form: Form
-) -> Iterator[Record]:
-  path = pathlib.Path(span.path)
-  try:
-    for number, line in enumerate(_lines(span), 1):
-      # Only the first line of a file can have a byte order mark.
-      if number == 1 and not span.start:
-        _check_encoding(line, path)
-        line = line.removeprefix(_MARK)
-      if line.strip():
-        at = functools.partial(_at, span, number)
-        if kind == "lines":
-          read = functools.partial(_read_line, line, at)
-        else:
-          read = functools.partial(_read_json, line, at, form.text_key)
-        yield f"{name}:{number}", read
-  except _DAMAGED as e:
-    raise _damaged(path, e) from e
+def _line_records(span: Span, name: str, key: str | None) -> Iterator[Record]:
+  """Yields the records of a file of lines, or of JSON lines with a key."""
+  for number, line in enumerate(_lines(span), 1):
+    # Only the first line of a file can have a byte order mark.
+    if number == 1 and not span.start:
+      _check_encoding(line, span.path)
+      line = line.removeprefix(_MARK)
+    if line.strip():
+      try:
+        text = _plain(line) if key is None else _from_json(line, key)
+      except ValueError as reason:
+        text = BadRecord(f"{_at(span, number)}: {reason}")
+      yield f"{name}:{number}", text
 
 
 def _lines(span: Span) -> Iterator[bytes]:
@@ -257,16 +221,17 @@ def _at(span: Span, number: int) -> str:
   return f"{span.path}, line {before + number}"
 
 
-def _read_line(line: bytes, at: Callable[[], str]) -> str:
+def _plain(line: bytes) -> str:
   if b"\0" in line:
-    raise BadRecord(f"{at()}: a NUL byte, so it is no text file")
+    raise ValueError("a NUL byte, so it is not a text file")
   try:
     return line.decode().removesuffix("\n").removesuffix("\r")
   except UnicodeDecodeError as e:
-    raise BadRecord(f"{at()}: not valid UTF-8 ({e.reason})") from e
+    raise ValueError(f"not valid UTF-8 ({e.reason})") from e
 
 
-def _read_json(line: bytes, at: Callable[[], str], key: str) -> str:
+def _from_json(line: bytes, key: str) -> str:
+  """Returns the text of a JSON object; raises ValueError with the reason."""
   found = None
   try:
     found = json.loads(line.decode())
@@ -284,7 +249,7 @@ def _read_json(line: bytes, at: Callable[[], str], key: str) -> str:
     reason = f'no "{key}" with a string'
     if isinstance(found, dict):
       reason += _keys([k for k, v in found.items() if isinstance(v, str)])
-  raise BadRecord(f"{at()}: {reason}")
+  raise ValueError(reason)
 
 
 def _keys(names: list[str]) -> str:
@@ -298,7 +263,7 @@ def _keys(names: list[str]) -> str:
 # MARK: tables
 
 
-def _csv_rows(path: pathlib.Path, name: str, form: Form) -> Iterator[Record]:
+def _csv_rows(path: pathlib.Path, name: str, key: str) -> Iterator[Record]:
   text = _read_file(path)
   head = text.partition("\n")[0]
   # Whichever is most frequent in the header.
@@ -306,32 +271,23 @@ def _csv_rows(path: pathlib.Path, name: str, form: Form) -> Iterator[Record]:
   csv.field_size_limit(_LONGEST_CELL)
   # newline="" keeps the line breaks inside quoted cells as they are.
   rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+  where = lambda: f"{path}, line {rows.line_num}"
   try:
-    header = next(rows, [])
-    if form.text_key not in header:
-      raise _no_column(path, form, header)
-    column = header.index(form.text_key)
+    column = _column(path, key, next(rows, []))
     for number, row in enumerate(rows, 1):
-      if row:
-        line = f"{path}, line {rows.line_num}"
-        yield (
-          f"{name}:{number}",
-          functools.partial(_read_cell, row, column, line),
-        )
+      if column < len(row):
+        yield f"{name}:{number}", row[column]
+      elif row:
+        reason = f"{len(row)} columns, the text is in {column + 1}"
+        yield f"{name}:{number}", BadRecord(f"{where()}: {reason}")
   except csv.Error as e:
-    raise BadRecord(f"{path}, line {rows.line_num}: not valid CSV ({e})") from e
+    raise BadRecord(f"{where()}: not valid CSV ({e})") from e
 
 
-def _read_cell(row: list[str], column: int, at: str) -> str:
-  if column >= len(row):
-    raise BadRecord(f"{at}: {len(row)} columns, the text is in {column + 1}")
-  return row[column]
-
-
-def _no_column(
-  path: pathlib.Path, form: Form, names: Iterable[str]
-) -> BadRecord:
-  return BadRecord(f'{path}: no column "{form.text_key}"{_keys([*names])}')
+def _column(path: pathlib.Path, key: str, names: list[str]) -> int:
+  if key not in names:
+    raise BadRecord(f'{path}: no column "{key}"{_keys(names)}')
+  return names.index(key)
 
 
 def _parquet(path: pathlib.Path) -> Any:
@@ -345,24 +301,21 @@ def _parquet(path: pathlib.Path) -> Any:
     if isinstance(e, OSError) and e.errno:
       raise UserError(f"{path} can't be read: {e.strerror}") from e
     reason = str(e).partition("\n")[0]
-    raise BadRecord(f"{path} is no Parquet file: {reason}") from e
+    raise BadRecord(f"{path} is not a Parquet file: {reason}") from e
 
 
-def _parquet_rows(span: Span, name: str, form: Form) -> Iterator[Record]:
+def _parquet_rows(span: Span, name: str, key: str) -> Iterator[Record]:
   path = pathlib.Path(span.path)
   file = _parquet(path)
-  if form.text_key not in file.schema_arrow.names:
-    raise _no_column(path, form, file.schema_arrow.names)
+  _column(path, key, file.schema_arrow.names)
   number = 0
   for group in range(file.num_row_groups)[span.start : span.end]:
-    table = file.read_row_group(group, columns=[form.text_key])
+    table = file.read_row_group(group, columns=[key])
     for text in table.column(0).to_pylist():
       number += 1
-      at = f"{path}, row group {group}, row {number}"
-      yield f"{name}:{number}", functools.partial(_read_value, text, at)
-
-
-def _read_value(value: Any, at: str) -> str:
-  if not isinstance(value, str):
-    raise BadRecord(f"{at}: {type(value).__name__} where text should be")
-  return value
+      if not isinstance(text, str):
+        text = BadRecord(
+          f"{path}, row group {group}, row {number}: {type(text).__name__}"
+          " instead of text"
+        )
+      yield f"{name}:{number}", text

@@ -11,7 +11,6 @@ import glob
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
 
 from mdm_jax.core.errors import UserError
 
@@ -94,7 +93,7 @@ class Tally:
     if self.bad >= FEWEST_BAD and self.bad > most:
       raise UserError(
         f"{self.describe()}; at most {MAX_BAD_SHARE:.0%} may be left out"
-        f" (or {FEWEST_BAD - 1}): mend the files, or name others"
+        f" (or {FEWEST_BAD - 1}): repair the files, or give others"
       )
 
   def describe(self) -> str:
@@ -127,8 +126,8 @@ def find(pattern: str) -> Files:
   for path in files:
     if path.name.lower().endswith(_NO_TEXT):
       raise UserError(
-        f"{path} is no text file; convert it to .txt, .jsonl, .csv or .parquet,"
-        " or give a pattern that leaves it out"
+        f"{path} is not a text file; convert it to .txt, .jsonl, .csv or"
+        " .parquet, or give a pattern that leaves it out"
       )
   return files, root
 
@@ -157,11 +156,6 @@ def as_path(corpus: str) -> str | None:
   if path.is_file() or any(mark in corpus for mark in "/\\*"):
     return f"files are given as 'text:{corpus}'"
   return None
-
-
-def whole(paths: Iterable[pathlib.Path]) -> Iterator[Span]:
-  """Yields one span per file."""
-  return (Span(str(path)) for path in paths)
 
 
 def _root(pattern: str) -> pathlib.Path:

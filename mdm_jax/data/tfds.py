@@ -15,8 +15,9 @@ from typing import Any
 
 from mdm_jax.core import modules
 from mdm_jax.core.errors import UserError, nearest
-from mdm_jax.data.records import Form, decode
-from mdm_jax.data.text_files import Document
+from mdm_jax.data.config import DataConfig
+from mdm_jax.data.records import decode
+from mdm_jax.data.text_files import Document, Tally
 
 
 def splits(name: str) -> dict[str, tuple[int, int]]:
@@ -27,11 +28,11 @@ def splits(name: str) -> dict[str, tuple[int, int]]:
 
 
 def read(
-  name: str, part: str, start: int, end: int, form: Form
+  name: str, part: str, start: int, end: int, data: DataConfig
 ) -> Iterator[Document]:
   """Yields the examples `start` to `end` of a split."""
   builder = _builder(name)
-  feature = _text_feature(name, builder.info.features, form.text_key)
+  feature = _text_feature(name, builder.info.features, data.text_key)
   source = builder.as_data_source(part)
   for i in range(start, end):
     text = source[i][feature]
@@ -40,10 +41,10 @@ def read(
     yield Document(f"{name}/{part}/{i}", text)
 
 
-def read_all(name: str, form: Form) -> Iterator[Document]:
+def read_all(name: str, _: Tally, data: DataConfig) -> Iterator[Document]:
   """Yields the examples of all splits."""
   for part, (examples, _) in splits(name).items():
-    yield from read(name, part, 0, examples, form)
+    yield from read(name, part, 0, examples, data)
 
 
 def _package() -> Any:

@@ -148,7 +148,7 @@ def test_no_match_names_pattern_and_folder(tmp_path):
 def test_formats_that_are_no_text_are_refused_by_their_names(tmp_path):
   (tmp_path / "x.PDF").write_bytes(b"%PDF")
   message = _error(f"text:{tmp_path}/*")
-  assert "x.PDF is no text file; convert it to .txt" in message
+  assert "x.PDF is not a text file; convert it to .txt" in message
 
 
 def _read(corpus, **form):
@@ -195,7 +195,7 @@ def test_found_B4_a_byte_order_mark_is_no_text(tmp_path, name, document):
     ("utf-16-le", "is UTF-16LE, not UTF-8; convert it: iconv -f UTF-16LE -t"),
     ("utf-16-be", "is UTF-16BE, not UTF-8"),
     ("utf-32", "is UTF-32, not UTF-8"),
-    (None, "x.txt, line 2: a NUL byte, so it is no text file"),
+    (None, "x.txt, line 2: a NUL byte, so it is not a text file"),
   ],
 )
 @pytest.mark.parametrize("document", ["auto", "line"])
@@ -264,7 +264,7 @@ def test_any_other_file_is_text_if_it_is(tmp_path, name):
 
 def test_parquet_without_its_package_is_told(tmp_path, monkeypatch):
   (tmp_path / "x.parquet").write_bytes(b"PAR1")
-  assert "x.parquet is no Parquet file" in _error(f"text:{tmp_path}/*")
+  assert "x.parquet is not a Parquet file" in _error(f"text:{tmp_path}/*")
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   assert "pip install -e '.[parquet]'" in _error(f"text:{tmp_path}/*")
 
