@@ -184,7 +184,7 @@ def test_a_dead_worker_is_told(tmp_path, env):
   os.kill(_worker(process.pid), signal.SIGKILL)
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 134
-  assert errors.startswith("error: a worker died (exit code -9)")
+  assert errors.startswith("error: a worker died, perhaps for lack of memory")
 
 
 def _worker(number):
