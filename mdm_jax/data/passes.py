@@ -146,7 +146,7 @@ def _own(job: Job, block: Block, documents: list[Document]) -> list[Document]:
   given = (side for side in first if side not in job.shares.wanted)
   places = (job.store[f"places.{side}.npy"] for side in given)
   held = {at for known in places for at in known.tolist()}
-  return splits.without(documents, held)
+  return [d for d in documents if not held or splits.place(d.text) not in held]
 
 
 def divide(job: Job, block: Block) -> Sides:
@@ -155,17 +155,17 @@ def divide(job: Job, block: Block) -> Sides:
   if block.side == TRAIN:
     return job.split(own)
   # A corpus given for a split belongs to that split as a whole.
-  return dataclasses.replace(Sides([], [], []), **{block.side: own})
+  return splits.no_documents() | {block.side: own}
 
 
 def _train_units(job: Job, block: Block, stage: StageConfig) -> list[Unit]:
-  texts = [document.text for document in divide(job, block).train]
+  texts = [document.text for document in divide(job, block)[TRAIN]]
   return segments.units(texts, stage, job.config.data.language)
 
 
 def _sample(job: Job, block: Block) -> dict[str, Any]:
   sides = divide(job, block)
-  texts = [document.text for document in sides.train]
+  texts = [document.text for document in sides[TRAIN]]
   characters = set()
   if job.sampled < 1:  # otherwise `texts` has the whole corpus already
     found = ngrams.of(texts, job.copied)
@@ -174,7 +174,7 @@ def _sample(job: Job, block: Block) -> dict[str, Any]:
       # The `char` tokenizer needs every character, not only the sampled ones.
       characters = set().union(*texts)
   return {
-    "sizes": sides.count(),
+    "sizes": splits.sizes(sides),
     "texts": [p for text in texts for p in _pieces(text, job.sampled)],
     "characters": "".join(sorted(characters)),
   }
@@ -258,7 +258,7 @@ def _cut(job: Job, name: str, block: Block) -> Cut:
 def _rows(job: Job, block: Block) -> dict[str, Any]:
   tokenizer = tokenizers.load_tokenizer(job.store.folder)
   sides = divide(job, block)
-  train = [document.text for document in sides.train]
+  train = [document.text for document in sides[TRAIN]]
   coverage, language = Coverage(train), job.config.data.language
   made = {}
   # Only blocks of `data.corpus` have text to train on.

@@ -122,7 +122,7 @@ def _keep_places(job: Job, apart: list[Block]) -> None:
 
 
 def _counted(job: Job, own: list[Block], apart: list[Block]) -> Counted:
-  sums, size = splits.count([], job.shares), 0
+  sums, size = splits.Counts(), 0
   tallies: dict[str, Tally] = collections.defaultdict(Tally)
   read: collections.Counter[str] = collections.Counter()
   known = []
@@ -165,7 +165,7 @@ def sample(counted: Counted, run: Run) -> tuple[list[str], str, dict[str, Any]]:
   """
   job = counted.job
   _do("sample", job, counted.blocks, run)
-  sizes = splits.Sides([], [], []).count()
+  sizes = splits.sizes(splits.no_documents())
   texts: list[str] = []
   characters: set[str] = set()
   room = SAMPLE_BYTES
@@ -182,7 +182,7 @@ def sample(counted: Counted, run: Run) -> tuple[list[str], str, dict[str, Any]]:
   apart = [s for s in splits.HELD_OUT if s not in job.shares.wanted]
   # Documents used from held-out corpora; the rest of `others` was left out.
   kept = sum(sizes["documents"][side] for side in apart)
-  split = splits.told(job.split, sizes, counted.others - kept)
+  split = splits.summary(job.split, sizes, counted.others - kept)
   return texts, "".join(sorted(characters)), split
 
 

@@ -12,7 +12,7 @@ counted in parts.
 
 import dataclasses
 import hashlib
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from mdm_jax.core.errors import UserError
@@ -30,24 +30,21 @@ _PLACES = 2**48  # possible hashes of texts
 Way = Literal["documents", "ends"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sides:
-  """The documents of each split, or parts of them, in the corpus' order."""
+# The documents of each split, or parts of them, in the corpus' order.
+Sides = dict[str, list[Document]]
 
-  train: list[Document]
-  validation: list[Document]
-  test: list[Document]
 
-  def __getitem__(self, name: str) -> list[Document]:
-    """Returns a split by its name."""
-    return getattr(self, name)
+def no_documents() -> Sides:
+  """Returns empty splits."""
+  return {side: [] for side in SIDES}
 
-  def count(self) -> dict[str, dict[str, int]]:
-    """Returns the number of documents and characters in each split."""
-    return {
-      "documents": {s: len(self[s]) for s in SIDES},
-      "characters": {s: sum(len(d.text) for d in self[s]) for s in SIDES},
-    }
+
+def sizes(sides: Sides) -> dict[str, dict[str, int]]:
+  """Returns the number of documents and characters in each split."""
+  return {
+    "documents": {s: len(sides[s]) for s in SIDES},
+    "characters": {s: sum(len(d.text) for d in sides[s]) for s in SIDES},
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +83,10 @@ def place(text: str, salt: str = "") -> float:
 # MARK: counting
 
 
+def _none_held() -> dict[str, int]:
+  return dict.fromkeys(HELD_OUT, 0)
+
+
 @dataclasses.dataclass
 class Counts:
   """Sums over documents from which `decide` chooses how to split.
@@ -100,31 +101,32 @@ class Counts:
       most.
   """
 
-  documents: int
-  characters: int
-  by_hash: dict[str, int]
-  by_ends: dict[str, int]
-  by_any_end: dict[str, int]
-  lowest: dict[str, list[float]]
+  documents: int = 0
+  characters: int = 0
+  by_hash: dict[str, int] = dataclasses.field(default_factory=_none_held)
+  by_ends: dict[str, int] = dataclasses.field(default_factory=_none_held)
+  by_any_end: dict[str, int] = dataclasses.field(default_factory=_none_held)
+  lowest: dict[str, list[float]] = dataclasses.field(
+    default_factory=lambda: {side: [] for side in SIDES}
+  )
 
   def add(self, other: "Counts") -> None:
     """Adds the counts of other documents."""
     self.documents += other.documents
     self.characters += other.characters
-    for name in ("by_hash", "by_ends", "by_any_end"):
-      mine, theirs = getattr(self, name), getattr(other, name)
-      setattr(self, name, {s: mine[s] + theirs[s] for s in HELD_OUT})
-    self.lowest = {
-      s: _lowest([*self.lowest[s], *other.lowest[s]]) for s in SIDES
-    }
+    for side in HELD_OUT:
+      self.by_hash[side] += other.by_hash[side]
+      self.by_ends[side] += other.by_ends[side]
+      self.by_any_end[side] += other.by_any_end[side]
+    for side in SIDES:
+      self.lowest[side] = _lowest([*self.lowest[side], *other.lowest[side]])
 
 
 def count(documents: Iterable[Document], shares: Shares) -> Counts:
   """Counts documents for each way in which they could be split."""
   # Sums for every way at once: the choice needs the whole corpus' sums.
-  zero = dict.fromkeys(HELD_OUT, 0)
   places: dict[str, set[float]] = {side: set() for side in SIDES}
-  found = Counts(0, 0, dict(zero), dict(zero), dict(zero), {})
+  found = Counts()
   for document in documents:
     text, at = document.text, place(document.text)
     found.documents += 1
@@ -166,7 +168,7 @@ class Split:
 
   def __call__(self, documents: Sequence[Document]) -> Sides:
     """Returns the documents of each split."""
-    sides: dict[str, list[Document]] = {side: [] for side in SIDES}
+    sides = no_documents()
     for document in documents:
       if self.way == "documents":
         side = _side(place(document.text), *self.bounds, self.shares)
@@ -176,7 +178,7 @@ class Split:
         if text:
           name = document.name + (f":{side}" if side != TRAIN else "")
           sides[side].append(Document(name, text))
-    return Sides(**sides)
+    return sides
 
 
 def decide(counts: Counts, shares: Shares) -> Split:
@@ -291,52 +293,44 @@ def _cut(text: str, size: int) -> int:
   return target
 
 
-# MARK: held-out corpora
+# MARK: what was done
 
 
-def without(
-  documents: list[Document], held: Container[float]
-) -> list[Document]:
-  """Returns the documents whose text is not held out elsewhere."""
-  if not held:
-    return documents
-  return [d for d in documents if place(d.text) not in held]
-
-
-def told(
+def summary(
   split: Split, sizes: dict[str, dict[str, int]], repeated: int
 ) -> dict[str, Any]:
   """Returns the summary of a split for the manifest, as plain values.
 
   Args:
     split: of the corpus.
-    sizes: of the splits, from `Sides.count`.
+    sizes: of the splits, from `sizes`.
     repeated: documents left out because a held-out corpus has them.
   """
   given = [s for s in HELD_OUT if s not in split.shares.wanted]
   return {"way": split.way, "given": given, **sizes, "repeated": repeated}
 
 
-_WAYS = {
+_DESCRIPTIONS = {
   "documents": "whole documents, by a hash of each text",
-  "ends": "ends of documents, which are too few or too unequal to be apart",
+  "ends": "the ends of documents: whole ones are too few or too unequal",
 }
 
 
-def describe(told: dict[str, Any]) -> str:
-  """Describes a split and its sizes in lines of text, from its summary."""
-  total = max(sum(told["characters"].values()), 1)
-  parts = [
-    f"{side} {told['documents'][side]:,} documents, {size:,} characters"
-    f" ({size / total:.1%})" + (", given" if side in told["given"] else "")
-    for side, size in told["characters"].items()
-  ]
-  way = (
-    f"held out: {_WAYS[told['way']]}" if told["given"] != [*HELD_OUT] else ""
-  )
-  lines = [*([way] if way else []), *parts]
-  if told["repeated"]:
+def describe(summary: dict[str, Any]) -> str:
+  """Describes a split and its sizes in lines of text."""
+  total = max(sum(summary["characters"].values()), 1)
+  lines = []
+  if summary["given"] != [*HELD_OUT]:
+    lines.append(f"held out: {_DESCRIPTIONS[summary['way']]}")
+  for side, size in summary["characters"].items():
+    given = ", its own corpus" if side in summary["given"] else ""
     lines.append(
-      f"left out: {told['repeated']:,} documents that are in a held-out corpus"
+      f"{side} {summary['documents'][side]:,} documents, {size:,} characters"
+      f" ({size / total:.1%}){given}"
+    )
+  if summary["repeated"]:
+    lines.append(
+      f"left out: {summary['repeated']:,} documents that are in a held-out"
+      " corpus"
     )
   return "\n".join(lines)

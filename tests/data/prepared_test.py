@@ -361,7 +361,7 @@ def test_found_A5_bytes_are_those_of_the_original_text(
 def test_held_out_text_is_never_trained_on(config):
   data = prepare(config.rows)
   sides = _split(config)
-  train, held_out = sides.train, sides.validation + sides.test
+  train, held_out = sides["train"], sides["validation"] + sides["test"]
   trained = "".join(d.text for d in train)
   for rows in data.stages:
     for piece in _pieces(rows):
@@ -408,9 +408,9 @@ def test_counts_are_those_of_the_rows(config):
   sides = _split(config)
   counts = data.manifest["rows"]
   assert data.manifest["documents"] == {
-    "train": len(sides.train),
-    "validation": len(sides.validation),
-    "test": len(sides.test),
+    "train": len(sides["train"]),
+    "validation": len(sides["validation"]),
+    "test": len(sides["test"]),
     "bad": 0,
   }
   for i, rows in enumerate(data.stages):

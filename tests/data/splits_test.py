@@ -80,7 +80,7 @@ def test_adding_documents_moves_no_end():
 def test_held_out_shares_are_about_what_was_asked():
   split, sides = _split([f"text {i}" for i in range(4000)], _shares(0.05, 0.1))
   assert split.way == "documents"
-  assert 150 < len(sides.validation) < 250 and 300 < len(sides.test) < 500
+  assert 150 < len(sides["validation"]) < 250 and 300 < len(sides["test"]) < 500
 
 
 @pytest.mark.parametrize("size", [4000, 50_000])
@@ -92,7 +92,7 @@ def test_found_A4_few_or_unequal_documents_give_their_ends(size, count):
     texts = _parts(size, count)
   split, sides = _split(texts, _shares())
   assert split.way == "ends"
-  told = splits.told(split, sides.count(), 0)
+  told = splits.summary(split, splits.sizes(sides), 0)
   sizes = told["characters"]
   total = sum(map(len, texts))
   assert sum(sizes.values()) == total
@@ -101,22 +101,22 @@ def test_found_A4_few_or_unequal_documents_give_their_ends(size, count):
     assert f"{side} {len(texts):,} documents, {sizes[side]:,} characters (" in (
       splits.describe(told)
     )
-  assert "ends of documents" in splits.describe(told)
+  assert "the ends of documents" in splits.describe(told)
   for i, text in enumerate(texts):
     parts = [sides[side][i].text for side in SIDES]
     assert "".join(parts) == text  # train first, then validation, then test
     assert all(part[-1] in "\n " for part in parts[:2])
   for side in HELD_OUT:
     for document in sides[side]:
-      assert not any(document.text in d.text for d in sides.train)
+      assert not any(document.text in d.text for d in sides["train"])
 
 
 def test_tiny_documents_stay_whole_beside_long_ones():
   split, sides = _split([BOOK, "a note", "another"], _shares())
   assert split.way == "ends"
-  assert [d.text for d in sides.train[1:]] == ["a note", "another"]
-  assert [d.name for d in sides.validation] == ["0:validation"]
-  assert [d.name for d in sides.test] == ["0:test"]
+  assert [d.text for d in sides["train"][1:]] == ["a note", "another"]
+  assert [d.name for d in sides["validation"]] == ["0:validation"]
+  assert [d.name for d in sides["test"]] == ["0:test"]
 
 
 def test_many_documents_but_one_holds_most_of_the_text():
@@ -171,11 +171,13 @@ def test_text_that_is_given_for_a_side_is_nowhere_else():
   counted = harness.count(store, RowsConfig(data=data))
   sides = harness.divide(counted)
   *_, told = preparation.sample(counted, preparation.run_here)
-  assert [d.text for d in sides.test] == given_texts
-  rest = {d.text for d in (*sides.train, *sides.validation)}
+  assert [d.text for d in sides["test"]] == given_texts
+  rest = {d.text for d in (*sides["train"], *sides["validation"])}
   assert rest == set(texts[3:]) and told["repeated"] == 3
   assert told["given"] == ["test"]
-  assert 20 < len(sides.validation) < 60
+  assert 20 < len(sides["validation"]) < 60
   lines = splits.describe(told)
-  assert "test 4 documents, 28 characters" in lines and ", given" in lines
+  assert (
+    "test 4 documents, 28 characters" in lines and ", its own corpus" in lines
+  )
   assert "3 documents that are in a held-out corpus" in lines
