@@ -18,22 +18,21 @@ from typing import Any
 
 from absl import logging
 from etils import epath
-from rich.progress import Progress
 
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.progress import console
 from mdm_jax.data import corpora, preparation
 from mdm_jax.data.config import RowsConfig
 from mdm_jax.data.inputs import MANIFEST, file_sha256, row_inputs
 from mdm_jax.data.passes import Job, Pass
 from mdm_jax.data.preparation import run_here
-from mdm_jax.data.stage_rows import row_lengths
 from mdm_jax.data.stores import InMemory
 from mdm_jax.data.text_files import Document, Tally
 from mdm_jax.data.tokenizer import Tokenizer
 
 # Part of the folder's hash: raise it when the same inputs give other rows.
 _FORMAT = 4
-# Progress labels of passes that are named for something else than the slow
+# What is shown during passes that are named for something else than the slow
 # part: deciding the split follows `count`, training the tokenizer `sample`.
 _SHOWN: dict[Pass, str] = {"count": "split", "sample": "tokenizer"}
 
@@ -99,11 +98,17 @@ def _write(
       f"data.cache_dir {folder.parent}: {error.strerror}"
     ) from error
   try:
-    with Progress(transient=True) as progress:
-      task = progress.add_task("", total=len(row_lengths(config)))
-      store = InMemory(found, partial, lambda: progress.advance(task))
-      show = lambda told: progress.update(task, description=told)
-      _fill(Job(config, store), inputs, given, show)
+    store = InMemory(found, partial)
+    with console.status("") as status:
+
+      def run(name: Pass, *blocks: Any) -> None:
+        status.update(_SHOWN.get(name, name))
+        run_here(name, *blocks)
+
+      made = preparation.make(Job(config, store), store.blocks, given, run)
+    files = {p.name: file_sha256(p) for p in sorted(partial.iterdir())}
+    manifest = {"inputs": inputs, **made.manifest, "files": files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
     try:
       partial.rename(folder)
     except OSError:  # another process was faster, with the same bytes
@@ -111,22 +116,3 @@ def _write(
         raise
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fill(
-  job: Job, inputs: dict[str, Any], given: Tokenizer | None, show: Any
-) -> None:
-  """Writes every file of a folder, the manifest last."""
-
-  def run(name: Pass, *blocks: Any) -> None:
-    show(_SHOWN.get(name, name))
-    run_here(name, *blocks)
-
-  made = preparation.make(job, job.store.blocks, given, run)
-  folder = job.store.folder
-  manifest = {
-    "inputs": inputs,
-    **made.told,
-    "files": {p.name: file_sha256(p) for p in sorted(folder.iterdir())},
-  }
-  (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))

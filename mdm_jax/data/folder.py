@@ -168,7 +168,7 @@ def _fill(
     },
     # Recognises the corpus after a move (`folder_inputs.check_made`).
     "from": blocks.files(blocks.cut(job.config.data)),
-    **made.told,
+    **made.manifest,
     "files": dict(sorted(files.items())),
   }
   # Hash of all documents, from the blocks' hashes: nothing is read again.

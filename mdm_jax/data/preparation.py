@@ -122,10 +122,9 @@ def _keep_places(job: Job, apart: list[Block]) -> None:
 
 
 def _counted(job: Job, own: list[Block], apart: list[Block]) -> Counted:
-  sums, size = splits.Counts(), 0
+  sums, size, known = splits.Counts(), 0, []
   tallies: dict[str, Tally] = collections.defaultdict(Tally)
   read: collections.Counter[str] = collections.Counter()
-  known = []
   for block in own + apart:
     record = passes.record("count", job, block)
     tallies[block.side].add(Tally(**record["tally"]))
@@ -141,7 +140,9 @@ def _counted(job: Job, own: list[Block], apart: list[Block]) -> Counted:
     total.add(tallies[side])
   if not sums.documents:
     corpus = job.config.data.corpus
-    raise UserError(f"data.corpus={corpus!r} holds only text that is held out")
+    raise UserError(
+      f"data.corpus={corpus!r}: all of its text is in a held-out corpus"
+    )
   job = dataclasses.replace(job, split=splits.decide(sums, job.shares))
   # A single block is in memory anyway: no sample, and all of its 8-grams.
   if not job.one_block:
@@ -217,7 +218,7 @@ class Made:
     counted: the corpus.
     tokenizer: of the rows.
     texts: training text, or a sample of it.
-    told: entries of the manifest, as plain values.
+    manifest: entries of the manifest, as plain values.
     dtype: {rows: {field: dtype}}, as `{"stage_1": {"tokens": "uint16"}}`.
     shards: {rows: index lines of the blocks}.
   """
@@ -225,7 +226,7 @@ class Made:
   counted: Counted
   tokenizer: Tokenizer
   texts: list[str]
-  told: dict[str, Any]
+  manifest: dict[str, Any]
   dtype: dict[str, dict[str, str]]
   shards: dict[str, list[dict[str, Any]]]
 
@@ -253,7 +254,7 @@ def make(
     _join(stage_ranks.ranks, job, own)
     _join(stage_ranks.cuts, job, own)
   _do("rows", job, counted.blocks, run)
-  told = {
+  manifest = {
     "documents": split["documents"] | {"bad": counted.tally.bad},
     "split": split,
     "tokenizer": {
@@ -263,16 +264,16 @@ def make(
     },
   }
   more, dtype, listed = _joined(counted)
-  return Made(counted, tokenizer, texts, told | more, dtype, listed)
+  return Made(counted, tokenizer, texts, manifest | more, dtype, listed)
 
 
 def _joined(
   counted: Counted,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-  """Joins the "rows" records of all blocks to `told`, `dtype`, `shards`."""
+  """Joins the "rows" records of all blocks to the last fields of `Made`."""
   # Examples come from a few blocks only, so their number stays small.
   shown = {block.number for block in spread(counted.blocks)}
-  rows: dict[str, Any] = {}
+  rows: dict[str, Any] = {name: {} for name in row_lengths(counted.job.config)}
   dtype, listed = {}, collections.defaultdict(list)
   examples = collections.defaultdict(list)
   unread: collections.Counter[str] = collections.Counter()
@@ -282,30 +283,26 @@ def _joined(
     for name, part in record.items():
       dtype[name] = part["dtype"]
       listed[name].append(part["shard"])
-      rows[name] = _merge(rows.get(name), part["counts"])
+      rows[name] = _merge(rows[name], part["counts"])
       if block.number in shown:
         examples[name] += enumerate(part["counts"]["examples"])
   for name, counts in rows.items():
     if counts["difficulty"]:  # by position in their block: easy ones first
       examples[name].sort(key=lambda example: example[0])
     counts["examples"] = [text for _, text in spread(examples[name])]
-  rows = {name: rows[name] for name in row_lengths(counted.job.config)}
   return {"rows": rows, "text": dict(unread)}, dtype, listed
 
 
-def _merge(a: dict[str, Any] | None, b: dict[str, Any]) -> dict[str, Any]:
+def _merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
   """Adds up the counts of two sets of blocks; `most_*` take the maximum."""
-  if a is None:
+  if not a:
     return b
   join = lambda k: max(a[k], b[k]) if k.startswith("most_") else a[k] + b[k]
   merged = {k: join(k) for k in a if isinstance(a[k], int)}
-  merged["difficulty"] = b["difficulty"] and {
-    "histogram": [
-      x + y
-      for x, y in zip(
-        a["difficulty"]["histogram"], b["difficulty"]["histogram"], strict=True
-      )
-    ],
-    "cut": max(a["difficulty"]["cut"], b["difficulty"]["cut"]),
-  }
+  merged["difficulty"] = b["difficulty"]
+  if b["difficulty"]:
+    both = a["difficulty"], b["difficulty"]
+    sums = np.sum([part["histogram"] for part in both], axis=0).tolist()
+    cut = max(part["cut"] for part in both)
+    merged["difficulty"] = {"histogram": sums, "cut": cut}
   return merged

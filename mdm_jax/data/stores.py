@@ -7,7 +7,6 @@ writes only rows.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -76,17 +75,14 @@ class InMemory(dict[str, Any]):
     self,
     found: dict[str, tuple[list[Document], Tally]],
     folder: pathlib.Path | None = None,
-    done: Callable[[], Any] = lambda: None,
   ):
     """Takes loaded corpora.
 
     Args:
       found: documents and tally by split, as from `corpora.load_all`.
       folder: where rows and the tokenizer go; None if none will be written.
-      done: called whenever a set of rows was written.
     """
-    self._found, self._done = found, done
-    self.folder = folder
+    self._found, self.folder = found, folder
     # Neither root nor spans: the documents are already here.
     self.blocks = [Block(0, "", (), side=side) for side in found]
 
@@ -101,7 +97,6 @@ class InMemory(dict[str, Any]):
     for part, array in parts.items():
       path = self.folder / shards.shard_name(name, None, part)
       np.save(path, array, allow_pickle=False)
-    self._done()
     return {}
 
 
