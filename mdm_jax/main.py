@@ -126,7 +126,7 @@ def _fail_unforeseen(error: Exception) -> int:
   """Reports lack of memory in one line, other errors with a traceback."""
   from mdm_jax.core import memory  # late, so that wrong flags fail at once
 
-  told = memory.told(error)
+  told = memory.as_user_error(error)
   if told:
     return command_line.fail(told)
   traceback.print_exception(error)

@@ -46,7 +46,7 @@ def prepare_rows(
     )
   if distributed.count() > 1:
     raise UserError(
-      "--mode=prepare is one program with --workers; on several machines run"
+      "--mode=prepare runs on one machine, with --workers; to use several, run"
       " python -m mdm_jax.prepare_beam"
     )
   given = inputs.given_tokenizer(config.rows, workdir)
@@ -56,11 +56,11 @@ def prepare_rows(
   ):
     manifest = folder.prepare_folder(config.rows, given, _shown(pool))
     stop.check()
-  tell(config, manifest)
+  print_summary(config, manifest)
   return manifest
 
 
-def tell(config: Config, manifest: dict[str, Any]) -> None:
+def print_summary(config: Config, manifest: dict[str, Any]) -> None:
   """Prints what a prepared folder holds, one fact per line."""
   size = manifest["documents"]["bytes"] / 1e6
   lines = [
@@ -74,7 +74,7 @@ def tell(config: Config, manifest: dict[str, Any]) -> None:
   for i, stage in enumerate(config.stages):
     told = coverage.left_out(stage, manifest["rows"][stage_name(i)])
     lines += [f"stages[{i}]: {line}" for line in told]
-  lines += filter(None, [coverage.told(manifest["text"])])
+  lines += filter(None, [coverage.unread_text(manifest["text"])])
   lines.append(f"prepared: {config.data.prepared}")
   for line in lines:
     console.print(line, soft_wrap=True)

@@ -70,14 +70,16 @@ def main(_: list[str]) -> int:
     manifest = folder.prepare_folder(config.rows, given, beam_run(options))
   except Failure as error:
     return command_line.fail(error)
-  prepare.tell(config, manifest)
+  prepare.print_summary(config, manifest)
   return 0
 
 
 def _define_flags() -> None:
   # By the program alone: importing this module must add no flags.
-  flags.DEFINE_string("runner", "DirectRunner", "Of Beam, by its name.")
-  flags.DEFINE_multi_string("beam", [], "An option of Beam's, as --a=b.")
+  flags.DEFINE_string("runner", "DirectRunner", "Name of the Beam runner.")
+  flags.DEFINE_multi_string(
+    "beam", [], "A pipeline option of Beam, as --name=value."
+  )
 
 
 if __name__ == "__main__":

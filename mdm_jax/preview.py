@@ -30,7 +30,7 @@ def show(config: Config, data: PreparedData) -> None:
       # Long examples are cut: a line each is enough to see what they are.
       console.print(line, no_wrap=True, overflow="ellipsis")
     console.print()
-  if unread := coverage.told(data.manifest["text"]):
+  if unread := coverage.unread_text(data.manifest["text"]):
     console.print(unread, markup=False)
     console.print()
 

@@ -304,7 +304,7 @@ def test_found_C6_a_number_is_within_its_bounds_or_refused(path, field):
     message = _error(config_lib.from_dict, raw)
     assert message.startswith(f"{path}{'[0]' * pair}"), message
     if value != 10**400:
-      assert f"must be {fields.told(bounds)}" in message
+      assert f"must be {fields.in_words(bounds)}" in message
 
 
 @pytest.mark.parametrize(
@@ -324,8 +324,8 @@ def test_bounds(bounds, inside, outside):
 
 
 def test_bounds_are_told():
-  assert fields.told("[0, 1)") == "in [0, 1)"
-  assert fields.told("-1 or [1, 64]") == "-1 or in [1, 64]"
+  assert fields.in_words("[0, 1)") == "in [0, 1)"
+  assert fields.in_words("-1 or [1, 64]") == "-1 or in [1, 64]"
 
 
 def test_a_window_of_one_has_no_deviation():
@@ -590,7 +590,7 @@ def test_without_a_name_the_objective_is_masked(toy):
     ),
     (
       {"objective": {"name": "toys"}},
-      "objective.name='toys' is no objective; did you mean 'toy'?",
+      "objective.name='toys': unknown objective; did you mean 'toy'?",
     ),
   ],
 )

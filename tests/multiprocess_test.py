@@ -296,8 +296,8 @@ def test_fault_10_without_a_coordinator_it_tells_what_it_waits_for(lonely):
     ((None, None, 0), "--coordinator and --num_processes: not given"),
     (("h", 2, 0), "--coordinator=h: write it as HOST:PORT"),
     ((":1", 2, 0), "--coordinator=:1: write it as HOST:PORT"),
-    (("h:1", 2, 2), "it goes from 0 to 1"),
-    (("h:1", 2, -1), "it goes from 0 to 1"),
+    (("h:1", 2, 2), "it must be from 0 to 1"),
+    (("h:1", 2, -1), "it must be from 0 to 1"),
   ],
 )
 def test_arguments_that_do_not_fit_are_told(given, told):

@@ -47,7 +47,9 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
       return float(value)
     except OverflowError:
       digits = len(str(abs(value)))
-      raise UserError(f"{path}: {digits} digits are too many") from None
+      raise UserError(
+        f"{path}: a number of {digits} digits is too large"
+      ) from None
   if isinstance(hint, type) and type(value) is hint:
     return value
   name = hint.__name__ if isinstance(hint, type) and not args else str(hint)

@@ -67,14 +67,13 @@ def promise(backend: str) -> str:
   if backend == "cpu":
     return "the same command gives the same bits, on the same number of devices"
   if backend != "gpu":
-    return f"whether two runs have the same bits on a {backend} was not tried"
+    return f"bit-identical runs were not tested on a {backend}"
   if is_asked():
     return (
-      "XLA is asked for the same bits in every run; on a GPU this was not tried"
+      "XLA uses deterministic kernels; bit-identical runs on a GPU were not"
+      " tested"
     )
-  return (
-    f"two runs on a GPU differ by rounding: {_FIELD}=true asks for the bits"
-  )
+  return f"two runs on a GPU differ by rounding; {_FIELD}=true avoids that"
 
 
 def _gpu_plugins() -> list[str]:

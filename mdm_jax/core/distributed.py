@@ -105,8 +105,8 @@ def _checked(
     raise UserError(f"--coordinator={coordinator}: write it as HOST:PORT")
   if not 0 <= process_id < num_processes:
     raise UserError(
-      f"--process_id={process_id}: with --num_processes={num_processes} it goes"
-      f" from 0 to {num_processes - 1}"
+      f"--process_id={process_id}: with --num_processes={num_processes} it"
+      f" must be from 0 to {num_processes - 1}"
     )
   return coordinator, num_processes, process_id, None
 

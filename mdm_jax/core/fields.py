@@ -97,7 +97,7 @@ def _check(value: Any, path: str, at: dataclasses.Field[Any]) -> None:
     for i, item in enumerate(value):
       _check(item, f"{path}[{i}]", at)
   elif limits and value is not None and not allows(limits, value):
-    raise UserError(f"{path}={value} must be {told(limits)}")
+    raise UserError(f"{path}={value} must be {in_words(limits)}")
   # Defaults are valid: skip importing the registry's module, which is slow.
   elif pieces and value != at.default:
     registry.resolve(pieces).check(value, path)
@@ -108,7 +108,7 @@ def allows(bounds: str, value: int | float) -> bool:
   return any(interval.has(value) for interval in _parsed(bounds))
 
 
-def told(bounds: str) -> str:
+def in_words(bounds: str) -> str:
   """Returns bounds in words, to follow "must be"."""
   return re.sub(r"(?<!\S)(?=[\[(])", "in ", bounds)
 

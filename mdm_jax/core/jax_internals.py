@@ -16,10 +16,10 @@ def missing() -> list[str]:
   """Returns what this version of JAX lacks, with the consequence of each."""
   lost = []
   if _state() is None:
-    lost.append("its coordination service: there can be only one process")
+    lost.append("the coordination service, so there can be only one process")
   elif _search() is None:
     lost.append(
-      "its search for clusters: several processes need --coordinator,"
+      "cluster detection, so several processes need --coordinator,"
       " --num_processes and --process_id"
     )
   return lost

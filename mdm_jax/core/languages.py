@@ -24,4 +24,4 @@ def check(path: str, code: str) -> None:
     return
   short = code.lower()[:2]
   hint = f"did you mean {short!r}?" if short in CODES else nearest(code, CODES)
-  raise UserError(f"{path}={code!r} is no language of ISO 639-1; {hint}")
+  raise UserError(f"{path}={code!r} is not an ISO 639-1 language code; {hint}")

@@ -26,7 +26,7 @@ def of_device() -> int:
   return stats.get("bytes_limit") or of_host()
 
 
-def told(error: BaseException) -> UserError | None:
+def as_user_error(error: BaseException) -> UserError | None:
   """Returns a UserError for an out-of-memory error; None for any other."""
   if isinstance(error, MemoryError):
     where = "this machine's memory"
@@ -36,8 +36,8 @@ def told(error: BaseException) -> UserError | None:
     return None
   lines = str(error).strip().splitlines() or [type(error).__name__]
   return UserError(
-    f"{where} is too small for these settings ({lines[0]}); what needs less at"
-    " once: a smaller data.batch_size with a larger optimizer.accumulation,"
+    f"{where} is too small for these settings ({lines[0]}); to need"
+    " less: a smaller data.batch_size with a larger optimizer.accumulation,"
     " model.remat=full, a smaller eval.batch_size, shorter rows or samples, or"
     " more devices"
   )

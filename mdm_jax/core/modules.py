@@ -27,7 +27,7 @@ def load(names: Iterable[str]) -> None:
     except UserError:
       raise
     except Exception as error:  # whatever the module's own code raises
-      raise UserError(f"module {name}: {_told(name, error)}") from error
+      raise UserError(f"module {name}: {_reason(name, error)}") from error
 
 
 def need(package: str, extra: str, what: str) -> None:
@@ -51,15 +51,15 @@ def check_loaded(names: Iterable[str]) -> None:
   if missing:
     given = ",".join(missing)
     raise UserError(
-      f"modules={given}: the run's own pieces are defined there, and a saved"
-      " config is no reason to run code. If you trust what Python finds by"
-      f" that name, import it, or give --modules={given}"
+      f"modules={given}: this run uses code from there, and modules named in a"
+      " saved config are not imported by themselves. If you trust what Python"
+      f" finds under that name, import it or give --modules={given}"
     )
 
 
-def _told(name: str, error: Exception) -> str:
+def _reason(name: str, error: Exception) -> str:
   missing = isinstance(error, ModuleNotFoundError) and error.name
   if missing and (name == missing or name.startswith(f"{missing}.")):
-    return f"Python finds no module {missing}; is its folder in PYTHONPATH?"
+    return f"Python can't find module {missing}; is its folder in PYTHONPATH?"
   text = " ".join(str(error).split())
   return f"{type(error).__name__}: {text}"

@@ -57,8 +57,8 @@ class Registry(Generic[Piece]):
     known = self._pieces.get(name, piece[0])
     if not _same(known, piece[0]):
       raise UserError(
-        f"two pieces want to be the {self.kind} {name!r}: {_origin(known)} and"
-        f" {_origin(piece[0])}; give one of them another name"
+        f"two definitions of the {self.kind} {name!r}: {_origin(known)} and"
+        f" {_origin(piece[0])}; rename one of them"
       )
     self._pieces[name] = piece[0]
     return piece[0]
@@ -72,7 +72,7 @@ class Registry(Generic[Piece]):
     """
     if name not in self._pieces:
       raise UserError(
-        f"{field or self.field}={name!r} is no {self.kind};"
+        f"{field or self.field}={name!r}: unknown {self.kind};"
         f" {nearest(name, self._pieces)}"
       )
 

@@ -64,7 +64,7 @@ def check_name(name: Any, where: epath.PathLike) -> str:
   plain = isinstance(name, str) and name not in ("", ".", "..")
   if not plain or any(c in name for c in "/\\:\0"):
     raise UnsafeFile(
-      f"{where} names the file {str(name)[:80]!r}; only a plain name, in the"
-      " same folder, is read"
+      f"{where} names the file {str(name)[:80]!r}; only plain names, in the"
+      " same folder, are allowed"
     )
   return name

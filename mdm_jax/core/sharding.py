@@ -161,7 +161,7 @@ def _misfit(sizes: list[int], known: int, devices: int) -> str:
   )
   if -1 in sizes:
     free = AXES[sizes.index(-1)]
-    why = f"{devices} / {known} is no whole number for mesh.{free}"
+    why = f"{devices} / {known} is not a whole number for mesh.{free}"
   else:
     why = f"that is {known}"
   valid = []

@@ -143,8 +143,8 @@ class Vocabulary:
     for first, past in self.forbidden:
       if not before <= first < past <= self.size:
         raise ValueError(
-          f"forbidden={self.forbidden}: ranges must rise, hold an id each and"
-          f" lie in [0, {self.size}]"
+          f"forbidden={self.forbidden}: ranges must be increasing, not empty"
+          f" and within [0, {self.size}]"
         )
       before = past
     if not self.predictable:
@@ -154,12 +154,12 @@ class Vocabulary:
     given = {n: i for n in _NAMES if (i := getattr(self, n)) is not None}
     for name, i in given.items():
       if not 0 <= i < self.size:
-        raise ValueError(f"{name}={i} is no id of {self.size}")
+        raise ValueError(f"{name}={i} is not in [0, {self.size})")
     for name in {"pad", "mask"} & given.keys():
       if any(first <= given[name] < past for first, past in self._allowed()):
         raise ValueError(f"{name}={given[name]} must be forbidden")
       if list(given.values()).count(given[name]) > 1:
-        raise ValueError(f"{name}={given[name]} has another meaning too")
+        raise ValueError(f"{name}={given[name]} is also another special id")
 
 
 def _within(ids: Ids, first: int, past: int, size: int) -> Ids:

@@ -10,51 +10,52 @@ from mdm_jax.core.fields import COUNT, MANY, POSITIVE, SHARE, SIZE, field, fixed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """Which text, and how many rows of it a step sees."""
+  """Which text is read, and how it is split."""
 
   corpus: str = field(  # not fixed: a resume may find it elsewhere
     "sotu", "`sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`"
   )
-  batch_size: int = fixed(8, "global rows a microbatch", SIZE)
+  batch_size: int = fixed(8, "rows per microbatch, over all devices", SIZE)
   eval_fraction: float = fixed(
     0.05,
-    "share held out for validation, which chooses the best checkpoint",
+    "fraction held out for validation, which selects the best checkpoint",
     "[0, 0.5]",
   )
   test_fraction: float = fixed(
     0.05,
-    "share held out for the results, and used for nothing else",
+    "fraction held out for test, used only for final results",
     "[0, 0.5]",
   )
   validation_corpus: str = field(
-    "", "text for validation, as `corpus` ('': a share of the corpus)"
+    "", "corpus used for validation ('': a fraction of `corpus`)"
   )
   test_corpus: str = field(
-    "", "text for the results, as `corpus` ('': a share of the corpus)"
+    "", "corpus used for test ('': a fraction of `corpus`)"
   )
   language: str = fixed(
-    "en", "of the text, by ISO 639-1: how sentences end, and readability"
+    "en", "ISO 639-1 code of the text; for splitting sentences and readability"
   )
   document: Literal["auto", "file", "line"] = field(
-    "auto", "what a document is in text files; auto: the whole file"
+    "auto", "one document per text file or per line of it (auto: file)"
   )
   text_key: str = field(
-    "text", "where the text is in a .jsonl, .csv, .parquet or `tfds:NAME`"
+    "text", "key or column of the text in .jsonl, .csv, .parquet, `tfds:NAME`"
   )
   max_documents: int | None = fixed(
     None, "read only the first N documents (None: all)", MANY
   )
   on_bad_record: Literal["fail", "skip"] = field(
-    "fail", "stop at a file or line that can't be read, or count and skip it"
+    "fail",
+    "what to do at an unreadable file or line: stop, or count and skip it",
   )
   cache_dir: str = field(
-    "", "where prepared rows are kept ('': $XDG_CACHE_HOME/mdm_jax)", path=True
+    "", "folder of cached rows ('': $XDG_CACHE_HOME/mdm_jax)", path=True
   )
   prepared: str = field(
-    "", "folder of --mode=prepare; rows are read from it", path=True
+    "", "folder that --mode=prepare fills and training reads", path=True
   )
   block_megabytes: float = field(
-    16.0, "Megabytes of text per prepared shard", "(0, 1048576]"
+    16.0, "megabytes of text per prepared shard", "(0, 1048576]"
   )
 
   def check(self, path: str) -> None:
@@ -78,19 +79,19 @@ class TokenizerConfig:
     registry="mdm_jax.data.tokenizer:TOKENIZERS",
   )
   vocab_size: int = fixed(
-    8192, "pieces of a SentencePiece model to train", SIZE
+    8192, "pieces of the SentencePiece model to train", SIZE
   )
   path: str = fixed(
-    "", "a given SentencePiece .model instead of training one", path=True
+    "", "SentencePiece .model file to use instead of training one", path=True
   )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveStage:
-  """What a stage's config tells the objective; subclasses add the fields."""
+  """A stage's settings of the objective; subclasses add the fields."""
 
   def describe(self) -> str:
-    """Returns what the stage asks of the model, in a few words for tables."""
+    """Returns the settings in a few words, for tables."""
     return ""
 
   def masked_share(self) -> tuple[float, float] | None:
@@ -107,24 +108,22 @@ class StageConfig:
     "paragraphs",
     "text unit: one sentence, two consecutive ones, one line, or running text",
   )
-  length: int = fixed(512, "tokens a row", SIZE)
+  length: int = fixed(512, "tokens per row", SIZE)
   easiest: float = fixed(
-    1.0, "share of the units kept, the least difficult first", SHARE
+    1.0, "fraction of the units to keep, the easiest ones", SHARE
   )
-  min_words: int = fixed(0, "shorter units are left out", COUNT)
-  max_words: int | None = fixed(None, "longer units are left out", POSITIVE)
-  epochs: float = fixed(
-    1.0, "passes over the rows selected for the stage", "(0, 1e9]"
-  )
+  min_words: int = fixed(0, "minimum words of a unit", COUNT)
+  max_words: int | None = fixed(None, "maximum words of a unit", POSITIVE)
+  epochs: float = fixed(1.0, "passes over the stage's rows", "(0, 1e9]")
   updates: int | None = fixed(
     None, "optimizer updates instead of epochs (None: from epochs)", POSITIVE
   )
   # `flat`: config files write the objective's fields beside the stage's own.
   objective: ObjectiveStage | None = field(
-    None, "what the objective is told (None: its defaults)", flat=True
+    None, "settings of the objective (None: its defaults)", flat=True
   )
   lr_factor: float = field(
-    1.0, "multiplies the peak of the stage's cosine cycle", "(0, 1000]"
+    1.0, "multiplies the peak learning rate of the stage", "(0, 1000]"
   )
 
   def check(self, path: str) -> None:

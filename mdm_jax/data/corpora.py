@@ -104,7 +104,7 @@ def check(corpus: str, field: str, tally: Tally, documents: int) -> None:
     seen = f": {tally.files:,} files with {tally.records:,} records read"
   if tally.bad:
     seen += f"; {tally.describe()}"
-  raise UserError(f"{field}={corpus!r} holds no text{seen}")
+  raise UserError(f"{field}={corpus!r} contains no text{seen}")
 
 
 def log_bad(tally: Tally) -> None:

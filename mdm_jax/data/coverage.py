@@ -55,7 +55,7 @@ class Coverage:
     return {"characters": characters, "unread": unread}
 
 
-def told(counts: dict[str, int]) -> str:
+def unread_text(counts: dict[str, int]) -> str:
   """Describes how much of the text no stage reads; '' if all of it is read."""
   if not counts["unread"]:
     return ""
@@ -74,7 +74,7 @@ def left_out(stage: StageConfig, counts: dict[str, Any]) -> list[str]:
   if counts["without_sentences"]:
     lines.append(
       f"{counts['without_sentences']:,} of {counts['documents']:,} documents"
-      " have no sentences: lines, or parts of lines, instead"
+      " have no sentences and were divided into lines or parts of lines"
     )
   total = counts["characters"]
   share = 1 - counts["characters_read"] / max(total, 1)

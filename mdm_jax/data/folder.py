@@ -44,7 +44,7 @@ def path_of(config: RowsConfig) -> pathlib.Path:
   if "://" in config.data.prepared:
     raise UserError(
       f"data.prepared={config.data.prepared} is a bucket; rows are mapped into"
-      " memory, so give a folder of a disk that all machines see, or mount it"
+      " memory, so give a folder on a disk that all machines see, or mount it"
     )
   return pathlib.Path(config.data.prepared).expanduser().absolute()
 
@@ -101,7 +101,7 @@ class _owned:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise UserError(
-        f"another process prepares {self._work.parent}; wait for it, or give"
+        f"another process is preparing {self._work.parent}; wait for it, or set"
         " another data.prepared"
       ) from None
     except OSError as error:

@@ -44,7 +44,7 @@ def check_made(
   if isinstance(made, dict) and made.get("format") != FORMAT:
     raise UserError(
       f"data.prepared={folder} was prepared by another version (format"
-      f" {made.get('format')}, this one reads {FORMAT}): prepare another folder"
+      f" {made.get('format')}, not {FORMAT}); prepare another folder"
     )
   if renamed(made, wanted) != wanted or not _is_there(manifest, data):
     check(folder, made, wanted)
@@ -77,5 +77,5 @@ def check(folder: pathlib.Path, made: Any, wanted: Any) -> None:
   if differs:
     raise UserError(
       f"data.prepared={folder} was prepared with another config: {differs};"
-      " take that value back, or prepare another folder"
+      " restore that value, or prepare another folder"
     )

@@ -35,7 +35,7 @@ def given_tokenizer(
     return tokenizers.load_tokenizer(workdir)
   if not tokenizers.is_saved_in(config.init_from):
     raise UserError(
-      f"init_from={config.init_from!r} is no finished run: it holds no"
+      f"init_from={config.init_from!r} is not a finished run: it has no"
       " tokenizer; give --config.init_from=WORKDIR"
     )
   return tokenizers.load_tokenizer(config.init_from)

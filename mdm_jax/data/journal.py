@@ -50,7 +50,7 @@ def put(path: pathlib.Path, value: Any) -> dict[str, Any]:
     os.replace(beside, path)
   except OSError as error:
     raise StorageError(
-      f"{path} can't be written: {error.strerror}; the same command goes on"
+      f"{path} can't be written: {error.strerror}; the same command resumes"
     ) from error
   return {
     "bytes": len(content),

@@ -78,10 +78,10 @@ def pack(
     >>> rows.tokens, rows.segments
     (array([[1, 2, 3, 5]], dtype=uint16), array([[1, 1, 1, 2]], dtype=uint16))
   """
-  return pack_and_tell(texts, length, vocab, **others)[0]
+  return pack_with_places(texts, length, vocab, **others)[0]
 
 
-def pack_and_tell(
+def pack_with_places(
   texts: Sequence[Tokens], length: int, vocab: Vocabulary, **others: Values
 ) -> tuple[Rows, Int64[np.ndarray, "N 2"]]:
   """Returns what `pack` does, and the (row, segment) of each text."""

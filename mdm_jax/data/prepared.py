@@ -145,7 +145,7 @@ def _folder(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
   wanted = folder_inputs.of(config, given)
   if not (path / MANIFEST).exists():
     raise UserError(
-      f"data.prepared={path} holds no finished preparation; run"
+      f"data.prepared={path} contains no finished preparation; run"
       " --mode=prepare with the same config first"
     )
   sets = [*row_lengths(config)]
@@ -209,7 +209,7 @@ def _check_shards(
   wrong = next(filter(None, missing), None) or _damaged_shard(indices, vocab)
   told = wrong and str(_damaged(folder, wrong))
   # Raises where processes differ; if all found the same, the line below does.
-  distributed.agree("what is wrong with data.prepared", told)
+  distributed.agree("the damage found in data.prepared", told)
   if told:
     raise UserError(told)
 
@@ -225,5 +225,5 @@ def _damaged_shard(indices: list[Index], vocab: Vocabulary) -> str | None:
 def _damaged(folder: os.PathLike, what: Any) -> UserError:
   return UserError(
     f"prepared data is damaged: {what}; delete the folder {folder} and run"
-    " again to make it anew"
+    " again to rebuild it"
   )

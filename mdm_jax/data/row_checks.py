@@ -34,7 +34,7 @@ def find_wrong(values: Values, length: int, vocab: Vocabulary) -> str | None:
   fields = [field(name) for name in values]
   types = {f.name: values[f.name].dtype for f in fields}
   if any(types[f.name] not in map(np.dtype, f.stored) for f in fields):
-    return f"dtypes that are never written: {_listed(types)}"
+    return f"unexpected dtypes: {_listed(types)}"
   step = max(_CHUNK // length, 1)
   for i in range(0, rows, step):
     part = {name: array[i : i + step] for name, array in values.items()}
@@ -90,8 +90,8 @@ def find_wrong_texts(segments: np.ndarray, texts: np.ndarray) -> str | None:
   if len(texts) != len(row):
     return f"{len(texts)} texts, but the rows have {len(row)}"
   if (texts[:, 0] != row).any() or (texts[:, 1] != segment).any():
-    return "rows or segments that are not those of the rows"
-  return "a number below 0" if (texts < 0).any() else None
+    return "row or segment numbers that don't match the rows"
+  return "a negative number" if (texts < 0).any() else None
 
 
 def check_enough(config: RowsConfig, index: int, rows: int) -> None:
@@ -154,5 +154,5 @@ def _no_rows(name: str, stage: StageConfig, counts: dict[str, Any]) -> str:
   ]
   return (
     f"{name} has no rows: of {short + long + found:,} {stage.unit}"
-    f" {', '.join(told) or 'none holds any text'}"
+    f" {', '.join(told) or 'none has any text'}"
   )

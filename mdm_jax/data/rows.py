@@ -38,7 +38,7 @@ class Field:
   device: type
   pad: int | str = 0
   wrong: Callable[[Values, Vocabulary], Bool[np.ndarray, "N L"]] | None = None
-  why: Callable[[int, Vocabulary], str] = lambda value, _: f"{value} can't be"
+  why: Callable[[int, Vocabulary], str] = lambda value, _: f"{value} is invalid"
   optional: bool = False
 
   def dtype(self, vocab: Vocabulary) -> np.dtype:
@@ -65,12 +65,12 @@ def _wrong_tokens(values: Values, vocab: Vocabulary) -> np.ndarray:
 def _why_token(token: int, vocab: Vocabulary) -> str:
   """Returns why a token is invalid; the pad id is so only inside a text."""
   if token == vocab.mask:
-    return f"id {token} is the mask, which stands for no text"
+    return f"id {token} is the mask token, which can't be in text"
   if vocab.may_be_text(np.array([token])):
-    return f"id {token} in padding, which is {vocab.pad}"
+    return f"id {token} in padding, where the id must be {vocab.pad}"
   if token == vocab.pad:
-    return f"id {token} is padding, but in a text"
-  return f"id {token} is none of the tokenizer's"
+    return f"id {token} is the padding id, but inside a text"
+  return f"id {token} is not in the tokenizer's vocabulary"
 
 
 def _wrong_answer(values: Values, _: Vocabulary) -> np.ndarray:

@@ -50,8 +50,8 @@ def train(vocab_size: int, texts: Sequence[str]) -> bytes:
     )
   if (share := words.share_of_runs(texts)) > 0.1:
     logging.warning(
-      "SentencePiece learns slowly from words of 50 characters or more, %.0f %%"
-      " of the text; tokenizer.kind=char or byte needs no learning",
+      "SentencePiece trains slowly on words of 50 characters or more, which are"
+      " %.0f %% of the text; tokenizer.kind=char or byte needs no training",
       100 * share,
     )
   lines = [line for text in texts for line in _lines(text)]
@@ -84,8 +84,8 @@ def _common_characters(lines: list[str], vocab_size: int) -> list[str]:
   if len(counts) <= room:
     return lines
   logging.info(
-    "Only the %d commonest of %d characters can become pieces; the rest is"
-    " spelt in bytes.",
+    "Only the %d most common of %d characters can become pieces; the rest is"
+    " spelled in bytes.",
     room,
     len(counts),
   )

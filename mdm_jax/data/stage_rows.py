@@ -8,7 +8,7 @@ import numpy as np
 from mdm_jax.data import held_out, segments
 from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.held_out import HeldOut
-from mdm_jax.data.packing import Tokens, join_sentences, pack, pack_and_tell
+from mdm_jax.data.packing import Tokens, join_sentences, pack, pack_with_places
 from mdm_jax.data.rows import Rows
 from mdm_jax.data.segments import Found, Selection, Unit
 from mdm_jax.data.splits import HELD_OUT
@@ -97,7 +97,7 @@ def make_held_out(
     sizes = held_out.original_bytes(unit.parts, encoded, found, widths)
     pieces += found
     told += [(unit.document, size) for size in sizes]
-  rows, places = pack_and_tell(pieces, stage.length, tokenizer.vocab)
+  rows, places = pack_with_places(pieces, stage.length, tokenizer.vocab)
   table = np.array(told, np.int64).reshape(-1, 2)
   # Number each document's pieces from 0: subtract its first line's index.
   _, first, of = np.unique(table[:, 0], return_index=True, return_inverse=True)

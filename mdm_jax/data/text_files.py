@@ -145,7 +145,7 @@ def _inside(folder: pathlib.Path) -> str:
   """Suggests a pattern for the files in a folder, by their commonest suffix."""
   names = [p.suffix for p in folder.rglob("*") if p.is_file()]
   (suffix, _), *_ = collections.Counter(names).most_common(1) or [(".txt", 0)]
-  return f"for its files write 'text:{folder}/**/*{suffix}'"
+  return f"to read its files, write 'text:{folder}/**/*{suffix}'"
 
 
 def as_path(corpus: str) -> str | None:
@@ -154,7 +154,7 @@ def as_path(corpus: str) -> str | None:
   if path.is_dir():
     return f"that is a folder, {_holds(path)}; {_inside(path)}"
   if path.is_file() or any(mark in corpus for mark in "/\\*"):
-    return f"files are given as 'text:{corpus}'"
+    return f"write files as 'text:{corpus}'"
   return None
 
 
@@ -180,6 +180,6 @@ def _holds(folder: pathlib.Path) -> str:
   )
   files = suffixes.total()
   return (
-    f"which holds {files:,} files{f' ({common})' if files else ''} and"
+    f"which contains {files:,} files{f' ({common})' if files else ''} and"
     f" {len(entries) - files:,} folders"
   )

@@ -152,14 +152,14 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
     return SentencePieceTokenizer(_checked(model))
   path = epath.Path(folder) / CharTokenizer.filename
   if not path.exists():
-    raise UserError(f"{folder} holds no {model.name} and no {path.name}")
+    raise UserError(f"{folder} contains neither {model.name} nor {path.name}")
   content = safe_files.read_bytes(path)
   try:
     fields = json.loads(content)
     TOKENIZERS.check(fields["kind"], f"{path}: kind")
     return TOKENIZERS[fields["kind"]].load(fields)
   except _NOT_OURS as e:
-    raise UserError(f"{path} is not a tokenizer this library wrote") from e
+    raise UserError(f"{path} is not a tokenizer file of this library") from e
 
 
 # MARK: bytes and characters
@@ -287,7 +287,9 @@ class SentencePieceTokenizer(Tokenizer):
     ids = np.fromiter(itertools.chain.from_iterable(parts), np.int32)
     ids = self._ids[ids]
     if np.any(ids < 0):
-      raise UserError("the SentencePiece model uses its unknown symbol in text")
+      raise UserError(
+        "the SentencePiece model encodes text as its unknown symbol"
+      )
     return ids
 
 
@@ -322,8 +324,8 @@ def _given(path: str) -> SentencePieceTokenizer:
   if not tokenizer.lossless:
     logging.warning(
       "tokenizer.path=%s changes text (spaces or characters are normalised), so"
-      " decoding does not give it back exactly and bits per byte are of the"
-      " original text's bytes.",
+      " decoding does not restore it exactly; bits per byte count the original"
+      " text's bytes.",
       path,
     )
   return tokenizer

@@ -107,7 +107,7 @@ class Attempt:
 
   def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
     told = "".join(traceback.format_exception(error)) if error else None
-    code = exit_code(error and (memory.told(error) or error))
+    code = exit_code(error and (memory.as_user_error(error) or error))
     reason = _reason(error) if error else "done"
     self.finish(code, reason, told if code == Exit.BUG else None)
 

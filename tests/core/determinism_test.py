@@ -76,6 +76,6 @@ def test_main_asks_before_anything_else(flags):
 def test_what_is_promised_depends_on_the_backend(flags):
   told = [determinism.promise(name) for name in ("cpu", "tpu", "gpu")]
   assert "on the same number of devices" in told[0]
-  assert "not tried" in told[1] and "differ by rounding" in told[2]
+  assert "not tested" in told[1] and "differ by rounding" in told[2]
   flags.setenv("XLA_FLAGS", determinism.FLAG)
-  assert "asked for the same bits" in determinism.promise("gpu")
+  assert "uses deterministic kernels" in determinism.promise("gpu")

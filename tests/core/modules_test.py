@@ -99,7 +99,7 @@ def test_a_saved_config_is_no_reason_to_import(folder):
 @pytest.mark.parametrize(
   "source, told",
   [
-    (None, "Python finds no module broken; is its folder in PYTHONPATH?"),
+    (None, "Python can't find module broken; is its folder in PYTHONPATH?"),
     ("import nowhere_at_all", "No module named 'nowhere_at_all'"),
     ("1 / 0", "ZeroDivisionError: division by zero"),
     ("def f(:", "SyntaxError"),

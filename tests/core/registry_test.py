@@ -43,7 +43,7 @@ def test_names_come_in_the_order_of_registration(orders):
 def test_an_unknown_name_is_told_with_its_field_and_the_nearest(
   orders, name, advice
 ):
-  expected = f"sample.order={name!r} is no sampling order; {advice}"
+  expected = f"sample.order={name!r}: unknown sampling order; {advice}"
   with pytest.raises(UserError) as caught:
     orders[name]
   assert str(caught.value) == expected
@@ -74,7 +74,7 @@ def test_a_module_may_be_run_again(orders):
 def test_instances_that_differ_are_two_pieces(orders):
   orders.register("half", fractions.Fraction(1, 2))
   orders.register("half", fractions.Fraction(1, 2))
-  with pytest.raises(UserError, match="two pieces want to be"):
+  with pytest.raises(UserError, match="two definitions of the"):
     orders.register("half", fractions.Fraction(1, 3))
 
 
@@ -103,7 +103,7 @@ def test_a_field_takes_what_is_registered():
   fields.check(Whole((Section("one"), Section("two"))))
   with pytest.raises(UserError) as caught:
     fields.check(Whole((Section("two"), Section("too"))))
-  expected = "parts[1].thing='too' is no thing; did you mean 'two'?"
+  expected = "parts[1].thing='too': unknown thing; did you mean 'two'?"
   assert str(caught.value) == expected
 
 

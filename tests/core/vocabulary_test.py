@@ -114,22 +114,22 @@ def test_equal_ones_are_one_key():
 @pytest.mark.parametrize(
   "fields, message",
   [
-    ({"forbidden": ((4, 4),)}, "hold an id each"),
-    ({"forbidden": ((4, 9),)}, r"lie in \[0, 8\]"),
-    ({"forbidden": ((-1, 2),)}, r"lie in \[0, 8\]"),
-    ({"forbidden": ((4, 6), (5, 7))}, "must rise"),
+    ({"forbidden": ((4, 4),)}, "not empty"),
+    ({"forbidden": ((4, 9),)}, r"within \[0, 8\]"),
+    ({"forbidden": ((-1, 2),)}, r"within \[0, 8\]"),
+    ({"forbidden": ((4, 6), (5, 7))}, "must be increasing"),
     ({"forbidden": ((0, 8),)}, "no id can be predicted"),
-    ({"end": 8}, "end=8 is no id of 8"),
-    ({"begin": -1}, "begin=-1 is no id of 8"),
+    ({"end": 8}, "end=8 is not in"),
+    ({"begin": -1}, "begin=-1 is not in"),
     ({"mask": 3}, "mask=3 must be forbidden"),
     ({"pad": 3, "forbidden": ((4, 8),)}, "pad=3 must be forbidden"),
     (
       {"pad": 5, "mask": 5, "forbidden": ((4, 8),)},
-      "=5 has another meaning too",
+      "=5 is also another special id",
     ),
     (
       {"end": 5, "pad": 5, "forbidden": ((4, 8),)},
-      "pad=5 has another meaning too",
+      "pad=5 is also another special id",
     ),
   ],
 )
@@ -323,10 +323,10 @@ def test_rows_are_checked_by_what_may_stand_in_a_text():
   assert check(tokens, segments) is None
   for place, token, reason in [
     (1, 17, "is the mask"),
-    (2, 4, "is padding, but in a text"),
-    (3, 24, "none of the tokenizer's"),
-    (3, 32, "none of the tokenizer's"),
-    (5, 7, "in padding, which is 4"),
+    (2, 4, "is the padding id, but inside a text"),
+    (3, 24, "not in the tokenizer's vocabulary"),
+    (3, 32, "not in the tokenizer's vocabulary"),
+    (5, 7, "in padding, where the id must be 4"),
   ]:
     wrong = tokens.copy()
     wrong[0, place] = token

@@ -249,7 +249,7 @@ def test_found_B6_text_under_another_key_and_in_other_files(tmp_path, kind):
   message = _error(corpus)
   assert '"text"' in message and '"body"; set data.text_key' in message
   data = DataConfig(corpus=corpus, on_bad_record="skip", block_megabytes=1e-6)
-  with pytest.raises(UserError, match="holds no text"):
+  with pytest.raises(UserError, match="contains no text"):
     corpora.load_all(data)
   blocks.cut(data)  # a bad file is told where it is read
 
@@ -287,17 +287,17 @@ def test_a_folder_or_a_bare_path_is_told_with_what_to_write(tmp_path, prefix):
   for name in ("a.md", "b.md", "c.txt"):
     (tmp_path / name).write_text("text")
   message = _error(f"{prefix}{tmp_path}")
-  assert "is a folder, which holds 3 files (2 .md, 1 .txt)" in message
+  assert "is a folder, which contains 3 files (2 .md, 1 .txt)" in message
   assert f"write 'text:{tmp_path}/**/*.md'" in message
   assert len(corpora.load(f"text:{tmp_path}/**/*.md")) == 2
   if not prefix:
     for path in (f"{tmp_path}/a.md", "no/file.txt", "*.txt"):
-      assert f"files are given as 'text:{path}'" in _error(path)
+      assert f"write files as 'text:{path}'" in _error(path)
 
 
 def test_only_blank_files_hold_no_text(tmp_path):
   (tmp_path / "x.txt").write_text("\n \t")
-  assert "holds no text" in _error(f"text:{tmp_path}/x.txt")
+  assert "contains no text" in _error(f"text:{tmp_path}/x.txt")
 
 
 @pytest.mark.parametrize(

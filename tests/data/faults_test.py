@@ -103,7 +103,7 @@ def test_fault_30_no_file_matches_is_told_with_what_is_there(tmp_path):
   (tmp_path / "sub").mkdir()
   corpus = f"text:{tmp_path}/*.txt"
   message = _message(corpora.load, corpus)
-  assert f"{corpus} matches no file in {tmp_path}, which holds" in message
+  assert f"{corpus} matches no file in {tmp_path}, which contains" in message
   assert "4 files (2 .csv, 1 .md, 1 without a suffix) and 1 folders" in message
   assert "not exist" in _message(corpora.load, f"text:{tmp_path}/no/*.txt")
   assert "0 files and 0 folders" in _message(
@@ -117,7 +117,7 @@ def test_fault_30_no_text_in_files_is_told_with_their_number(tmp_path):
   (tmp_path / "a.txt").write_text(" \n")
   (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": "\\n"}\n')
   corpus = f"text:{tmp_path}/*"
-  assert "holds no text: 2 files with 3 records" in _message(
+  assert "contains no text: 2 files with 3 records" in _message(
     corpora.load, corpus
   )
   (tmp_path / "c.txt").write_bytes(b"\xff")
@@ -399,10 +399,10 @@ WRONG_IDS = {
   "highest": (_put(0, 0, 65535), "row 0, token 0: id 65535 is none of"),
   "after_mask": (_put(0, 0, 260), "row 0, token 0: id 260 is none of"),
   "negative": (_put(2, 1, -1, np.int32), "row 2, token 1: id -1 is none of"),
-  "padding": (_put(0, 0, PAD), "id 258 is padding, but in a text"),
+  "padding": (_put(0, 0, PAD), "id 258 is the padding id, but inside a text"),
   "text": (
     lambda a: np.where(a == PAD, 65, a).astype(a.dtype),
-    "id 65 in padding, which is 258",
+    "id 65 in padding, where the id must be 258",
   ),
   "in_padding": (
     lambda a: np.where(a == PAD, 999, a).astype(a.dtype),

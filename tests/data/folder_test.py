@@ -339,7 +339,7 @@ def test_two_at_once_are_refused(place, tmp_path):
   def overtaken(name, job, blocks):
     raise RuntimeError(_error(harness.fill, config))
 
-  with pytest.raises(RuntimeError, match="another process prepares"):
+  with pytest.raises(RuntimeError, match="another process is preparing"):
     harness.fill(config, overtaken)
   harness.fill(config)
 

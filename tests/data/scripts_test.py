@@ -133,7 +133,7 @@ def test_a_stage_trains_on_lines(tmp_path):
   data = prepare(config_lib.from_dict(raw).rows)
   counts = data.manifest["rows"]["stage_1"]
   assert counts["units_found"] > 4000 and not counts["units_too_short"]
-  told = coverage.told(data.manifest["text"])
+  told = coverage.unread_text(data.manifest["text"])
   assert re.fullmatch(r"no stage reads .* characters \(5\d\.\d%\)", told)
 
 

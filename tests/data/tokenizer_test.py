@@ -224,7 +224,7 @@ def test_hashes_tell_tokenizers_apart(built):
 
 
 def test_a_folder_without_tokenizer_is_told(tmp_path):
-  with pytest.raises(UserError, match="holds no tokenizer.model"):
+  with pytest.raises(UserError, match="contains neither tokenizer.model"):
     tokenizers.load_tokenizer(tmp_path)
 
 
@@ -358,5 +358,5 @@ def test_a_kind_of_ones_own_is_built_saved_and_loaded(tmp_path, monkeypatch):
 
 def test_a_saved_kind_that_nobody_registered_is_told(tmp_path):
   Letters("ab").save(tmp_path)
-  with pytest.raises(UserError, match="'letters' is no kind of tokenizer"):
+  with pytest.raises(UserError, match="'letters': unknown kind of tokenizer"):
     tokenizers.load_tokenizer(tmp_path)

@@ -89,7 +89,7 @@ def test_a_kernels_old_name_is_answered_with_the_new_one():
   with pytest.raises(UserError) as caught:
     KERNELS.check("fused", "model.attention")
   assert str(caught.value) == "model.attention='fused' is called 'xla' now"
-  with pytest.raises(UserError, match="is no attention kernel; did you mean"):
+  with pytest.raises(UserError, match="unknown attention kernel; did you mean"):
     kernel_choice.choose("referense", Place("cpu"), Case("float32", 8, 8, 8))
   assert [*KERNELS][:4] == ["auto", "reference", "xla", "cudnn"]
 

@@ -305,7 +305,7 @@ def test_a_given_runs_tokenizer_is_used(config, tmp_path):
 
 def test_a_run_keeps_the_tokenizer_when_its_origin_is_gone(config, tmp_path):
   gone = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
-  with pytest.raises(UserError, match="gone.* is no finished run"):
+  with pytest.raises(UserError, match="gone.* is not a finished run"):
     prepare(gone.rows, tmp_path)
   origin = prepare(config.rows).tokenizer
   origin.save(tmp_path)
