@@ -8,12 +8,11 @@ import os
 from typing import Any
 
 from etils import epath
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mdm_jax.config import Config
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.progress import console
+from mdm_jax.core.progress import console, progress_bar
 from mdm_jax.data import coverage, folder, inputs, preparation, splits
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
@@ -65,40 +64,28 @@ def print_summary(config: Config, manifest: dict[str, Any]) -> None:
   size = manifest["documents"]["bytes"] / 1e6
   lines = [
     f"{size:,.1f} MB in {manifest['blocks']['count']:,} blocks",
-    *splits.describe(manifest["split"]).splitlines(),
+    splits.describe(manifest["split"]),
   ]
   for name, counts in manifest["rows"].items():
     lines.append(
       f"{name}: {counts['tokens']:,} tokens in {counts['rows']:,} rows"
     )
   for i, stage in enumerate(config.stages):
-    told = coverage.left_out(stage, manifest["rows"][stage_name(i)])
-    lines += [f"stages[{i}]: {line}" for line in told]
+    left_out = coverage.left_out(stage, manifest["rows"][stage_name(i)])
+    lines += [f"stages[{i}]: {line}" for line in left_out]
   lines += filter(None, [coverage.unread_text(manifest["text"])])
   lines.append(f"prepared: {config.data.prepared}")
-  for line in lines:
-    console.print(line, soft_wrap=True)
+  console.print("\n".join(lines), soft_wrap=True)
 
 
 def _shown(pool: Workers) -> preparation.Run:
   """Returns a function that runs a pass in a pool, with a progress bar."""
 
   def run(name: Pass, job: Job, blocks: list[Block]) -> None:
-    if not blocks:
-      return
-    progress = Progress(
-      TextColumn("{task.description}", markup=False),
-      BarColumn(bar_width=20),
-      MofNCompleteColumn(),
-      TextColumn("blocks"),
-      console=console,
-      transient=True,
-      disable=not console.is_terminal,
-    )
     # A log file gets one line per pass instead of a bar.
     if not console.is_terminal:
       console.print(f"{name}: {len(blocks):,} blocks", soft_wrap=True)
-    with progress:
+    with progress_bar("blocks") as progress:
       task = progress.add_task(name, total=len(blocks))
       pool.run(name, job, blocks, lambda: progress.advance(task))
 

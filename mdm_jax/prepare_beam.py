@@ -9,21 +9,15 @@ this process, as in --mode=prepare, and the files have the same bytes. All
 machines must see the corpus and the folder under the same paths.
 """
 
-import contextlib
-
 from absl import flags
 
 from mdm_jax import command_line, prepare
-from mdm_jax.core import log_lines
+from mdm_jax.core import log_lines, modules
 from mdm_jax.core.errors import Failure, UserError
 from mdm_jax.core.progress import console
 from mdm_jax.data import folder, inputs, passes, preparation
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
-
-with contextlib.suppress(ImportError):  # `_check` reports it in one line
-  import apache_beam as beam
-  from apache_beam.options.pipeline_options import PipelineOptions
 
 
 def beam_run(options: list[str]) -> preparation.Run:
@@ -35,11 +29,11 @@ def beam_run(options: list[str]) -> preparation.Run:
   Raises:
     UserError: Apache Beam is not installed.
   """
-  _check()
+  modules.need("apache_beam", "beam", "mdm_jax.prepare_beam")
+  import apache_beam as beam
+  from apache_beam.options.pipeline_options import PipelineOptions
 
   def run(name: Pass, job: Job, blocks: list[Block]) -> None:
-    if not blocks:
-      return
     console.print(f"{name}: {len(blocks):,} blocks", soft_wrap=True)
     with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
       _ = (
@@ -50,13 +44,6 @@ def beam_run(options: list[str]) -> preparation.Run:
       )
 
   return run
-
-
-def _check() -> None:
-  if "beam" not in globals():
-    raise UserError(
-      "Apache Beam is not installed; run: pip install -e '.[beam]'"
-    )
 
 
 def main(_: list[str]) -> int:

@@ -22,9 +22,9 @@ SCHEMES = {"gs": "gcs", "s3": "s3"}  # URL scheme -> fsspec's protocol
 class StoreError(StorageError, OSError):
   """A bucket can't be reached, or a request to it failed."""
 
-  def __init__(self, path: epath.PathLike, told: str):
-    super().__init__(f"{path} can't be reached: {told}")
-    self.errno, self.strerror = errno.EIO, told
+  def __init__(self, path: epath.PathLike, reason: str):
+    super().__init__(f"{path} can't be reached: {reason}")
+    self.errno, self.strerror = errno.EIO, reason
 
   def __str__(self) -> str:
     return self.args[0]  # OSError's own form has no path
@@ -102,8 +102,8 @@ def sizes(folder: epath.Path) -> dict[str, int]:
     found = store.find(str(folder), detail=True)
   # Some tools write an empty object to stand for a folder.
   return {
-    path[start:]: told["size"]
-    for path, told in found.items()
+    path[start:]: info["size"]
+    for path, info in found.items()
     if path[start:] and not path.endswith("/")
   }
 
@@ -157,8 +157,8 @@ def _prepare() -> None:
 
   for name in {*SCHEMES, *SCHEMES.values()}:
     # Other processes write too: a cached listing would hide their objects.
-    told = fsspec.config.conf.setdefault(name, {})
-    told.setdefault("use_listings_cache", False)
+    options = fsspec.config.conf.setdefault(name, {})
+    options.setdefault("use_listings_cache", False)
   # gcsfs logs every retry with a traceback; the last error is raised anyway.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   # If TensorFlow is installed, epath would use its file systems, not fsspec.

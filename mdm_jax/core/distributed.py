@@ -256,13 +256,13 @@ def agree(name: str, value: Any) -> None:
     return
   own, folder = json.dumps(value), f"mdm_jax/agree/{next(_numbers)}/"
   _client().key_value_set(f"{folder}{index()}", own)
-  told = None
+  message = None
   if is_first():
     get = lambda i: _client().blocking_key_value_get(f"{folder}{i}", _LONG_MS)
-    told = _difference(name, [get(i) for i in range(count())])
-  told = broadcast(told)
-  if told is not None:
-    raise UserError(told)
+    message = _difference(name, [get(i) for i in range(count())])
+  message = broadcast(message)
+  if message is not None:
+    raise UserError(message)
 
 
 def _difference(name: str, values: list[str]) -> str | None:

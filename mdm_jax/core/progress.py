@@ -44,6 +44,22 @@ def with_error(
   return f"{value:{form}}" + (f" ± {stderr:{form}}" if known(stderr) else "")
 
 
+def progress_bar(text: str) -> Progress:
+  """Returns a progress bar, which stays hidden if stdout is not a terminal.
+
+  Args:
+    text: what follows the bar, as a format string with fields of rich's `task`.
+  """
+  return Progress(
+    TextColumn("{task.description}", markup=False),
+    BarColumn(bar_width=20),
+    TextColumn(f"{{task.completed}}/{{task.total}} {text}", markup=False),
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+  )
+
+
 class ProgressLine:
   """A live line with stage, update, loss, tokens/s and time left.
 
@@ -53,16 +69,7 @@ class ProgressLine:
   def __init__(self, updates: int):
     self._updates = updates
     self._last_line = time.monotonic()
-    self._live = Progress(
-      TextColumn("{task.description}", markup=False),
-      BarColumn(bar_width=20),
-      TextColumn(
-        "{task.completed}/{task.total} {task.fields[text]}", markup=False
-      ),
-      console=console,
-      transient=True,
-      disable=not console.is_terminal,
-    )
+    self._live = progress_bar("{task.fields[text]}")
     self._task = self._live.add_task("start", total=updates, text="compiling")
 
   def __enter__(self) -> "ProgressLine":

@@ -44,7 +44,8 @@ def run_here(name: Pass, job: Job, found: list[Block]) -> None:
 
 def _do(name: Pass, job: Job, found: list[Block], run: Run) -> None:
   # Skipping finished blocks is what resumes an interrupted preparation.
-  run(name, job, [b for b in found if not passes.is_done(name, job, b)])
+  if left := [b for b in found if not passes.is_done(name, job, b)]:
+    run(name, job, left)
 
 
 # MARK: documents

@@ -207,11 +207,11 @@ def _check_shards(
   """
   missing = (index.missing() for index in indices)
   wrong = next(filter(None, missing), None) or _damaged_shard(indices, vocab)
-  told = wrong and str(_damaged(folder, wrong))
+  message = wrong and str(_damaged(folder, wrong))
   # Raises where processes differ; if all found the same, the line below does.
-  distributed.agree("the damage found in data.prepared", told)
-  if told:
-    raise UserError(told)
+  distributed.agree("the damage found in data.prepared", message)
+  if message:
+    raise UserError(message)
 
 
 def _damaged_shard(indices: list[Index], vocab: Vocabulary) -> str | None:

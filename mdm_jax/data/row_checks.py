@@ -147,12 +147,12 @@ def _no_rows(name: str, stage: StageConfig, counts: dict[str, Any]) -> str:
     (hard, f"are not among the easiest {stage.easiest:.0%}", "easiest=1.0"),
     (unfit, f"are longer than {stage.length} tokens", "length, if larger,"),
   ]
-  told = [
+  shown = [
     f"{count:,} {reason} ({name}.{field} keeps them)"
     for count, reason, field in reasons
     if count
   ]
   return (
     f"{name} has no rows: of {short + long + found:,} {stage.unit}"
-    f" {', '.join(told) or 'none has any text'}"
+    f" {', '.join(shown) or 'none has any text'}"
   )

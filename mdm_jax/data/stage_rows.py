@@ -91,14 +91,14 @@ def make_held_out(
   stage = held_out_stage(config)
   units = segments.units(texts, stage, config.data.language)
   widths = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
-  pieces, told = [], []
+  pieces, lines = [], []
   for unit, encoded in _encoded(units, tokenizer):
     found = join_sentences(encoded, stage.length, tokenizer.vocab.end)
     sizes = held_out.original_bytes(unit.parts, encoded, found, widths)
     pieces += found
-    told += [(unit.document, size) for size in sizes]
+    lines += [(unit.document, size) for size in sizes]
   rows, places = pack_with_places(pieces, stage.length, tokenizer.vocab)
-  table = np.array(told, np.int64).reshape(-1, 2)
+  table = np.array(lines, np.int64).reshape(-1, 2)
   # Number each document's pieces from 0: subtract its first line's index.
   _, first, of = np.unique(table[:, 0], return_index=True, return_inverse=True)
   number = np.arange(len(table)) - first[of]
