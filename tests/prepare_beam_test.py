@@ -4,7 +4,6 @@ It wants older packages than the library does (protobuf, pyarrow, beartype), so
 it is not installed beside it, but in an environment of its own.
 """
 
-import os
 import subprocess
 import sys
 
@@ -12,7 +11,6 @@ import command_harness as commands
 import prepare_harness as harness
 import pytest
 from apart_harness import python_with
-from paths import ROOT
 
 CONFIG = """
 from mdm_jax.config import default_config, stage
@@ -28,6 +26,12 @@ def get_config(arg=""):
   config.data.corpus = "text:texts/*"
   config.tokenizer.vocab_size = 400
   return config.lock()
+"""
+PROGRAM = "-m", "mdm_jax.prepare_beam"
+WITHOUT_BEAM = """
+import runpy, sys
+sys.modules["apache_beam"] = None
+runpy.run_module("mdm_jax.prepare_beam", run_name="__main__")
 """
 
 
@@ -45,18 +49,16 @@ def env(tmp_path):
   return commands.environment(tmp_path / "cache")
 
 
-def _beam(python, place, env, *more):
-  command = [python, "-m", "mdm_jax.prepare_beam", "--config=config.py"]
-  command += ["--config.data.prepared=by_beam", *more]
+def _beam(python, place, env, *more, program=PROGRAM):
+  args = ["--config=config.py", "--config.data.prepared=by_beam", *more]
+  command = [python, *program, *args]
   return subprocess.run(
     command, cwd=place, env=env, capture_output=True, text=True, timeout=500
   )
 
 
 def test_without_it_one_line_says_what_to_install(place, env):
-  (place / "apache_beam.py").write_text("raise ImportError\n")
-  env = env | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}"}
-  done = _beam(sys.executable, place, env)
+  done = _beam(sys.executable, place, env, program=("-c", WITHOUT_BEAM))
   commands.check_mistake(done, "pip install -e '.[beam]'")
 
 
