@@ -110,9 +110,12 @@ def union(base: type, parts: Mapping[str, type]) -> type:
   Raises:
     UserError: two parts have fields of one name with different types.
   """
-  found = {f.name: (f.type, _copy(f)) for f in _own_fields(base)}
+  own = dataclasses.fields(base)
+  found = {
+    f.name: (f.type, _copy(f)) for f in own if not f.metadata.get("flat")
+  }
   for name, part in parts.items():
-    inherited = _names(base) if issubclass(part, base) else []
+    inherited = [f.name for f in own] if issubclass(part, base) else []
     for at in dataclasses.fields(part):
       if at.name in inherited:
         continue
@@ -147,14 +150,6 @@ def _made(cls: type, fields: Mapping[str, tuple[Any, Any]]) -> type:
     frozen=True,
     kw_only=True,
   )
-
-
-def _own_fields(cls: type) -> list[dataclasses.Field[Any]]:
-  return [f for f in dataclasses.fields(cls) if not f.metadata.get("flat")]
-
-
-def _names(cls: type) -> list[str]:
-  return [f.name for f in dataclasses.fields(cls)]
 
 
 def _copy(at: dataclasses.Field[Any]) -> Any:

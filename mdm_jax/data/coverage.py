@@ -19,26 +19,21 @@ class Coverage:
       texts: documents of the train split.
     """
     self._texts = texts
-    self._read: dict[int, np.ndarray] = {}
-    # Documents read in full need no mask of characters.
-    self._whole: set[int] = set()
+    # Which characters are read; None for a document that is read in full.
+    self._read: dict[int, np.ndarray | None] = {}
 
   def add(self, units: Sequence[Unit]) -> None:
     """Marks the text of a stage's units as read."""
     for unit in units:
+      at = unit.document
       # Only "paragraphs" have no starts, and they hold the whole document.
       if not unit.starts:
-        self._whole.add(unit.document)
-        self._read.pop(unit.document, None)
-      elif unit.document not in self._whole:
-        mask = self._mask(unit.document)
+        self._read[at] = None
+      elif at not in self._read:
+        self._read[at] = np.zeros(len(self._texts[at]), bool)
+      if (mask := self._read[at]) is not None:
         for start, part in zip(unit.starts, unit.parts, strict=True):
           mask[start : start + len(part)] = True
-
-  def _mask(self, document: int) -> np.ndarray:
-    if document not in self._read:
-      self._read[document] = np.zeros(len(self._texts[document]), bool)
-    return self._read[document]
 
   def counts(self) -> dict[str, int]:
     """Returns how many characters there are, and how many no stage reads."""
@@ -46,12 +41,12 @@ class Coverage:
     for i, text in enumerate(self._texts):
       own = len("".join(text.split()))
       characters += own
-      if i in self._read:
-        # Look only at unread positions: white space among them doesn't count.
-        left = np.flatnonzero(~self._read[i])
-        unread += sum(not text[at].isspace() for at in left.tolist())
-      elif i not in self._whole:
+      if i not in self._read:
         unread += own
+      elif (mask := self._read[i]) is not None:
+        # Look only at unread positions: white space among them doesn't count.
+        left = np.flatnonzero(~mask).tolist()
+        unread += sum(not text[at].isspace() for at in left)
     return {"characters": characters, "unread": unread}
 
 

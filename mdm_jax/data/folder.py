@@ -1,9 +1,11 @@
 """Prepares a folder of sharded rows block by block, and can be resumed."""
 
+import contextlib
 import fcntl
 import hashlib
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -71,7 +73,7 @@ def prepare_folder(
   wanted, store = folder_inputs.of(config, given), OnDisk(folder, config.data)
   if not (folder / MANIFEST).exists():
     job = Job(config, store)
-    with _owned(store.work):
+    with _locked(store.work):
       found = blocks.cut(config.data)
       _begin(job, wanted, found)
       _fill(job, wanted, given, found, run)
@@ -87,31 +89,25 @@ def prepare_folder(
 # MARK: the folder
 
 
-class _owned:
+@contextlib.contextmanager
+def _locked(work: pathlib.Path) -> Iterator[None]:
   """Locks the work folder; the operating system frees a dead process's lock."""
-
-  def __init__(self, work: pathlib.Path):
-    self._work = work
-
-  def __enter__(self) -> None:
-    try:
-      self._work.mkdir(parents=True, exist_ok=True)
-      # Closing the file releases the lock, so it stays open.
-      self._file = open(self._work / "lock", "w")
-      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(
-        f"another process is preparing {self._work.parent}; wait for it, or set"
-        " another data.prepared"
-      ) from None
-    except OSError as error:
-      where = self._work.parent
-      raise StorageError(
-        f"data.prepared={where} can't be written: {error.strerror}"
-      ) from error
-
-  def __exit__(self, *_: Any) -> None:
-    self._file.close()
+  folder = work.parent
+  try:
+    work.mkdir(parents=True, exist_ok=True)
+    file = open(work / "lock", "w")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise UserError(
+      f"another process is preparing {folder}; wait for it, or set another"
+      " data.prepared"
+    ) from None
+  except OSError as error:
+    raise StorageError(
+      f"data.prepared={folder} can't be written: {error.strerror}"
+    ) from error
+  with file:  # closing it releases the lock
+    yield
 
 
 def _begin(job: Job, wanted: dict[str, Any], found: list[Block]) -> None:

@@ -34,15 +34,25 @@ def count(bins: Int32[np.ndarray, "S N"]) -> Int64[np.ndarray, "S K"]:
   return np.array([np.bincount(row, minlength=BINS) for row in bins], np.int64)
 
 
+def mean_ranks(
+  counts: Int64[np.ndarray, "*S K"],
+) -> Float64[np.ndarray, "*S K"]:
+  """Returns ranks from 0 to 1 of rising values; equal ones share their mean.
+
+  Args:
+    counts: how often each value occurs.
+  """
+  # The mean of the ranks cumsum - count, ..., cumsum - 1 of equal values.
+  ranks = np.cumsum(counts, axis=-1) - (counts + 1) / 2
+  return ranks / np.maximum(counts.sum(axis=-1, keepdims=True) - 1, 1)
+
+
 def ranks(
   counts: Int64[np.ndarray, "S K"],
 ) -> Float64[np.ndarray, "S K"]:
   """Returns the percentile rank in [0, 1] that the numbers of a bin share."""
-  numbers = counts.sum(axis=1, keepdims=True) - counts[:, NONE, None]
-  # Ties share their mean rank, as in `segments`, which ranks without bins.
-  found = np.cumsum(counts, axis=1) - (counts + 1) / 2
-  found /= np.maximum(numbers - 1, 1)
-  found[:, NONE] = np.nan
+  found = np.full(counts.shape, np.nan)
+  found[:, :NONE] = mean_ranks(counts[:, :NONE])
   return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import sentencex
 from jaxtyping import Float64, Int64, Num
 
-from mdm_jax.data import pieces, readability
+from mdm_jax.data import pieces, ranking, readability
 from mdm_jax.data import words as words_lib
 from mdm_jax.data.config import StageConfig
 
@@ -298,9 +298,7 @@ def _percentile_ranks(
   _, inverse, counts = np.unique(
     values[some], return_inverse=True, return_counts=True
   )
-  # The mean of the ranks cumsum - count, ..., cumsum - 1 of equal values.
-  rank = np.cumsum(counts) - (counts + 1) / 2
-  ranks[some] = rank[inverse] / max(int(some.sum()) - 1, 1)
+  ranks[some] = ranking.mean_ranks(counts)[inverse]
   return ranks
 
 

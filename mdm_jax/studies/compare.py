@@ -32,35 +32,32 @@ def ways(length: int) -> dict[str, dict[str, Any]]:
   Args:
     length: tokens per text; as many steps reveal one token each.
   """
-  result = {
-    f"{order}, {n} steps": {"order": order, "num_steps": n}
-    for order in _ORDERS
-    for n in (*_STEPS, length)
-    if n < length or order in _IN_FULL
-  }
+  found = {}
+
+  def add(order: str, what: str, num_steps: int, **fields: Any) -> None:
+    fields = {"order": order, "num_steps": num_steps, **fields}
+    found[f"{order}, {what}"] = _BASE | fields
+
+  for order in _ORDERS:
+    for n in (*_STEPS, length):
+      if n < length or order in _IN_FULL:
+        add(order, f"{n} steps", n)
   for schedule in ("cosine", "optimal"):
     for order in ("random", "spread"):
-      name = f"{order}, {schedule}, 24 steps"
-      result[name] = {"order": order, "schedule": schedule, "num_steps": 24}
+      add(order, f"{schedule}, 24 steps", 24, schedule=schedule)
   for block in (16, 32):
-    name = f"confidence, blocks of {block}, 24 steps"
-    fields = {"order": "confidence", "block_length": block}
-    result[name] = {**fields, "num_steps": 24}
+    what = f"blocks of {block}, 24 steps"
+    add("confidence", what, 24, block_length=block)
   # With a budget, num_steps is only the upper limit.
   for order, bound in (("entropy", 1), ("entropy", 20), ("spread", 20)):
-    name = f"{order}, entropy bound {bound}"
-    fields = {"order": order, "entropy_bound": bound}
-    result[name] = {**fields, "num_steps": length}
+    add(order, f"entropy bound {bound}", length, entropy_bound=bound)
   for threshold in (0.5, 0.2):
-    name = f"confidence, threshold {threshold}"
-    fields = {"order": "confidence", "threshold": threshold}
-    result[name] = {**fields, "num_steps": length}
+    add("confidence", f"threshold {threshold}", length, threshold=threshold)
   for order, n in (("random", 24), ("spread", 24), ("random", 48)):
     for remasking in ("cap", "conf", "loop"):
-      name = f"{order}, {remasking} 0.1, {n} steps"
-      fields = {"order": order, "remasking": remasking, "remasking_rate": 0.1}
-      result[name] = {**fields, "num_steps": n}
-  return result
+      fields = {"remasking": remasking, "remasking_rate": 0.1}
+      add(order, f"{remasking} 0.1, {n} steps", n, **fields)
+  return found
 
 
 def compare_workdir(
@@ -80,7 +77,7 @@ def compare_workdir(
     UserError: no way has such a name, or there is no checkpoint.
   """
   known = ways(config.sample_length)
-  chosen = {n: _BASE | fields for n, fields in known.items() if only in n}
+  chosen = {name: known[name] for name in known if only in name}
   if not chosen:
     raise UserError(f"--ways={only}: {nearest(only, known)}")
   found, _ = sampled.sample_each(config, workdir, chosen)
