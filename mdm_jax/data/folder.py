@@ -14,7 +14,7 @@ from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.data import (
   blocks,
   corpora,
-  folder_inputs,
+  inputs,
   journal,
   ngrams,
   passes,
@@ -70,14 +70,17 @@ def prepare_folder(
     StorageError: the folder can't be written.
   """
   folder = path_of(config)
-  wanted, store = folder_inputs.of(config, given), OnDisk(folder, config.data)
+  wanted, store = (
+    inputs.folder_inputs(config, given),
+    OnDisk(folder, config.data),
+  )
   if not (folder / MANIFEST).exists():
     job = Job(config, store)
     with _locked(store.work):
       found = blocks.cut(config.data)
       _begin(job, wanted, found)
       _fill(job, wanted, given, found, run)
-  folder_inputs.check_made(folder, wanted, config.data)
+  inputs.check_made(folder, wanted, config.data)
   # Also in a folder that is already finished: a kill may have come between
   # writing the manifest and removing the records.
   shutil.rmtree(store.work, ignore_errors=True)
@@ -126,8 +129,8 @@ def _begin(job: Job, wanted: dict[str, Any], found: list[Block]) -> None:
   same = before["files"] == now["files"]
   made = before["inputs"]
   if same:  # the same files under a new path are the same corpus
-    made = folder_inputs.renamed(made, wanted)
-  folder_inputs.check(job.store.folder, made | before["blocks"], wanted | size)
+    made = inputs.renamed(made, wanted)
+  inputs.check(job.store.folder, made | before["blocks"], wanted | size)
   if not same:
     raise UserError(
       f"the files of data.corpus={job.config.data.corpus!r} have changed since"
@@ -162,7 +165,7 @@ def _fill(
       "count": len(counted.blocks),
       "megabytes": job.config.data.block_megabytes,
     },
-    # Recognises the corpus after a move (`folder_inputs.check_made`).
+    # Recognises the corpus after a move (`inputs.check_made`).
     "from": blocks.files(blocks.cut(job.config.data)),
     **made.manifest,
     "files": dict(sorted(files.items())),

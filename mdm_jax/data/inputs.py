@@ -1,19 +1,26 @@
-"""What prepared rows depend on besides the text: config fields, a tokenizer."""
+"""What prepared rows depend on, and whether a folder was prepared with it."""
 
 import dataclasses
 import hashlib
+import pathlib
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from mdm_jax.core.errors import UserError
+from mdm_jax.data import blocks, journal
 from mdm_jax.data import tokenizer as tokenizers
-from mdm_jax.data.config import RowsConfig
+from mdm_jax.data.config import DataConfig, RowsConfig
 from mdm_jax.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 # Fields of a stage that shape its rows; others (epochs, ...) may change.
 _UNIT_FIELDS = ("unit", "length", "easiest", "min_words", "max_words")
+# Raise it when folders of earlier versions must not be read any more.
+FOLDER_FORMAT = 3
+# Names of corpora may change if the files are the same (`renamed`).
+_NAMES = "corpus", "validation_corpus", "test_corpus"
 
 
 def given_tokenizer(
@@ -94,3 +101,72 @@ def file_sha256(path: epath.PathLike) -> str:
       return hashlib.file_digest(file, "sha256").hexdigest()
   except OSError as error:
     raise UserError(f"{path}: {error.strerror}") from error
+
+
+# MARK: prepared folders
+
+
+def folder_inputs(
+  config: RowsConfig, given: Tokenizer | None
+) -> dict[str, Any]:
+  """Returns the config fields that shape a folder's rows, and a format."""
+  return {
+    "format": FOLDER_FORMAT,
+    "data": {
+      name: getattr(config.data, name)
+      for name in (*_NAMES, "document", "text_key", "max_documents")
+    },
+  } | row_inputs(config, given)
+
+
+def check_made(
+  folder: pathlib.Path, wanted: dict[str, Any], data: DataConfig
+) -> None:
+  """Raises UserError if a finished folder was prepared with another config.
+
+  A corpus may have another name if its files are the same; a warning says so.
+  """
+  manifest = journal.get(folder / MANIFEST)
+  if not isinstance(manifest, dict) or "inputs" not in manifest:
+    raise UserError(f"{folder / MANIFEST} was not written by --mode=prepare")
+  made = manifest["inputs"]
+  if made == wanted:
+    return
+  if isinstance(made, dict) and made.get("format") != FOLDER_FORMAT:
+    raise UserError(
+      f"data.prepared={folder} was prepared by another version (format"
+      f" {made.get('format')}, not {FOLDER_FORMAT}); prepare another folder"
+    )
+  if renamed(made, wanted) != wanted or not _is_there(manifest, data):
+    check(folder, made, wanted)
+  logging.warning(
+    "data.prepared=%s was prepared from the same files under another name: %s.",
+    folder,
+    difference(made, wanted),
+  )
+
+
+def renamed(made: Any, wanted: dict[str, Any]) -> Any:
+  """Returns `made` with the corpus names of `wanted`, to compare all else."""
+  if not isinstance(made, dict) or not isinstance(made.get("data"), dict):
+    return made
+  names = {name: wanted["data"][name] for name in _NAMES}
+  return made | {"data": made["data"] | names}
+
+
+def _is_there(manifest: dict[str, Any], data: DataConfig) -> bool:
+  """Whether the corpora have the same files that the folder was made from."""
+  try:
+    return blocks.files(blocks.cut(data)) == manifest.get("from")
+  except UserError:
+    return False
+
+
+def check(folder: pathlib.Path, made: Any, wanted: Any) -> None:
+  """Raises UserError naming the first field whose values differ, if any."""
+  differs = difference(made, wanted)
+  if differs:
+    raise UserError(
+      f"data.prepared={folder} was prepared with another config: {differs};"
+      " restore that value, or prepare another folder"
+    )

@@ -17,7 +17,7 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import (
   cache,
   folder,
-  folder_inputs,
+  inputs,
   ngrams,
   row_checks,
   shards,
@@ -142,14 +142,14 @@ def _cache(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
 def _folder(config: RowsConfig, given: Tokenizer | None) -> PreparedData:
   """Returns the rows of a prepared folder; each process checks some shards."""
   path = folder.path_of(config)
-  wanted = folder_inputs.of(config, given)
+  wanted = inputs.folder_inputs(config, given)
   if not (path / MANIFEST).exists():
     raise UserError(
       f"data.prepared={path} contains no finished preparation; run"
       " --mode=prepare with the same config first"
     )
   sets = [*row_lengths(config)]
-  folder_inputs.check_made(path, wanted, config.data)
+  inputs.check_made(path, wanted, config.data)
   manifest = _read_manifest(path, sets, {*map(shards.index_name, sets)})
   tokenizer = tokenizers.load_tokenizer(path)
   indices = [shards.read_index(path, name) for name in sets]
