@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import os
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from mdm_jax.core import registry
 from mdm_jax.core.errors import UserError
@@ -26,18 +26,6 @@ SIZE = "[1, 1048576]"  # of an array's axis
 SHARE = "[0, 1]"
 
 _INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
-
-
-class _Interval(NamedTuple):
-  low: int | float
-  high: int | float
-  has_low: bool
-  has_high: bool
-
-  def has(self, value: int | float) -> bool:
-    above = value >= self.low if self.has_low else value > self.low
-    below = value <= self.high if self.has_high else value < self.high
-    return above and below
 
 
 def field(default: Any, doc: str, bounds: str = "", **more: Any) -> Any:
@@ -105,7 +93,11 @@ def _check(value: Any, path: str, at: dataclasses.Field[Any]) -> None:
 
 def allows(bounds: str, value: int | float) -> bool:
   """Returns whether a number is within bounds; NaN never is."""
-  return any(interval.has(value) for interval in _parsed(bounds))
+  return any(
+    (low <= value if left == "[" else low < value)
+    and (value <= high if right == "]" else value < high)
+    for left, low, high, right in _parsed(bounds)
+  )
 
 
 def in_words(bounds: str) -> str:
@@ -114,16 +106,13 @@ def in_words(bounds: str) -> str:
 
 
 @functools.cache
-def _parsed(bounds: str) -> tuple[_Interval, ...]:
+def _parsed(bounds: str) -> list[tuple[str, float, float, str]]:
   parts = []
   for part in bounds.split(" or "):
     found = _INTERVAL.fullmatch(part)
-    if found:
-      low, high = _number(found[2]), _number(found[3])
-      parts.append(_Interval(low, high, found[1] == "[", found[4] == "]"))
-    else:
-      parts.append(_Interval(_number(part), _number(part), True, True))
-  return tuple(parts)
+    left, low, high, right = found.groups() if found else ("[", part, part, "]")
+    parts.append((left, _number(low), _number(high), right))
+  return parts
 
 
 def _number(text: str) -> int | float:

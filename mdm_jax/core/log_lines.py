@@ -17,7 +17,7 @@ from mdm_jax.core.progress import console
 _PACKAGE = str(pathlib.Path(__file__).parents[1])
 
 
-def run(main: Any, flags_parser: Any = None) -> None:
+def run(main: Any, flags_parser: Any = app.parse_flags_with_usage) -> None:
   """Runs a program like `absl.app.run`, with filtered logging."""
 
   def quietly(argv: list[str]) -> Any:
@@ -25,8 +25,7 @@ def run(main: Any, flags_parser: Any = None) -> None:
       for_people(absl_logging.get_absl_handler())
     return main(argv)
 
-  options = {"flags_parser": flags_parser} if flags_parser else {}
-  app.run(quietly, **options)
+  app.run(quietly, flags_parser=flags_parser)
 
 
 def for_people(handler: logging.Handler) -> None:

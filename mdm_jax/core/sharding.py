@@ -106,7 +106,7 @@ def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
   Raises:
     UserError: a size is not positive.
   """
-  sizes = _given(config)
+  sizes = dataclasses.astuple(config)
   return jax.sharding.AbstractMesh(
     mesh_sizes(config, math.prod(sizes)), AXES, _EXPLICIT
   )
@@ -136,7 +136,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     UserError: their product isn't the number of devices; the message has the
       arithmetic and the nearest valid sizes.
   """
-  sizes = _given(config)
+  sizes = dataclasses.astuple(config)
   if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
     raise UserError(
       f"mesh sizes {dict(zip(AXES, sizes, strict=True))}: use"
@@ -150,11 +150,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
   return replica, fsdp, tensor
 
 
-def _given(config: MeshConfig) -> list[int]:
-  return [config.replica, config.fsdp, config.tensor]
-
-
-def _misfit(sizes: list[int], known: int, devices: int) -> str:
+def _misfit(sizes: tuple[int, ...], known: int, devices: int) -> str:
   """Returns why sizes don't fit, and the valid values of each single size."""
   text = " x ".join(
     f"{name}={size}" for name, size in zip(AXES, sizes, strict=True)

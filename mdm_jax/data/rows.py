@@ -166,7 +166,7 @@ class Rows(Fields):
   @property
   def answer(self) -> Bool[np.ndarray, "N L"]:
     """Which tokens may be masked and predicted; by default, all of the text."""
-    return self.fields.get("answer", self.segments) > 0
+    return self.fields.get("answer", self.segments)[:] > 0
 
   def take(self, numbers: np.ndarray) -> "Rows":
     """Returns the rows of these numbers, in this order."""

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,6 @@ class Shards:
   when one of its rows is read; the most recently used files stay mapped.
   """
 
-  ndim = 2
-
   def __init__(
     self, paths: list[pathlib.Path], rows: list[int], length: int, dtype: str
   ):
@@ -54,20 +52,15 @@ class Shards:
       length: tokens per row.
       dtype: of all files.
     """
-    self._paths, self._ends = paths, np.cumsum(rows, dtype=np.int64)
+    self._ends = np.cumsum(rows, dtype=np.int64)
     self._starts = self._ends - np.array(rows, np.int64)
     self.dtype = np.dtype(dtype)
     self.shape = int(self._ends[-1]) if rows else 0, length
     # A cache per object: one on the method would keep every `Shards` alive.
-    self._map = functools.lru_cache(_MAPPED)(self._open)
+    self._map = functools.lru_cache(_MAPPED)(lambda shard: _map(paths[shard]))
 
   def __len__(self) -> int:
     return self.shape[0]
-
-  @property
-  def size(self) -> int:
-    """Number of elements."""
-    return self.shape[0] * self.shape[1]
 
   def __getitem__(self, key: Any) -> np.ndarray:
     """Returns rows by number, by slice, or by an array of numbers."""
@@ -80,15 +73,6 @@ class Shards:
       raise IndexError(f"row {key} of {len(self)}")
     return self._gather(flat).reshape(*numbers.shape, self.shape[1])
 
-  def __iter__(self) -> Iterator[np.ndarray]:
-    return (row for i in range(len(self._paths)) for row in self._map(i))
-
-  # For `segments > 0`.
-  def __gt__(self, other: Any) -> np.ndarray:
-    return np.concatenate(
-      [self._map(i) > other for i in range(len(self._paths))]
-    )
-
   def _gather(self, numbers: np.ndarray) -> np.ndarray:
     out = np.empty((len(numbers), self.shape[1]), self.dtype)
     # "right" passes over shards without rows.
@@ -98,9 +82,6 @@ class Shards:
       here = np.flatnonzero(shards == shard)
       out[here] = self._map(int(shard))[numbers[here] - self._starts[shard]]
     return out
-
-  def _open(self, shard: int) -> np.ndarray:
-    return _map(self._paths[shard])
 
 
 def _map(path: pathlib.Path) -> np.ndarray:

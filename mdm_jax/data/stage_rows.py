@@ -1,5 +1,6 @@
 """Turns a stage's units into packed rows, counts and examples."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,11 +25,6 @@ _GROUP = 2**21
 def stage_name(index: int) -> str:
   """Returns the name of a stage's rows on disk."""
   return f"stage_{index + 1}"
-
-
-def held_out_stage(config: RowsConfig) -> StageConfig:
-  """Returns the stage that held-out text is packed as: all of it."""
-  return StageConfig(unit="paragraphs", length=config.stages[-1].length)
 
 
 def row_lengths(config: RowsConfig) -> dict[str, int]:
@@ -61,6 +57,10 @@ def make_rows(
     both = zip(selected, pieces, strict=True)
     read = [unit for unit, piece in both if len(piece) <= stage.length]
   rows = pack(fitting, stage.length, tokenizer.vocab)
+  difficulty = None
+  if selection:
+    bars = selection.histogram(_BINS)
+    difficulty = {"histogram": bars, "cut": selection.cut}
   counts = {
     "units_found": len(found.units),
     "units_selected": len(selected),
@@ -72,7 +72,7 @@ def make_rows(
     "characters": found.characters,
     "characters_read": sum(len(part) for unit in read for part in unit.parts),
     **_sizes(rows),
-    "difficulty": _difficulty(selection),
+    "difficulty": difficulty,
     "examples": _examples(selection, fitting, tokenizer),
   }
   return rows, counts, read
@@ -88,7 +88,8 @@ def make_held_out(
     config: what rows depend on.
     tokenizer: makes the ids.
   """
-  stage = held_out_stage(config)
+  # All of the text, whatever the stages select.
+  stage = StageConfig(unit="paragraphs", length=config.stages[-1].length)
   units = segments.units(texts, stage, config.data.language)
   widths = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
   pieces, lines = [], []
@@ -126,12 +127,6 @@ def _sizes(rows: Rows) -> dict[str, int]:
     # Rows without the field may have any of their tokens masked.
     sizes["most_asked"] = int(rows.answer.sum(axis=1).max(initial=0))
   return sizes
-
-
-def _difficulty(selection: Selection | None) -> dict[str, Any] | None:
-  if selection is None:
-    return None
-  return {"histogram": selection.histogram(_BINS), "cut": selection.cut}
 
 
 def _examples(
@@ -174,21 +169,11 @@ def _encoded(
   units: list[Unit], tokenizer: Tokenizer
 ) -> Iterator[tuple[Unit, list[Tokens]]]:
   """Yields each unit with the ids of its parts."""
-  group, size = [], 0
-  for unit in units:
-    group.append(unit)
-    size += sum(map(len, unit.parts))
-    if size >= _GROUP:
-      yield from _encoded_group(group, tokenizer)
-      group, size = [], 0
-  yield from _encoded_group(group, tokenizer)
-
-
-def _encoded_group(
-  units: list[Unit], tokenizer: Tokenizer
-) -> Iterator[tuple[Unit, list[Tokens]]]:
-  encoded = tokenizer.encode_batch([p for unit in units for p in unit.parts])
-  at = 0
-  for unit in units:
-    yield unit, encoded[at : at + len(unit.parts)]
-    at += len(unit.parts)
+  sizes = itertools.accumulate(sum(map(len, u.parts)) for u in units)
+  groups = zip(units, (size // _GROUP for size in sizes), strict=True)
+  for _, pairs in itertools.groupby(groups, key=lambda pair: pair[1]):
+    group = [unit for unit, _ in pairs]
+    parts = [part for unit in group for part in unit.parts]
+    encoded = iter(tokenizer.encode_batch(parts))
+    for unit in group:
+      yield unit, list(itertools.islice(encoded, len(unit.parts)))

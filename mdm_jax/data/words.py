@@ -101,14 +101,10 @@ def starts(text: str) -> list[int]:
 
 def share_of_runs(texts: Sequence[str]) -> float:
   """Returns the share of characters in runs too long to be words."""
-  long = 0
-  for text in texts:
-    found = text.split()
-    if max(map(len, found), default=0) >= _LONGEST:
-      runs = (run for run in found if len(run) >= _LONGEST)
-      long += sum(
-        len(run)
-        for run in runs
-        if _LONG.search(run) and not _UNSPACED.search(run)
-      )
+  long = sum(
+    len(run)
+    for text in texts
+    for run in text.split()
+    if len(run) >= _LONGEST and _LONG.search(run) and not _UNSPACED.search(run)
+  )
   return long / max(sum(map(len, texts)), 1)
