@@ -106,7 +106,7 @@ def in_words(bounds: str) -> str:
 
 
 @functools.cache
-def _parsed(bounds: str) -> list[tuple[str, float, float, str]]:
+def _parsed(bounds: str) -> list[tuple[str, int | float, int | float, str]]:
   parts = []
   for part in bounds.split(" or "):
     found = _INTERVAL.fullmatch(part)
