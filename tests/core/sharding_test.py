@@ -84,7 +84,8 @@ def test_the_arithmetic_is_told():
   )
   assert refusal(mesh_sizes, MeshConfig(fsdp=-1, tensor=3), 8) == (
     "mesh replica=1 x fsdp=-1 x tensor=3 does not fit 8 device(s): 8 / 3 is not"
-    " a whole number for mesh.fsdp; nearest valid: mesh.tensor=2 or mesh.tensor=4"
+    " a whole number for mesh.fsdp; nearest valid: mesh.tensor=2 or"
+    " mesh.tensor=4"
   )
 
 
