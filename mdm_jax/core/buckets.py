@@ -75,20 +75,19 @@ def read(path: epath.Path) -> bytes:
     return _store(path).cat_file(str(path))
 
 
-def write(path: epath.Path, content: bytes) -> None:
-  """Writes an object atomically: readers see the old one or the new one."""
-  with reaching(path):
-    _store(path).pipe_file(str(path), content)
+def write(path: epath.Path, content: bytes, mode: str = "overwrite") -> None:
+  """Writes an object atomically: readers see the old one or the new one.
 
-
-def create(path: epath.Path, content: bytes) -> None:
-  """Writes a new object; of two concurrent writers only one succeeds.
+  Args:
+    path: the object.
+    content: its new content.
+    mode: "create" for a new object: of two concurrent writers only one succeeds.
 
   Raises:
-    FileExistsError: the object exists.
+    FileExistsError: the object exists, and the mode is "create".
   """
   with reaching(path):
-    _store(path).pipe_file(str(path), content, mode="create")
+    _store(path).pipe_file(str(path), content, mode=mode)
 
 
 def sizes(folder: epath.Path) -> dict[str, int]:

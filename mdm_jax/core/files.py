@@ -63,7 +63,7 @@ def create_json(path: epath.Path, value: Any) -> None:
   if is_local(path):
     write_json(path, value)
   else:
-    buckets.create(path, _as_json(value))
+    buckets.write(path, _as_json(value), mode="create")
 
 
 def read_text(path: epath.Path) -> str:

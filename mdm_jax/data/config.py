@@ -17,14 +17,10 @@ class DataConfig:
   )
   batch_size: int = fixed(8, "rows per microbatch, over all devices", SIZE)
   eval_fraction: float = fixed(
-    0.05,
-    "fraction held out for validation, which selects the best checkpoint",
-    "[0, 0.5]",
+    0.05, "fraction held out for validation, to select checkpoints", "[0, 0.5]"
   )
   test_fraction: float = fixed(
-    0.05,
-    "fraction held out for test, used only for final results",
-    "[0, 0.5]",
+    0.05, "fraction held out for test, only for final results", "[0, 0.5]"
   )
   validation_corpus: str = field(
     "", "corpus used for validation ('': a fraction of `corpus`)"
