@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from mdm_jax.core.errors import StorageError, UserError
+from mdm_jax.core.errors import StorageError, UserError, first_line
 
 SCHEMES = {"gs": "gcs", "s3": "s3"}  # URL scheme -> fsspec's protocol
 
@@ -62,11 +62,11 @@ def reaching(path: epath.PathLike) -> Iterator[None]:
   except StoreError:
     raise
   except FileNotFoundError as error:
-    raise FileNotFoundError(errno.ENOENT, _first_line(error)) from error
+    raise FileNotFoundError(errno.ENOENT, first_line(error)) from error
   except FileExistsError as error:
-    raise FileExistsError(errno.EEXIST, _first_line(error)) from error
+    raise FileExistsError(errno.EEXIST, first_line(error)) from error
   except Exception as error:
-    raise StoreError(path, _first_line(error)) from error
+    raise StoreError(path, first_line(error)) from error
 
 
 def read(path: epath.Path) -> bytes:
@@ -81,7 +81,7 @@ def write(path: epath.Path, content: bytes, mode: str = "overwrite") -> None:
   Args:
     path: the object.
     content: its new content.
-    mode: "create" for a new object: of two concurrent writers only one succeeds.
+    mode: "create" for a new object; of concurrent writers only one succeeds.
 
   Raises:
     FileExistsError: the object exists, and the mode is "create".
@@ -169,8 +169,3 @@ def _store(path: epath.PathLike) -> Any:
 
   scheme = str(path).partition("://")[0]
   return fsspec.filesystem(SCHEMES.get(scheme, scheme))
-
-
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return lines[0]

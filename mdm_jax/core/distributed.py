@@ -21,7 +21,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mdm_jax.core import jax_internals
-from mdm_jax.core.errors import Aborted, Exit, Failure, UserError
+from mdm_jax.core.errors import (
+  Aborted,
+  Exit,
+  Failure,
+  UserError,
+  first_line,
+)
 
 # Waits need no short timeout: if a process dies, its missing heartbeat ends all
 # others; if one hangs, the watchdog does.
@@ -142,8 +148,7 @@ def _join(cluster: jax_internals.Cluster, seconds: int, heartbeat: int) -> None:
       heartbeat_timeout_seconds=heartbeat,
     )
   except jax.errors.JaxRuntimeError as error:
-    reason = str(error).splitlines()[0]
-    raise UserError(f"coordinator {address}: {reason}") from error
+    raise UserError(f"coordinator {address}: {first_line(error)}") from error
   # For `missing_peers`, which names the hosts of lost processes.
   _client().key_value_set(f"{_HOSTS}{own}", socket.gethostname())
 
@@ -321,7 +326,7 @@ def naming_peers(seconds: float) -> Iterator[None]:
     missing = missing_peers(seconds)
     if missing is None:  # all respond: it is some other error
       raise
-    raise Aborted(f"{missing}: {str(error).splitlines()[0]}") from error
+    raise Aborted(f"{missing}: {first_line(error)}") from error
 
 
 def fetch(tree: Any) -> Any:

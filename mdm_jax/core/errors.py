@@ -73,6 +73,12 @@ def exit_code(error: BaseException | None) -> Exit:
   return error.code if isinstance(error, Failure) else Exit.BUG
 
 
+def first_line(error: BaseException) -> str:
+  """Returns the first line of an error's message, or else its type."""
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0]
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
   """Returns a hint for a message: the closest valid value, or all of them."""
   valid = sorted(map(str, valid))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from mdm_jax.core.errors import UserError
+from mdm_jax.core.errors import UserError, first_line
 
 _CONTAINER = pathlib.Path("/sys/fs/cgroup/memory.max")
 
@@ -34,9 +34,8 @@ def as_user_error(error: BaseException) -> UserError | None:
     where = "a device's memory"
   else:
     return None
-  lines = str(error).strip().splitlines() or [type(error).__name__]
   return UserError(
-    f"{where} is too small for these settings ({lines[0]}); to need"
+    f"{where} is too small for these settings ({first_line(error)}); to need"
     " less: a smaller data.batch_size with a larger optimizer.accumulation,"
     " model.remat=full, a smaller eval.batch_size, shorter rows or samples, or"
     " more devices"

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from mdm_jax.core import modules
-from mdm_jax.core.errors import UserError
+from mdm_jax.core.errors import UserError, first_line
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import BadRecord, Document, Span, Tally
 
@@ -133,8 +133,9 @@ def _records(span: Span, name: str, data: DataConfig) -> Iterator[Record]:
   except _DAMAGED as error:
     yield name, BadRecord(f"{path} is damaged or incomplete: {error}")
   except OSError as e:
-    reason = (e.strerror or str(e)).partition("\n")[0]
-    raise UserError(f"{path} can't be read: {reason}") from e
+    raise UserError(
+      f"{path} can't be read: {e.strerror or first_line(e)}"
+    ) from e
 
 
 # MARK: bytes
@@ -300,8 +301,7 @@ def _parquet(path: pathlib.Path) -> Any:
     # The operating system's errors have an errno, those about content don't.
     if isinstance(e, OSError) and e.errno:
       raise UserError(f"{path} can't be read: {e.strerror}") from e
-    reason = str(e).partition("\n")[0]
-    raise BadRecord(f"{path} is not a Parquet file: {reason}") from e
+    raise BadRecord(f"{path} is not a Parquet file: {first_line(e)}") from e
 
 
 def _parquet_rows(span: Span, name: str, key: str) -> Iterator[Record]:

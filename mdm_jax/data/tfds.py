@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mdm_jax.core import modules
-from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.core.errors import UserError, first_line, nearest
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.records import decode
 from mdm_jax.data.text_files import Document, Tally
@@ -92,14 +92,15 @@ def _prepared(name: str, folder: str | None) -> Any:
   try:
     builder.download_and_prepare()
   except Exception as e:  # whatever the data set's own code raises
-    raise UserError(f"tfds:{name} can't be prepared: {_first_line(e)}") from e
+    reason = f"{type(e).__name__}: {first_line(e)}"
+    raise UserError(f"tfds:{name} can't be prepared: {reason}") from e
   return builder
 
 
 def _unknown(name: str, error: Exception) -> str:
   core = _package().core
   if not isinstance(error, core.DatasetNotFoundError):
-    return _first_line(error)
+    return f"{type(error).__name__}: {first_line(error)}"
   base = name.partition("/")[0].partition(":")[0]
   known = core.registered.list_imported_builders()
   advice = [nearest(base, known)] if get_close_matches(base, known) else []
@@ -109,10 +110,6 @@ def _unknown(name: str, error: Exception) -> str:
       " '.[tf]')"
     )
   return "; ".join(["TFDS knows no such data set", *advice])
-
-
-def _first_line(error: Exception) -> str:
-  return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _text_feature(name: str, features: Any, key: str) -> str:
