@@ -217,7 +217,7 @@ def test_fault_32_texts_of_all_lengths_are_packed_or_counted(
   raw["stages"][0]["unit"] = unit
   raw["data"] |= {"eval_fraction": 0.0, "test_fraction": 0.0, "batch_size": 1}
   config = config_lib.from_dict(raw)
-  train = harness.sides(config).train
+  train = harness.sides(config)["train"]
   assert len(train) + 2 == len(SIZES) - 1  # one was empty, and held out: 2
   data = prepare(config.rows)
   rows, counts = data.stages[0], data.manifest["rows"]["stage_1"]
@@ -395,10 +395,10 @@ def _put(row, place, value, dtype=None):
 
 
 WRONG_IDS = {
-  "past_end": (_put(1, 3, 999), "row 1, token 3: id 999 is none of"),
-  "highest": (_put(0, 0, 65535), "row 0, token 0: id 65535 is none of"),
-  "after_mask": (_put(0, 0, 260), "row 0, token 0: id 260 is none of"),
-  "negative": (_put(2, 1, -1, np.int32), "row 2, token 1: id -1 is none of"),
+  "past_end": (_put(1, 3, 999), "row 1, token 3: id 999 is not in the"),
+  "highest": (_put(0, 0, 65535), "row 0, token 0: id 65535 is not in the"),
+  "after_mask": (_put(0, 0, 260), "row 0, token 0: id 260 is not in the"),
+  "negative": (_put(2, 1, -1, np.int32), "row 2, token 1: id -1 is not in the"),
   "padding": (_put(0, 0, PAD), "id 258 is the padding id, but inside a text"),
   "text": (
     lambda a: np.where(a == PAD, 65, a).astype(a.dtype),
@@ -406,7 +406,7 @@ WRONG_IDS = {
   ),
   "in_padding": (
     lambda a: np.where(a == PAD, 999, a).astype(a.dtype),
-    "id 999 is none of",
+    "id 999 is not in the",
   ),
   "type": (lambda a: a.astype(np.float32), "float32"),
   "length": (lambda a: a[:, :-1], f"rows of {LENGTH} tokens have shapes"),

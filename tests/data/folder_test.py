@@ -390,9 +390,7 @@ def test_rows_of_another_format_are_told(place, tmp_path):
   manifest = json.loads((folder / "manifest.json").read_text())
   manifest["inputs"]["format"] = 1
   (folder / "manifest.json").write_text(json.dumps(manifest))
-  assert "by another version (format 1, this one" in _error(
-    prepare, config.rows
-  )
+  assert "by another version (format 1, not 3)" in _error(prepare, config.rows)
 
 
 def test_fields_that_shape_no_row_may_differ(place):

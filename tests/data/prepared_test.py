@@ -252,15 +252,16 @@ def test_a_death_half_way_leaves_nothing(
 
 
 def test_a_faster_process_wins(config, cache, monkeypatch):
-  whole = cache_lib._fill
+  whole = preparation.make
 
   def overtaken(*args):
-    whole(*args)
+    made = whole(*args)
     with monkeypatch.context() as patch:
-      patch.setattr(cache_lib, "_fill", whole)
+      patch.setattr(preparation, "make", whole)
       prepare(config.rows)
+    return made
 
-  monkeypatch.setattr(cache_lib, "_fill", overtaken)
+  monkeypatch.setattr(preparation, "make", overtaken)
   data = prepare(config.rows)
   assert len(data.validation)
   assert len(_folders(cache)) == 1
@@ -384,7 +385,9 @@ def test_held_out_text_is_never_trained_on(config):
 def test_the_last_stage_holds_the_whole_training_text(config):
   data = prepare(config.rows)
   written = [data.tokenizer.decode(p) for p in _pieces(data.stages[-1])]
-  assert sum(len(t.encode()) for t in written) == _bytes(_split(config).train)
+  assert sum(len(t.encode()) for t in written) == _bytes(
+    _split(config)["train"]
+  )
 
 
 def test_stages_hold_what_their_config_asks(config):
@@ -427,7 +430,7 @@ def test_counts_are_those_of_the_rows(config):
 def test_the_easiest_are_ranked_exactly(config):
   """Among all units of the corpus, and not in bins."""
   data = prepare(config.rows)
-  texts = [document.text for document in _split(config).train]
+  texts = [document.text for document in _split(config)["train"]]
   for i, stage in enumerate(config.stages[:2]):
     units = segments_lib.units(texts, stage)
     chosen = segments_lib.easiest(units, stage.easiest)

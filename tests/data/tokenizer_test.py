@@ -311,7 +311,7 @@ def test_found_B7_words_that_take_long_are_told_before(monkeypatch):
   for text in (prose * 40 + "GATTACA" * 99, TEXTS[0], "\u7684\u4eba" * 999):
     tokenizers.build(TokenizerConfig(vocab_size=400), [text])
   hint, *others = said
-  assert "words of 50 characters or more, 74 % of the text" in hint
+  assert "words of 50 characters or more, which are 74 % of the text" in hint
   assert "tokenizer.kind=char" in hint and others == ["trained"] * 3
 
 
