@@ -7,19 +7,20 @@ few lines that are run before; the product knows nothing of faults.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 import command_harness
 import jax
 import numpy as np
+from command_harness import Command
 
 UPDATES = 40
+_NUMBERS = itertools.count()
 CONFIG = """
 from mdm_jax import config as config_lib
 
@@ -83,18 +84,11 @@ class Place:
 
   def start(self, name: str, *args, patch: str = "", **env) -> "Process":
     """Starts a training whose workdir has a name."""
-    command = [
-      *(sys.executable, "-c", MAIN.format(patch=patch)),
-      *("--config=tiny.py", f"--workdir={name}", *exact()),
-      *map(str, args),
-    ]
-    process = subprocess.Popen(
-      command,
-      cwd=self.folder,
-      env=self.env | env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
+    module = f"patched_{next(_NUMBERS)}"
+    (self.folder / f"{module}.py").write_text(MAIN.format(patch=patch))
+    process = Command(
+      *(self.folder, self.env | env, module),
+      *("--config=tiny.py", f"--workdir={name}", *exact(), *args),
     )
     return Process(process, self.workdir(name))
 
@@ -125,7 +119,7 @@ class Ended:
 class Process:
   """A training that is going on."""
 
-  def __init__(self, process: subprocess.Popen, workdir: pathlib.Path):
+  def __init__(self, process: Command, workdir: pathlib.Path):
     self._process, self.workdir = process, workdir
     self.pid = process.pid
 

@@ -8,14 +8,12 @@ import math
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from command_harness import call, check_mistake, environment
+from command_harness import Command, call, check_mistake, environment
 from paths import ROOT
 
 from mdm_jax import config as config_lib
@@ -319,14 +317,7 @@ def test_another_model_can_not_resume(trained, copied):
 
 def _interrupt(folder, env, args, workdir, number, after):
   """Starts a run and sends it a signal after so many logged updates."""
-  process = subprocess.Popen(
-    [sys.executable, "-m", "mdm_jax.main", *args, f"--workdir={workdir}"],
-    cwd=folder,
-    env=env,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  process = Command(folder, env, "mdm_jax.main", *args, f"--workdir={workdir}")
   try:
     log = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 200
@@ -495,14 +486,7 @@ def test_ways_to_draw_are_compared(trained, copied):
 
 
 def test_the_plan_is_told_without_training(env, tmp_path):
-  done = subprocess.run(
-    [sys.executable, "-m", "mdm_jax.plan", QUICK, "--json"],
-    cwd=tmp_path,
-    env=env,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+  done = call(tmp_path, env, QUICK, "--json", module="mdm_jax.plan")
   plan = _last_json(done)
   assert [s["updates"] for s in plan["stages"]] == [12, 12, 12]
   assert all(s["seconds"] > 0 for s in plan["stages"])

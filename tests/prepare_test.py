@@ -4,8 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import command_harness as commands
@@ -56,15 +54,7 @@ def _arguments(*more):
 
 
 def _start(place, env, *more):
-  command = [sys.executable, "-m", "mdm_jax.main", *_arguments(*more)]
-  return subprocess.Popen(
-    command,
-    cwd=place,
-    env=env,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  return commands.Command(place, env, "mdm_jax.main", *_arguments(*more))
 
 
 def _wait_for(process, place, pattern, count):

@@ -35,6 +35,7 @@ def folder(tmp_path, monkeypatch):
   (tmp_path / "own_pieces.py").write_text(PIECES)
   config = config_lib.to_dict(Config())
   config["modules"], config["sample"]["order"] = ["own_pieces"], "own_order"
+  config["data"]["corpus"] = "text:none/*.txt"
   (tmp_path / "w").mkdir()
   (tmp_path / "w" / "config.json").write_text(json.dumps(config))
   monkeypatch.syspath_prepend(str(tmp_path))
@@ -81,7 +82,7 @@ def test_a_folders_config_runs_no_code(folder):
   assert not ran.exists()
   done = call(folder, env, *command, "--modules=own_pieces")
   assert ran.exists()
-  check_mistake(done, "w")  # there is no tokenizer, nor a checkpoint
+  check_mistake(done, "none/*.txt matches no file")  # it got that far
   assert "own" not in done.stderr
 
 

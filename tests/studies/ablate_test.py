@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
-import jax
 import pytest
+from command_harness import call, environment
 from paths import ROOT
 
 from mdm_jax.objectives.measured import Curve, Measured, Value, to_json
@@ -40,19 +37,8 @@ def test_variants_are_compared_seed_by_seed():
 
 
 def _call(folder, *args):
-  env = os.environ | {
-    "XDG_CACHE_HOME": str(folder / "cache"),
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-  }
-  return subprocess.run(
-    [sys.executable, "-m", "mdm_jax.studies.ablate", *args],
-    cwd=folder,
-    env=env,
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
+  env = environment(folder / "cache")
+  return call(folder, env, *args, module="mdm_jax.studies.ablate")
 
 
 @pytest.mark.slow
