@@ -185,7 +185,7 @@ def _steps(every: int, updates: int) -> str:
   """Describes the steps of an optimizer that does not step every update."""
   steps, left = divmod(updates, every)
   return (
-    f"optimizer.every={every}: {steps:,} optimizer steps, each with the mean"
+    f"optimizer.every={every}: {steps:,} steps, each with the mean"
     f" gradient of {every} updates and the learning rate of the last of them"
     + (f"; the gradients of the last {left} updates are not used" * (left > 0))
   )

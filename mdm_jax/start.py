@@ -22,13 +22,14 @@ from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import determinism, distributed
 from mdm_jax.core.progress import ProgressLine, console
-from mdm_jax.data.prepared import PreparedData, prepare_on_all
+from mdm_jax.data.prepared import prepare_on_all
 from mdm_jax.model.placement import training_mesh
 from mdm_jax.resume import Origin, find_origin
 from mdm_jax.runtime.goodput import Cause
 from mdm_jax.runtime.session import ROLL_SECONDS, Session
 from mdm_jax.trained_model import averaged_params
 from mdm_jax.training.hooks import Hook, Hooks
+from mdm_jax.training.platform_status import PlatformStatus
 from mdm_jax.training.run_log import RunLog
 from mdm_jax.training.saving import Saving
 from mdm_jax.training.skip_limit import SkipLimit
@@ -219,12 +220,13 @@ class Run:
         *(trainer, writers, line, self._attempt, self._progress()),
         every=train.log_every,
       )
+      self._log_beginning(log)
       saving = Saving(self._checkpoints, train)
       yield (
         Hooks(
           Supervision(self._session, trainer),
+          PlatformStatus(self._config.name, self.updates, self._workdir.path),
           log,
-          _Beginning(self._config, self._data, self._origin, log),
           SkipLimit(
             *(train.max_skipped, log, trainer),
             *(self._checkpoints, self._workdir.path),
@@ -238,6 +240,17 @@ class Run:
         ),
         saving,
       )
+
+  def _log_beginning(self, log: RunLog) -> None:
+    """Logs the config and data of a new run, or the changes at a resume."""
+    update, write = self._origin.update, log.writers.write_texts
+    if update is None:
+      write(0, {"config": _as_text(self._config)})
+      texts = preview.describe(self._config, self._data)
+      write(0, {f"data/{name}": text for name, text in texts.items()})
+    elif changes := self._origin.told():
+      log.line.say(f"warning: {changes}")
+      write(update, {"config_changes": changes})
 
   def _writers(self) -> Writers:
     update = self._origin.update
@@ -278,26 +291,6 @@ class Run:
 
   def _spend(self, cause: Cause):
     return self._attempt.ledger.spend(cause)
-
-
-class _Beginning(Hook):
-  """Logs the config and data of a new run, or the changes at a resume."""
-
-  def __init__(
-    self, config: Config, data: PreparedData, origin: Origin, log: RunLog
-  ):
-    self._config, self._data = config, data
-    self._origin, self._log = origin, log
-
-  def on_start(self, state: TrainState) -> None:
-    update, write = self._origin.update, self._log.writers.write_texts
-    if update is None:
-      write(0, {"config": _as_text(self._config)})
-      texts = preview.describe(self._config, self._data)
-      write(0, {f"data/{name}": text for name, text in texts.items()})
-    elif told := self._origin.told():
-      self._log.line.say(f"warning: {told}")
-      write(update, {"config_changes": told})
 
 
 def _as_text(config: Config) -> str:

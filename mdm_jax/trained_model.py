@@ -101,5 +101,5 @@ def averaged_params(
     step, found = checkpoints.restore_best_part(like)
   else:
     checkpoints.check_has(step)
-    found = checkpoints.restore_part(step, like)
+    found = checkpoints.restore(step, like, partial=True)
   return step, found["ema_params"]

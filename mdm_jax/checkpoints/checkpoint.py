@@ -19,7 +19,7 @@ from etils import epath
 from mdm_jax.checkpoints.retention import Retention
 from mdm_jax.checkpoints.staging import Staging
 from mdm_jax.checkpoints.step_folders import StepFolders
-from mdm_jax.core import distributed, files
+from mdm_jax.core import distributed, files, trees
 from mdm_jax.core.errors import (
   Failure,
   NumericsError,
@@ -250,40 +250,18 @@ class Checkpoints:
 
   # MARK: restoring
 
-  def restore(self, step: int, like: Any) -> Any:
+  def restore(self, step: int, like: Any, partial: bool = False) -> Any:
     """Restores a step.
 
     Args:
       step: a whole step.
       like: a pytree of `jax.ShapeDtypeStruct` with the shardings of the result.
+      partial: whether `like` has only some of the saved arrays, e.g.
+        `ema_params`; the others are not read.
 
     Raises:
       UserError: the saved arrays differ from `like`.
     """
-    return self._restore(step, like)
-
-  def restore_part(self, step: int, like: Any) -> Any:
-    """Restores only the arrays in `like`, e.g. `ema_params`; see `restore`."""
-    return self._restore(step, like, partial=True)
-
-  def restore_best_part(self, like: Any) -> tuple[int, Any]:
-    """Returns the best step, and its arrays in `like`; see `restore_part`.
-
-    If a training run deletes the step while it is read, the next best is tried.
-
-    Raises:
-      UserError: nothing was saved, or the saved arrays differ from `like`.
-      StorageError: all steps are damaged.
-    """
-    while (step := self.best()) is not None:
-      try:
-        return step, self.restore_part(step, like)
-      except Exception:
-        if not self._folders.is_gone(step):
-          raise
-    raise UserError(f"workdir {self._folders.workdir} has no checkpoint yet")
-
-  def _restore(self, step: int, like: Any, partial: bool = False) -> Any:
     self.check(step, like)
     like = jax.tree.map(_placed, like)
     return self._orbax.restore(
@@ -294,6 +272,23 @@ class Checkpoints:
         partial_restore=partial,
       ),
     )
+
+  def restore_best_part(self, like: Any) -> tuple[int, Any]:
+    """Returns the best step, and its arrays in `like`, as `restore` does.
+
+    If a training run deletes the step while it is read, the next best is tried.
+
+    Raises:
+      UserError: nothing was saved, or the saved arrays differ from `like`.
+      StorageError: all steps are damaged.
+    """
+    while (step := self.best()) is not None:
+      try:
+        return step, self.restore(step, like, partial=True)
+      except Exception:
+        if not self._folders.is_gone(step):
+          raise
+    raise UserError(f"workdir {self._folders.workdir} has no checkpoint yet")
 
   def check(self, step: int, like: Any) -> None:
     """Checks a step's arrays before they are restored.
@@ -306,8 +301,8 @@ class Checkpoints:
     """
     folder = self._staging.fetch(self._folders.path(step))
     tree = self._orbax.metadata(folder / _STATE)
-    saved = _by_path(tree.item_metadata.tree)
-    for path, leaf in _by_path(like).items():
+    saved = trees.by_path(tree.item_metadata.tree)
+    for path, leaf in trees.by_path(like).items():
       found = saved.get(path)
       if found is None:
         raise UserError(
@@ -341,9 +336,3 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   spec = leaf.sharding.spec if leaf.sharding else jax.sharding.PartitionSpec()
   sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-  return {name(path): leaf for path, leaf in flat}

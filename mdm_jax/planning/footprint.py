@@ -17,6 +17,7 @@ from jax.extend.core import Jaxpr, Literal
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mdm_jax.core import trees
 from mdm_jax.core.sharding import RULES, data_shards, padded_rows
 from mdm_jax.data.batches import Batch
 from mdm_jax.model.denoiser import compute_dtype
@@ -104,18 +105,18 @@ def _of_stage(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Footprint:
   params = layouts(state.params, mesh)
   size = sum(p.bytes for p in params)
   kept = kept_for_backward(run, stage, mesh)
-  # With several microbatches, one's gradient is held beside the sum so far.
-  microbatches = run.accumulation
+  total = lambda tree: sum(array.bytes for array in layouts(tree, mesh))
   return Footprint(
     params=params,
     kept=kept,
     held={
       "parameters": size,
-      "their average": sum(p.bytes for p in layouts(state.ema_params, mesh)),
-      "optimizer's state": sum(p.bytes for p in layouts(state.opt_state, mesh)),
+      "their average": total(state.ema_params),
+      "optimizer's state": total(state.opt_state),
     },
     passing={
-      "gradients": size * min(microbatches, 2),
+      # With several microbatches, one's gradient is held beside the sum so far.
+      "gradients": size * min(run.accumulation, 2),
       "kept for the backward pass": sum(k.bytes for k in kept),
       "head": _head_bytes(run, stage, mesh),
       "block": _block_bytes(run, stage, params, mesh),
@@ -125,11 +126,8 @@ def _of_stage(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Footprint:
 
 def layouts(tree: Any, mesh: AbstractMesh) -> tuple[Layout, ...]:
   """Returns the layout of every array in a tree of shapes."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return tuple(
-    _layout(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, mesh)
-    for path, leaf in leaves
-  )
+  named = trees.by_path(tree).items()
+  return tuple(_layout(name, leaf, mesh) for name, leaf in named)
 
 
 def _layout(name: str, value: Any, mesh: AbstractMesh) -> Layout:

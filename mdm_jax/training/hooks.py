@@ -24,6 +24,7 @@ decide by the update's number, never by a clock, or the processes deadlock.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -103,13 +104,16 @@ class Hooks(Hook):
   def __init__(self, *hooks: Hook):
     self._hooks = hooks
 
-  def on_start(self, state: TrainState) -> None:
+  def _each(self, event: str, *args: Any) -> None:
     for hook in self._hooks:
-      hook.on_start(state)
+      getattr(hook, event)(*args)
 
-  def on_stage(self, stage: StagePlan, update: int) -> None:
-    for hook in self._hooks:
-      hook.on_stage(stage, update)
+  on_start = functools.partialmethod(_each, "on_start")
+  on_stage = functools.partialmethod(_each, "on_stage")
+  on_metrics = functools.partialmethod(_each, "on_metrics")
+  on_update = functools.partialmethod(_each, "on_update")
+  on_save = functools.partialmethod(_each, "on_save")
+  on_end = functools.partialmethod(_each, "on_end")
 
   @contextlib.contextmanager
   def during(self, cause: Cause, update: int) -> Iterator[None]:
@@ -117,14 +121,6 @@ class Hooks(Hook):
       for hook in self._hooks:
         stack.enter_context(hook.during(cause, update))
       yield
-
-  def on_metrics(self, done: int, metrics: Metrics) -> None:
-    for hook in self._hooks:
-      hook.on_metrics(done, metrics)
-
-  def on_update(self, done: int, state: TrainState) -> None:
-    for hook in self._hooks:
-      hook.on_update(done, state)
 
   def should_stop(self, done: int) -> str | None:
     # Ask all hooks, without a short circuit: one may need to exchange messages
@@ -136,16 +132,8 @@ class Hooks(Hook):
     # A list, so that here too all hooks are asked.
     return any([hook.wants_state(done) for hook in self._hooks])
 
-  def on_save(self, done: int, state: TrainState, kept: dict[str, Any]) -> None:
-    for hook in self._hooks:
-      hook.on_save(done, state, kept)
-
   def on_evaluate(self, done: int, state: TrainState) -> None:
     for hook in self._hooks:
       # It may be another hook that wanted the state.
       if hook.wants_state(done):
         hook.on_evaluate(done, state)
-
-  def on_end(self, state: TrainState) -> None:
-    for hook in self._hooks:
-      hook.on_end(state)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from mdm_jax.core import files
+from mdm_jax.core import files, trees
 from mdm_jax.objectives.base import Ratio
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.step import count_nonfinite
@@ -75,7 +75,7 @@ def _describe(trainer: Trainer, state: TrainState, update: int) -> dict:
     "stage": stage.config.name,
     "learning_rate": float(trainer.schedule(update)),
     "loss": float(found["loss"]),
-    "gradient_norm": _by_path(found["grad_norm"]),
+    "gradient_norm": _numbers(found["grad_norm"]),
     "gradient_nonfinite": _some(found["grad_nonfinite"]),
     "summaries": _summaries(found["summaries"], trainer.objective(stage).tags),
     "rows": [
@@ -113,15 +113,13 @@ def _rows(trainer: Trainer, update: int) -> str:
   return lines
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-  return {name(path): leaf.item() for path, leaf in flat}
+def _numbers(tree: Any) -> dict[str, Any]:
+  return {path: leaf.item() for path, leaf in trees.by_path(tree).items()}
 
 
 def _some(counts: Any) -> dict[str, int]:
   """Returns the counts above 0, by path."""
-  return {path: n for path, n in _by_path(counts).items() if n}
+  return {path: n for path, n in _numbers(counts).items() if n}
 
 
 def _strict(value: Any) -> Any:

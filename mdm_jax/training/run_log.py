@@ -180,16 +180,17 @@ class RunLog(Hook):
     made = max(len(self._durations), 1)
     means = _means(self._window)
     tokens = means.pop("tokens") * made
-    scalars = {f"train/{name}": value for name, value in means.items()}
-    scalars |= _ratios(self._window, self._objective.tags)
-    scalars |= {
+    scalars = {
+      **{f"train/{name}": value for name, value in means.items()},
+      **_ratios(self._window, self._objective.tags),
       "train/tokens_per_second": tokens / seconds,
       "train/tokens_seen": self._tokens,
       "train/stage": self._stage.index + 1,
       "train/update_seconds": seconds / made,
+      **self._speed(seconds, made),
+      **_memory(),
+      **self._health(),
     }
-    scalars |= self._speed(seconds, made) | _memory()
-    scalars |= self._health()
     self.writers.write_scalars(update, scalars)
     left = _seconds_left(self._trainer, self._stage, update, seconds / made)
     loss = means.get("loss", math.nan)
@@ -229,17 +230,13 @@ class RunLog(Hook):
 
   def _health(self) -> dict[str, float]:
     seconds = self._attempt.seconds()
-    spent = {f"goodput/{k}_seconds": v for k, v in seconds.items()}
-    counts = {f"health/{k}_total": v for k, v in self._totals.items()}
-    return (
-      spent
-      | counts
-      | {
-        "goodput/fraction": goodput.goodput(seconds),
-        "health/attempts": self._attempt.number,
-        "health/committed": self._attempt.committed,
-      }
-    )
+    return {
+      **{f"goodput/{k}_seconds": v for k, v in seconds.items()},
+      "goodput/fraction": goodput.goodput(seconds),
+      **{f"health/{k}_total": v for k, v in self._totals.items()},
+      "health/attempts": self._attempt.number,
+      "health/committed": self._attempt.committed,
+    }
 
 
 def _fetched(value: Any) -> float | Ratio:
@@ -325,21 +322,18 @@ def _seconds_left(
 def _to_plain(values: dict[str, Any]) -> dict[str, Any]:
   """Returns metrics as JSON values; nan and inf become strings."""
   spell = lambda x: x if math.isfinite(x) else repr(x)
-
-  def plain(value: Any) -> Any:
-    if isinstance(value, Ratio):
-      return [np.asarray(part).tolist() for part in value]
-    return value
-
-  return {
-    name: jax.tree.map(spell, plain(value)) for name, value in values.items()
+  lists = {
+    name: [np.asarray(part).tolist() for part in value]
+    for name, value in values.items()
+    if isinstance(value, Ratio)
   }
+  return jax.tree.map(spell, values | lists)
 
 
 def _from_plain(values: dict[str, Any]) -> dict[str, Any]:
-  def read(value: Any) -> float | Ratio:
-    if isinstance(value, list):
-      return Ratio(*(np.array(part, np.float32) for part in value))
-    return float(value)
-
-  return {name: read(value) for name, value in values.items()}
+  return {
+    name: Ratio(*(np.array(part, np.float32) for part in value))
+    if isinstance(value, list)
+    else float(value)
+    for name, value in values.items()
+  }

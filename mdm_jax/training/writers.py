@@ -73,22 +73,18 @@ class JsonlWriter:
     self._file = files.open_to_append(path, lines.encode())
     self._due = _Due(path, seconds=0.0)
 
-  def write_scalars(self, step: int, scalars: Scalars) -> None:
-    self._write({"step": step, **scalars})
+  def write_scalars(self, step: int, values: Mapping[str, Any]) -> None:
+    self._file.write(strict_json.dumps({"step": step, **values}) + "\n")
+    if self._due.now():
+      self._file.flush()
 
-  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    self._write({"step": step, **texts})
+  write_texts = write_scalars
 
   def flush(self) -> None:
     self._file.flush()
 
   def close(self) -> None:
     self._file.close()
-
-  def _write(self, line: dict[str, Any]) -> None:
-    self._file.write(strict_json.dumps(line) + "\n")
-    if self._due.now():
-      self._file.flush()
 
 
 class TensorBoardWriter:
