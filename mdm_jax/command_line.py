@@ -23,7 +23,7 @@ from mdm_jax.workdir import Workdir
 flags.DEFINE_list(
   "modules",
   [],
-  "Python modules to import first; they register pieces of your own.",
+  "Python modules to import first, which register your own components.",
 )
 # Modules that config files import and that have moved, old name to new, so that
 # an import error can name the new one.
@@ -189,7 +189,7 @@ def _tell(error: BaseException, path: str | None) -> str:
       if os.path.abspath(frame.filename) == os.path.abspath(path):
         return f"{path}, line {frame.lineno}: {_cause(cause)}"
   if isinstance(error, IndexError):
-    return "a --config.stages[...] asks for a stage that does not exist"
+    return "--config.stages[...]: there is no stage with this index"
   if "get_config" in str(chain[-1]):
     return f"{path}: {_one_line(chain[-1])}; see configs/quickstart.py"
   return _one_line(error)
@@ -199,7 +199,7 @@ def _cause(error: BaseException) -> str:
   told = _one_line(error)
   found = re.match("cannot import name '(.+?)' from '(.+?)'", told)
   name = f"{found[2]}.{found[1]}" if found else getattr(error, "name", None)
-  return f"{name} is {_MOVED[name]} now" if name in _MOVED else told
+  return f"{name} has moved to {_MOVED[name]}" if name in _MOVED else told
 
 
 def _one_line(error: BaseException) -> str:

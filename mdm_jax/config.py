@@ -51,15 +51,15 @@ class Config:
 
   name: str = field("run", "the run's name; workdir defaults to runs/<name>")
   seed: int = fixed(
-    0, "root of every random number of the training", "[0, 4294967295]"
+    0, "seed of all random numbers of the training", "[0, 4294967295]"
   )
   init_from: str = field(
     "",
-    "folder of a run whose best parameters and tokenizer to start from",
+    "folder of a run to start from: its best parameters and its tokenizer",
     path=True,
   )
   modules: tuple[str, ...] = field(
-    (), "Python modules to import first: they register pieces of your own"
+    (), "Python modules to import first, which register your own components"
   )
   data: DataConfig = DataConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()
@@ -91,17 +91,17 @@ class Config:
     if self.init_from and self.tokenizer.path:
       raise UserError(
         f"tokenizer.path={self.tokenizer.path!r} and init_from="
-        f"{self.init_from!r}: a run to start from brings its own tokenizer;"
-        " give one of the two"
+        f"{self.init_from!r}: the run in init_from already has a tokenizer;"
+        " set only one of the two"
       )
     if self.rows_per_update > _MOST_ROWS:
       raise UserError(
         f"data.batch_size={self.data.batch_size} x"
         f" optimizer.accumulation={self.optimizer.accumulation} ="
-        f" {self.rows_per_update:,} rows an update; at most {_MOST_ROWS:,}"
+        f" {self.rows_per_update:,} rows per update; at most {_MOST_ROWS:,}"
       )
     if not self.stages:
-      raise UserError("stages is empty; give at least one")
+      raise UserError("stages is empty; at least one is needed")
     for i, part in enumerate(self.stages):
       self._check_rates(part, f"stages[{i}]")
       self._check_objective(part, f"stages[{i}]")
@@ -117,7 +117,7 @@ class Config:
         f"optimizer.learning_rate={self.optimizer.learning_rate:g} x"
         f" {path}.lr_factor={part.lr_factor:g} = {rate:g}, and {decay:g} with"
         f" optimizer.weight_decay={self.optimizer.weight_decay:g}: both"
-        " products must be in (0, 1]; more would overshoot every update"
+        " products must be in (0, 1]; larger ones overshoot in every update"
       )
 
   def _check_objective(self, part: StageConfig, path: str) -> None:
@@ -274,8 +274,8 @@ def _owned(written: Any, cls: type, path: str, whole: Any) -> Any:
       given |= {} if value is None and owners else {at.name: value}
     elif owners and value is not None:
       raise UserError(
-        f"{path}.{at.name}={value!r} is of objective.name="
-        f"{' or '.join(owners)}; this run's is {whole.objective.name}"
+        f"{path}.{at.name}={value!r} belongs to objective.name="
+        f"{' or '.join(owners)}; this run has {whole.objective.name}"
       )
   return cls(**given)
 

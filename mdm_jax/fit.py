@@ -86,27 +86,29 @@ def describe(run: Blueprint, mesh: AbstractMesh, found: Footprint) -> list[str]:
   return [
     f"{config.name}: vocabulary {run.vocab.size:,}, {config.model.dtype},"
     f" attention {config.model.attention}, remat {config.model.remat}",
-    f"{sizes}, devices {mesh.size}: {rows} rows a microbatch,"
-    f" {_rows_a_shard(rows, mesh)}, microbatches an update"
+    f"{sizes}, devices {mesh.size}: {rows} rows per microbatch,"
+    f" {_rows_a_shard(rows, mesh)}, microbatches per update"
     f" {config.optimizer.accumulation}",
     "",
     f"{count:,} parameters; their average, the optimizer's moments and the"
-    " gradient lie as they do:",
+    " gradient are sharded alike:",
     *map(_line, found.params),
     "",
-    "kept from the blocks' forward pass for the backward pass, all layers:",
+    "activations of all blocks that are stored for the backward pass:",
     *map(_line, found.kept),
     "",
-    "a device holds",
+    "memory per device",
     *(f"  {name:<55}{_mib(size)}" for name, size in _parts(found).items()),
-    f"  {'together, when it is most':<55}{_mib(found.total)}",
+    f"  {'total at the peak':<55}{_mib(found.total)}",
   ]
 
 
 def _rows_a_shard(rows: int, mesh: AbstractMesh) -> str:
   padded = sharding.padded_rows(rows, mesh)
-  text = f"{padded // sharding.data_shards(mesh)} a data shard"
-  return text + (f" with {padded - rows} of padding" if padded > rows else "")
+  text = f"{padded // sharding.data_shards(mesh)} per data shard"
+  return text + (
+    f" including {padded - rows} padding rows" if padded > rows else ""
+  )
 
 
 def _line(layout: Layout) -> str:
@@ -122,8 +124,8 @@ def _mib(size: int) -> str:
 def _parts(found: Footprint) -> dict[str, int]:
   """Returns bytes by name: first those held throughout, then temporaries."""
   passing = {
-    "head": "the head: a table, its gradient, a chunk of logits",
-    "block": "or a block: its parameters, their gradient, scores",
+    "head": "head: embedding table, its gradient, a chunk of logits",
+    "block": "or block: parameters, their gradients, attention scores",
   }
   return found.held | {
     passing.get(name, name): size for name, size in found.passing.items()
@@ -149,7 +151,7 @@ def _attention(config: Config, device: Accelerator) -> list[str]:
   }
   lines = sorted(f"on {device.name}, {choice}" for choice in choices)
   if "cudnn" in {choice.name for choice in choices}:
-    lines.append("planned with XLA's own attention, which holds more")
+    lines.append("planned with XLA's own attention, which needs more memory")
   return lines
 
 
@@ -161,7 +163,7 @@ def _verdict(run: Blueprint, found: Footprint, device: Accelerator) -> str:
   parts = _parts(found)
   worst = max(parts, key=parts.__getitem__)
   raise UserError(
-    f"{device.name} has {have:.0f} GiB, a device would hold {need:.2f} GiB,"
+    f"{device.name} has {have:.0f} GiB, each device would need {need:.2f} GiB,"
     f" most of it: {worst.removeprefix('or ')} ({parts[worst] / GIB:.2f} GiB);"
     f" nearest valid: {_cure(run, found, device)}"
   )
@@ -172,7 +174,9 @@ def _cure(run: Blueprint, found: Footprint, device: Accelerator) -> str:
   cures = []
   # Smaller microbatches shrink only the temporaries.
   if sum(found.held.values()) <= device.memory:
-    cures.append("data.batch_size smaller, optimizer.accumulation larger")
+    cures.append(
+      "a smaller data.batch_size with a larger optimizer.accumulation"
+    )
     if run.config.model.remat != "full":
       cures.append("model.remat=full")
   return ", or ".join([*cures, "a larger mesh.fsdp or mesh.tensor"])

@@ -17,13 +17,13 @@ from mdm_jax.sampling.generate import effective
 from mdm_jax.workdir import Workdir
 
 _HELP = """\
-A text goes on from what you type; [MASK] in it is one token to fill in,
-[MASK:5] are five. An empty line gives free text.
-/temperature 0.7  changes a setting; without a value it is shown
-/settings         shows all
-/quit             or Ctrl-D ends
-Seed, temperature, min_p, top_p and schedule change at once; the others compile
-a new program, which takes some seconds the first time."""
+Type the beginning of a text. [MASK] in it is filled with one token, [MASK:5]
+with five. An empty line samples a text without a prompt.
+/temperature 0.7  change a setting; without a value, show it
+/settings         show all settings
+/quit             quit, as does Ctrl-D
+Changes of seed, temperature, min_p, top_p and schedule take effect at once;
+others compile a new program first, which takes some seconds."""
 
 
 def converse(config: Config, workdir: Workdir) -> list[str]:
@@ -37,7 +37,7 @@ def converse(config: Config, workdir: Workdir) -> list[str]:
   """
   if distributed.count() > 1:
     raise UserError(
-      "--interactive reads from one terminal; several processes take --prompt"
+      "--interactive needs a single process; with several, use --prompt"
     )
   model = sample.load_with(config, workdir)
   _edit_lines()
@@ -94,7 +94,7 @@ class _Talk:
   def _set(self, name: str, value: str) -> None:
     names = [field.name for field in dataclasses.fields(SampleConfig)]
     if name not in names:
-      raise UserError(f"/{name} is no setting; {nearest(name, names)}")
+      raise UserError(f"unknown setting /{name}; {nearest(name, names)}")
     if value:
       fields = dataclasses.asdict(self._settings) | {name: _parsed(value)}
       self._settings = self._model.settings(**fields)

@@ -39,55 +39,66 @@ _MODE = flags.DEFINE_enum(
     *("data", "plan", "prepare", "train"),
     *("eval", "sample", "frontier", "compare", "report"),
   ],
-  "What to do.",
+  "The program to run.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "The run's folder (default: runs/<config name>)."
 )
 _PROMPT = flags.DEFINE_string(
-  "prompt", "", "Text a sample begins with, or with [MASK] and [MASK:5] in it."
+  "prompt",
+  "",
+  "Text that samples begin with; [MASK] or [MASK:5] in it is filled.",
 )
 _PROMPTS = flags.DEFINE_string(
-  "prompts", "", "File with a prompt a line, or .jsonl, or - for the input."
+  "prompts", "", "File with one prompt per line, or .jsonl, or - for stdin."
 )
 _TRACE = flags.DEFINE_bool(
-  "trace", False, "Show a sample while it is drawn; store how all were drawn."
+  "trace",
+  False,
+  "Show a sample while it is drawn, and store every sampling step.",
 )
 _HTML = flags.DEFINE_string(
-  "html", None, "File for a page that shows how samples were drawn."
+  "html", None, "Write an HTML page that shows every sampling step."
 )
 _INTERACTIVE = flags.DEFINE_bool(
-  "interactive", False, "Draw a sample for every prompt that is typed."
+  "interactive",
+  False,
+  "Read prompts from the terminal, and draw a sample for each.",
 )
 _WAYS = flags.DEFINE_string(
-  "ways", "", "Compare only ways to draw whose name holds this."
+  "ways", "", "Compare only settings whose name contains this."
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
-  "num_samples", None, "Texts of each prompt (default: sample.num_samples)."
+  "num_samples", None, "Samples per prompt (default: sample.num_samples)."
 )
 _WORKERS = flags.DEFINE_integer(
-  "workers", None, "Processes of --mode=prepare (default: one a core).", 1
+  "workers", None, "Processes of --mode=prepare (default: one per core).", 1
 )
 _MESH = flags.DEFINE_string(
-  "mesh", None, "Plan for FSDPxTENSOR devices, as 64x4, that are not here."
+  "mesh",
+  None,
+  "Plan for a mesh of FSDPxTENSOR devices that you don't have, e.g. 64x4.",
 )
 _DEVICE = flags.DEFINE_string(
-  "device", None, "Which ones they are, as v5e; refuse what does not fit."
+  "device", None, "Their kind, e.g. v5e; a run that does not fit is refused."
 )
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "HOST:PORT of process 0, for several processes."
+  "coordinator", None, "HOST:PORT of process 0, in a run of several processes."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", None, "How many there are (default: what JAX finds)."
+  "num_processes", None, "Number of processes (default: detected by JAX)."
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Number of this one, from 0."
+  "process_id", None, "Index of this process, from 0."
 )
 _JOIN_SECONDS = flags.DEFINE_integer(
-  "join_seconds", 300, "Until all processes must have come.", 1
+  "join_seconds", 300, "Seconds to wait for all processes at the start.", 1
 )
 _HEARTBEAT_SECONDS = flags.DEFINE_integer(
-  "heartbeat_seconds", 100, "After which a silent process counts as gone.", 1
+  "heartbeat_seconds",
+  100,
+  "Seconds of silence after which a process counts as lost.",
+  1,
 )
 _JSON = flags.DEFINE_bool(
   "json", False, "Print the results as JSON on the last line."
@@ -113,7 +124,7 @@ def _main() -> int:
     return command_line.fail(error)
   # In modes without a handler of their own: they have nothing to save.
   except KeyboardInterrupt:
-    print("interrupted: the same command goes on from what was saved")
+    print("interrupted: the same command resumes from what was saved")
     return Exit.STOPPED
   except Exception as error:
     return _fail_unforeseen(error)
@@ -189,7 +200,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
     case "eval":
       return evaluate.evaluate_workdir(config, workdir)
     case "sample" if len(_prompt_flags()) > 1:
-      raise UserError(f"give one of {', '.join(_prompt_flags())}")
+      raise UserError(f"give only one of {', '.join(_prompt_flags())}")
     case "sample" if _INTERACTIVE.value:
       return interactive.converse(config, workdir)
     case "sample":

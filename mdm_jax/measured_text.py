@@ -43,8 +43,8 @@ def open_rows(config: Config, workdir: Workdir) -> tuple[PreparedData, Config]:
 
 def _advice(saved: Config, config: Config) -> str:
   text = (
-    "; to measure another text on purpose, give it as --config.data.test_corpus"
-    " or, to --mode=frontier and compare, as --config.data.validation_corpus"
+    "; to evaluate on another text on purpose, set --config.data.test_corpus,"
+    " or --config.data.validation_corpus for --mode=frontier and compare"
   )
   changes = [c for c in config_changes.compare(saved, config) if c.fatal]
   return f"{text}\n{config_changes.table(changes)}" if changes else text
@@ -62,7 +62,7 @@ def _with_other(
   told = {"corpus": corpus, "sha256": corpora.fingerprint(documents)}
   others = data.manifest.get(_OTHER, {}) | {side: told}
   console.print(
-    f"measuring another {side} text than the run's own: {corpus},"
+    f"evaluating on another {side} text than the run's own: {corpus},"
     f" {len(texts):,} documents, {held.num_bytes:,} bytes",
     soft_wrap=True,
   )

@@ -172,8 +172,8 @@ def _notes(config: Config, trainer: Trainer) -> list[str]:
   padding = padded_rows(rows, mesh) - rows
   if padding:
     lines.append(
-      f"{rows} rows a microbatch on {data_shards(mesh)} data shards: {padding}"
-      " padding rows are added, computed but not counted"
+      f"{rows} rows per microbatch on {data_shards(mesh)} data shards:"
+      f" {padding} padding rows are added, computed but not counted"
     )
   every = config.optimizer.every
   if every > 1:

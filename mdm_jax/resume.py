@@ -29,12 +29,12 @@ class Origin:
     """Updates made before this attempt."""
     return self.update or 0
 
-  def told(self) -> str | None:
-    """Returns what has changed in the config, in words, or None."""
+  def describe_changes(self) -> str | None:
+    """Returns a table of the changed config fields, or None."""
     if not self.changes:
       return None
     table = config_changes.table(self.changes)
-    return f"other settings from update {self.update} on:\n{table}"
+    return f"settings changed from update {self.update} on:\n{table}"
 
   def check_not_beyond(
     self, updates: int, workdir: Workdir, checkpoints: Checkpoints
@@ -45,9 +45,9 @@ class Origin:
     table = config_changes.table(self.changes)
     raise UserError(
       f"{workdir.path} has made {self.done} updates, more than the {updates} of"
-      " these stages: a run is not made shorter. Take the saved values back,"
-      " give another --workdir, or go back to a checkpoint with"
-      f" --config.train.restore_step (there are: {checkpoints.told()})\n{table}"
+      " these stages: a run can't be made shorter. Restore the saved values,"
+      " use another --workdir, or go back to a checkpoint with"
+      f" --config.train.restore_step (it has: {checkpoints.listed()})\n{table}"
     )
 
 
@@ -83,7 +83,7 @@ def find_origin(
   else:
     raise UserError(
       f"train.restore_step={wanted}: workdir {workdir.path} has no such"
-      f" checkpoint; there are: {checkpoints.told()}"
+      f" checkpoint; it has: {checkpoints.listed()}"
     )
   if saved is None:
     return Origin()

@@ -81,7 +81,7 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
       )
       # Processes that start apart would wait for each other, or train on
       # different states.
-      distributed.agree("the checkpoint to go on from", origin.update)
+      distributed.agree("the checkpoint to resume from", origin.update)
       session.attempt.begin(origin.done)
     data = prepare_on_all(config.rows, workdir.path)
     # Without a shared disk each process prepares its own rows.
@@ -178,8 +178,8 @@ class Run:
       self._checkpoints.set_aside_after(update)
       state = self._init() if update is None else self._restore(update)
     # Only now: until here anything could have refused to resume the run.
-    self._write_what_it_is()
-    self._attempt.changes = self._origin.told()
+    self._write_run_files()
+    self._attempt.changes = self._origin.describe_changes()
     return state
 
   def _restore(self, update: int) -> TrainState:
@@ -196,7 +196,7 @@ class Run:
     console.print(f"starting from the parameters of {source}, update {step}")
     return self.trainer.init_from(params)
 
-  def _write_what_it_is(self) -> None:
+  def _write_run_files(self) -> None:
     tokenizer = self._data.tokenizer
     self._workdir.write_config(self._config, tokenizer.sha256)
     self._workdir.write("data.json", self._data.manifest)
@@ -248,7 +248,7 @@ class Run:
       write(0, {"config": _as_text(self._config)})
       texts = preview.describe(self._config, self._data)
       write(0, {f"data/{name}": text for name, text in texts.items()})
-    elif changes := self._origin.told():
+    elif changes := self._origin.describe_changes():
       log.line.say(f"warning: {changes}")
       write(update, {"config_changes": changes})
 
@@ -273,12 +273,12 @@ class Run:
 
     That is so where the settings or the text of the evaluation have changed.
     """
-    told = f"{self._workdir.path} is finished: nothing to train"
+    status = f"{self._workdir.path} is finished: nothing to train"
     results = self._measures.read_final(self._workdir, self._checkpoints)
     if results is None:
-      told += "; its results are of another update, text or setting, or missing"
-      self._write_what_it_is()
-    console.print(told, soft_wrap=True)
+      status += "; its results are missing or out of date: evaluating again"
+      self._write_run_files()
+    console.print(status, soft_wrap=True)
     return results
 
   def measure_best(self) -> dict[str, Any]:

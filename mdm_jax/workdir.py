@@ -78,7 +78,7 @@ class Workdir:
       raise UserError(
         f"workdir {self.path} was started by mdm_jax {by} (format {found});"
         f" this is mdm_jax {mdm_jax.__version__} (format {FORMAT}): use that"
-        " version for it, or give another --workdir to start anew"
+        " version, or use another --workdir to start a new run"
       )
 
   def read_config(self) -> Config:
@@ -130,7 +130,7 @@ class Workdir:
     if changed:
       raise UserError(
         f"workdir {self.path} was started with another text: {changed[0]} has"
-        f" changed since; bring the text back, or use another workdir{advice}"
+        f" changed since; restore the text, or use another workdir{advice}"
       )
 
   def read(self, name: str) -> dict[str, Any] | None:

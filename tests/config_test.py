@@ -569,12 +569,12 @@ def test_without_a_name_the_objective_is_masked(toy):
   [
     (
       {"objective": {"name": "toy", "weighting": "nelbo"}},
-      "objective.weighting='nelbo' is of objective.name=masked; this run's is"
-      " toy",
+      "objective.weighting='nelbo' belongs to objective.name=masked; this run"
+      " has toy",
     ),
     (
       {"stages": [{}, {"block": 4}]},
-      "stages[1].block=4 is of objective.name=toy; this run's is masked",
+      "stages[1].block=4 belongs to objective.name=toy; this run has masked",
     ),
     (
       {"objective": {"name": "toy"}, "stages": [{"blok": 4}]},
@@ -641,4 +641,4 @@ def test_a_module_that_has_moved_is_told(tmp_path, capsys, line):
     command_line.parse(["main", f"--config={file}"])
   error = capsys.readouterr().err
   assert error.count("\n") == 1 and f"{file}, line 2: " in error
-  assert "mdm_jax.core.config is mdm_jax.config now" in error
+  assert "mdm_jax.core.config has moved to mdm_jax.config" in error

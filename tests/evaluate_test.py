@@ -123,7 +123,7 @@ def test_found_A1_old_results_are_not_taken_for_the_final_ones(run, told):
   assert new["nelbo_per_token"] != old["nelbo_per_token"]
   run.save(old)  # as an end within the final evaluation leaves them
   assert run.train(**run.of(6)) == run.results() == new
-  assert any("of another update" in str(line) for line in told)
+  assert any("evaluating again" in str(line) for line in told)
 
 
 def test_a_finished_run_is_not_measured_again(run, told, monkeypatch):
@@ -159,7 +159,7 @@ def test_found_A17_a_run_is_not_made_shorter_in_silence(run):
   assert error.value.code == Exit.USER
   for word in ("made 4 updates", "the 3 of", "stages[0].updates  4      3"):
     assert word in str(error.value)
-  assert "there are: 2, 4" in str(error.value)
+  assert "it has: 2, 4" in str(error.value)
   assert (run.workdir.path / "config.json").read_text() == before
 
 

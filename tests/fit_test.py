@@ -145,7 +145,7 @@ def test_a_run_that_does_not_fit_is_one_line(tmp_path, env):
   printed = (GOLDEN / "8b.8.txt").read_text()
   mib = float(printed.split()[-2].replace(",", ""))
   assert done.stdout == printed
-  told = f"v5e has 16 GiB, a device would hold {mib / 2**10:.2f} GiB"
+  told = f"v5e has 16 GiB, each device would need {mib / 2**10:.2f} GiB"
   check_mistake(done, told, "mesh.fsdp", "optimizer.accumulation")
 
 

@@ -380,7 +380,7 @@ def test_the_package_loads_a_model(workdir, model):
   loaded = mdm_jax.load(str(workdir), step=1)
   drawn = loaded.generate("ab", num_steps=3)
   assert drawn.texts == model.generate("ab", num_steps=3).texts
-  with pytest.raises(UserError, match="no checkpoint 7; there are: 1"):
+  with pytest.raises(UserError, match="no checkpoint 7; it has: 1"):
     mdm_jax.load(str(workdir), step=7)
 
 

@@ -128,11 +128,11 @@ class Checkpoints:
     """Raises UserError, listing the whole steps, if a step isn't one."""
     if not self.has(step):
       raise UserError(
-        f"workdir {self._folders.workdir} has no checkpoint {step}; there are:"
-        f" {self.told()}"
+        f"workdir {self._folders.workdir} has no checkpoint {step}; it has:"
+        f" {self.listed()}"
       )
 
-  def told(self) -> str:
+  def listed(self) -> str:
     """Returns the whole steps as text, for a message."""
     whole = filter(self._folders.is_whole, self._folders.steps())
     return ", ".join(map(str, whole)) or "none"
@@ -164,8 +164,8 @@ class Checkpoints:
       return
     if not bool(_all_finite(state)):
       raise NumericsError(
-        f"the state after update {step} is not finite: it is not saved; the"
-        f" last good checkpoint is {self._folders.last_known()}"
+        f"the state after update {step} is not finite and was not saved;"
+        f" the last good checkpoint is {self._folders.last_known()}"
       )
     self._check_room(step, state)
     began = time.monotonic()
@@ -234,9 +234,9 @@ class Checkpoints:
     free = shutil.disk_usage(folder).free
     if free < needed:
       raise StorageError(
-        f"no room for checkpoint {step}: it needs"
-        f" {needed / 2**20:,.1f} MiB and {folder} has {free / 2**20:,.1f}; the"
-        f" last good one is {self._folders.last_known()}"
+        f"no space for checkpoint {step}: it needs"
+        f" {needed / 2**20:,.1f} MiB, but {folder} has {free / 2**20:,.1f} MiB"
+        f" free; the last good one is {self._folders.last_known()}"
       )
 
   def _failed(self, step: int, error: Exception) -> Failure:

@@ -70,9 +70,9 @@ class StepFolders:
     logged = self._logged()
     if logged:
       raise StorageError(
-        f"workdir {self.workdir} had checkpoints (the last of update"
-        f" {max(logged)}), and none of them is whole; bring one back, or give"
-        " another --workdir to start anew"
+        f"workdir {self.workdir} had checkpoints, the last one of"
+        f" update {max(logged)}, but none of them is intact; restore one from"
+        " a backup, or use another --workdir to start again"
       )
     return None
 
@@ -94,8 +94,8 @@ class StepFolders:
       self._problems[step] = problem
       if problem and not self.is_gone(step):
         damaged = step in self._logged()
-        what = f"is damaged ({problem})" if damaged else "was never finished"
-        self._pass_over(step, what)
+        what = f"is damaged ({problem})" if damaged else "is incomplete"
+        self._report_skipped(step, what)
     return self._problems[step] is None
 
   def is_gone(self, step: int) -> bool:
@@ -111,11 +111,11 @@ class StepFolders:
     if files.exists(self.path(step)) and not self.known_whole(step):
       return False
     self._problems[step] = "deleted"
-    self._pass_over(step, "was deleted meanwhile")
+    self._report_skipped(step, "was deleted by another process")
     return True
 
-  def _pass_over(self, step: int, what: str) -> None:
-    console.print(f"checkpoint {step} {what}: passing over it", soft_wrap=True)
+  def _report_skipped(self, step: int, why: str) -> None:
+    console.print(f"checkpoint {step} {why}: skipping it", soft_wrap=True)
 
   def known_whole(self, step: int) -> bool:
     """Returns whether this process has found a step whole, or saved it."""
@@ -134,8 +134,8 @@ class StepFolders:
     content = manifest.read(self.path(step))
     if content is None:
       raise StorageError(
-        f"checkpoint {step} was deleted meanwhile: the same command takes the"
-        " next one"
+        f"checkpoint {step} was deleted by another process: run the same"
+        " command again to use the next one"
       )
     return content["progress"]
 
@@ -160,9 +160,10 @@ class StepFolders:
     headline = measured.get("headline")
     if headline is None:
       raise UserError(
-        f"{self.path(step) / _EVALUATION} is of an older version, which did not"
-        " say which number tells the best checkpoint: finish the run with that"
-        " version, or give another --workdir"
+        f"{self.path(step) / _EVALUATION} was written by an older"
+        " version, which did not store the metric that selects the best"
+        " checkpoint: finish the run with that version, or use another"
+        " --workdir"
       )
     value = strict_json.number(headline["value"])
     return value if headline["lower_is_better"] else -value
@@ -238,4 +239,4 @@ class StepFolders:
       if files.exists(target):
         files.delete_folder(target)
       files.move_folder(self.path(found), target)
-      console.print(f"checkpoint {found} is kept in {target}", soft_wrap=True)
+      console.print(f"checkpoint {found} was moved to {target}", soft_wrap=True)

@@ -111,13 +111,13 @@ def _of_stage(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Footprint:
     kept=kept,
     held={
       "parameters": size,
-      "their average": total(state.ema_params),
-      "optimizer's state": total(state.opt_state),
+      "averaged parameters (EMA)": total(state.ema_params),
+      "optimizer state": total(state.opt_state),
     },
     passing={
       # With several microbatches, one's gradient is held beside the sum so far.
       "gradients": size * min(run.accumulation, 2),
-      "kept for the backward pass": sum(k.bytes for k in kept),
+      "activations for the backward pass": sum(k.bytes for k in kept),
       "head": _head_bytes(run, stage, mesh),
       "block": _block_bytes(run, stage, params, mesh),
     },

@@ -210,8 +210,8 @@ class Attempt:
     That happens if this process was silent for too long, e.g. suspended.
     """
     print(
-      f"error: {self._folder} was taken over by {_who(owner)}, this process"
-      " having been silent for too long",
+      f"error: {self._folder} was taken over by {_who(owner)}, because this"
+      " process did not renew its lock in time",
       file=sys.stderr,
       flush=True,
     )
@@ -237,11 +237,11 @@ class Attempt:
     try:
       files.create_json(self._folder / "lock.json", self._record())
     except FileExistsError:
-      raise self._in_use("a process that began at the same time") from None
+      raise self._in_use("a process that started at the same time") from None
 
   def _in_use(self, by: str) -> UserError:
     return UserError(
-      f"workdir {self._folder} is in use by {by}; wait for it, stop it, or give"
+      f"workdir {self._folder} is in use by {by}; wait for it, stop it, or use"
       " another --workdir"
     )
 
@@ -259,13 +259,16 @@ class Attempt:
     if len(died) < self._max_attempts:
       return
     last = died[0]
-    rows = f" Its rows: {last['rows']}." if "rows" in last else ""
+    rows = f" It read rows {last['rows']}." if "rows" in last else ""
     at = last["update"]
+    first = max(at - 1, 0)
     raise CrashLoop(
       f"{len(died)} attempts in a row died without saving anything new, the"
-      f" last after update {at}: {last['reason']}.{rows} Mend the cause, pass"
-      f" over it with --config.train.skip_updates={at}:{at + 2}, or allow more"
-      f" with --config.train.max_attempts={2 * self._max_attempts}"
+      f" last after update {at}: {last['reason']}.{rows} Fix the cause; or skip"
+      " the update that failed and the one before it, whose error may show one"
+      f" update late, with --config.train.skip_updates={first}:{at + 1};"
+      " or allow more attempts with"
+      f" --config.train.max_attempts={2 * self._max_attempts}"
     )
 
 

@@ -68,12 +68,12 @@ class Session:
     self.stop.check()
 
   def _describe(self) -> str:
-    told = f"the last update done was {self.attempt.update}"
+    status = f"the last completed update was {self.attempt.update}"
     missing = distributed.missing_peers(ROLL_SECONDS)
-    return f"{told}; {missing}" if missing else told
+    return f"{status}; {missing}" if missing else status
 
   def _leave(self, name: str) -> None:
-    reason = f"{name}: stopped at once; the same command resumes"
+    reason = f"{name}: stopped immediately; the same command resumes"
     console.print(reason, soft_wrap=True)
     self._end(Exit.STOPPED, reason)
 

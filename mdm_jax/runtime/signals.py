@@ -190,5 +190,5 @@ def stop_request() -> StopRequest | SharedStopRequest:
 
 def _leave(name: str) -> None:
   """Exits the process at once; `SystemExit` would only end the thread."""
-  print(f"{name}: process {distributed.index()} leaves as it is", flush=True)
+  print(f"{name}: process {distributed.index()} exits at once", flush=True)
   os._exit(Exit.STOPPED)

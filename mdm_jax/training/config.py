@@ -13,25 +13,35 @@ class OptimizerConfig:
   """An optimizer by name, warm-up, then one cosine cycle a stage."""
 
   name: str = fixed(
-    "adamw", "the optimizer", registry="mdm_jax.training.optimizer:OPTIMIZERS"
+    "adamw",
+    "the optimizer's name",
+    registry="mdm_jax.training.optimizer:OPTIMIZERS",
   )
-  learning_rate: float = field(2e-4, "peak of the first stage", "(0, 1]")
+  learning_rate: float = field(
+    2e-4, "peak learning rate of a stage with lr_factor=1", "(0, 1]"
+  )
   schedule: Literal["cosine_with_restarts"] = field(
-    "cosine_with_restarts", "one cosine cycle a stage"
+    "cosine_with_restarts", "one cosine cycle per stage"
   )
   warmup_steps: int = field(
     1000,
-    "optimizer updates of linear warm-up, once, at the start of the run",
+    "updates of linear warm-up, once, at the start of the run",
     COUNT,
   )
   min_lr_ratio: float = field(
-    0.1, "floor of every cycle / learning_rate", SHARE
+    0.1,
+    "learning rate at the end of every cycle / its peak value (learning_rate)",
+    SHARE,
   )
   weight_decay: float = field(
-    0.1, "decoupled; not on norms, biases and embeddings", "[0, 1000]"
+    0.1,
+    "decoupled weight decay; norms, biases and embeddings have none",
+    "[0, 1000]",
   )
   clip_norm: float = field(
-    1.0, "longest gradient; a longer one is scaled down to it", "[1e-9, 1e9]"
+    1.0,
+    "gradients with a larger global norm are scaled down to this norm",
+    "[1e-9, 1e9]",
   )
   b1: float = field(
     0.9,
@@ -47,20 +57,20 @@ class OptimizerConfig:
   eps: float = field(1e-8, "Adam's epsilon: adamw, muon", "[1e-30, 1]")
   momentum: float | None = field(
     None,
-    "decay of the averaged gradient: muon (None: 0.95), adafactor (None: it"
-    " has none)",
+    "decay of the averaged gradient: muon (None: 0.95), adafactor (None: no"
+    " momentum)",
     "[0, 0.999999]",
   )
-  accumulation: int = fixed(1, "microbatches an optimizer update", SIZE)
+  accumulation: int = fixed(1, "microbatches per update", SIZE)
   every: int = fixed(
     1,
-    "updates whose mean gradient makes one step of the optimizer"
-    " (optax.MultiSteps); the others only accumulate",
+    "one optimizer step per this many updates, with their mean gradient"
+    " (optax.MultiSteps)",
     SIZE,
   )
   ema_decay: float = field(
     0.9999,
-    "of the averaged parameters that are evaluated and sampled",
+    "decay of the averaged parameters, which are evaluated and sampled",
     SHARE,
   )
 
@@ -69,42 +79,45 @@ class OptimizerConfig:
 class TrainConfig:
   """How often the loop reports and saves, and what it does about faults."""
 
-  log_every: int = field(20, "updates between points in the logs", POSITIVE)
+  log_every: int = field(20, "updates between log entries", POSITIVE)
   checkpoint_every: int = field(500, "updates between checkpoints", POSITIVE)
   checkpoint_minutes: float = field(
     10.0,
-    "save at the latest after so many minutes (0: by updates only)",
+    "save at least every so many minutes (0: only by checkpoint_every)",
     "[0, 1e6]",
   )
   keep_latest: int = field(
-    2, "newest checkpoints kept, beside the best one", POSITIVE
+    2, "number of newest checkpoints to keep, besides the best one", POSITIVE
   )
   keep_every: int | None = field(
     None,
-    "keep for good the checkpoints of updates divisible by this",
+    "also keep checkpoints of updates divisible by this, forever",
     POSITIVE,
   )
   restore_step: int | None = field(
     None,
-    "go on from this checkpoint, once, and set newer ones aside",
+    "resume once from this checkpoint, and move newer ones to set_aside/",
     POSITIVE,
   )
   skip_updates: str = field(
-    "", "updates passed over with their rows, as `1200:1500,1800:1810`"
+    "", "ranges of updates to skip with their rows, e.g. `1200:1500,1800:1810`"
   )
   max_skipped: int = field(
     3,
-    "updates in a row, not finite or spikes, that end the run unapplied",
+    "end the run after this many consecutive updates that were not finite or"
+    " spikes, and so not applied",
     POSITIVE,
   )
   spike_sigmas: float | None = field(
     None,
-    "don't apply an update whose gradient norm is so far above the last"
-    " ones' mean, in their deviations",
+    "skip an update whose gradient norm exceeds the mean of recent norms by"
+    " this many standard deviations",
     "(0, 1e6]",
   )
   spike_window: int = field(
-    128, "applied updates that a spike is told by", "[2, 65536]"
+    128,
+    "number of recent applied updates that spikes are compared with",
+    "[2, 65536]",
   )
   recheck_every: int | None = field(
     None,
@@ -113,17 +126,21 @@ class TrainConfig:
   )
   deterministic: Literal["auto", "true"] = field(
     "auto",
-    "the same bits in every run. auto: what costs nothing (kernels are chosen"
-    " once and kept with the compiled programs; on a CPU that is all it takes);"
-    " true: on a GPU XLA's deterministic kernels too, at some speed",
+    "identical bits in every run. auto: only what costs no speed (kernels are"
+    " chosen once and stored with the compiled programs; enough on a CPU);"
+    " true: on a GPU also XLA's deterministic kernels, which are slower",
   )
   watchdog_seconds: float = field(
     1200.0,
-    "without progress, then all stacks are told and the run ends (0: never)",
+    "after so many seconds without progress, print all stacks and exit (0:"
+    " never)",
     "0 or [1, 1e8]",
   )
   max_attempts: int = field(
-    3, "starts in a row that may die before they save anything new", POSITIVE
+    3,
+    "end the run after this many consecutive attempts that died without"
+    " saving anything new",
+    POSITIVE,
   )
 
   def check(self, path: str) -> None:
@@ -146,8 +163,8 @@ def update_ranges(text: str) -> tuple[tuple[int, int], ...]:
     found = re.fullmatch(r"\s*([0-9]+):([0-9]+)\s*", part)
     if not found or int(found[1]) >= int(found[2]):
       raise UserError(
-        f"train.skip_updates={text!r}: {part!r} is no range START:END with"
-        " START < END; a valid one: '1200:1500,1800:1810'"
+        f"train.skip_updates={text!r}: {part!r} is not a range START:END"
+        " with START < END; a valid value: '1200:1500,1800:1810'"
       )
     ranges.append((int(found[1]), int(found[2])))
   return tuple(ranges)

@@ -91,7 +91,7 @@ def make_curriculum(
     if start > _MOST_UPDATES:
       raise UserError(
         f"stages[{index}] is {updates:,} updates (epochs={stage.epochs:g} of"
-        f" {count:,} rows, updates={stage.updates}); the stages together may"
+        f" {count:,} rows, updates={stage.updates}); all stages together may"
         f" have {_MOST_UPDATES:,}"
       )
   return Curriculum(tuple(plans), update_ranges(skip_updates))

@@ -18,7 +18,7 @@ def warmup_updates(config: OptimizerConfig, curriculum: Curriculum) -> int:
   longest = max(1, int(curriculum.updates * _MAX_WARMUP_SHARE))
   if config.warmup_steps > longest:
     logging.warning(
-      "optimizer.warmup_steps=%d is cut to %d, a quarter of the run's %d"
+      "optimizer.warmup_steps=%d is reduced to %d, a quarter of the run's %d"
       " updates",
       config.warmup_steps,
       longest,

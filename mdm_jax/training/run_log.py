@@ -170,7 +170,7 @@ class RunLog(Hook):
       if isinstance(value, Ratio):
         (where,) = np.nonzero(~np.isfinite(np.atleast_1d(value.total)))
         bad += [tags[name][i] if name in tags else name for i in where]
-    return ", ".join(bad) or "the gradient alone"
+    return ", ".join(bad) or "only the gradient"
 
   def _write_point(self, update: int) -> None:
     """Writes the means since the last point, and updates the progress line."""

@@ -56,8 +56,8 @@ class SkipLimit(Hook):
     incident.write_report(folder, self._trainer, state, updates)
     last = self._checkpoints.latest()
     raise NumericsError(
-      f"updates {failed[0]} to {failed[-1]} were not applied, being not finite"
-      f" or spikes; {folder} tells what they read. The last checkpoint is"
-      f" {last}. To pass over them: --config.train.skip_updates="
+      f"updates {failed[0]} to {failed[-1]} were not finite or spikes, and not"
+      f" applied; {folder} has a report with their rows. The last checkpoint is"
+      f" {last}. To skip these updates: --config.train.skip_updates="
       f"{updates[0]}:{updates[-1] + 1}"
     )

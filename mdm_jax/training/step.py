@@ -215,7 +215,7 @@ def _summaries(objective: Objective, found: Pass) -> dict[str, Ratio]:
     if not total.shape == count.shape == expected:
       raise UserError(
         f"summary {name!r} of {type(objective).__name__} has the shapes"
-        f" {total.shape} and {count.shape}; its tags ask for {expected}"
+        f" {total.shape} and {count.shape}; by its tags it must be {expected}"
       )
   return summaries
 
@@ -224,7 +224,7 @@ def _joined(metrics: Metrics, summaries: Metrics) -> Metrics:
   twice = metrics.keys() & summaries.keys()
   if twice:
     raise UserError(
-      f"{', '.join(sorted(twice))}: every update logs this already; give the"
-      " objective's summary another name"
+      f"{', '.join(sorted(twice))}: every update already logs a metric with"
+      " this name; rename the objective's summary"
     )
   return {**metrics, **summaries}

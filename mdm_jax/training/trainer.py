@@ -160,9 +160,9 @@ class Trainer(Recipe):
     first = self.update(state, update, batch)
     if not bool(_same_bits(first, again)):
       raise NumericsError(
-        f"update {update + 1}, made twice from one state, gave two results:"
-        " this machine computes wrongly, or is not deterministic (a GPU is"
-        " only, if at all, with train.deterministic=true)"
+        f"update {update + 1}, computed twice from the same state, gave two"
+        " different results: this machine computes wrongly, or is not"
+        " deterministic (a GPU needs train.deterministic=true for that)"
       )
     return first
 

@@ -183,5 +183,7 @@ class Writers:
 
 def _give_up(path: epath.Path, error: OSError) -> None:
   logging.warning(
-    "%s can't be written (%s): the run goes on without it", path, error.strerror
+    "%s can't be written (%s): the run continues without it",
+    path,
+    error.strerror,
   )

@@ -210,7 +210,7 @@ def test_fault_07_what_was_never_finished_is_no_damage(tmp_path, capsys):
   (unfinished / "d").write_bytes(b"half")
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest() == 1
-    assert "checkpoint 2 was never finished" in capsys.readouterr().out
+    assert "checkpoint 2 is incomplete" in capsys.readouterr().out
     checkpoints.set_aside_after(1)
     assert not (tmp_path / "set_aside").exists()
     checkpoints.save(2, _state(2, 7.0), {})
@@ -349,7 +349,7 @@ def test_fault_13_room_is_looked_for_first(tmp_path, monkeypatch):
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.latest()
     monkeypatch.setattr(checkpoint_lib.shutil, "disk_usage", free)
-    with pytest.raises(StorageError, match="no room for checkpoint 2"):
+    with pytest.raises(StorageError, match="no space for checkpoint 2"):
       checkpoints.save(2, _state(2), {})
   assert harness.steps(tmp_path) == [1]
 
@@ -424,7 +424,7 @@ def test_found_C8_a_step_that_is_deleted_meanwhile_is_passed_over(
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(params))
     assert checkpoints.progress(step) == {}
   told = capsys.readouterr().out
-  assert told == "checkpoint 2 was deleted meanwhile: passing over it\n"
+  assert told == "checkpoint 2 was deleted by another process: skipping it\n"
 
 
 def test_a_step_that_comes_while_the_last_one_goes_is_found(

@@ -228,7 +228,7 @@ def test_a_plan_holds_what_all_calls_keep_for_the_backward_pass(monkeypatch):
       held.append(footprint(run, mesh))
   once, twice = held
   assert once.kept and twice.kept == 2 * once.kept
-  name = "kept for the backward pass"
+  name = "activations for the backward pass"
   assert twice.passing[name] == 2 * once.passing[name]
 
 

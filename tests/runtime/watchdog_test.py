@@ -46,7 +46,7 @@ def test_fault_09_a_hang_is_told_with_all_stacks(tmp_path):
   assert seconds < 40
   assert "stuck_here" in done.stderr  # the stack
   assert "no progress for" in done.stderr
-  assert "the last update done was 17" in done.stderr
+  assert "the last completed update was 17" in done.stderr
   told = _exit(tmp_path)
   assert (told["code"], told["name"]) == (134, "aborted")
   assert told["update"] == 17 and "no progress" in told["reason"]
