@@ -166,14 +166,14 @@ def files(corpus: str) -> Files | None:
   kind, _, rest = corpus.partition(":")
   if corpus in _PACKAGED:
     package, extra, folder, pattern = _PACKAGED[corpus]
-    root = _package(package, extra) / folder
+    modules.need(package, extra, f"data.corpus={corpus}")
+    root = _package(package) / folder
     return sorted(root.glob(pattern)), root
   return text_files.find(rest) if rest and kind == "text" else None
 
 
-def _package(name: str, extra: str) -> pathlib.Path:
+def _package(name: str) -> pathlib.Path:
   """Returns an installed package's folder without importing the package."""
-  modules.need(name, extra, f"data.corpus={name}")
   spec = importlib.util.find_spec(name)
   return pathlib.Path(spec.submodule_search_locations[0])
 

