@@ -124,7 +124,7 @@ def union(base: type, parts: Mapping[str, type]) -> type:
       if known[0] != hint:
         raise UserError(
           f"{part.__name__}.{at.name} is a {at.type}, elsewhere a {known[0]};"
-          " give it another name"
+          " rename one of them"
         )
       of = known[1].metadata["of"] if known[1] else ()
       metadata |= {"of": (*of, name), "default": at.default, "type": at.type}

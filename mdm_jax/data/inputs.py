@@ -38,14 +38,13 @@ def given_tokenizer(
   if not config.init_from:
     return None
   # The run's own copy first: `init_from` may have been deleted since.
-  if workdir is not None and tokenizers.is_saved_in(workdir):
-    return tokenizers.load_tokenizer(workdir)
-  if not tokenizers.is_saved_in(config.init_from):
-    raise UserError(
-      f"init_from={config.init_from!r} is not a finished run: it has no"
-      " tokenizer; give --config.init_from=WORKDIR"
-    )
-  return tokenizers.load_tokenizer(config.init_from)
+  for folder in (workdir, config.init_from):
+    if folder is not None and tokenizers.is_saved_in(folder):
+      return tokenizers.load_tokenizer(folder)
+  raise UserError(
+    f"init_from={config.init_from!r} is not a finished run: it has no"
+    " tokenizer; give --config.init_from=WORKDIR"
+  )
 
 
 def row_inputs(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Workers:
       poll: called several times a second while `run` waits; raises to stop.
     """
     self._poll = poll
+    # Children of the program that are not ours to terminate.
+    self._others = set(multiprocessing.active_children())
     # Forked children would inherit locks held by threads of JAX and
     # SentencePiece.
     context = multiprocessing.get_context("spawn")
@@ -45,7 +47,7 @@ class Workers:
   def __exit__(self, *_: Any) -> None:
     # Without waiting for the blocks under way, which may take minutes.
     self._pool.shutdown(wait=False, cancel_futures=True)
-    for process in multiprocessing.active_children():
+    for process in {*multiprocessing.active_children()} - self._others:
       process.terminate()
 
   def run(
