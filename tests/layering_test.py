@@ -197,7 +197,7 @@ def test_no_room_knows_a_number_of_an_objective_by_name():
 def test_the_design_page_draws_every_module():
   """In the block under "Floors": a room's line, and the module's name."""
   page = (ROOT / "docs" / "design.md").read_text()
-  floors = page[page.index("## Floors") : page.index("## Where things are")]
+  floors = page[page.index("## Floors") : page.index("## Where to find things")]
   drawn = set(re.findall(r"\w+", floors))
   plain = {"config"}  # every room's own
   names = {m.stem for m in MODULES if _home(m) != "benchmarks"}

@@ -69,7 +69,7 @@ def test_links_and_files_exist():
 
 
 def test_the_first_table_has_all_launchers():
-  table, _, _ = PAGE.partition("## Before")
+  table, _, _ = PAGE.partition("## Setup")
   own = {path.parent.name for path in LAUNCH.rglob("*") if path.is_file()}
   for folder in own - {"launch", "docker"}:
     assert f"`{folder}/" in table, folder
