@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the other scripts; not run by itself.
 
-# Ends the script where a variable is empty: one line for all that are.
+# Exits if any of the variables is empty, with one line that names them all.
 #   need NAME...
 need() {
   local name missing=()
@@ -18,7 +18,7 @@ dry() {
   [[ ${DRY_RUN:-0} != 0 ]]
 }
 
-# Runs a command; with DRY_RUN=1 it is only printed, as a shell would read it.
+# Runs a command; with DRY_RUN=1 only prints it, quoted for a shell.
 call() {
   if dry; then
     printf '%q' "$1"

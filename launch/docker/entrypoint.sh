@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The first process of a container: runs mdm_jax, and ends with its exit code.
+# The first process of a container: runs mdm_jax and returns its exit code.
 #
-# It is not replaced by the program (`exec`): of process 1 the system takes away
-# what signals do by themselves. SIGTERM before the program listens would be lost,
-# and JAX's abort() would not end with 134.
+# It does not `exec` the program: the kernel ignores the default actions of
+# signals for process 1. A SIGTERM before the program has a handler would be
+# lost, and JAX's abort() would not exit with 134.
 #
-# PYTHON  the interpreter (python)
+# PYTHON  the interpreter (default: python)
 set -u
 
 told=0

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Fills in one of the manifests beside this file, and gives it to the cluster.
+# Fills in one of the manifests in this folder, and submits it to the cluster.
 #
 #   launch/gke/jobset.sh tpu|gpu
 #
 # JOB_NAME IMAGE CONFIG WORKDIR: launch/env.example
-# DRY_RUN=1 prints the manifest only.
+# DRY_RUN=1 only prints the manifest.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../common.sh
 . "$(dirname "$0")/../common.sh"
@@ -20,7 +20,7 @@ manifest=$(cat "$(dirname "$0")/jobset-$1.yaml")
 for name in "${names[@]}"; do
   # The manifest has it in quotes, so this is all that could break it.
   if [[ ! ${!name} =~ ^[A-Za-z0-9._:/@=-]+$ ]]; then
-    echo "$0: $name=${!name}: only letters, digits and . _ : / @ = - fit in" >&2
+    echo "$0: $name=${!name}: only letters, digits and . _ : / @ = - are allowed" >&2
     exit 2
   fi
   manifest=${manifest//"\${$name}"/"${!name}"}

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Gives a run to a cluster that xpk made: https://github.com/AI-Hypercomputer/xpk
+# Submits a run to a cluster created by xpk: https://github.com/AI-Hypercomputer/xpk
 #
 #   launch/gke/xpk.sh ARGS...
 #
-# ARGS are those of `python -m mdm_jax.main`. Which exit codes start it again is
-# xpk's default: 42, and 127 to 255.
+# ARGS are those of `python -m mdm_jax.main`. The exit codes after which it is
+# restarted are xpk's default: 42, and 127 to 255.
 #
 # PROJECT ZONE CLUSTER JOB_NAME TPU_TYPE IMAGE: launch/env.example
-# DRY_RUN=1 prints the command only.
+# DRY_RUN=1 only prints the command.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../common.sh
 . "$(dirname "$0")/../common.sh"
@@ -18,8 +18,8 @@ if ((!$#)); then
 fi
 need PROJECT ZONE CLUSTER JOB_NAME TPU_TYPE IMAGE
 
-# xpk's own command takes the entrypoint's place, and sends SIGTERM to what it
-# started, a shell: the program has to be that process.
+# xpk replaces the entrypoint by its own command, which sends SIGTERM to the
+# process that it started, a shell: so the program must replace that shell.
 printf -v quoted ' %q' "$@"
 call xpk workload create --project="$PROJECT" --zone="$ZONE" \
   --cluster="$CLUSTER" --workload="$JOB_NAME" --tpu-type="$TPU_TYPE" \

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Runs mdm_jax in N processes of this machine, on its CPU: a cluster to try out.
+# Runs mdm_jax in N processes on this machine's CPU, to simulate a cluster.
 #
 #   launch/local/cpu_multiprocess.sh N [ARGS...]
 #
 # ARGS are those of `python -m mdm_jax.main`, the same for every process. Each
-# line of output begins with the process it is from. SIGTERM and SIGINT go to all
+# line of output begins with its process. SIGTERM and SIGINT are forwarded to all
 # processes; the exit code is the highest of theirs.
 #
-# PYTHON              the interpreter (python)
-# JAX_NUM_CPU_DEVICES fake devices of each process (1)
+# PYTHON              the interpreter (default: python)
+# JAX_NUM_CPU_DEVICES fake devices per process (default: 1)
 set -u
 
 if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
@@ -21,7 +21,7 @@ python=${PYTHON:-python}
 
 export JAX_PLATFORMS=cpu
 export JAX_NUM_CPU_DEVICES=${JAX_NUM_CPU_DEVICES:-1}
-# Threads that wait for other devices must not use up the pool.
+# Otherwise threads that wait for other devices could use up the pool.
 export NPROC=${NPROC:-16}
 export PYTHONUNBUFFERED=1
 
@@ -32,7 +32,7 @@ with socket.socket() as s:
 pipes=$(mktemp -d) || exit 1
 trap 'rm -rf "$pipes"' EXIT
 
-# Not by awk or sed, some of which wait for more than a line.
+# Not with awk or sed, some of which buffer more than a line.
 prefix() {
   local line
   while IFS= read -r line || [[ -n $line ]]; do
@@ -42,8 +42,8 @@ prefix() {
 
 pids=()
 told=0
-# As SIGTERM: a terminal gives its own SIGINT to every process anyway, and two of
-# these would be one too many.
+# Forwarded as SIGTERM: a terminal sends SIGINT to every process anyway, and a
+# second one would make them exit without saving.
 tell() {
   told=1
   ((${#pids[@]})) && kill -TERM "${pids[@]}" 2> /dev/null

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Keeps a run going on a spot TPU: creates it, runs, and again what was lost.
+# Runs on a spot TPU until done: creates the TPU, runs, and repeats both after a
+# preemption.
 #
 #   launch/tpu_vm/babysit.sh ARGS...
 #
-# ARGS are those of `python -m mdm_jax.main`. It ends with the program's exit
-# code where that asks for a person (docs/reliability.md: 0 to 5), and starts
-# again after all others. It deletes the TPU only to create it anew, so that one
-# can look at it: launch/tpu_vm/delete.sh.
+# ARGS are those of `python -m mdm_jax.main`. It exits with the program's exit
+# code if that needs a person (docs/reliability.md: 0 to 5), and restarts after
+# all others. It deletes the TPU only to create it again, so that you can look at
+# it afterwards: launch/tpu_vm/delete.sh deletes it.
 #
 # PROJECT ZONE TPU_NAME TPU_TYPE TPU_RUNTIME: launch/env.example
-# POLL_SECONDS  between two looks at a TPU that is not there yet (30)
-# MAX_ERRORS    of gcloud's in a row after which it gives up (10)
-# DRY_RUN=1     prints the commands of a run in which all goes well.
+# POLL_SECONDS  seconds between checks of a TPU that is not ready yet (30)
+# MAX_ERRORS    give up after this many consecutive errors of gcloud (10)
+# DRY_RUN=1     only prints the commands of a run without preemptions.
 set -euo pipefail
 here=$(dirname "$0")
 # shellcheck source-path=SCRIPTDIR source=../common.sh
@@ -36,8 +37,9 @@ pause() {
   sleep "${POLL_SECONDS:-30}"
 }
 
-# Prints the state of the queued resource, MISSING or UNKNOWN; once it is there
-# the machine's own, where that is lost: the resource follows later.
+# Prints the state of the queued resource, MISSING or UNKNOWN. Once the resource
+# is active, prints the machine's own state if the machine is lost: the
+# resource's state follows later.
 state() {
   local told
   if ! told=$(gcloud compute tpus queued-resources describe "$TPU_NAME" \
@@ -59,7 +61,7 @@ state() {
   echo "$told"
 }
 
-# Runs a script of this folder; counts failures in a row, and ends after many.
+# Runs a script of this folder; exits after too many consecutive failures.
 try() {
   if "$here/$1.sh"; then
     errors=0
@@ -78,7 +80,7 @@ fail() {
   pause
 }
 
-# Ends this script for the codes that a person has to look at.
+# Exits for the codes that need a person.
 judge() {
   local why
   case $1 in

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Asks for a spot TPU as a queued resource, and returns; it may take hours.
+# Requests a spot TPU as a queued resource, and returns; it may take hours to
+# become ready.
 #
 #   launch/tpu_vm/create.sh
 #
 # PROJECT ZONE TPU_NAME TPU_TYPE TPU_RUNTIME: launch/env.example
-# DRY_RUN=1 prints the command only.
+# DRY_RUN=1 only prints the command.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../common.sh
 . "$(dirname "$0")/../common.sh"

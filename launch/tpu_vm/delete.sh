@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Deletes the TPU and its queued resource. What is in the workdir stays.
+# Deletes the TPU and its queued resource. The workdir is kept.
 #
 #   launch/tpu_vm/delete.sh
 #
 # PROJECT ZONE TPU_NAME: launch/env.example
-# DRY_RUN=1 prints the command only.
+# DRY_RUN=1 only prints the command.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../common.sh
 . "$(dirname "$0")/../common.sh"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs mdm_jax on all hosts of the TPU, once, and prints what they print.
+# Runs mdm_jax once on all hosts of the TPU, and prints their output.
 #
 #   launch/tpu_vm/run.sh ARGS...
 #
-# ARGS are those of `python -m mdm_jax.main`. The exit code is that of the first
-# host whose own is not 0. JAX finds the other hosts itself.
+# ARGS are those of `python -m mdm_jax.main`. The exit code is the first of the
+# hosts' codes that is not 0. JAX detects the other hosts.
 #
 # PROJECT ZONE TPU_NAME: launch/env.example
-# DRY_RUN=1 prints the command only.
+# DRY_RUN=1 only prints the command.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../common.sh
 . "$(dirname "$0")/../common.sh"
@@ -18,7 +18,7 @@ if ((!$#)); then
 fi
 need PROJECT ZONE TPU_NAME
 
-# Another shell reads this, on the TPU: every argument has to survive it.
+# A shell on the TPU parses this again, so every argument is quoted.
 printf -v quoted ' %q' "$@"
 call gcloud compute tpus tpu-vm ssh "$TPU_NAME" --project="$PROJECT" \
   --zone="$ZONE" --worker=all --quiet \

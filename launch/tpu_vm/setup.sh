@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Puts what is committed here on all hosts of the TPU, and installs it there.
+# Copies the committed code to all hosts of the TPU, and installs it there.
 #
 #   launch/tpu_vm/setup.sh
 #
 # PROJECT ZONE TPU_NAME: launch/env.example
-# DRY_RUN=1 prints the commands only.
+# DRY_RUN=1 only prints the commands.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../common.sh
 . "$(dirname "$0")/../common.sh"
@@ -24,7 +24,7 @@ call git -C "$root" archive --format=tar.gz --output="$folder/mdm_jax.tar.gz" \
   HEAD
 call gcloud compute tpus tpu-vm scp "$folder/mdm_jax.tar.gz" \
   "$TPU_NAME:mdm_jax.tar.gz" "${where[@]}"
-# The old tree goes first: a file that is gone here must not stay there.
+# Delete the old tree first, so that files deleted here do not stay there.
 call gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" \
   --command="rm -rf mdm_jax && mkdir mdm_jax && \
 tar -xzf mdm_jax.tar.gz -C mdm_jax && bash mdm_jax/launch/tpu_vm/worker.sh install"

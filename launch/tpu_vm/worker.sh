@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# What setup.sh and run.sh ask of one host of the TPU; it runs there.
+# The part of setup.sh and run.sh that runs on each host of the TPU.
 #
 #   worker.sh install
 #   worker.sh train ARGS...
 #
-# GRACE_SECONDS  that a program still running has to save and end (600)
-# UV, PYTHON     the installer and the interpreter that are used
+# GRACE_SECONDS  seconds for a program that still runs to save and exit (600)
+# UV, PYTHON     the installer and the interpreter
 set -euo pipefail
 
 source=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-$HOME/venv/bin/python}
 pid_file=$HOME/mdm_jax.pid
 
-# The system's Python is too old on some TPU images; uv brings another one.
+# The system's Python is too old on some TPU images; uv installs a newer one.
 install() {
   local uv=${UV:-$HOME/.local/bin/uv}
   [[ -x $uv ]] || python3 -m pip install --quiet --user uv
@@ -21,15 +21,15 @@ install() {
     "${source}[tpu,gs]"
 }
 
-# Whether a process is a program that was started here: numbers are used again.
+# Whether a process is a program started by this script: pids are reused.
 ours() {
   local args
   args=$(tr '\0' ' ' 2> /dev/null < "/proc/$1/cmdline") || return 1
   [[ $args == *"mdm_jax.main"* || $args == *"worker.sh train"* ]]
 }
 
-# gcloud runs the command once more where it lost the connection, and the first
-# program goes on meanwhile: it has the chips and the workdir's lock.
+# gcloud repeats the command after a lost connection, while the first program
+# still runs and holds the chips and the workdir's lock.
 end_predecessor() {
   local pid seconds=${GRACE_SECONDS:-600}
   pid=$(cat "$pid_file" 2> /dev/null) || return 0
@@ -46,7 +46,7 @@ end_predecessor() {
 
 train() {
   end_predecessor
-  echo "$$" > "$pid_file" # the program's too: exec keeps it
+  echo "$$" > "$pid_file" # also the program's pid: exec keeps it
   cd "$source"
   exec "$python" -m mdm_jax.main "$@"
 }
