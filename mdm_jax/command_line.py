@@ -86,7 +86,7 @@ def parse(argv: list[str]) -> list[str]:
   except Failure as error:
     sys.exit(fail(error))
   except Exception as error:  # whatever a config file's own code raises
-    sys.exit(fail(_tell(error, path)))
+    sys.exit(fail(_describe(error, path)))
 
 
 def parse_plain(argv: list[str]) -> list[str]:
@@ -175,7 +175,7 @@ class _OrNone(flags.ArgumentParser):
     return self._parser.flag_type()
 
 
-def _tell(error: BaseException, path: str | None) -> str:
+def _describe(error: BaseException, path: str | None) -> str:
   """Describes a mistake, with the config file's line if it is in there."""
   # Flag parsers wrap what a config file raises: search the whole chain for the
   # innermost line of that file.
@@ -196,10 +196,10 @@ def _tell(error: BaseException, path: str | None) -> str:
 
 
 def _cause(error: BaseException) -> str:
-  told = _one_line(error)
-  found = re.match("cannot import name '(.+?)' from '(.+?)'", told)
+  message = _one_line(error)
+  found = re.match("cannot import name '(.+?)' from '(.+?)'", message)
   name = f"{found[2]}.{found[1]}" if found else getattr(error, "name", None)
-  return f"{name} has moved to {_MOVED[name]}" if name in _MOVED else told
+  return f"{name} has moved to {_MOVED[name]}" if name in _MOVED else message
 
 
 def _one_line(error: BaseException) -> str:

@@ -240,9 +240,9 @@ def from_dict(raw: Any) -> Config:
   kind = OBJECTIVES[written.objective.name]
   parts = []
   for i, part in enumerate(written.stages):
-    told = _owned(part, kind.stage, f"stages[{i}]", written)
+    chosen = _owned(part, kind.stage, f"stages[{i}]", written)
     own = {n: getattr(part, n) for n in _STAGE_FIELDS}
-    parts.append(StageConfig(**own, objective=told))
+    parts.append(StageConfig(**own, objective=chosen))
   values = {f.name: getattr(written, f.name) for f in _fields(Config)}
   values["objective"] = _owned(
     written.objective, kind.config, "objective", written

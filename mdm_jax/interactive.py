@@ -88,8 +88,8 @@ class _Talk:
     seconds = time.perf_counter() - start
     for text in drawn.texts:
       console.print(text, soft_wrap=True)
-    told = f"{drawn.calls.max()} denoiser calls, {seconds:.1f} s"
-    console.print(told, style="dim")
+    cost = f"{drawn.calls.max()} denoiser calls, {seconds:.1f} s"
+    console.print(cost, style="dim")
 
   def _set(self, name: str, value: str) -> None:
     names = [field.name for field in dataclasses.fields(SampleConfig)]

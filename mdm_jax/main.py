@@ -137,9 +137,9 @@ def _fail_unforeseen(error: Exception) -> int:
   """Reports lack of memory in one line, other errors with a traceback."""
   from mdm_jax.core import memory  # late, so that wrong flags fail at once
 
-  told = memory.as_user_error(error)
-  if told:
-    return command_line.fail(told)
+  no_memory = memory.as_user_error(error)
+  if no_memory:
+    return command_line.fail(no_memory)
   traceback.print_exception(error)
   return Exit.BUG
 

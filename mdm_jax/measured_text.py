@@ -59,8 +59,8 @@ def _with_other(
   corpora.log_bad(tally)
   texts = [document.text for document in documents]
   held, _ = make_held_out(texts, config.rows, data.tokenizer)
-  told = {"corpus": corpus, "sha256": corpora.fingerprint(documents)}
-  others = data.manifest.get(_OTHER, {}) | {side: told}
+  text = {"corpus": corpus, "sha256": corpora.fingerprint(documents)}
+  others = data.manifest.get(_OTHER, {}) | {side: text}
   console.print(
     f"evaluating on another {side} text than the run's own: {corpus},"
     f" {len(texts):,} documents, {held.num_bytes:,} bytes",
@@ -78,11 +78,11 @@ def describe(data: PreparedData, config: Config, side: str) -> dict[str, Any]:
     The split; whether it is the run's own; the corpus; and a hash of the run's
     prepared rows, or of the documents of another corpus.
   """
-  told = {"split": side, "own": True, "corpus": config.data.corpus}
+  text = {"split": side, "own": True, "corpus": config.data.corpus}
   if other := data.manifest.get(_OTHER, {}).get(side):
-    return told | {"own": False} | other
-  told["corpus"] = getattr(config.data, f"{side}_corpus") or told["corpus"]
+    return text | {"own": False} | other
+  text["corpus"] = getattr(config.data, f"{side}_corpus") or text["corpus"]
   files = data.manifest["files"]
   # Only this split's files: training rows don't change what is measured.
   own = [f"{n} {files[n]}" for n in sorted(files) if n.startswith(f"{side}.")]
-  return told | {"sha256": hashlib.sha256("\n".join(own).encode()).hexdigest()}
+  return text | {"sha256": hashlib.sha256("\n".join(own).encode()).hexdigest()}

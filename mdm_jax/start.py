@@ -26,7 +26,7 @@ from mdm_jax.data.prepared import prepare_on_all
 from mdm_jax.model.placement import training_mesh
 from mdm_jax.resume import Origin, find_origin
 from mdm_jax.runtime.goodput import Cause
-from mdm_jax.runtime.session import ROLL_SECONDS, Session
+from mdm_jax.runtime.session import PEER_SECONDS, Session
 from mdm_jax.trained_model import averaged_params
 from mdm_jax.training.hooks import Hook, Hooks
 from mdm_jax.training.platform_status import PlatformStatus
@@ -94,7 +94,7 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
     session.check()
     # Where a peer is gone, a collective fails with a connection error that
     # names nobody.
-    with jax.set_mesh(mesh), distributed.naming_peers(ROLL_SECONDS):
+    with jax.set_mesh(mesh), distributed.naming_peers(PEER_SECONDS):
       trainer = make_trainer(config, data, mesh)
       run = Run(config, trainer, workdir, checkpoints, session, origin)
       origin.check_not_beyond(run.updates, workdir, checkpoints)

@@ -97,7 +97,7 @@ def train(
       hooks.on_stage(stage, update)
 
     # train.skip_updates: the update counts, but its rows are left out.
-    if trainer.curriculum.passes_over(update):
+    if trainer.curriculum.skips(update):
       state = dataclasses.replace(state, step=state.step + 1)
     else:
       with hooks.during(Cause.DATA, update):

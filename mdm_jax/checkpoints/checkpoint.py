@@ -242,9 +242,9 @@ class Checkpoints:
   def _failed(self, step: int, error: Exception) -> Failure:
     if isinstance(error, Failure):
       return error
-    told = str(error).strip().splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return StorageError(
-      f"checkpoint {step} could not be saved ({told[0]}); the last good one is"
+      f"checkpoint {step} could not be saved ({lines[0]}); the last good one is"
       f" {self._folders.last_known()}"
     )
 

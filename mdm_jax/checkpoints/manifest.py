@@ -23,20 +23,20 @@ _SELF = "sha256"
 
 
 def write(
-  folder: epath.Path, told: dict[str, Any], written: epath.Path | None = None
+  folder: epath.Path, extra: dict[str, Any], written: epath.Path | None = None
 ) -> dict[str, Any]:
   """Hashes every file below a folder; writes and returns the manifest.
 
   Args:
     folder: the folder of a complete checkpoint.
-    told: further JSON values for the manifest, such as the progress.
+    extra: further JSON values for the manifest, such as the progress.
     written: where the files were written, if they were copied from there.
   """
   content = {
     "format": FORMAT,
     "written_by": f"mdm_jax {mdm_jax.__version__}",
     # With null for nan, as it will be read: the manifest's hash must match.
-    **strict_json.plain(told),
+    **strict_json.plain(extra),
     "files": _hash_all(written or folder),
   }
   content[_SELF] = _digest(content)
@@ -117,5 +117,5 @@ def _hash(path: epath.Path) -> dict[str, Any]:
 
 
 def _digest(content: dict[str, Any]) -> str:
-  told = {k: v for k, v in content.items() if k != _SELF}
-  return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+  hashed = {k: v for k, v in content.items() if k != _SELF}
+  return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()

@@ -188,8 +188,8 @@ class StepFolders:
       seconds: duration of the save so far, for checkpoints.jsonl.
       written: where the files were written, if they were copied from there.
     """
-    told = {"step": step, "finite": True, "progress": progress}
-    content = manifest.write(self.path(step), told, written)
+    extra = {"step": step, "finite": True, "progress": progress}
+    content = manifest.write(self.path(step), extra, written)
     size = sum(file["bytes"] for file in content["files"].values())
     line = {"step": step, "bytes": size, "seconds": seconds}
     files.append_line(self._log, line | {"time": time.time()})

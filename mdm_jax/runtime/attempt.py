@@ -88,7 +88,7 @@ class Attempt:
     """
     if self._process:
       return self
-    with _alone(self._folder):
+    with _exclusive(self._folder):
       self._take_over()
       self.before = files.read_lines(self._folder / "attempts.jsonl")
       self.number = len(self.before) + 1
@@ -106,39 +106,33 @@ class Attempt:
     return self
 
   def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-    told = "".join(traceback.format_exception(error)) if error else None
     code = exit_code(error and (memory.as_user_error(error) or error))
-    reason = _reason(error) if error else "done"
-    self.finish(code, reason, told if code == Exit.BUG else None)
+    reason, trace = _reason(error) if error else "done", None
+    if code == Exit.BUG:
+      trace = "".join(traceback.format_exception(error))
+    self.finish(code, reason, trace)
 
-  def finish(self, code: Exit, reason: str, told: str | None = None) -> None:
+  def finish(self, code: Exit, reason: str, trace: str | None = None) -> None:
     """Records how the attempt ended and releases the lock, once.
 
     Args:
       code: the exit code.
       reason: one line.
-      told: the traceback of a bug.
+      trace: the traceback of a bug.
     """
     # The watchdog's or the signals' thread may have been first.
     if not self._end():
       return
-    record = self._record() | {
-      "ended": True,
-      "code": int(code),
-      "reason": reason,
-    }
-    for name in ("rows", "changes"):
-      if getattr(self, name) is not None:
-        record[name] = getattr(self, name)
-    told = {"code": int(code), "name": code.name.lower(), **record} | (
-      {"traceback": told} if told else {}
-    )
-    name = (
-      f"exit.process_{self._process}.json" if self._process else "exit.json"
-    )
+    end = {"ended": True, "code": int(code), "reason": reason}
+    more = {"rows": self.rows, "changes": self.changes}
+    record = self._record() | end
+    record |= {k: v for k, v in more.items() if v is not None}
+    result = {"code": int(code), "name": code.name.lower(), **record}
+    result |= {"traceback": trace} if trace else {}
+    suffix = f".process_{self._process}" if self._process else ""
     # A full disk must not change the exit code, so try each file by itself.
     with contextlib.suppress(OSError):
-      files.write_json(self._folder / name, told)
+      files.write_json(self._folder / f"exit{suffix}.json", result)
     if self._process:
       return
     with contextlib.suppress(OSError):
@@ -232,7 +226,7 @@ class Attempt:
   def _claim(self) -> None:
     """Writes the first heartbeat; raises UserError if another process did.
 
-    Only in a bucket: on a file system `_alone` keeps other processes out.
+    Only in a bucket: on a file system `_exclusive` keeps other processes out.
     """
     try:
       files.create_json(self._folder / "lock.json", self._record())
@@ -323,7 +317,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: epath.Path) -> Iterator[None]:
+def _exclusive(folder: epath.Path) -> Iterator[None]:
   """Lets one process at a time check and take the lock, by `flock`.
 
   Raises:

@@ -13,7 +13,7 @@ from mdm_jax.runtime.attempt import Attempt
 from mdm_jax.runtime.signals import StopRequest, stop_request
 from mdm_jax.runtime.watchdog import Watchdog
 
-ROLL_SECONDS = 5.0  # how long other processes have to respond
+PEER_SECONDS = 5.0  # how long other processes have to respond
 
 
 class Session:
@@ -69,7 +69,7 @@ class Session:
 
   def _describe(self) -> str:
     status = f"the last completed update was {self.attempt.update}"
-    missing = distributed.missing_peers(ROLL_SECONDS)
+    missing = distributed.missing_peers(PEER_SECONDS)
     return f"{status}; {missing}" if missing else status
 
   def _leave(self, name: str) -> None:

@@ -75,15 +75,15 @@ class _Owner:
 
   def _listen(self, read: int) -> None:
     """Reads signals from the pipe, in a thread."""
-    heard: list[int] = []
+    received: list[int] = []
     # The read returns no bytes once `__exit__` has closed the other end.
     while number := os.read(read, 1):
       if number[0] not in self.signals:
         continue
-      if heard and number[0] == signal.SIGINT:
+      if received and number[0] == signal.SIGINT:
         self.leave(f"{signal.SIGINT.name} twice")
-      heard.append(number[0])
-      if len(heard) == 1:
+      received.append(number[0])
+      if len(received) == 1:
         self._answer(number[0])
     os.close(read)
 

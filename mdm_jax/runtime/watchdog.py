@@ -57,10 +57,10 @@ class Watchdog:
       idle = time.monotonic() - self._last
       if idle > self._seconds:
         faulthandler.cancel_dump_traceback_later()
-        self._bark(idle)
+        self._report(idle)
         return
 
-  def _bark(self, idle: float) -> None:
+  def _report(self, idle: float) -> None:
     reason = f"no progress for {idle:.0f} seconds"
     print(f"watchdog: {reason}; all stacks:", file=sys.stderr, flush=True)
     # The stacks first: describing may ask other processes, which takes seconds.

@@ -42,11 +42,11 @@ class Curriculum:
 
   Attributes:
     stages: in the order of training.
-    passed_over: half-open ranges of updates to skip (`train.skip_updates`).
+    skipped: half-open ranges of updates to skip (`train.skip_updates`).
   """
 
   stages: tuple[StagePlan, ...]
-  passed_over: tuple[tuple[int, int], ...] = ()
+  skipped: tuple[tuple[int, int], ...] = ()
 
   @property
   def updates(self) -> int:
@@ -59,9 +59,9 @@ class Curriculum:
     at = bisect.bisect_right(ends, update)
     return self.stages[min(at, len(ends) - 1)]
 
-  def passes_over(self, update: int) -> bool:
+  def skips(self, update: int) -> bool:
     """Returns whether the config skips an update, and with it its rows."""
-    return any(start <= update < end for start, end in self.passed_over)
+    return any(start <= update < end for start, end in self.skipped)
 
 
 def make_curriculum(

@@ -58,8 +58,8 @@ def write_report(
   path = epath.Path(folder) / "report.json"
   if jax.process_index() == 0:
     files.make_folder(path.parent)
-    told = json.dumps(_strict(report), indent=2, allow_nan=False)
-    files.write(path, told.encode())
+    text = json.dumps(_strict(report), indent=2, allow_nan=False)
+    files.write(path, text.encode())
     lines = [_rows(trainer, update) for update in updates]
     files.write(path.parent / "rows.jsonl", "".join(lines).encode())
   return path
@@ -89,13 +89,13 @@ def _summaries(
   ratios: Mapping[str, Ratio], tags: Mapping[str, tuple[str, ...]]
 ) -> dict[str, dict[str, float]]:
   """Returns totals and counts by log name."""
-  told = {}
+  found = {}
   for name, ratio in ratios.items():
     parts = zip(*(np.ravel(part).tolist() for part in ratio), strict=True)
     names = tags.get(name, (f"train/{name}",))
     for tag, (total, count) in zip(names, parts, strict=True):
-      told[tag] = {"total": total, "count": count}
-  return told
+      found[tag] = {"total": total, "count": count}
+  return found
 
 
 def _rows(trainer: Trainer, update: int) -> str:

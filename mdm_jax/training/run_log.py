@@ -294,13 +294,13 @@ def _memory() -> dict[str, float]:
     "memory/limit_gib": "bytes_limit",
   }
   # Not every backend reports memory.
-  told = {
+  known = {
     tag: max(stats[name] for stats in found) / _GIB
     for tag, name in names.items()
     if all(name in stats for stats in found)
   }
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-  return told | {"memory/host_peak_gib": peak * 1024 / _GIB}
+  return known | {"memory/host_peak_gib": peak * 1024 / _GIB}
 
 
 def _seconds_left(

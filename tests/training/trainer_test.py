@@ -152,8 +152,8 @@ def test_updates_passed_over_are_half_open_ranges(config, trainer):
   train = dataclasses.replace(config.train, skip_updates="1:3, 7:8")
   config = dataclasses.replace(config, train=train)
   some = make_trainer(config, trainer.data, trainer.mesh)
-  assert [u for u in range(10) if some.curriculum.passes_over(u)] == [1, 2, 7]
-  assert not any(trainer.curriculum.passes_over(u) for u in range(10))
+  assert [u for u in range(10) if some.curriculum.skips(u)] == [1, 2, 7]
+  assert not any(trainer.curriculum.skips(u) for u in range(10))
 
 
 @pytest.mark.parametrize(
