@@ -1,8 +1,8 @@
 """Registries: names that a config field can take, and what each stands for."""
 
 import pkgutil
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar, overload
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
 
 from mdm_jax.core.errors import UserError, nearest
 
@@ -38,13 +38,7 @@ class Registry(Generic[Piece]):
     self.field = field
     self._pieces: dict[str, Piece] = {}
 
-  @overload
-  def register(self, name: str, piece: Piece) -> Piece: ...
-
-  @overload
-  def register(self, name: str) -> Callable[[Piece], Piece]: ...
-
-  def register(self, name: str, *piece: Any) -> Any:
+  def register(self, name: str, piece: Piece | None = None) -> Any:
     """Registers a choice; without `piece` it returns a decorator.
 
     The same definition may be registered again, as when a module is reloaded.
@@ -52,16 +46,16 @@ class Registry(Generic[Piece]):
     Raises:
       UserError: something else has the name.
     """
-    if not piece:
+    if piece is None:
       return lambda decorated: self.register(name, decorated)
-    known = self._pieces.get(name, piece[0])
-    if not _same(known, piece[0]):
+    known = self._pieces.get(name, piece)
+    if not _same(known, piece):
       raise UserError(
         f"two definitions of the {self.kind} {name!r}: {_origin(known)} and"
-        f" {_origin(piece[0])}; rename one of them"
+        f" {_origin(piece)}; rename one of them"
       )
-    self._pieces[name] = piece[0]
-    return piece[0]
+    self._pieces[name] = piece
+    return piece
 
   def check(self, name: str, field: str = "") -> None:
     """Raises UserError, with the nearest name, if a name isn't registered.
