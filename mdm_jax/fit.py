@@ -19,6 +19,7 @@ from mdm_jax.core import accelerators, sharding
 from mdm_jax.core.accelerators import GIB, Accelerator
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.tokenizer import planned_vocabulary
 from mdm_jax.model import kernel_choice, placement
 from mdm_jax.model.kernels import Case, Place
@@ -55,8 +56,15 @@ def plan_mesh(config: Config, mesh: str, device: str | None) -> dict[str, Any]:
   return {"held": found.held, "passing": found.passing, "total": found.total}
 
 
-def blueprint(config: Config, mesh: AbstractMesh) -> Blueprint:
+def blueprint(
+  config: Config, mesh: AbstractMesh, vocab: Vocabulary | None = None
+) -> Blueprint:
   """Returns the run as accelerators would train it.
+
+  Args:
+    config: the run's config.
+    mesh: the devices.
+    vocab: in place of the one that the config's tokenizer is planned to have.
 
   Raises:
     UserError: the run does not split over the mesh.
@@ -69,7 +77,7 @@ def blueprint(config: Config, mesh: AbstractMesh) -> Blueprint:
   model = dataclasses.replace(config.model, **chosen)
   config = dataclasses.replace(config, model=model)
   placement.check_model(config.model, mesh)
-  vocab = planned_vocabulary(config.tokenizer)
+  vocab = vocab or planned_vocabulary(config.tokenizer)
   placement.check_vocabulary(vocab.size, mesh)
   # The number of rows decides how long a stage takes, not what it holds: those
   # of one update will do.

@@ -27,7 +27,7 @@ from paths import GOLDEN, ROOT
 
 from mdm_jax import config as config_lib
 from mdm_jax import fit
-from mdm_jax.benchmarks import lowering
+from mdm_jax.benchmarks import programs
 from mdm_jax.core import sharding
 from mdm_jax.core.errors import UserError
 from mdm_jax.planning.footprint import footprint, layouts
@@ -100,7 +100,7 @@ def test_average_and_moments_lie_as_the_parameters_do(name):
 def test_bytes_are_what_devices_hold(any_mesh, tiny_config):
   """Of a real state on the mesh, and of what the plan says of it."""
   config = dataclasses.replace(tiny_config, mesh=config_lib.MeshConfig())
-  abstract = lowering._abstract(any_mesh)
+  abstract = programs.abstract(any_mesh)
   run = fit.blueprint(config, abstract)
   found = footprint(run, abstract)
   params = jax.jit(run.denoiser.init)(jax.random.key(0))
@@ -165,11 +165,12 @@ def test_what_can_not_be_is_told(name, mesh, device, told):
 # MARK: lowering, without devices
 
 
-@pytest.mark.parametrize("program", lowering.PROGRAMS)
+@pytest.mark.parametrize("program", programs.PROGRAMS)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_lowers_for_a_mesh_that_is_not_there(name, program):
   mesh = planned("64x4")
-  traced = lowering.trace(blueprint(name, mesh), program, mesh)
+  run, program = blueprint(name, mesh), programs.Program(program)
+  traced = programs.trace(run, program, mesh)
   text = traced.lower(lowering_platforms=("tpu",)).as_text()
   assert '"fsdp"=64, "tensor"=4' in text
 
@@ -277,7 +278,7 @@ def _lower(name):
   return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("program", lowering.PROGRAMS)
+@pytest.mark.parametrize("program", programs.PROGRAMS)
 @pytest.mark.parametrize(
   "name", [slow("recommended"), slow("medium"), slow("large"), "8b"]
 )

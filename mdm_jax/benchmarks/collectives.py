@@ -7,7 +7,6 @@ summed and then split is an all-reduce here; TPUs and GPUs turn the two into a
 reduce-scatter.
 """
 
-import collections
 import dataclasses
 import math
 import re
@@ -19,14 +18,12 @@ import jax
 import numpy as np
 from etils import epath
 
-_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f64": 8, "s64": 8, "u64": 8}
-# Lines of HLO text, as XLA dumps it: `%x = f32[8,4] all-gather(%y), ...`.
-_INSTRUCTION = re.compile(rf"= (\S+) ({_KINDS})\((.*)")
-_WHILE = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
-_CALLS = re.compile(r"(?:to_apply|calls|_computation)=%([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
+from mdm_jax.benchmarks import hlo
+
+KINDS = (
+  *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
+  "collective-permute",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,88 +81,25 @@ def collectives(
 
 def read(text: str, mesh: Any) -> Iterator[Collective]:
   """Yields the collectives in the HLO text of a partitioned program."""
-  bodies, entry = _computations(text)
-  for name, times in _times(bodies, entry).items():
-    for line in bodies[name]:
-      match = _INSTRUCTION.search(line)
-      if match:
-        source = _source(line, bodies[name])
-        yield _collective(*match.groups(), source, times, mesh)
+  for instruction, inside, times in hlo.parse(text).runs():
+    if instruction.op in KINDS:
+      yield _collective(instruction, _source(instruction, inside), times, mesh)
 
 
-def _source(line: str, body: list[str]) -> str:
-  """Returns the op_name of an instruction, or else of its first reader."""
-  name = line.split("=")[0].replace("ROOT", "").strip()
-  reads = re.compile(re.escape(name) + r"[,)#]")
-  for other in [line, *filter(reads.search, body)]:
-    source = re.search(r'op_name="([^"]*)"', other)
-    if source:
-      return source.group(1)
-  return ""
+def _source(instruction: hlo.Instruction, inside: hlo.Computation) -> str:
+  """Returns the source of an instruction, or else of its first reader."""
+  readers = (i for i in inside.values() if instruction.name in i.operands)
+  return next((i.source for i in (instruction, *readers) if i.source), "")
 
 
-def _collective(shape, kind, rest, source, times, mesh) -> Collective:
-  group = _first_group(rest)
-  size = _size(shape) * (len(group) if kind == "reduce-scatter" else 1)
-  shape = re.sub(r"\{[^}]*\}", "", shape)
-  axes = _axes(group, mesh)
-  return Collective(kind, axes, shape, size, times, source)
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """Returns the lines of every HLO computation, and the name of the entry."""
-  bodies: dict[str, list[str]] = {}
-  name = entry = ""
-  for line in text.splitlines():
-    start = _COMPUTATION.match(line)
-    if start:
-      name = start.group(1)
-      bodies[name] = []
-      entry = name if line.startswith("ENTRY") else entry
-    elif name:
-      bodies[name].append(line)
-  return bodies, entry
-
-
-def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
-  """Returns how often one call of the program runs each computation."""
-  times: collections.Counter[str] = collections.Counter()
-
-  def visit(name: str, count: int) -> None:
-    times[name] += count
-    for line in bodies[name]:
-      # A loop body runs once per iteration; branches of a conditional count
-      # once each.
-      loop = _WHILE.search(line)
-      if loop:
-        visit(loop.group(2), count * _trips(bodies[loop.group(1)]))
-        continue
-      branches = ",".join(_BRANCHES.findall(line))
-      called = _CALLS.findall(line) + re.findall(r"%([\w.\-]+)", branches)
-      for other in called:
-        visit(other, count)
-
-  visit(entry, 1)
-  return times
-
-
-def _trips(condition: list[str]) -> int:
-  """Returns a loop's number of iterations, or 1 if it isn't a constant."""
-  ends = [
-    m.group(1)
-    for m in map(re.compile(r" constant\((\d+)\)").search, condition)
-    if m
-  ]
-  return int(ends[0]) if len(ends) == 1 else 1
-
-
-def _size(shape: str) -> int:
-  """Returns the bytes of an HLO shape, or of a tuple of shapes."""
-  return sum(
-    # Of other types (f32, s32, u32) an element has 4 bytes.
-    _BYTES.get(dtype, 4) * math.prod(int(n) for n in sizes.split(",") if n)
-    for dtype, sizes in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
-  )
+def _collective(
+  instruction: hlo.Instruction, source: str, times: int, mesh: Any
+) -> Collective:
+  kind, group = instruction.op, _first_group(instruction.rest)
+  size = hlo.size_of(instruction.shape)
+  size *= len(group) if kind == "reduce-scatter" else 1
+  shape = re.sub(r"\{[^}]*\}", "", instruction.shape)
+  return Collective(kind, _axes(group, mesh), shape, size, times, source)
 
 
 # MARK: groups of devices

@@ -3,134 +3,56 @@
   python -m mdm_jax.benchmarks.lowering --config=configs/8b.py --mesh=64x4
   python -m mdm_jax.benchmarks.lowering --config=configs/8b.py --mesh=64x4 \\
     --topology=v5e:16x16
+  python -m mdm_jax.benchmarks.lowering --preset=gpt2 --batch=64 \\
+    --topology=h100:1
 
 The first command lists the collectives of an update and of a sampler's call:
 kinds, mesh axes and bytes per device, from the partitioned program for as many
 fake CPU devices. The second compiles both with the TPU compiler, which needs no
-TPU (extra `tpu`), and prints the memory that it assigns. Nothing is run.
+TPU (extra `tpu`), and prints the memory that it assigns. The third does so with
+XLA's GPU compiler, which needs no GPU (extra `cuda13`), and also lists the
+kernels, with their bytes, operations and predicted time. Nothing is run.
 """
 
 import collections
-import contextlib
 import dataclasses
 import json
-import math
-import os
+import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from jax.experimental import topologies
-from jax.sharding import AbstractMesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh
 from rich import box
 from rich.table import Table
 
 from mdm_jax import command_line, fit
-from mdm_jax.benchmarks import collectives
+from mdm_jax.benchmarks import collectives, gpu_program, topology, workload
 from mdm_jax.benchmarks.collectives import Collective
+from mdm_jax.benchmarks.gpu_program import Rates
+from mdm_jax.benchmarks.programs import PROGRAMS, Program, abstract, trace
 from mdm_jax.blueprint import Blueprint
-from mdm_jax.config import Config
 from mdm_jax.core import log_lines, sharding
 from mdm_jax.core.errors import Failure, UserError
 from mdm_jax.core.progress import console
-from mdm_jax.core.sharding import AXES, batch_sharding, data_shards
-from mdm_jax.planning.footprint import abstract_batch, footprint
-from mdm_jax.sampling import schedule, tokens
-from mdm_jax.sampling.call import Canvas
-from mdm_jax.sampling.sampler import make_sampler
+from mdm_jax.core.sharding import AXES
+from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.model.kernels import KERNELS
+from mdm_jax.planning.footprint import footprint
 
-PROGRAMS = "train_step", "sampler"
-_EXPLICIT = (jax.sharding.AxisType.Explicit,) * len(AXES)
 _LISTED = 12
-
-
-def trace(run: Blueprint, program: str, mesh: Any) -> jax.stages.Traced:
-  """Traces a program of the run for a mesh of any kind.
-
-  Args:
-    run: made by `fit.blueprint`.
-    program: `train_step`, an update of the last stage; or `sampler`, a call of
-      the sampler with one row per data shard.
-    mesh: an abstract mesh, or one of real, fake or topology devices.
-  """
-  # Built on an abstract mesh: small arrays are computed on the way, and a
-  # topology has no device that could.
-  with jax.sharding.use_abstract_mesh(_abstract(mesh)):
-    make = _sampler if program == "sampler" else _train_step
-    function, arguments = make(run, mesh)
-  with _on(mesh):
-    return function.trace(*arguments)
-
-
-def _train_step(run: Blueprint, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
-  stage = run.curriculum.stages[-1]
-  state = _on_mesh(run.abstract(), mesh)
-  return run.step(stage), (state, abstract_batch(run, stage, mesh))
-
-
-def _sampler(run: Blueprint, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
-  config = run.config.sample
-  rows, length = data_shards(mesh), run.config.sample_length
-  shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(
-    sizes, dtype, sharding=batch_sharding(mesh, len(sizes))
-  )
-  canvas = Canvas(
-    shape(jnp.int32, rows, length),
-    shape(jnp.bool_, rows, length),
-    shape(jnp.int32, rows),
-  )
-  whole = NamedSharding(mesh, P())
-  replicated = lambda x: jax.ShapeDtypeStruct(
-    np.shape(x), np.asarray(x).dtype, sharding=whole
-  )
-  pace = jax.tree.map(replicated, schedule.pace(config, length, None))
-  settings = tokens.effective_settings(config)
-  # Random keys have a dtype of their own; this finds it without a device.
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-  keys = jax.ShapeDtypeStruct(
-    keys.shape, keys.dtype, sharding=batch_sharding(mesh, 1)
-  )
-  function = make_sampler(config, run.denoiser, run.vocab)
-  params = _on_mesh(run.abstract().params, mesh)
-  return function, (params, canvas, pace, settings, keys)
-
-
-def _on_mesh(tree: Any, mesh: Any) -> Any:
-  """Returns a tree's shapes with their shardings on a mesh."""
-
-  def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    spec = x.sharding.spec if x.sharding else P()
-    split = NamedSharding(mesh, spec)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
-
-  return jax.tree.map(place, tree)
-
-
-@contextlib.contextmanager
-def _on(mesh: Any) -> Iterator[None]:
-  if isinstance(mesh, AbstractMesh):
-    with jax.sharding.use_abstract_mesh(mesh):
-      yield
-  else:
-    with jax.set_mesh(mesh):
-      yield
-
-
-def _abstract(mesh: Any) -> AbstractMesh:
-  """Returns the abstract mesh of the same shape."""
-  return AbstractMesh(tuple(mesh.shape.values()), AXES, _EXPLICIT)
+_WIDTH = 160
+_NUMBERS = "ms", "launches", "GB", "TFLOP"
+# Parts of a source that every kernel's has: loops and calls.
+_PLACES = re.compile(r"(?:while|body|closed_call|checkpoint|shard_map)/")
 
 
 # MARK: on fake devices: what is communicated
 
 
 def communicated(
-  run: Blueprint, program: str, mesh: jax.sharding.Mesh
+  run: Blueprint, program: Program, mesh: jax.sharding.Mesh
 ) -> list[Collective]:
   """Returns the collectives of a program on a mesh of fake devices."""
   lowered = trace(run, program, mesh).lower()
@@ -149,32 +71,33 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
   return dict(sums)
 
 
-# MARK: for real TPUs: what is in memory
+# MARK: for devices that aren't here: memory, and a GPU's kernels
 
 
-def compiled_for_tpu(
-  run: Blueprint, program: str, topology: str, sizes: tuple[int, ...]
+def compiled(
+  run: Blueprint,
+  program: Program,
+  mesh: jax.sharding.Mesh,
+  rates: Rates | None = None,
 ) -> dict[str, Any]:
-  """Compiles a program for TPUs that are not here; returns memory and time.
+  """Compiles a program for devices that are not here.
 
   Args:
     run: made by `fit.blueprint`.
-    program: `train_step` or `sampler`.
-    topology: name of the TPUs, as in v5e:16x16.
-    sizes: of the mesh axes.
+    program: which program.
+    mesh: devices of a topology.
+    rates: of a GPU, if it is one, to list and predict its kernels.
 
   Returns:
-    Seconds to compile, and bytes per device.
-
-  Raises:
-    UserError: libtpu is not installed, or does not know the topology.
+    Seconds to compile, bytes per device, and a GPU's `kernels`.
   """
-  mesh = _tpus(topology, sizes)
   lowered = trace(run, program, mesh).lower()
   began = time.monotonic()
-  memory = lowered.compile().memory_analysis()
-  return {
-    "compile_seconds": time.monotonic() - began,
+  found = lowered.compile()
+  seconds = time.monotonic() - began
+  memory = found.memory_analysis()
+  result = {
+    "compile_seconds": seconds,
     "argument_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes,
     "program_bytes": memory.generated_code_size_in_bytes,
@@ -183,57 +106,47 @@ def compiled_for_tpu(
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes,
   }
+  return result | (_kernels(found.as_text(), rates) if rates else {})
 
 
-def _tpus(topology: str, sizes: tuple[int, ...]) -> jax.sharding.Mesh:
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server here
-  try:
-    # libtpu describes the devices without having any.
-    found = topologies.get_topology_desc(topology, platform="tpu")
-  except (RuntimeError, NotImplementedError) as error:
-    reason = str(error).splitlines()[0]
-    raise UserError(
-      f"topology {topology!r}: {reason}; it is written as v5e:16x16, and needs"
-      " libtpu: pip install -e '.[tpu]'"
-    ) from error
-  if len(found.devices) != math.prod(sizes):
-    raise UserError(
-      f"topology {topology!r} has {len(found.devices)} devices, the mesh"
-      f" {math.prod(sizes)}"
-    )
-  return jax.make_mesh(sizes, AXES, devices=found.devices)
+def _kernels(text: str, rates: Rates) -> dict[str, Any]:
+  found = gpu_program.kernels(text, rates)
+  return {
+    "predicted_seconds": sum(kernel.seconds for kernel in found),
+    "by_kind": gpu_program.by_kind(found),
+    "kernels": [dataclasses.asdict(kernel) for kernel in found],
+  }
 
 
 # MARK: the program
 
 
 def measure(
-  config: Config, mesh: str, programs: list[str], topology: str | None
+  run: Blueprint,
+  programs: dict[str, Program],
+  mesh: jax.sharding.Mesh,
+  name: str | None,
 ) -> dict[str, Any]:
-  """Returns what every program communicates, or the memory TPUs need for it.
+  """Returns what every program communicates, or what compiling it gives.
 
   Args:
-    config: the run's config.
-    mesh: axis sizes, as in 64x4.
-    programs: names from `PROGRAMS`.
-    topology: TPUs to compile for; None lists collectives instead.
+    run: made by `fit.blueprint`.
+    programs: by the names of their results.
+    mesh: fake CPU devices, or those of a topology.
+    name: of the topology to compile for; None lists collectives instead.
   """
-  planned = sharding.planned_mesh(sharding.parse_mesh(mesh))
-  if not topology:
-    # Before JAX starts its backend, after which the number is fixed.
-    jax.config.update("jax_num_cpu_devices", planned.size)
-  run = fit.blueprint(config, planned)
-  sizes = tuple(planned.shape.values())
-  held = footprint(run, planned)
-  result: dict[str, Any] = {"mesh": sizes, "planned_bytes": held.total}
-  if topology:
-    for program in programs:
-      result[program] = compiled_for_tpu(run, program, topology, sizes)
-    return result
-  devices = jax.make_mesh(sizes, AXES)
-  for program in programs:
-    found = communicated(run, program, devices)
-    result[program] = {
+  result: dict[str, Any] = {
+    "mesh": tuple(mesh.shape.values()),
+    "device": mesh.devices.flat[0].device_kind,
+    "planned_bytes": footprint(run, abstract(mesh)).total,
+  }
+  gpu = topology.gpu(name) if name else None
+  for label, program in programs.items():
+    if name:
+      result[label] = compiled(run, program, mesh, gpu and gpu.rates)
+      continue
+    found = communicated(run, program, mesh)
+    result[label] = {
       "by_kind": by_kind(found),
       "collectives": [
         dataclasses.asdict(c) | {"total": c.total} for c in found
@@ -246,63 +159,169 @@ def main(_: list[str]) -> int:
   values = flags.FLAGS
   # No run can use these programs: keep them out of the cache.
   jax.config.update("jax_enable_compilation_cache", False)
+  # And whatever device this machine has is not needed.
+  jax.config.update("jax_platforms", "cpu")
   try:
-    config = command_line.read_config()
-    result = measure(config, values.mesh, values.program, values.topology)
+    mesh = _mesh(values.mesh, values.topology)
+    run = _blueprint(values, abstract(mesh))
+    programs = _programs(run, values)
+    result = measure(run, programs, mesh, values.topology)
   except Failure as error:
     return command_line.fail(error)
-  for program in values.program:
-    show = _show_memory if values.topology else _show_collectives
-    show(config, program, result)
+  for label in programs:
+    title = f"{values.preset or run.config.name}, {label}"
+    if not values.topology:
+      _show_collectives(title, result, result[label])
+      continue
+    _show_memory(title, result, result[label])
+    if "kernels" in result[label]:
+      _show_kernels(result[label], values.most)
   if values.json:
     print(json.dumps(result))
   return 0
 
 
+def _mesh(text: str | None, name: str | None) -> jax.sharding.Mesh:
+  """Returns the mesh of a topology's devices, or else of fake ones."""
+  if not name:
+    planned = sharding.planned_mesh(sharding.parse_mesh(text or "8"))
+    # Before JAX starts its backend, after which the number is fixed.
+    jax.config.update("jax_num_cpu_devices", planned.size)
+    return jax.make_mesh(tuple(planned.shape.values()), AXES)
+  found = topology.devices(name)
+  config = sharding.parse_mesh(text or str(len(found)))
+  planned = sharding.planned_mesh(config)
+  if planned.size != len(found):
+    raise UserError(
+      f"topology {name!r} has {len(found)} devices, the mesh {planned.size}"
+    )
+  return jax.make_mesh(tuple(planned.shape.values()), AXES, devices=found)
+
+
+def _blueprint(values: Any, mesh: AbstractMesh) -> Blueprint:
+  if not values.preset:
+    return fit.blueprint(command_line.read_config(), mesh)
+  preset = workload.PRESETS[values.preset]
+  for name in ("batch", "attention"):
+    if values[name].value is not None:
+      preset = dataclasses.replace(preset, **{name: values[name].value})
+  config = workload.make_config(preset, values.rates)
+  return fit.blueprint(config, mesh, Vocabulary.after_text(preset.vocab))
+
+
+def _programs(run: Blueprint, values: Any) -> dict[str, Program]:
+  """Returns the programs that were asked for, by the names of their results."""
+  programs = {}
+  for name in values.program:
+    if name == "train_step" and values.stages == "all":
+      for i in range(len(run.curriculum.stages)):
+        programs[f"train_step_{i + 1}"] = Program(name, stage=i)
+    else:
+      programs[name] = Program(name, texts=values.texts)
+  return programs
+
+
 def _show_collectives(
-  config: Config, program: str, result: dict[str, Any]
+  title: str, result: dict[str, Any], program: dict[str, Any]
 ) -> None:
   sizes = " x ".join(map(str, result["mesh"]))
-  table = Table(
-    title=f"{config.name}, {program}, mesh {sizes}: bytes a device",
-    box=box.SIMPLE_HEAD,
-    pad_edge=False,
-    collapse_padding=True,
+  table = _table(
+    f"{title}, mesh {sizes}: bytes a device",
+    ("collective", "times", "MiB", "shape"),
   )
-  for name in ("collective", "times", "MiB", "shape"):
-    justify = "left" if name in ("collective", "shape") else "right"
-    table.add_column(name, justify=justify, no_wrap=True)
-  found = result[program]["collectives"]
-  for c in found[:_LISTED]:
+  for c in program["collectives"][:_LISTED]:
     kind = f"{c['kind']} over {' x '.join(c['axes'])}"
     total = f"{c['total'] / 2**20:,.1f}"
     table.add_row(kind, f"{c['times']:,}", total, c["shape"])
   console.print(table)
-  for kind, sums in result[program]["by_kind"].items():
+  for kind, sums in program["by_kind"].items():
     console.print(
       f"all {kind}: {sums['times']:,} of {sums['bytes'] / 2**20:,.1f} MiB"
     )
 
 
-def _show_memory(config: Config, program: str, result: dict[str, Any]) -> None:
-  memory = result[program]
-  gib = lambda name: f"{memory[name] / 2**30:.2f}"
+def _show_memory(
+  title: str, result: dict[str, Any], program: dict[str, Any]
+) -> None:
+  gib = lambda name: f"{program[name] / 2**30:.2f}"
   console.print(
-    f"{config.name}, {program}: {gib('argument_bytes')} GiB of arguments and"
+    f"{title}: {gib('argument_bytes')} GiB of arguments and"
     f" {gib('temporary_bytes')} GiB of temporaries a device, {gib('bytes')} GiB"
     f" in all (planned for an update: {result['planned_bytes'] / 2**30:.2f});"
-    f" compiled in {memory['compile_seconds']:.0f} s",
+    f" compiled in {program['compile_seconds']:.0f} s",
     soft_wrap=True,
   )
 
 
+def _show_kernels(program: dict[str, Any], most: int) -> None:
+  kinds, kernels = program["by_kind"], program["kernels"]
+  launches = sum(kernel["times"] for kernel in kernels)
+  console.print(
+    f"predicted: {1e3 * program['predicted_seconds']:.1f} ms in"
+    f" {launches:,} launches"
+  )
+  table = _table(None, (*_NUMBERS, "kind"))
+  for kind, sums in kinds.items():
+    table.add_row(*_numbers(sums), kind)
+  console.print(table)
+  table = _table(f"the {most} longest", (*_NUMBERS, "kind", "source"))
+  for kernel in kernels[:most]:
+    source = _PLACES.sub("", kernel["source"])
+    table.add_row(*_numbers(kernel), kernel["kind"], source)
+  # As wide as needed also in a pipe, whose width isn't known.
+  console.print(table, width=max(console.width, _WIDTH))
+
+
+def _numbers(kernel: dict[str, Any]) -> tuple[str, ...]:
+  """Returns cells for `_NUMBERS`; of what wasn't predicted, no time."""
+  predicted = kernel["seconds"]
+  return (
+    f"{1e3 * predicted:.2f}" if predicted else "-",
+    f"{kernel['times']:,}",
+    f"{kernel['bytes'] / 1e9:.2f}",
+    f"{kernel['operations'] / 1e12:.2f}",
+  )
+
+
+def _table(title: str | None, columns: tuple[str, ...]) -> Table:
+  table = Table(
+    title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+  )
+  for name in columns:
+    number = name in ("times", "MiB", *_NUMBERS)
+    table.add_column(name, justify="right" if number else "left", no_wrap=True)
+  return table
+
+
 def _define_flags() -> None:
   flags.DEFINE_string("workdir", None, "A run's folder, for its config.")
-  flags.DEFINE_string("mesh", "8", "FSDP, FSDPxTENSOR, or with REPLICAx.")
+  flags.DEFINE_enum(
+    "preset", None, list(workload.PRESETS), "A benchmark's run, for --config."
+  )
+  flags.DEFINE_integer("batch", None, "Rows, in place of the preset's.", 1)
+  flags.DEFINE_enum(
+    "rates", "uniform", list(workload.RATES), "The preset's mask rates."
+  )
+  flags.DEFINE_enum("attention", None, [*KERNELS], "The preset's attention.")
+  flags.DEFINE_string(
+    "mesh",
+    None,
+    "FSDP, FSDPxTENSOR, or with REPLICAx; by default FSDP over all devices of"
+    " the topology, or 8.",
+  )
   flags.DEFINE_multi_enum(
     "program", list(PROGRAMS), list(PROGRAMS), "Which programs."
   )
-  flags.DEFINE_string("topology", None, "Compile for TPUs, as v5e:16x16.")
+  flags.DEFINE_enum(
+    "stages", "last", ["last", "all"], "Stages whose update is compiled."
+  )
+  flags.DEFINE_integer(
+    "texts", None, "Texts a call of the sampler; default: one a data shard.", 1
+  )
+  flags.DEFINE_string(
+    "topology", None, "Compile for TPUs, as v5e:16x16, or GPUs, as h100:8."
+  )
+  flags.DEFINE_integer("most", 25, "Kernels of a GPU to list.", 0)
   flags.DEFINE_bool("json", False, "Print JSON on the last line.")
 
 
