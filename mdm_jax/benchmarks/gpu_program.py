@@ -13,6 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from mdm_jax.benchmarks import collectives, hlo
 from mdm_jax.benchmarks.hlo import Computation, Instruction, Program
@@ -121,13 +122,13 @@ def kernels(text: str, rates: Rates) -> list[Kernel]:
   return sorted(found, key=lambda kernel: -kernel.seconds)
 
 
-def by_kind(found: Iterable[Kernel]) -> dict[str, dict[str, float]]:
+def by_kind(found: Iterable[Kernel]) -> dict[str, dict[str, Any]]:
   """Returns the sums of every kind of kernel, that with most time first.
 
   Returns:
     `times`, `bytes`, `operations` and `seconds`, by kind.
   """
-  sums: dict[str, dict[str, float]] = collections.defaultdict(
+  sums: dict[str, dict[str, Any]] = collections.defaultdict(
     lambda: {"times": 0, "bytes": 0, "operations": 0, "seconds": 0.0}
   )
   for kernel in found:
