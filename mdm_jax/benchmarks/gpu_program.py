@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mdm_jax.benchmarks import collectives, hlo
@@ -27,6 +27,8 @@ _SAME_ELEMENTS = ("bitcast", "reshape", "copy", "convert")
 _SLICES = ("slice", "dynamic-slice", "gather")
 # Of a library call's results, an array of bytes is its scratch space.
 _SCRATCH = re.compile(r"\b[us]8\[[\d,]*\]")
+_PLACES = re.compile(r"(?:while|body|closed_call|checkpoint|shard_map)/")
+_TRITON = "__gpu$xla.gpu.triton"
 _CUDNN_ATTENTION = "__cudnn$fmha"
 # A flash attention's gradient has five products where the forward pass has two.
 _GRADIENT_PRODUCTS = 2.5
@@ -72,6 +74,10 @@ class Kernel:
   operations: int
   seconds: float
   source: str
+
+  def __str__(self) -> str:
+    """Formats as the kind and the source, without its loops and calls."""
+    return f"{self.kind}: {_PLACES.sub('', self.source)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,19 +128,27 @@ def kernels(text: str, rates: Rates) -> list[Kernel]:
   return sorted(found, key=lambda kernel: -kernel.seconds)
 
 
-def by_kind(found: Iterable[Kernel]) -> dict[str, dict[str, Any]]:
-  """Returns the sums of every kind of kernel, that with most time first.
+def sums(
+  found: Iterable[Kernel], group: Callable[[Kernel], str]
+) -> dict[str, dict[str, Any]]:
+  """Sums kernels up by group, that with most time first.
+
+  Args:
+    found: kernels.
+    group: the group of a kernel; `str` puts those of unrolled layers together,
+      which are of the same kind and source.
 
   Returns:
-    `times`, `bytes`, `operations` and `seconds`, by kind.
+    `times`, `bytes`, `operations` and `seconds`, by group.
   """
-  sums: dict[str, dict[str, Any]] = collections.defaultdict(
+  groups: dict[str, dict[str, Any]] = collections.defaultdict(
     lambda: {"times": 0, "bytes": 0, "operations": 0, "seconds": 0.0}
   )
   for kernel in found:
-    for name in sums[kernel.kind]:
-      sums[kernel.kind][name] += getattr(kernel, name)
-  return dict(sorted(sums.items(), key=lambda kind: -kind[1]["seconds"]))
+    total = groups[group(kernel)]
+    for name in total:
+      total[name] += getattr(kernel, name)
+  return dict(sorted(groups.items(), key=lambda item: -item[1]["seconds"]))
 
 
 def _work(
@@ -261,7 +275,7 @@ def _library_call(instruction: Instruction, inside: Computation) -> _Work:
   if "gemm" in target or "matmul" in target:
     return dataclasses.replace(_product(instruction, inside), bytes=moved)
   if not target.startswith(_CUDNN_ATTENTION):
-    return _Work(target, moved)
+    return _Work("Triton kernel" if target == _TRITON else target, moved)
   query, key = (
     hlo.sizes_of(inside[name].shape) for name in instruction.operands[:2]
   )

@@ -17,7 +17,6 @@ kernels, with their bytes, operations and predicted time. Nothing is run.
 import collections
 import dataclasses
 import json
-import re
 import time
 from typing import Any
 
@@ -42,10 +41,6 @@ from mdm_jax.model.kernels import KERNELS
 from mdm_jax.planning.footprint import footprint
 
 _LISTED = 12
-_WIDTH = 160
-_NUMBERS = "ms", "launches", "GB", "TFLOP"
-# Parts of a source that every kernel's has: loops and calls.
-_PLACES = re.compile(r"(?:while|body|closed_call|checkpoint|shard_map)/")
 
 
 # MARK: on fake devices: what is communicated
@@ -113,7 +108,8 @@ def _kernels(text: str, rates: Rates) -> dict[str, Any]:
   found = gpu_program.kernels(text, rates)
   return {
     "predicted_seconds": sum(kernel.seconds for kernel in found),
-    "by_kind": gpu_program.by_kind(found),
+    "by_kind": gpu_program.sums(found, lambda kernel: kernel.kind),
+    "by_source": gpu_program.sums(found, str),
     "kernels": [dataclasses.asdict(kernel) for kernel in found],
   }
 
@@ -225,10 +221,15 @@ def _show_collectives(
   title: str, result: dict[str, Any], program: dict[str, Any]
 ) -> None:
   sizes = " x ".join(map(str, result["mesh"]))
-  table = _table(
-    f"{title}, mesh {sizes}: bytes a device",
-    ("collective", "times", "MiB", "shape"),
+  table = Table(
+    title=f"{title}, mesh {sizes}: bytes a device",
+    box=box.SIMPLE_HEAD,
+    pad_edge=False,
+    collapse_padding=True,
   )
+  for name in ("collective", "times", "MiB", "shape"):
+    justify = "left" if name in ("collective", "shape") else "right"
+    table.add_column(name, justify=justify, no_wrap=True)
   for c in program["collectives"][:_LISTED]:
     kind = f"{c['kind']} over {' x '.join(c['axes'])}"
     total = f"{c['total'] / 2**20:,.1f}"
@@ -254,43 +255,28 @@ def _show_memory(
 
 
 def _show_kernels(program: dict[str, Any], most: int) -> None:
-  kinds, kernels = program["by_kind"], program["kernels"]
-  launches = sum(kernel["times"] for kernel in kernels)
+  launches = sum(kernel["times"] for kernel in program["kernels"])
   console.print(
     f"predicted: {1e3 * program['predicted_seconds']:.1f} ms in"
     f" {launches:,} launches"
   )
-  table = _table(None, (*_NUMBERS, "kind"))
-  for kind, sums in kinds.items():
-    table.add_row(*_numbers(sums), kind)
-  console.print(table)
-  table = _table(f"the {most} longest", (*_NUMBERS, "kind", "source"))
-  for kernel in kernels[:most]:
-    source = _PLACES.sub("", kernel["source"])
-    table.add_row(*_numbers(kernel), kernel["kind"], source)
-  # As wide as needed also in a pipe, whose width isn't known.
-  console.print(table, width=max(console.width, _WIDTH))
+  _show_sums(program["by_kind"])
+  longest = [*program["by_source"].items()][:most]
+  if longest:
+    console.print("of which most is")
+    _show_sums(dict(longest))
 
 
-def _numbers(kernel: dict[str, Any]) -> tuple[str, ...]:
-  """Returns cells for `_NUMBERS`; of what wasn't predicted, no time."""
-  predicted = kernel["seconds"]
-  return (
-    f"{1e3 * predicted:.2f}" if predicted else "-",
-    f"{kernel['times']:,}",
-    f"{kernel['bytes'] / 1e9:.2f}",
-    f"{kernel['operations'] / 1e12:.2f}",
-  )
-
-
-def _table(title: str | None, columns: tuple[str, ...]) -> Table:
-  table = Table(
-    title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-  )
-  for name in columns:
-    number = name in ("times", "MiB", *_NUMBERS)
-    table.add_column(name, justify="right" if number else "left", no_wrap=True)
-  return table
+def _show_sums(sums: dict[str, dict[str, Any]]) -> None:
+  # No rich table: it would cut long sources off at the width of a terminal.
+  columns = f"{'ms':>8} {'launches':>8} {'GB':>8} {'TFLOP':>8}"
+  console.print(columns)
+  for name, s in sums.items():
+    # What GPUs exchange has no prediction.
+    ms = f"{1e3 * s['seconds']:.2f}" if s["seconds"] else "-"
+    gigabytes, operations = s["bytes"] / 1e9, s["operations"] / 1e12
+    numbers = f"{ms:>8} {s['times']:>8,} {gigabytes:>8.2f} {operations:>8.2f}"
+    console.print(f"{numbers}  {name}", soft_wrap=True)
 
 
 def _define_flags() -> None:
@@ -321,7 +307,7 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     "topology", None, "Compile for TPUs, as v5e:16x16, or GPUs, as h100:8."
   )
-  flags.DEFINE_integer("most", 25, "Kernels of a GPU to list.", 0)
+  flags.DEFINE_integer("most", 25, "Lines of a GPU's longest kernels.", 0)
   flags.DEFINE_bool("json", False, "Print JSON on the last line.")
 
 
