@@ -79,10 +79,7 @@ def parse(argv: list[str]) -> list[str]:
     _check_overrides(argv)
     _define_config(path)
     flags.FLAGS.unparse_flags()
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise UserError(f"unexpected argument {rest[1]!r}")
-    return rest
+    return _parse_all(argv)
   except Failure as error:
     sys.exit(fail(error))
   except Exception as error:  # whatever a config file's own code raises
@@ -93,12 +90,16 @@ def parse_plain(argv: list[str]) -> list[str]:
   """Parses flags of a program that passes --config on without reading it."""
   take_any_text()
   try:
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise UserError(f"unexpected argument {rest[1]!r}")
-    return rest
+    return _parse_all(argv)
   except (UserError, flags.Error) as error:
     sys.exit(fail(_one_line(error)))
+
+
+def _parse_all(argv: list[str]) -> list[str]:
+  rest = flags.FLAGS(argv)
+  if len(rest) > 1:
+    raise UserError(f"unexpected argument {rest[1]!r}")
+  return rest
 
 
 def take_any_text() -> None:

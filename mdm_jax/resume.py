@@ -78,13 +78,9 @@ def find_origin(
   # checkpoint.
   if wanted is None or (saved and saved.train.restore_step == wanted):
     update = latest
-  elif checkpoints.has(wanted):
-    update = wanted
   else:
-    raise UserError(
-      f"train.restore_step={wanted}: workdir {workdir.path} has no such"
-      f" checkpoint; it has: {checkpoints.listed()}"
-    )
+    checkpoints.check_has(wanted)
+    update = wanted
   if saved is None:
     return Origin()
   # An attempt may have died between the save and the evaluation.

@@ -106,6 +106,8 @@ class Run:
 
   Attributes:
     trainer: makes its updates; the only part that `train.train` needs.
+    origin: the checkpoint that this attempt resumes from.
+    updates: number of updates of all stages together.
   """
 
   def __init__(
@@ -121,7 +123,7 @@ class Run:
     self._config, self._data = config, trainer.data
     self._workdir, self._checkpoints = workdir, checkpoints
     self._session, self._attempt = session, session.attempt
-    self._origin = origin
+    self.origin, self.updates = origin, trainer.curriculum.updates
     # Built now, though most of it is used later: a judge that can't be loaded,
     # or a sample length with no room, fails before the training.
     self._measures = evaluate_lib.Measures(
@@ -129,19 +131,9 @@ class Run:
     )
 
   @property
-  def done(self) -> int:
-    """Updates made before this attempt."""
-    return self._origin.done
-
-  @property
-  def updates(self) -> int:
-    """Updates of all stages together."""
-    return self.trainer.curriculum.updates
-
-  @property
   def is_finished(self) -> bool:
     """Whether all updates were made and the last state was evaluated."""
-    return self.done == self.updates and self._origin.measured
+    return self.origin.done == self.updates and self.origin.measured
 
   @property
   def is_evaluated_late(self) -> bool:
@@ -149,10 +141,10 @@ class Run:
 
     This happens where an attempt ended between the save and the evaluation.
     """
-    due = self._origin.update is not None and is_evaluated_at(
-      self.done, self.updates, self._config.eval.every
+    due = self.origin.update is not None and is_evaluated_at(
+      self.origin.done, self.updates, self._config.eval.every
     )
-    return due and not self._origin.measured
+    return due and not self.origin.measured
 
   # MARK: the start
 
@@ -165,12 +157,12 @@ class Run:
     # Checks come first: a config that can't resume the run must leave its files
     # unchanged. The plan comes before the state: the trial updates need a state
     # of their own, and there may be no memory for two.
-    update = self._origin.update
+    update = self.origin.update
     if update is not None:
       self._checkpoints.check(update, self.trainer.abstract())
     preview.show(self._config, self._data)
     with self._spend(Cause.COMPILE):
-      plan_lib.show_plan(self._config, self.trainer, self.done)
+      plan_lib.show_plan(self._config, self.trainer, self.origin.done)
     self._session.check()
     with self._spend(Cause.RESTORE):
       # Going back to an older checkpoint must not leave newer ones behind: they
@@ -179,7 +171,7 @@ class Run:
       state = self._init() if update is None else self._restore(update)
     # Only now: until here anything could have refused to resume the run.
     self._write_run_files()
-    self._attempt.changes = self._origin.describe_changes()
+    self._attempt.changes = self.origin.describe_changes()
     return state
 
   def _restore(self, update: int) -> TrainState:
@@ -243,17 +235,17 @@ class Run:
 
   def _log_beginning(self, log: RunLog) -> None:
     """Logs the config and data of a new run, or the changes at a resume."""
-    update, write = self._origin.update, log.writers.write_texts
+    update, write = self.origin.update, log.writers.write_texts
     if update is None:
       write(0, {"config": _as_text(self._config)})
       texts = preview.describe(self._config, self._data)
       write(0, {f"data/{name}": text for name, text in texts.items()})
-    elif changes := self._origin.describe_changes():
+    elif changes := self.origin.describe_changes():
       log.line.say(f"warning: {changes}")
       write(update, {"config_changes": changes})
 
   def _writers(self) -> Writers:
-    update = self._origin.update
+    update = self.origin.update
     if update is None:
       # A fresh start drops all lines of an attempt that saved nothing.
       return Writers(self._workdir.path, after=-1)
@@ -263,7 +255,7 @@ class Run:
     return Writers(self._workdir.path, after=update, redo=redo)
 
   def _progress(self) -> dict[str, Any] | None:
-    update = self._origin.update
+    update = self.origin.update
     return None if update is None else self._checkpoints.progress(update)
 
   # MARK: the results

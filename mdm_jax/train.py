@@ -65,7 +65,7 @@ def train_and_evaluate(
         subscribed.on_start(state)
         # Which checkpoint is best depends on this evaluation.
         if run.is_evaluated_late:
-          _evaluate(run.done, state, subscribed)
+          _evaluate(run.origin.done, state, subscribed)
         train(run.trainer, state, run.updates, subscribed, saving)
     # Also for a finished run whose results are out of date.
     return run.measure_best()

@@ -120,13 +120,10 @@ class Checkpoints:
     best = distributed.first_alone(self._folders.best)
     return self.latest() if best is None else best
 
-  def has(self, step: int) -> bool:
-    """Returns whether a step exists and is whole."""
-    return step in self._folders.steps() and self._folders.is_whole(step)
-
   def check_has(self, step: int) -> None:
     """Raises UserError, listing the whole steps, if a step isn't one."""
-    if not self.has(step):
+    exists = step in self._folders.steps()
+    if not (exists and self._folders.is_whole(step)):
       raise UserError(
         f"workdir {self._folders.workdir} has no checkpoint {step}; it has:"
         f" {self.listed()}"

@@ -73,12 +73,9 @@ def problem(folder: epath.Path) -> str | None:
   content = read(folder)
   if content is None:
     return f"{NAME} is missing or damaged"
-  listed, sizes = content["files"], files.sizes(folder)
-  for name, file in listed.items():
-    if name not in sizes:
-      return f"{name} is missing"
-    if sizes[name] != file["bytes"]:
-      return f"{name} has {sizes[name]} bytes instead of {file['bytes']}"
+  listed = content["files"]
+  if wrong := _wrong_size(folder, listed):
+    return wrong
   for name, found in _hash_all(folder, list(listed)).items():
     if found["sha256"] != listed[name]["sha256"]:
       return f"{name} has changed (sha256)"
@@ -91,12 +88,17 @@ def has_its_files(folder: epath.Path) -> bool:
   Cheap, because it doesn't hash: a flipped bit goes unnoticed.
   """
   content = read(folder)
-  if content is None:
-    return False
+  return content is not None and not _wrong_size(folder, content["files"])
+
+
+def _wrong_size(folder: epath.Path, listed: dict[str, Any]) -> str | None:
   sizes = files.sizes(folder)
-  return all(
-    sizes.get(name) == file["bytes"] for name, file in content["files"].items()
-  )
+  for name, file in listed.items():
+    if name not in sizes:
+      return f"{name} is missing"
+    if sizes[name] != file["bytes"]:
+      return f"{name} has {sizes[name]} bytes instead of {file['bytes']}"
+  return None
 
 
 def _hash_all(
