@@ -596,7 +596,7 @@ MISTAKES = {
   "zero": ([QUICK, "--num_samples=0"], "num_samples=0|[1, "),
   "prompts": (
     [QUICK, "--mode=sample", "--prompt=a", "--prompts=b", "--interactive"],
-    "give one of --prompt, --prompts, --interactive",
+    "give only one of --prompt, --prompts, --interactive",
   ),
   "extra": ([QUICK, "extra"], "'extra'"),
   "corpus": ([QUICK, "--config.data.corpus=sotv"], "data.corpus|'sotu'"),

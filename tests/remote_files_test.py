@@ -238,7 +238,7 @@ def test_of_two_that_start_at_once_one_is_refused(folder):
   first._take_over()
   second._take_over()
   first._claim()
-  with pytest.raises(UserError, match="in use by a process that began"):
+  with pytest.raises(UserError, match="in use by a process that started"):
     second._claim()
 
 

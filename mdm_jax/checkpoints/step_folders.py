@@ -70,8 +70,8 @@ class StepFolders:
     logged = self._logged()
     if logged:
       raise StorageError(
-        f"workdir {self.workdir} had checkpoints, the last one of"
-        f" update {max(logged)}, but none of them is intact; restore one from"
+        f"workdir {self.workdir} had checkpoints (the last of"
+        f" update {max(logged)}), but none of them is intact; restore one from"
         " a backup, or use another --workdir to start again"
       )
     return None

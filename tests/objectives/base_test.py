@@ -281,6 +281,6 @@ def test_summaries_need_a_tag_for_every_entry():
 
 
 def test_summaries_have_names_of_their_own():
-  with pytest.raises(UserError, match="loss: every update logs this"):
+  with pytest.raises(UserError, match="loss: every update already logs"):
     one = jnp.ones(())
     step_lib._joined({"loss": one}, {"loss": Ratio(one, one)})
