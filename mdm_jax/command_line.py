@@ -17,7 +17,6 @@ from mdm_jax import config as config_lib
 from mdm_jax.config import Config
 from mdm_jax.core import coercion, modules
 from mdm_jax.core.errors import Exit, Failure, UserError, nearest
-from mdm_jax.core.fields import at_home
 from mdm_jax.workdir import Workdir
 
 flags.DEFINE_list(
@@ -68,7 +67,8 @@ def parse(argv: list[str]) -> list[str]:
   """Parses all flags; on a mistake, exits with one line and exit code 2."""
   take_any_text()
   # The shell leaves the ~ in --config=~/FILE as it is.
-  argv = [re.sub(r"(?<=-config=)~.*", lambda p: at_home(p[0]), a) for a in argv]
+  home = lambda path: os.path.expanduser(path[0])
+  argv = [re.sub(r"(?<=-config=)~.*", home, a) for a in argv]
   argv = [_OBJECTIVE.sub(r"\1.name", given) for given in argv]
   path = _config_path(argv)
   try:

@@ -17,7 +17,6 @@ from mdm_jax import config as config_lib
 from mdm_jax.config import Config
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError, nearest
-from mdm_jax.core.fields import at_home
 from mdm_jax.core.progress import console
 from mdm_jax.evaluation.pages import samples as samples_page
 from mdm_jax.objectives.measured import (
@@ -332,6 +331,6 @@ def _print_all(
 
 def _write_page(path: str, page: str) -> None:
   try:
-    epath.Path(at_home(path)).write_text(page, encoding="utf-8")
+    epath.Path(path).expanduser().write_text(page, encoding="utf-8")
   except OSError as error:
     raise UserError(f"--html={path}: {error.strerror}") from error

@@ -17,7 +17,6 @@ ways.csv        the same, and denoiser calls, by order and steps; also .md
 import getpass
 import importlib.metadata
 import json
-import os
 from typing import Any
 
 from etils import epath
@@ -27,7 +26,6 @@ from mdm_jax import config as config_lib
 from mdm_jax.config import Config
 from mdm_jax.core import distributed, files
 from mdm_jax.core.errors import StorageError, UserError
-from mdm_jax.core.fields import at_home
 
 # Version of all file formats in a workdir; 1 until mdm_jax 0.1.
 FORMAT = 2
@@ -41,7 +39,7 @@ class Workdir:
   """A run's folder. Only process 0 writes."""
 
   def __init__(self, path: epath.PathLike):
-    self.path = epath.Path(at_home(os.fspath(path)))
+    self.path = epath.Path(path).expanduser()
 
   def create(self) -> None:
     """Makes the folder and checks that it can be written.

@@ -1,6 +1,7 @@
 """Conversion between config dataclasses and plain values (JSON, ConfigDict)."""
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from typing import Any, Literal
 from ml_collections import config_dict
 
 from mdm_jax.core.errors import UserError, nearest
-from mdm_jax.core.fields import at_home
 
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
@@ -66,7 +66,10 @@ def _dataclass(value: Any, cls: type, path: str) -> Any:
     if key not in hints:
       raise UserError(f"unknown field {prefix}{key}; {nearest(key, hints)}")
   found = {k: coerce(v, hints[k], f"{prefix}{k}") for k, v in value.items()}
-  return cls(**{k: at_home(v) if k in paths else v for k, v in found.items()})
+  # A path may begin with ~.
+  return cls(
+    **found | {k: os.path.expanduser(found[k]) for k in paths & found.keys()}
+  )
 
 
 def to_config_dict(value: Any) -> config_dict.ConfigDict:

@@ -12,7 +12,6 @@ after each field has been checked by itself.
 
 import dataclasses
 import functools
-import os
 import re
 from typing import Any
 
@@ -46,11 +45,6 @@ def field(default: Any, doc: str, bounds: str = "", **more: Any) -> Any:
 def fixed(default: Any, doc: str, bounds: str = "", **more: Any) -> Any:
   """Declares a config field that may not change when a run is resumed."""
   return field(default, doc, bounds, fixed=True, **more)
-
-
-def at_home(path: str) -> str:
-  """Returns a path with ~ expanded to the home folder."""
-  return os.path.expanduser(path)
 
 
 def check(value: Any, path: str = "") -> None:

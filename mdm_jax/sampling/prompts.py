@@ -12,7 +12,6 @@ from etils import epath
 
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.fields import at_home
 
 STDIN = "-"
 
@@ -41,7 +40,7 @@ def read(path: str) -> list[str]:
 def _bytes(path: str) -> bytes:
   if path != STDIN:
     try:
-      return epath.Path(at_home(path)).read_bytes()
+      return epath.Path(path).expanduser().read_bytes()
     except OSError as error:
       raise UserError(f"--prompts={path}: {error.strerror}") from error
   if distributed.count() > 1:
