@@ -34,7 +34,6 @@ from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.coverage import Coverage
-from mdm_jax.data.ranking import Cut
 from mdm_jax.data.rows import Rows
 from mdm_jax.data.segments import Selection, Unit, UnitWords
 from mdm_jax.data.splits import HELD_OUT, TEST, TRAIN, Shares, Sides, Split
@@ -237,7 +236,8 @@ def _select(
   if name not in job.ranked:
     return None
   scores = difficulty(job, name, block)
-  kept = np.flatnonzero(_cut(job, name, block).keeps(ranking.levels(scores)))
+  last, quota = job.store[f"cuts.{name}.npy"][block.number].tolist()
+  kept = np.flatnonzero(ranking.kept(ranking.levels(scores), last, quota))
   return Selection([units[i] for i in kept], scores[kept], scores)
 
 
@@ -245,11 +245,6 @@ def difficulty(job: Job, name: str, block: Block) -> np.ndarray:
   """Returns the difficulty of a block's units, ranked in the whole corpus."""
   bins = record("signals", job, block)[name]
   return ranking.difficulty(bins, job.store[f"ranks.{name}.npy"])
-
-
-def _cut(job: Job, name: str, block: Block) -> Cut:
-  cuts = job.store[f"cuts.{name}.npy"]
-  return Cut(*cuts[block.number].tolist())
 
 
 # MARK: rows

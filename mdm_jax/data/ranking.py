@@ -7,7 +7,6 @@ the number, and whole numbers up to 4096 have a bin each. Numbers in the same
 bin count as equal.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,22 +73,18 @@ def levels(difficulty: Float64[np.ndarray, "N"]) -> Int64[np.ndarray, "N"]:
   return np.minimum((difficulty * BINS).astype(np.int64), BINS - 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cut:
-  """Which of a block's units are kept as easy enough.
+def kept(
+  levels: Int64[np.ndarray, "N"], last: int, quota: int
+) -> Bool[np.ndarray, "N"]:
+  """Returns which units of a block are kept as easy enough.
 
-  Attributes:
-    level: units of all levels below this one are kept.
+  Args:
+    levels: of the block's units.
+    last: units of all levels below this one are kept.
     quota: of the units in this level, the first `quota` are kept.
   """
-
-  level: int
-  quota: int
-
-  def keeps(self, level: Int64[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
-    """Returns which units of the block are kept."""
-    tied = level == self.level
-    return (level < self.level) | (tied & (np.cumsum(tied) <= self.quota))
+  tied = levels == last
+  return (levels < last) | (tied & (np.cumsum(tied) <= quota))
 
 
 def find_level(counts: Int64[np.ndarray, "K"], wanted: int) -> tuple[int, int]:

@@ -27,7 +27,7 @@ def ranks(job: Job, found: list[Block], name: str) -> np.ndarray:
 
 
 def cuts(job: Job, found: list[Block], name: str) -> np.ndarray:
-  """Returns each block's level and quota (`ranking.Cut`) as [blocks, 2]."""
+  """Returns each block's last level and quota (`ranking.kept`) [blocks, 2]."""
   # A generator made anew for each of two sweeps: one block in memory at a time.
   levels = lambda: (
     ranking.levels(passes.difficulty(job, name, block)) for block in found

@@ -115,7 +115,7 @@ def test_a_cut_keeps_exactly_the_share_first_blocks_first(share, decimals):
   quotas = ranking.quotas(most, [int((p == last).sum()) for p in parts])
   kept = np.concatenate(
     [
-      ranking.Cut(last, int(quota)).keeps(part)
+      ranking.kept(part, last, int(quota))
       for quota, part in zip(quotas, parts, strict=True)
     ]
   )
