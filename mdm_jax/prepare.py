@@ -38,25 +38,29 @@ def prepare_rows(
     UserError: no folder is given, or this is one of several processes.
     Stopped: a signal came; the same command continues.
   """
-  if not config.data.prepared:
-    raise UserError(
-      "--mode=prepare needs a folder to fill; give"
-      " --config.data.prepared=FOLDER"
-    )
   if distributed.count() > 1:
     raise UserError(
       "--mode=prepare runs on one machine, with --workers; to use several, run"
       " python -m mdm_jax.prepare_beam"
     )
-  given = inputs.given_tokenizer(config.rows, workdir)
   with (
     stop_request() as stop,
     Workers(workers or os.cpu_count() or 1, stop.check) as pool,
   ):
-    manifest = folder.prepare_folder(config.rows, given, _shown(pool))
+    manifest = fill(config, workdir, _shown(pool))
     stop.check()
   print_summary(config, manifest)
   return manifest
+
+
+def fill(
+  config: Config, workdir: epath.PathLike | None, run: preparation.Run
+) -> dict[str, Any]:
+  """Fills the folder `data.prepared` with passes executed by `run`."""
+  if not config.data.prepared:
+    raise UserError("give the folder to fill: --config.data.prepared=FOLDER")
+  given = inputs.given_tokenizer(config.rows, workdir)
+  return folder.prepare_folder(config.rows, given, run)
 
 
 def print_summary(config: Config, manifest: dict[str, Any]) -> None:

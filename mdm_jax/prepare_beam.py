@@ -13,9 +13,9 @@ from absl import flags
 
 from mdm_jax import command_line, prepare
 from mdm_jax.core import log_lines, modules
-from mdm_jax.core.errors import Failure, UserError
+from mdm_jax.core.errors import Failure
 from mdm_jax.core.progress import console
-from mdm_jax.data import folder, inputs, passes, preparation
+from mdm_jax.data import passes, preparation
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
 
@@ -50,11 +50,8 @@ def main(_: list[str]) -> int:
   """Prepares the folder; returns the exit code."""
   try:
     config = command_line.read_config(None)
-    if not config.data.prepared:
-      raise UserError("give the folder to fill: --config.data.prepared=FOLDER")
     options = [f"--runner={flags.FLAGS.runner}", *flags.FLAGS.beam]
-    given = inputs.given_tokenizer(config.rows, None)
-    manifest = folder.prepare_folder(config.rows, given, beam_run(options))
+    manifest = prepare.fill(config, None, beam_run(options))
   except Failure as error:
     return command_line.fail(error)
   prepare.print_summary(config, manifest)

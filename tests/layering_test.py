@@ -58,7 +58,7 @@ SIDEWAYS = {
   ("command_line.py", "config.py"): "flags become a config",
   ("command_line.py", "workdir.py"): "eval and sample take the run's config",
   ("evaluation", "sampling"): "samples that are measured have settings",
-  ("prepare_beam.py", "prepare.py"): "both tell in the same words",
+  ("prepare_beam.py", "prepare.py"): "both fill a folder and describe it",
   ("interactive.py", "sample.py"): "it draws as a user of the library does",
 }
 TOO_LONG = {}
