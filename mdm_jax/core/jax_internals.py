@@ -5,6 +5,7 @@ single-process programs still work, and `missing` says what doesn't.
 """
 
 import functools
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -62,20 +63,18 @@ def find_cluster(seconds: int) -> Cluster | None:
 
 @functools.cache
 def _state() -> Any | None:
-  try:
-    from jax._src import distributed
-
-    state = distributed.global_state
-  except (ImportError, AttributeError):
-    return None
+  state = _private("distributed:global_state")
   return state if all(hasattr(state, name) for name in _FIELDS) else None
 
 
 @functools.cache
 def _search() -> Callable[..., Cluster] | None:
-  try:
-    from jax._src import clusters
+  name = "clusters:ClusterEnv.auto_detect_unset_distributed_params"
+  return _private(name)
 
-    return clusters.ClusterEnv.auto_detect_unset_distributed_params
+
+def _private(name: str) -> Any | None:
+  try:
+    return pkgutil.resolve_name(f"jax._src.{name}")
   except (ImportError, AttributeError):
     return None
