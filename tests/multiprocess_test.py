@@ -340,7 +340,7 @@ def test_a_jax_without_its_search_is_one_process_and_says_so(
   monkeypatch.setattr(jax_internals, "_search", lambda: None)
   monkeypatch.setenv("SLURM_JOB_ID", "5000")
   assert not distributed.initialize()
-  assert "lacks its search" in caplog.text
+  assert "lacks cluster detection" in caplog.text
   assert "--coordinator, --num_processes and --process_id" in caplog.text
 
 
