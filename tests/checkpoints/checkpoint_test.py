@@ -262,7 +262,7 @@ def test_the_best_is_by_what_an_evaluation_names(tmp_path):
   path = _step(tmp_path, 2) / "evaluation.json"
   path.write_text(json.dumps({"another": 7.0}))
   with Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(UserError, match="of an older version") as error:
+    with pytest.raises(UserError, match="by an older version") as error:
       checkpoints.best()
   assert "\n" not in str(error.value)
 
