@@ -30,7 +30,7 @@ from mdm_jax.objectives.base import Cost, Decoding, Examples, Objective, Ratio
 from mdm_jax.objectives.config import OBJECTIVES, ObjectiveConfig
 from mdm_jax.objectives.measured import SEED, Jobs, Likelihood, Measured
 from mdm_jax.objectives.noise import SCHEDULES, NoiseSchedule
-from mdm_jax.sampling.order import ORDERS, Known
+from mdm_jax.sampling.order import ORDERS
 from mdm_jax.training.optimizer import OPTIMIZERS
 
 # MARK: a corpus: documents, in the same order every time
@@ -181,7 +181,6 @@ OBJECTIVES.register(
 
 
 @ORDERS.register("outward")
-@Known
 def outward(key, step, length):
   """The middle first."""
   return -jnp.abs(jnp.linspace(-1, 1, length))

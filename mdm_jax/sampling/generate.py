@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from mdm_jax.core import distributed, memory, rng
 from mdm_jax.core.errors import UserError
@@ -34,41 +34,32 @@ _TOKENS_A_CALL_ELSEWHERE = 8192
 _MOST_ROWS = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class Samples:
-  """Samples as text, and how each token was drawn.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples(Drawn):
+  """Samples as text, and how each token was drawn; arrays are NumPy's.
 
   Attributes:
     texts: decoded texts, up to the end-of-text token.
-    path: ids before each of the S - 1 steps, and after the last.
-    step: step, from 0, that revealed the final token; -1 if given or cut off.
-    confidence: probability of the final token when it was drawn, before
-      temperature and filters; 0 where step is -1.
-    entropy: entropy of its distribution, in nats, before temperature and
-      filters; 0 where step is -1.
-    calls: denoiser calls for each text.
-    put_back: number of tokens of each text that were remasked.
   """
 
   texts: list[str]
-  path: Int[np.ndarray, "S B L"]
-  step: Int[np.ndarray, "B L"]
-  confidence: Float[np.ndarray, "B L"]
-  entropy: Float[np.ndarray, "B L"]
-  calls: Int[np.ndarray, "B"]
-  put_back: Int[np.ndarray, "B"]
+
+
+# The arrays of samples. All but `path` have the texts as their first axis.
+ARRAYS = tuple(field.name for field in dataclasses.fields(Drawn))
 
 
 def join(parts: Sequence[Samples]) -> Samples:
   """Concatenates samples of the same length and number of steps."""
   if len(parts) == 1:
     return parts[0]
-  names = "step", "confidence", "entropy", "calls", "put_back"
-  return Samples(
-    [text for part in parts for text in part.texts],
-    np.concatenate([part.path for part in parts], axis=1),
-    *(np.concatenate([getattr(p, name) for p in parts]) for name in names),
-  )
+  arrays = {
+    name: np.concatenate(
+      [getattr(part, name) for part in parts], axis=int(name == "path")
+    )
+    for name in ARRAYS
+  }
+  return Samples(texts=[text for p in parts for text in p.texts], **arrays)
 
 
 class TextSampler:
@@ -220,12 +211,11 @@ class TextSampler:
   def _samples(self, drawn: Drawn, count: int) -> Samples:
     """Fetches a call's result, and returns its first `count` texts."""
     drawn = distributed.fetch(drawn)
-    path, vocab = drawn.path[:, :count], self._tokenizer.vocab
-    texts = [self._tokenizer.decode(_until_end(r, vocab)) for r in path[-1]]
-    names = "step", "confidence", "entropy", "calls", "put_back"
-    return Samples(
-      texts, path, *(getattr(drawn, name)[:count] for name in names)
-    )
+    arrays = {name: getattr(drawn, name)[:count] for name in ARRAYS}
+    arrays["path"] = path = drawn.path[:, :count]
+    vocab, decode = self._tokenizer.vocab, self._tokenizer.decode
+    texts = [decode(_until_end(row, vocab)) for row in path[-1]]
+    return Samples(texts=texts, **arrays)
 
   def _place(self, values):
     return put(values, batch_sharding(self._mesh, values.ndim))

@@ -9,12 +9,10 @@ arXiv 2510.04525).
 To add an order, register a function:
 
   @ORDERS.register("outward")
-  @Known
   def outward(key, step, length):
     return -jnp.abs(jnp.linspace(-1, 1, length))
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -27,41 +25,32 @@ from mdm_jax.sampling import tokens
 _STEPS = 4096.0  # scores are rounded to 1 / 4096 (a probability, or nats)
 
 
-@dataclasses.dataclass(frozen=True)
-class Known:
-  """An order that does not need the denoiser.
+# (row key, step, length) -> float32 priorities [length] of a row, where the key
+# is the same at every step; or, marked by `from_logits`, logits [..., V] ->
+# float32 scores [...]. Higher is earlier.
+Order = Callable[..., Float[Array, "..."]]
+ORDERS: Registry[Order] = Registry("sampling order", "sample.order")
 
-  Attributes:
-    __wrapped__: (row key, step, length) -> float32 priorities [length] of a
-      row. The row key is the same at every step.
+
+def from_logits(order: Order) -> Order:
+  """Marks an order as a function of the denoiser's logits.
+
+  Example:
+    @ORDERS.register("margin")
+    @from_logits
+    def margin(logits): ...
   """
-
-  __wrapped__: Callable[
-    [Key[Array, ""], Int[Array, ""], int], Float[Array, "L"]
-  ]
+  order.reads_logits = True
+  return order
 
 
-@dataclasses.dataclass(frozen=True)
-class Asking:
-  """An order by the denoiser's confidence in each position.
-
-  Attributes:
-    __wrapped__: logits [..., V] -> float32 scores [...]; higher is earlier.
-  """
-
-  __wrapped__: Callable[[Float[Array, "*N V"]], Float[Array, "*N"]]
-
-
-ORDERS: Registry[Known | Asking] = Registry("sampling order", "sample.order")
-
-
-def asks(order: str) -> bool:
+def reads_logits(order: str) -> bool:
   """Returns whether an order scores positions by the denoiser's logits.
 
   Raises:
     UserError: there is no such order.
   """
-  return isinstance(ORDERS[order], Asking)
+  return getattr(ORDERS[order], "reads_logits", False)
 
 
 def priority(
@@ -70,21 +59,16 @@ def priority(
   step: Int[Array, ""],
   length: int,
 ) -> Float[Array, "B {length}"]:
-  """Returns the priorities of an order that does not need the denoiser.
+  """Returns the priorities of an order that does not read logits.
 
   Args:
-    order: name of a `Known` order.
+    order: name of the order.
     row_keys: one key per row, the same at every step.
     step: number of the step, from 0.
     length: tokens per row.
   """
-  of_row = ORDERS[order].__wrapped__
+  of_row = ORDERS[order]
   return jax.vmap(lambda key: of_row(key, step, length))(row_keys)
-
-
-def score(order: str, logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-  """Returns the scores of an order that reads the denoiser's logits."""
-  return ORDERS[order].__wrapped__(logits)
 
 
 def rounded(scores: Float[Array, "*N"]) -> Float[Array, "*N"]:
@@ -114,11 +98,10 @@ def rank(
   return jax.vmap(row)(masked, first, then)
 
 
-# MARK: orders that need no denoiser
+# MARK: orders by position
 
 
 @ORDERS.register("random")
-@Known
 def _random(
   key: Key[Array, ""], step: Int[Array, ""], length: int
 ) -> Float[Array, "{length}"]:
@@ -129,7 +112,6 @@ def _random(
 
 
 @ORDERS.register("spread")
-@Known
 def _spread(
   key: Key[Array, ""], step: Int[Array, ""], length: int
 ) -> Float[Array, "{length}"]:
@@ -148,25 +130,24 @@ def _spread(
 
 
 @ORDERS.register("left_to_right")
-@Known
 def _left_to_right(
   key: Key[Array, ""], step: Int[Array, ""], length: int
 ) -> Float[Array, "{length}"]:
   return -jnp.arange(length, dtype=jnp.float32)
 
 
-# MARK: orders that ask the denoiser
+# MARK: orders by the denoiser's logits
 
 
 @ORDERS.register("confidence")
-@Asking
+@from_logits
 def _confidence(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
   """The largest probability (Chang et al. 2022, arXiv 2202.04200)."""
   return tokens.top_two(logits)[0]
 
 
 @ORDERS.register("margin")
-@Asking
+@from_logits
 def _margin(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
   """Largest minus second probability (Kim et al. 2025, arXiv 2502.06768)."""
   first, second = tokens.top_two(logits)
@@ -174,7 +155,7 @@ def _margin(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
 
 
 @ORDERS.register("entropy")
-@Asking
+@from_logits
 def _entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
   """Negative entropy, in nats."""
   return -tokens.entropy(logits)

@@ -36,21 +36,20 @@ _DRAW, _PUT_BACK, _ORDER = range(3)  # separate random streams of a row's key
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-  """Samples as arrays, and how each token was drawn; see `Samples`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Notes:
+  """How each token was drawn.
 
   Attributes:
-    path: ids before each step and after the last; padding follows the first
-      end-of-text token that was drawn.
-    step: last step that revealed a token; -1 if given or cut off.
-    confidence: probability of the drawn token.
-    entropy: entropy of its distribution, in nats.
+    step: last step, from 0, that revealed the token; -1 if given or cut off.
+    confidence: probability of the token when it was drawn, before temperature
+      and filters; 0 where step is -1.
+    entropy: entropy of its distribution, in nats, before temperature and
+      filters; 0 where step is -1.
     calls: denoiser calls until the row was finished.
     put_back: number of tokens of the row that were remasked.
   """
 
-  path: Int[Array | np.ndarray, "S B L"]
   step: Int[Array | np.ndarray, "B L"]
   confidence: Float[Array | np.ndarray, "B L"]
   entropy: Float[Array | np.ndarray, "B L"]
@@ -59,9 +58,22 @@ class Drawn:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _State:
-  """The loop's state; other fields as in `Drawn`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn(Notes):
+  """Samples as arrays.
+
+  Attributes:
+    path: ids before each of the S - 1 steps, and after the last; padding
+      follows the first end-of-text token that was drawn.
+  """
+
+  path: Int[Array | np.ndarray, "S B L"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _State(Notes):
+  """The loop's state.
 
   Attributes:
     x: current ids xt.
@@ -73,11 +85,6 @@ class _State:
   x: Int[Array, "B L"]
   masked: Bool[Array, "B L"]
   end: Int[Array, "B"]
-  step: Int[Array, "B L"]
-  confidence: Float[Array, "B L"]
-  entropy: Float[Array, "B L"]
-  calls: Int[Array, "B"]
-  put_back: Int[Array, "B"]
 
 
 Sampler = Callable[[Any, Canvas, Pace, Settings, Key[Array, "B"]], Drawn]
@@ -103,7 +110,6 @@ def make_sampler(
       with each step's number, from 1, and the ids after it. No calls are made
       for steps after all rows are finished.
   """
-  steps = _Steps(config, denoiser, vocab)
   see = lambda *args: watch and jax.debug.callback(watch, *args)
 
   @jax.jit
@@ -114,8 +120,13 @@ def make_sampler(
     settings: Settings,
     row_keys: Key[Array, "B"],
   ) -> Drawn:
+    canvas = padded(canvas, vocab.need("pad"))
+    steps = _Steps(
+      config, denoiser, vocab, params, canvas, pace, settings, row_keys
+    )
+
     def advance(i, state):
-      state = steps.step(params, canvas, pace, settings, row_keys, i, state)
+      state = steps.step(i, state)
       see(i + 1, state.x)
       return state
 
@@ -126,110 +137,100 @@ def make_sampler(
       state = jax.lax.cond(busy, advance, lambda _, s: s, i, state)
       return state, path.at[i + 1].set(state.x)
 
-    canvas = padded(canvas, vocab.need("pad"))
-    state = steps.start(canvas)
+    state = steps.start()
     see(jnp.int32(0), state.x)
     path = jnp.broadcast_to(state.x, (config.num_steps + 1, *state.x.shape))
     carry = jax.lax.fori_loop(0, config.num_steps, step, (state, path))
     state, path = carry
-    return Drawn(
-      path,
-      state.step,
-      state.confidence,
-      state.entropy,
-      state.calls,
-      state.put_back,
-    )
+    names = (field.name for field in dataclasses.fields(Notes))
+    return Drawn(path=path, **{name: getattr(state, name) for name in names})
 
   return sample
 
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-  """The parts of a sampling step."""
+  """The parts of a sampling step, for the arguments of one sampler call."""
 
   config: SampleConfig
   denoiser: Predictor
   vocab: Vocabulary
+  params: Any
+  canvas: Canvas
+  pace: Pace
+  settings: Settings
+  row_keys: Key[Array, "B"]
 
-  def start(self, canvas: Canvas) -> _State:
-    none = jnp.full_like(canvas.tokens, -1)
+  def start(self) -> _State:
+    canvas = self.canvas
     nothing = jnp.zeros_like(canvas.tokens, jnp.float32)
     count = jnp.zeros_like(canvas.lengths)
     return _State(
       x=jnp.where(canvas.free, self.vocab.need("mask"), canvas.tokens),
       masked=canvas.free,
       end=canvas.lengths,
-      step=none,
+      step=jnp.full_like(canvas.tokens, -1),
       confidence=nothing,
       entropy=nothing,
       calls=count,
       put_back=count,
     )
 
-  def step(
-    self,
-    params: Any,
-    canvas: Canvas,
-    pace: Pace,
-    settings: Settings,
-    row_keys: Key[Array, "B"],
-    i: Int[Array, ""],
-    state: _State,
-  ) -> _State:
-    left = state.masked.sum(axis=1)
-    after, back = self._planned(pace, canvas, i, state.end)
-    back = jnp.where(left > 0, back, 0)
+  def step(self, i: Int[Array, ""], s: _State) -> _State:
+    left = s.masked.sum(axis=1)
+    after, back = self._planned(i, s.end, left)
     call = Call(
       self.config,
       self.denoiser,
       self.vocab,
-      params,
-      canvas,
-      state.x,
-      state.masked,
-      state.end,
+      self.params,
+      self.canvas,
+      s.x,
+      s.masked,
+      s.end,
     )
-    where, safe = self._candidates(call, row_keys, i, state)
+    where, safe = self._candidates(call, i, s)
     count = self._count(safe, left, left + back - after, i)
-    keys = _fold(_fold(row_keys, _DRAW), i)
-    revealed = self._reveal(call, settings, keys, where, count, i, state)
+    s = self._reveal(call, where, count, i, s)
     if self.config.remasking != "none":
       # Planned anew, as this step may have drawn an end and shortened the row.
-      after, back = self._planned(pace, canvas, i, revealed.end)
-      back = jnp.where(left > 0, back, 0)
-      number = jnp.clip(after - revealed.masked.sum(axis=1), 0, back)
-      keys = _fold(_fold(row_keys, _PUT_BACK), i)
-      revealed = self._put_back(keys, canvas, number, i, revealed)
+      after, back = self._planned(i, s.end, left)
+      number = jnp.clip(after - s.masked.sum(axis=1), 0, back)
+      s = self._put_back(number, i, s)
     each = 2 if self.config.guidance else 1
-    calls = state.calls + jnp.where(left > 0, each, 0)
-    return dataclasses.replace(revealed, calls=calls)
+    calls = s.calls + jnp.where(left > 0, each, 0)
+    return dataclasses.replace(s, calls=calls)
 
   def _planned(
-    self, pace: Pace, canvas: Canvas, i: Int[Array, ""], end: Int[Array, "B"]
+    self, i: Int[Array, ""], end: Int[Array, "B"], left: Int[Array, "B"]
   ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Returns how many tokens a step leaves masked, and how many it remasks.
 
     Only tokens before a row's end count: its schedule is that of this length.
+    Finished rows, of which none are left, remask nothing.
     """
+    canvas, pace = self.canvas, self.pace
     inside = jnp.arange(canvas.free.shape[1])[None] < end[:, None]
     total = (canvas.free & inside).sum(axis=1)
     after = total - _look_up(pace.revealed[i + 1], total)
-    return after, _look_up(pace.put_back[i], total)
+    back = _look_up(pace.put_back[i], total)
+    return after, jnp.where(left > 0, back, 0)
+
+  def _keys(self, stream: int) -> Key[Array, "B"]:
+    return _fold(self.row_keys, stream)
 
   # MARK: where
 
   def _candidates(
-    self, call: Call, row_keys: Key[Array, "B"], i: Int[Array, ""], s: _State
+    self, call: Call, i: Int[Array, ""], s: _State
   ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
     """Returns positions by rank, and which of these a budget lets reveal."""
     config, length = self.config, s.x.shape[1]
     size = config.block_length or length
     block = jnp.arange(length) // size
-    if order.asks(config.order) or self._has_budget():
-      scores = self._scores(call, size, s)
-    keys = _fold(row_keys, _ORDER)
-    if order.asks(config.order):
+    scores = self._scores(call, size, s)
+    keys = self._keys(_ORDER)
+    if config.order in scores:
       first = order.rounded(scores[config.order])
       # Ties, as on an empty canvas, fall back to the order `spread`.
       then = order.priority("spread", keys, i, length)
@@ -237,38 +238,39 @@ class _Steps:
       first = order.priority(config.order, keys, i, length)
       then = jnp.zeros_like(s.confidence)
     if config.threshold is not None:
-      sure = scores["confidence"] > config.threshold
+      safe = scores["confidence"] > config.threshold
       # `_count` reveals a prefix of the ranking: these have to come first.
-      first = jnp.where(sure, jnp.inf, first)
+      first = jnp.where(safe, jnp.inf, first)
     where = order.rank(s.masked, block, first, then)
-    if not self._has_budget():
-      return where, jnp.zeros_like(s.masked)
     at = lambda values: jnp.take_along_axis(values, where, axis=1)
     if config.threshold is not None:
-      safe = at(sure)
+      safe = at(safe)
+    elif config.entropy_bound is not None:
+      entropies = -at(scores["entropy"])
+      safe = schedule.within_entropy(entropies, config.entropy_bound)
     else:
-      safe = schedule.within_entropy(
-        -at(scores["entropy"]), config.entropy_bound
-      )
+      return where, jnp.zeros_like(s.masked)
     return where, safe & at(s.masked) & (where // size == where[:, :1] // size)
-
-  def _has_budget(self) -> bool:
-    given = self.config.entropy_bound, self.config.threshold
-    return given != (None, None)
 
   def _scores(
     self, call: Call, block_length: int, s: _State
   ) -> dict[str, Float[Array, "B L"]]:
-    """Scores the masked positions of the current block; -inf elsewhere."""
-    names = {self.config.order} if order.asks(self.config.order) else set()
-    if self._has_budget():
-      names |= {"entropy" if self.config.threshold is None else "confidence"}
+    """Scores the masked positions of the current block; -inf elsewhere.
+
+    By the orders whose scores the step needs: the configured one, if it reads
+    logits, and that of a budget.
+    """
+    config, length = self.config, s.x.shape[1]
+    names = {config.order} if order.reads_logits(config.order) else set()
+    names |= {"confidence"} if config.threshold is not None else set()
+    names |= {"entropy"} if config.entropy_bound is not None else set()
+    if not names:
+      return {}
     nothing = jnp.zeros_like(s.confidence)
-    block = jnp.zeros(s.x.shape[1], jnp.int32)
-    where = order.rank(s.masked, block, nothing, nothing)
+    where = order.rank(s.masked, jnp.zeros(length, jnp.int32), nothing, nothing)
     # Beyond the block too, by an even pace: a step may finish a block and
     # continue in the next.
-    ahead = -(-s.x.shape[1] // self.config.num_steps)
+    ahead = -(-length // config.num_steps)
     inside = where // block_length == where[:, :1] // block_length
     inside &= jnp.take_along_axis(s.masked, where, axis=1)
     count = jnp.minimum(inside.sum(axis=1) + ahead, s.masked.sum(axis=1))
@@ -276,7 +278,7 @@ class _Steps:
     def body(slots, kept, scores):
       logits = call.logits(slots)
       return {
-        name: _put(scores[name], slots, kept, order.score(name, logits))
+        name: _put(scores[name], slots, kept, order.ORDERS[name](logits))
         for name in names
       }
 
@@ -293,7 +295,7 @@ class _Steps:
     i: Int[Array, ""],
   ) -> Int[Array, "B"]:
     """Returns how many tokens to reveal; in the last step, all of them."""
-    if self._has_budget():
+    if (self.config.entropy_bound, self.config.threshold) != (None, None):
       # An even pace over the remaining steps, so that num_steps suffice.
       pace = -(-left // (self.config.num_steps - i))
       count = jnp.maximum(safe.sum(axis=1), pace)
@@ -308,14 +310,13 @@ class _Steps:
   def _reveal(
     self,
     call: Call,
-    settings: Settings,
-    keys: Key[Array, "B"],
     where: Int[Array, "B L"],
     count: Int[Array, "B"],
     i: Int[Array, ""],
     s: _State,
   ) -> _State:
     """Draws tokens at the first `count` positions, and cuts rows at an end."""
+    keys = _fold(self._keys(_DRAW), i)
 
     def body(slots, kept, s):
       logits = call.logits(slots)
@@ -323,7 +324,7 @@ class _Steps:
       at = jax.vmap(
         lambda key, where: jax.vmap(_fold_in, (None, 0))(key, where)
       )
-      drawn = tokens.draw(at(keys, slots), logits, settings)
+      drawn = tokens.draw(at(keys, slots), logits, self.settings)
       put = lambda values, new: _put(values, slots, kept, new)
       return dataclasses.replace(
         s,
@@ -355,16 +356,12 @@ class _Steps:
     )
 
   def _put_back(
-    self,
-    keys: Key[Array, "B"],
-    canvas: Canvas,
-    number: Int[Array, "B"],
-    i: Int[Array, ""],
-    s: _State,
+    self, number: Int[Array, "B"], i: Int[Array, ""], s: _State
   ) -> _State:
     """Remasks tokens that earlier steps drew, except end-of-text tokens."""
     old = (s.step >= 0) & (s.step < i) & ~s.masked
-    eligible = old & canvas.free & ~self.vocab.is_end(s.x)
+    eligible = old & self.canvas.free & ~self.vocab.is_end(s.x)
+    keys = _fold(self._keys(_PUT_BACK), i)
     chosen = remasking.chosen(
       self.config.remasking, keys, eligible, s.confidence, number
     )

@@ -18,13 +18,12 @@ from etils import epath
 from mdm_jax.core import files, strict_json
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.data.tokenizer import Tokenizer
-from mdm_jax.sampling.generate import Samples
+from mdm_jax.sampling.generate import ARRAYS, Samples
 from mdm_jax.sampling.order_statistics import (
   OrderStatistic,
   order_statistics,
 )
 
-_ARRAYS = ("path", "step", "confidence", "entropy", "calls", "put_back")
 # Control characters except tab and newline, and lone surrogates.
 _UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _END, _SEPARATOR, _UNUSED = (
@@ -64,7 +63,7 @@ def save(
     StorageError: the folder can't be written, or the disk is full.
   """
   arrays = io.BytesIO()
-  values = {name: getattr(samples, name) for name in _ARRAYS}
+  values = {name: getattr(samples, name) for name in ARRAYS}
   np.savez_compressed(arrays, **values)
   statistics = order_statistics(samples, tokenizer.vocab)
   told = {
@@ -107,7 +106,7 @@ def load(folder: epath.PathLike) -> tuple[Samples, Json]:
       raise UserError(f"{folder}: samples.npz and samples.json do not match")
     # A pickle in a file of someone else's could run code.
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-      values = {name: arrays[name] for name in _ARRAYS}
+      values = {name: arrays[name] for name in ARRAYS}
     return Samples(texts=told["texts"], **values), told["settings"]
   except FileNotFoundError as error:
     raise UserError(

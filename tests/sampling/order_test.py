@@ -11,9 +11,9 @@ import sampling_harness as harness
 from mdm_jax.core.errors import UserError
 from mdm_jax.sampling import order
 
-ASKING = "confidence", "margin", "entropy"
+FROM_LOGITS = "confidence", "margin", "entropy"
 rank = jax.jit(order.rank)
-score = jax.jit(order.score, static_argnums=0)
+score = jax.jit(lambda name, x: order.ORDERS[name](x), static_argnums=0)
 priority = jax.jit(order.priority, static_argnums=(0, 3))
 
 
@@ -23,7 +23,7 @@ def first_of(name, rows, length, step=0):
   return np.argsort(-np.asarray(scores), axis=1, kind="stable")
 
 
-# MARK: orders that ask nothing
+# MARK: orders by position
 
 
 def test_random_draws_all_permutations_alike(mesh):
@@ -90,7 +90,7 @@ def some_logits(positions=400, vocab=7, seed=0):
   return np.where(hidden, -np.inf, logits).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ASKING)
+@pytest.mark.parametrize("name", FROM_LOGITS)
 def test_a_score_is_what_its_name_says(mesh, name):
   logits = some_logits()
   p = np.exp(logits.astype(np.float64))
@@ -109,18 +109,18 @@ def test_scores_tell_positions_apart_differently(mesh):
   """Each of three positions is the surest by one score only."""
   p = np.array([[0.5, 0.49, 0.01], [0.45, 0.275, 0.275]])
   logits = jnp.log(jnp.asarray(p, jnp.float32))
-  best = {n: int(np.argmax(score(n, logits))) for n in ASKING}
+  best = {n: int(np.argmax(score(n, logits))) for n in FROM_LOGITS}
   assert best == {"confidence": 0, "margin": 1, "entropy": 0}
   p = np.array([[0.6, 0.1, 0.1, 0.1, 0.1], [0.59, 0.41, 0, 0, 0]])
   with np.errstate(divide="ignore"):
     logits = jnp.asarray(np.log(p), jnp.float32)
-  best = {n: int(np.argmax(score(n, logits))) for n in ASKING}
+  best = {n: int(np.argmax(score(n, logits))) for n in FROM_LOGITS}
   assert best == {"confidence": 0, "margin": 0, "entropy": 1}
 
 
 def test_an_unknown_order_is_told_with_the_nearest():
   with pytest.raises(UserError, match="sample.order='margins'.*'margin'"):
-    order.asks("margins")
+    order.reads_logits("margins")
 
 
 # MARK: ranks

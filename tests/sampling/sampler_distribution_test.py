@@ -21,13 +21,12 @@ from mdm_jax.sampling.schedule import Pace
 
 
 @order.ORDERS.register("outward")
-@order.Known
 def outward(key, step, length):
   return -jnp.abs(jnp.linspace(-1, 1, length))
 
 
 @order.ORDERS.register("dullest")
-@order.Asking
+@order.from_logits
 def dullest(logits):
   return -logits.max(axis=-1)
 
@@ -533,7 +532,7 @@ def entropy(p):
 def priorities_of(config, rows):
   """Priorities by the rows' keys; where the order asks, of equal positions."""
   keys = harness.order_keys(rows)
-  name = "spread" if order.asks(config.order) else config.order
+  name = "spread" if order.reads_logits(config.order) else config.order
   each = [
     order.priority(name, keys, jnp.int32(i), 12)
     for i in range(config.num_steps)

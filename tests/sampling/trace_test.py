@@ -19,7 +19,7 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.evaluation.pages.samples import render as render_page
-from mdm_jax.sampling import trace
+from mdm_jax.sampling import generate, trace
 from mdm_jax.sampling.generate import Samples
 from mdm_jax.sampling.order_statistics import order_statistics
 from mdm_jax.sampling.trace import load, spell
@@ -62,7 +62,15 @@ def _simulate(tokenizer, texts=TEXTS, given=3, length=90, steps=STEPS, seed=0):
   confidence = np.where(drawn, rng.uniform(size=shape), 0).astype(np.float32)
   entropy = np.where(drawn, rng.uniform(0, 5, shape), 0).astype(np.float32)
   calls = np.full(len(texts), steps, np.int32)
-  return Samples(list(texts), path, step, confidence, entropy, calls, put_back)
+  return Samples(
+    texts=list(texts),
+    path=path,
+    step=step,
+    confidence=confidence,
+    entropy=entropy,
+    calls=calls,
+    put_back=put_back,
+  )
 
 
 def _revealed(steps, given=()):
@@ -74,7 +82,15 @@ def _revealed(steps, given=()):
   zeros = np.zeros(step.shape, np.float32)
   count = np.zeros(1, np.int32)
   path = np.stack([first, last]).astype(np.int32)
-  return Samples([""], path, step, zeros, zeros, count, count)
+  return Samples(
+    texts=[""],
+    path=path,
+    step=step,
+    confidence=zeros,
+    entropy=zeros,
+    calls=count,
+    put_back=count,
+  )
 
 
 def _statistics(steps, given=()):
@@ -177,13 +193,7 @@ def test_random_order_is_the_mean_over_all_orders(steps, given_at):
 
 def test_means_are_over_texts_that_have_a_number():
   parts = [_revealed(s) for s in ([0, 1, 2], [2, 1, 0], [1, 1, 1], [-1] * 3)]
-  joined = Samples(
-    [""] * 4,
-    *[
-      np.concatenate([getattr(p, f) for p in parts], axis=int(f == "path"))
-      for f in trace._ARRAYS
-    ],
-  )
+  joined = generate.join(parts)
   found = order_statistics(joined, V)
   assert found["kendall_tau"].rows[:2].tolist() == [1, -1]
   assert np.isnan(found["kendall_tau"].rows[2:]).all()
@@ -255,7 +265,7 @@ def test_saved_and_loaded_they_are_the_same(samples, tmp_path):
   assert {p.name for p in folder.iterdir()} == names
   loaded, told = load(folder)
   assert told == SETTINGS and loaded.texts == samples.texts
-  for name in trace._ARRAYS:
+  for name in generate.ARRAYS:
     ours, theirs = getattr(loaded, name), getattr(samples, name)
     assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
   page = (folder / "samples.html").read_text("utf-8")
@@ -442,13 +452,8 @@ def test_the_page_needs_nothing_and_is_small(samples):
 def test_no_token_at_all(samples):
   empty = _revealed([-1, -1])
   assert len(_tokens(render_page(empty, BYTES, {}))) == 1
-  none = Samples(
-    [],
-    *[
-      getattr(samples, f)[:, :0] if f == "path" else getattr(samples, f)[:0]
-      for f in trace._ARRAYS
-    ],
-  )
+  arrays = {name: getattr(samples, name)[:0] for name in generate.ARRAYS}
+  none = Samples(texts=[], **arrays | {"path": samples.path[:, :0]})
   assert _tokens(render_page(none, BYTES, {})) == []
 
 
