@@ -16,8 +16,7 @@ from mdm_jax.core.sharding import data_shards
 from mdm_jax.data import splits
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.prepared import PreparedData, training_ngrams, training_texts
-from mdm_jax.evaluation import baselines, tables, targets
-from mdm_jax.evaluation import samples as samples_lib
+from mdm_jax.evaluation import baselines, tables, targets, text_metrics
 from mdm_jax.evaluation.evaluator import Evaluator
 from mdm_jax.evaluation.judge import NgramJudge, make_judge
 from mdm_jax.evaluation.judge import check as check_judge
@@ -234,10 +233,14 @@ class Measures:
     path = config.eval.judge
     # Unless another judge is given, it is the n-gram model of the baselines.
     judge = make_judge(path, []) if path else self._ngrams
-    copies = training_ngrams(config.rows, self._training)
-    measure = samples_lib.TextMeasures(judge, copies, config.data.language)
+    measure = functools.partial(
+      text_metrics.measure,
+      language=config.data.language,
+      judge=judge,
+      copies=training_ngrams(config.rows, self._training),
+    )
     # Also at T = 1 without filters: the model's own distribution.
-    plain = samples_lib.untruncated(config.sample)
+    plain = config.sample.untruncated()
     count = len(drawn.texts)
     # Held-out texts of the samples' length: shorter ones repeat less, so the
     # metrics could not be compared.
@@ -250,7 +253,7 @@ class Measures:
       "held_out": measure(own.texts, own.documents),
     }
     return {
-      name: samples_lib.as_plain(values) for name, values in measured.items()
+      name: text_metrics.as_json(values) for name, values in measured.items()
     } | {"judge": judge.name, "test text": own.told}
 
   def _unmasking(self, drawn: Samples) -> dict[str, Any]:
@@ -307,22 +310,23 @@ def evaluate_params(
   measured = measures.test(params)
   run = checkpoints.progress(checkpoints.latest())
   wall, tokens = run["wall_seconds"], run["tokens_seen"]
-  results = {
-    **to_json(measured),
-    **measures.sizes(),
-    **measures.what(step, checkpoints.latest()),
-    "baselines": measures.baselines(),
-    "tokens_seen": tokens,
-    "wall_seconds": wall,
-    "tokens_per_second": tokens / wall,
-    **measures.samples(params),
-  }
+  # JSON has no NaN: numbers that are undefined become None.
+  results = strict_json.plain(
+    {
+      **to_json(measured),
+      **measures.sizes(),
+      **measures.what(step, checkpoints.latest()),
+      "baselines": measures.baselines(),
+      "tokens_seen": tokens,
+      "wall_seconds": wall,
+      "tokens_per_second": tokens / wall,
+      **measures.samples(params),
+    }
+  )
   # Stored in a file of its own.
   unmasking = results.pop("unmasking")
-  table = targets.check(measured, results)
-  results["targets"] = [dataclasses.asdict(t) for t in table]
-  # JSON has no NaN: numbers that are undefined become null.
-  results = strict_json.plain(results)
+  table = [dataclasses.asdict(t) for t in targets.check(measured, results)]
+  results["targets"] = strict_json.plain(table)
   tables.show(measured, results)  # before the write, which may fail
   workdir.write("unmasking.json", unmasking)
   workdir.write("results.json", results)

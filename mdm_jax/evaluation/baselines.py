@@ -46,12 +46,11 @@ def baselines(
     poll: called about once a second while xz runs.
 
   Returns:
-    By baseline: name, bits_per_byte, stderr over documents and bytes; None for
-    numbers that are undefined.
+    By baseline: name, bits_per_byte, stderr over documents, and bytes.
   """
   documents, sizes = _documents(held, tokenizer)
-  before, after = _last("\n".join(train).encode()), _test(documents, sizes)
-  text, counted = after
+  before = "\n".join(train).encode()[-_MOST_TRAIN:]
+  text, counted = _test(documents, sizes)
   # xz of the held-out text given the training text: the bytes that it adds to
   # the compressed training text. lzma releases the GIL, so threads suffice.
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
@@ -70,8 +69,8 @@ def baselines(
   return {
     "ngram": {
       "name": ngrams.name,
-      "bits_per_byte": _number(found.value / math.log(2)),
-      "stderr": _number(found.stderr / math.log(2)),
+      "bits_per_byte": found.value / math.log(2),
+      "stderr": found.stderr / math.log(2),
       "bytes": int(sum(sizes)),
     },
     "xz": {
@@ -102,10 +101,6 @@ def _documents(
   return texts, list(sizes.values())
 
 
-def _last(text: bytes) -> bytes:
-  return text[-_MOST_TRAIN:]
-
-
 def _test(texts: list[str], sizes: list[int]) -> tuple[bytes, int]:
   """Joins the first documents: up to `_MOST_TEST` bytes, but at least one.
 
@@ -126,7 +121,3 @@ def _compressed(text: bytes) -> int:
   """Returns the compressed size in bytes with xz's LZMA2, without a header."""
   filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": _WINDOW}]
   return len(lzma.compress(text, format=lzma.FORMAT_RAW, filters=filters))
-
-
-def _number(value: float) -> float | None:
-  return value if math.isfinite(value) else None

@@ -50,14 +50,14 @@ class Texts(Sequence[str]):
       texts are independent, as samples are.
     language: ISO 639-1 code of the texts.
     judge: language model that scores texts, if any.
-    copies: index of the training text, if any.
+    copies: 8-grams of the training text, if known.
   """
 
   texts: Sequence[str]
   documents: Clusters = None
   language: str = "en"
   judge: Judge | None = None
-  copies: "CopyIndex | None" = None
+  copies: Ngrams | None = None
 
   def __len__(self) -> int:
     return len(self.texts)
@@ -77,32 +77,9 @@ class Texts(Sequence[str]):
     return {n: [_ngrams(t, n) for t in found] for n in _BLEU_ORDERS}
 
 
-class Metric:
-  """A text metric with its title.
-
-  Attributes:
-    title: name in tables and reports.
-    unit: unit in words; "" if there is none.
-  """
-
-  def __init__(
-    self, title: str, unit: str, of: Callable[[Texts], Estimate | None]
-  ):
-    """Wraps `of`, a function that computes the metric or returns None."""
-    self.title, self.unit, self._of = title, unit, of
-    # The registry compares pieces by the function that they wrap.
-    functools.update_wrapper(self, of)
-
-  def __call__(self, texts: Texts) -> Estimate | None:
-    """Returns the metric; None if it needs something that is not given."""
-    return self._of(texts)
-
-  @property
-  def heading(self) -> str:
-    """Title and unit, as shown in tables."""
-    return f"{self.title}, {self.unit}" if self.unit else self.title
-
-
+# A function with the attribute `heading`: its title and unit, for tables. It
+# returns None if it needs something that is not given.
+Metric = Callable[[Texts], Estimate | None]
 METRICS: Registry[Metric] = Registry("text metric", "text_metrics")
 
 
@@ -123,19 +100,15 @@ def metric(name: str, title: str, unit: str = "") -> Callable[..., Any]:
     unit: unit in words.
   """
 
-  def register(of: Callable[[Texts], Estimate | None]):
-    METRICS.register(name, Metric(title, unit, of))
-    return of
+  def register(of: Metric) -> Metric:
+    of.heading = f"{title}, {unit}" if unit else title
+    return METRICS.register(name, of)
 
   return register
 
 
 def measure(
-  texts: Sequence[str],
-  language: str = "en",
-  documents: Clusters = None,
-  judge: Judge | None = None,
-  copies: "CopyIndex | None" = None,
+  texts: Sequence[str], documents: Clusters = None, **given: Any
 ) -> dict[str, Estimate]:
   """Returns every metric of some texts, by name.
 
@@ -144,14 +117,22 @@ def measure(
 
   Args:
     texts: texts to measure.
-    language: ISO 639-1 code of the texts.
     documents: document that each text is from; None if they are independent.
-    judge: language model that scores texts, if any.
-    copies: index of the training text, if any.
+    **given: language, judge and copies, as in `Texts`.
   """
-  given = Texts(texts, documents, language, judge, copies)
-  found = {name: METRICS[name](given) for name in METRICS}
+  of = Texts(texts, documents, **given)
+  found = {name: METRICS[name](of) for name in METRICS}
   return {name: m for name, m in found.items() if m is not None}
+
+
+def as_json(measured: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
+  """Returns metrics as plain values, with their titles."""
+  return {
+    name: {"title": METRICS[name].heading, "value": m.value}
+    | {"stderr": m.stderr, "n": m.n}
+    | ({"reason": m.reason} if m.reason else {})
+    for name, m in measured.items()
+  }
 
 
 # MARK: n-grams
@@ -312,34 +293,29 @@ def _grade(texts: Texts) -> Estimate:
 # MARK: copying
 
 
-class CopyIndex:
-  """Index of a training text's 8-grams of `tokens`, to detect copies."""
+def copied_share(
+  training: Ngrams, texts: Sequence[str], documents: Clusters = None
+) -> Estimate:
+  """Returns the fraction of the texts' 8-grams that are in the training text.
 
-  def __init__(self, training: Ngrams | Sequence[str]):
-    """Indexes a training text, or takes its n-grams if indexed already."""
-    is_made = isinstance(training, Ngrams)
-    self._ngrams = training if is_made else ngrams.of(training)
+  Pooled over all texts; NaN if none has 8 tokens. If only a sample of the
+  training text's 8-grams is given, the texts' are sampled alike, by hash.
 
-  def share(self, texts: Sequence[str], documents: Clusters = None) -> Estimate:
-    """Returns the fraction of the texts' 8-grams that are in the training text.
-
-    Pooled over all texts; NaN if none has 8 tokens. If only a sample of the
-    training text's 8-grams is indexed, the texts' are sampled alike, by hash.
-
-    Args:
-      texts: texts to look up.
-      documents: document that each text is from; None if they are independent.
-    """
-    looked = [ngrams.hashes([text], self._ngrams.share) for text in texts]
-    counts = [(int(self._ngrams.holds(h).sum()), len(h)) for h in looked]
-    own = summed(np.array(counts, np.int64).reshape(-1, 2), documents)
-    copied, sizes = own.T.tolist()
-    return pooled_ratio(sum(copied), copied, sizes, len(texts))
+  Args:
+    training: 8-grams of `tokens` of the training text.
+    texts: texts to look up.
+    documents: document that each text is from; None if they are independent.
+  """
+  looked = [ngrams.hashes([text], training.share) for text in texts]
+  counts = [(int(training.holds(h).sum()), len(h)) for h in looked]
+  own = summed(np.array(counts, np.int64).reshape(-1, 2), documents)
+  copied, sizes = own.T.tolist()
+  return pooled_ratio(sum(copied), copied, sizes, len(texts))
 
 
-# None without an index (or judge, below): `measure` leaves the metric out.
+# None without the 8-grams (or judge, below): `measure` leaves the metric out.
 def _copied(texts: Texts) -> Estimate | None:
-  return texts.copies and texts.copies.share(texts, texts.documents)
+  return texts.copies and copied_share(texts.copies, texts, texts.documents)
 
 
 def _judged(texts: Texts) -> Estimate | None:

@@ -74,6 +74,17 @@ class SampleConfig:
   )
   seed: int = field(0, "of the samples", "[0, 4294967295]")
 
+  def untruncated(self) -> "SampleConfig":
+    """Returns these settings with temperature 1 and no filters."""
+    return dataclasses.replace(
+      self,
+      temperature=1.0,
+      temperature_range=None,
+      top_k=None,
+      min_p=None,
+      top_p=None,
+    )
+
   def check(self, path: str) -> None:
     """Raises UserError if two settings contradict each other."""
     temperatures = self.temperature_range

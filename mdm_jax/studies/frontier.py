@@ -10,7 +10,6 @@ from typing import Any
 
 from mdm_jax.config import Config
 from mdm_jax.core import modules
-from mdm_jax.evaluation.samples import untruncated
 from mdm_jax.studies import sampled
 from mdm_jax.studies.sampled import Sampled
 from mdm_jax.workdir import Workdir
@@ -34,7 +33,7 @@ def frontier_workdir(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
   """
   modules.need("matplotlib", "plots", "--mode=frontier")
   # Filters would hide what the temperature does.
-  plain = dataclasses.asdict(untruncated(config.sample))
+  plain = dataclasses.asdict(config.sample.untruncated())
   settings = {"the run's settings": {}} | {
     f"T = {t:g}": plain | {"temperature": t} for t in TEMPERATURES
   }

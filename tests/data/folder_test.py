@@ -13,7 +13,7 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.data import inputs, ngrams, preparation, prepared
 from mdm_jax.data.config import StageConfig
 from mdm_jax.data.prepared import prepare, training_ngrams, training_texts
-from mdm_jax.evaluation.text_metrics import CopyIndex
+from mdm_jax.evaluation.text_metrics import copied_share
 
 # Where nothing is about difficulty: its passes take longest.
 ALL = {"stage__easiest": 1.0}
@@ -237,17 +237,17 @@ def test_found_A9_copies_of_any_part_of_a_large_corpus_are_seen(
   found = training_ngrams(config.rows, training_texts(config.rows))
   assert (found.share == 1) == (kept == 2**24)
   index, texts = (
-    CopyIndex(found),
+    found,
     training_texts(_in_memory(config, tmp_path).rows),
   )
   every = len(ngrams.of(texts).hashes)
   assert abs(len(found.hashes) / found.share - every) < 0.1 * every
-  assert index.share(texts).value == 1
-  whole, sample = CopyIndex(texts), CopyIndex(training_texts(config.rows))
-  assert sample.share(texts).value < 0.5
+  assert copied_share(index, texts).value == 1
+  whole, sample = ngrams.of(texts), ngrams.of(training_texts(config.rows))
+  assert copied_share(sample, texts).value < 0.5
   # Some other text, and some that is copied.
   mixed = [f"{text[:600]} {text[600:1200][::-1]}" for text in texts]
-  measured, exact = index.share(mixed), whole.share(mixed)
+  measured, exact = copied_share(index, mixed), copied_share(whole, mixed)
   assert 0.3 < exact.value < 0.7
   assert abs(measured.value - exact.value) <= 3 * measured.stderr * (kept < 1e6)
 

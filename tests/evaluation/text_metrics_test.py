@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.standard_errors import Estimate, mean
 from mdm_jax.data import ngrams, segments
-from mdm_jax.evaluation.samples import as_plain
 from mdm_jax.evaluation.text_metrics import (
   METRICS,
-  CopyIndex,
+  as_json,
+  copied_share,
   measure,
   metric,
   tokens,
@@ -289,10 +289,10 @@ def test_the_order_of_the_texts_does_not_matter(texts, random):
 
 
 def test_a_copy_is_found_whatever_its_case_and_white_space():
-  index = CopyIndex(["One two, three four: five six seven."])  # 10 tokens
+  index = ngrams.of(["One two, three four: five six seven."])  # 10 tokens
   copied = "ONE  two,\nthree four: five six"
-  assert index.share([copied]).value == 1
-  got = index.share([copied + " nine", copied])
+  assert copied_share(index, [copied]).value == 1
+  got = copied_share(index, [copied + " nine", copied])
   _same(got.value, 2 / 3)  # 2 runs of 8 in the first, 1 in the second
   _same(got.stderr, (1 - 1 / 2) / 2)
   assert got.n == 2
@@ -300,38 +300,38 @@ def test_a_copy_is_found_whatever_its_case_and_white_space():
 
 def test_no_run_of_eight_crosses_two_texts():
   first, second = "a b c d e f g h i", "j k l m n o p q r"
-  index = CopyIndex([first, "x y", second, "z"])
-  assert index.share([first, second]).value == 1
-  _same(index.share([f"{first} {second}"]).value, 4 / 11)
-  assert index.share(["h i x y j k l m"]).value == 0
+  index = ngrams.of([first, "x y", second, "z"])
+  assert copied_share(index, [first, second]).value == 1
+  _same(copied_share(index, [f"{first} {second}"]).value, 4 / 11)
+  assert copied_share(index, ["h i x y j k l m"]).value == 0
 
 
 def test_too_short_or_no_texts_have_no_share():
-  index = CopyIndex(["a b c d e f g h"])
+  index = ngrams.of(["a b c d e f g h"])
   for texts in ([], [""], ["a b c d e f g"], ["a", "b"]):
-    got = index.share(texts)
+    got = copied_share(index, texts)
     assert math.isnan(got.value) and got.n == len(texts)
-  assert index.share(["a b c d e f g", "a b c d e f g h"]).value == 1
+  assert copied_share(index, ["a b c d e f g", "a b c d e f g h"]).value == 1
 
 
 @pytest.mark.parametrize("train", [[], [""], ["a b c"]])
 def test_nothing_is_copied_from_too_short_a_text(train):
-  assert CopyIndex(train).share(["a b c d e f g h"]).value == 0
+  assert copied_share(ngrams.of(train), ["a b c d e f g h"]).value == 0
 
 
 def test_the_order_of_tokens_matters():
-  index = CopyIndex(["a b c d e f g h"])
-  assert index.share(["a b c d e f h g"]).value == 0
-  assert index.share(["h g f e d c b a"]).value == 0
-  assert index.share(["a a a a a a a a"]).value == 0
+  index = ngrams.of(["a b c d e f g h"])
+  assert copied_share(index, ["a b c d e f h g"]).value == 0
+  assert copied_share(index, ["h g f e d c b a"]).value == 0
+  assert copied_share(index, ["a a a a a a a a"]).value == 0
 
 
 def test_an_unknown_token_is_no_known_one():
-  index = CopyIndex(["a b c d e f g h"])
+  index = ngrams.of(["a b c d e f g h"])
   for unknown in range(8):
     text = list("abcdefgh")
     text[unknown] = "x"
-    assert index.share([" ".join(text)]).value == 0
+    assert copied_share(index, [" ".join(text)]).value == 0
 
 
 def _eights(text):
@@ -348,7 +348,7 @@ def test_the_share_is_as_defined(seed):
   known = {gram for text in train for gram in _eights(text)}
   grams = [_eights(text) for text in texts]
   found = [sum(g in known for g in of_text) for of_text in grams]
-  got = CopyIndex(train).share(texts)
+  got = copied_share(ngrams.of(train), texts)
   total = sum(map(len, grams))
   _same(got.value, sum(found) / total if total else math.nan)
   rest = [total - len(g) for g in grams]
@@ -378,8 +378,10 @@ def test_found_A3_measures_make_sense_in_every_script():
   for n in (1, 2, 3, 4):
     _same(same[f"seq_rep_{n}"].value, 1 - 1 / (101 - n))
   _same(same["self_bleu_4"].value, 1)
-  assert CopyIndex(["".join(CHINESE)]).share(CHINESE[:1]).n == 1
-  assert CopyIndex(["".join(CHINESE)]).share(["".join(CHINESE)]).value == 1
+  assert copied_share(ngrams.of(["".join(CHINESE)]), CHINESE[:1]).n == 1
+  assert (
+    copied_share(ngrams.of(["".join(CHINESE)]), ["".join(CHINESE)]).value == 1
+  )
   assert tokens("\u091b\u094b\u091f\u0940 cafe\u0301") == [
     "\u091b\u094b\u091f\u0940",
     "cafe\u0301",
@@ -392,7 +394,7 @@ def test_found_A3_measures_make_sense_in_every_script():
 def test_no_other_language_has_a_grade():
   text = "The cat sat. It ran. It is here."
   assert measure([text])["grade"].reason is None
-  assert "English" in measure([text], "fr")["grade"].reason
+  assert "English" in measure([text], language="fr")["grade"].reason
 
 
 # MARK: one's own
@@ -415,7 +417,7 @@ def test_a_metric_of_ones_own_is_measured_with_the_others(own):
   found = measure(texts, documents=[1, 1, 2])
   assert list(found) == [*NAMES, "mean_words"]
   assert found["mean_words"] == mean([1, 2, 3], [1, 1, 2])
-  plain = as_plain(found)["mean_words"]
+  plain = as_json(found)["mean_words"]
   assert plain["title"] == "words of a text, words" and plain["value"] == 2
   metric("mean_words", "words of a text", "words")(own)  # a module run again
   with pytest.raises(UserError, match="mean_words"):
@@ -430,6 +432,6 @@ def test_metrics_without_what_they_need_are_left_out():
       return 2.0 * len(text)
 
   assert list(measure(["a b"])) == NAMES
-  found = measure(["a b"], judge=Judge(), copies=CopyIndex(["a b c"]))
+  found = measure(["a b"], judge=Judge(), copies=ngrams.of(["a b c"]))
   assert found["judge_nll"].value == 2
   assert list(found)[-2:] == ["copied_8gram", "judge_nll"]

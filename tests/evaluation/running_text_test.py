@@ -1,5 +1,6 @@
-"""What samples are measured beside, and with what settings they are drawn."""
+"""References that samples are measured beside, and all metrics together."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 
 from mdm_jax.config import Config
 from mdm_jax.core.standard_errors import Estimate
+from mdm_jax.data import ngrams
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import StageConfig, TokenizerConfig
 from mdm_jax.data.stage_rows import make_held_out
-from mdm_jax.evaluation import running_text, samples
+from mdm_jax.evaluation import running_text, text_metrics
 from mdm_jax.evaluation.judge import NgramJudge
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.tokens import effective_temperature
@@ -20,7 +22,7 @@ BYTES = tokenizers.build(BYTE, [])
 
 
 def test_untruncated_is_the_models_own_distribution():
-  plain = samples.untruncated(SampleConfig(temperature=0.5, min_p=0.1, seed=3))
+  plain = SampleConfig(temperature=0.5, min_p=0.1, seed=3).untruncated()
   assert effective_temperature(plain) == 1.0
   assert plain.top_k is plain.min_p is plain.top_p is None
   assert plain.seed == 3 and plain.num_steps == SampleConfig().num_steps
@@ -65,7 +67,9 @@ def test_too_little_held_out_text_is_told():
   none = running_text.running_texts(_hold(["Ab."], 32), BYTES, 8, 32)
   assert none.texts == [] and none.told.startswith("0 texts")
   text = "We are one."
-  measured = samples.TextMeasures(NgramJudge([text]), [text])([], [])
+  measured = text_metrics.measure(
+    [], [], judge=NgramJudge([text]), copies=ngrams.of([text])
+  )
   assert all(m.value != m.value for m in measured.values())
 
 
@@ -78,7 +82,8 @@ def test_short_documents_are_joined():
 
 def test_all_measures_of_a_text_are_there():
   text = "We are one people. We have one purpose. And we shall go on."
-  measure = samples.TextMeasures(NgramJudge([text * 3]), [text * 3])
+  given = {"judge": NgramJudge([text * 3]), "copies": ngrams.of([text * 3])}
+  measure = functools.partial(text_metrics.measure, **given)
   copied, other = measure([text] * 2), measure(["Zq xv jw kp qy bz vf hj"] * 2)
   assert set(copied) == set(other)
   assert copied["copied_8gram"].value == 1 and other["copied_8gram"].value == 0
@@ -86,8 +91,7 @@ def test_all_measures_of_a_text_are_there():
   assert copied["grade"].value == copied["grade"].value  # three sentences
 
 
-@pytest.mark.parametrize("value, plain", [(0.5, 0.5), (float("nan"), None)])
-def test_plain_values_are_json(value, plain):
-  found = samples.as_plain({"judge_nll": Estimate(value, 0.1, 4)})
-  told = {"title": "judge, nats per byte", "value": plain}
+def test_metrics_as_json_have_titles():
+  found = text_metrics.as_json({"judge_nll": Estimate(0.5, 0.1, 4)})
+  told = {"title": "judge, nats per byte", "value": 0.5}
   assert found == {"judge_nll": told | {"stderr": 0.1, "n": 4}}
