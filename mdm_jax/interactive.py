@@ -39,7 +39,7 @@ def converse(config: Config, workdir: Workdir) -> list[str]:
     raise UserError(
       "--interactive needs a single process; with several, use --prompt"
     )
-  model = sample.load_with(config, workdir)
+  model = sample.load(workdir, config=config)
   _edit_lines()
   console.print(f"{workdir.path}: type a prompt, or /help")
   talk = _Talk(model, dataclasses.replace(config.sample, num_samples=1))

@@ -4,6 +4,7 @@ model = mdm_jax.load("runs/quickstart")
 print(model.generate("We the [MASK:3] of", num_samples=2).texts)
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -40,27 +41,20 @@ from mdm_jax.trained_model import TrainedModel, load_model
 from mdm_jax.workdir import Workdir
 
 
-def load(workdir: str, step: int | None = None) -> "Model":
+def load(
+  workdir: str | Workdir, step: int | None = None, config: Config | None = None
+) -> "Model":
   """Loads a trained model from a run's folder.
 
   Args:
     workdir: the run's folder.
     step: update of the checkpoint (None: the best checkpoint).
+    config: a config with other settings for the same model (None: the run's).
 
   Raises:
     UserError: there is no run, no such checkpoint, or it can't be read.
   """
-  return _with_curve(Workdir(workdir), None, step)
-
-
-def load_with(config: Config, workdir: Workdir) -> "Model":
-  """Loads a run's best checkpoint, with settings from another config."""
-  return _with_curve(workdir, config)
-
-
-def _with_curve(
-  workdir: Workdir, config: Config | None, step: int | None = None
-) -> "Model":
+  workdir = Workdir(workdir) if isinstance(workdir, str) else workdir
   results = workdir.read("results.json")
   curve = curve_in(results, LOSS_BY_MASKED_SHARE, "validation")
   return Model(load_model(workdir, config, step), curve)
@@ -258,7 +252,7 @@ def sample_workdir(
   """
   # Before the model is loaded: a file with a mistake fails at once.
   given = prompts_lib.read(file) if file else [prompt]
-  model = load_with(config, workdir)
+  model = load(workdir, config=config)
   try:
     texts = _draw_all(config, model, workdir, given, trace, page, keep)
   except template.PromptError as error:
@@ -291,11 +285,9 @@ def _draw_all(
   # texts are printed as they come.
   if not trace and not page:
     return _print_all(model.stream(prompts, count), names, keep)
-  if trace:
-    with LiveView(model.tokenizer, config.sample.num_steps) as view:
-      model.watch = view.show
-      drawn = model.generate(prompts, count)
-  else:
+  view = LiveView(model.tokenizer, config.sample.num_steps)
+  model.watch = view.show if trace else None
+  with view if trace else contextlib.nullcontext():
     drawn = model.generate(prompts, count)
   texts = _print_all([drawn], names, keep)
   if distributed.is_first():

@@ -81,9 +81,6 @@ class Slow(NoiseSchedule):
   def alpha(self, t):
     return 1 - t**3
 
-  def dalpha(self, t):
-    return -3 * t**2
-
 
 SCHEDULES.register("slow", lambda config: Slow())
 

@@ -118,7 +118,7 @@ def with_model(workdir, devices=8, **fields):
   model = dataclasses.replace(CONFIG.model, **fields)
   with only(devices):
     config = dataclasses.replace(CONFIG, model=model)
-    return sample.load_with(config, Workdir(workdir))
+    return sample.load(Workdir(workdir), config=config)
 
 
 @pytest.mark.parametrize("devices", [1, 3])
@@ -153,7 +153,7 @@ def test_found_C2_three_devices_draw_what_one_does(workdir, prompts, capsys):
 def test_settings_of_a_call_are_the_runs_but_for_those_given(model, workdir):
   config = dataclasses.replace(CONFIG.sample, temperature=0.3, seed=4)
   run = dataclasses.replace(CONFIG, sample=config)
-  other = sample.load_with(run, Workdir(workdir))
+  other = sample.load(Workdir(workdir), config=run)
   want = other.generate("", 2)
   drawn = model.generate("", 2, temperature=0.3, seed=4)
   np.testing.assert_array_equal(drawn.path, want.path)
@@ -194,7 +194,7 @@ def test_the_optimal_schedule_follows_the_evaluation(model, workdir):
   want = np.diff(schedule.optimal(losses, 6)) * LENGTH
   np.testing.assert_allclose(sizes, want, atol=1e-9)
   assert sizes[0] < sizes[-1]
-  bare = sample.load_with(CONFIG, Workdir(workdir))
+  bare = sample.load(Workdir(workdir), config=CONFIG)
   bare._curve = None
   with pytest.raises(UserError, match="--mode=eval"):
     bare.generate("", 1, schedule="optimal")

@@ -119,7 +119,11 @@ class MaskedBound(Objective):
       case "values":
         # Rows weighted by length: a mean over tokens, like the NELBO.
         loss = by_row.mean(axis=1) @ (lengths / lengths.sum())
-        return dataclasses.replace(found, values=self._in_range(float(loss)))
+        low, high = self._range()
+        title = f"CE at mask rates {low:g} to {high:g}"
+        value = Value(float(loss), title, _UNIT, role=SCORE)
+        values = {f"stage_ce/{low:g},{high:g}": value}
+        return dataclasses.replace(found, values=values)
       case "curves":
         by_rate = np.ascontiguousarray(by_row.T, np.float64)
         losses = by_rate @ (lengths / lengths.sum())
@@ -128,12 +132,6 @@ class MaskedBound(Objective):
   def _range(self) -> tuple[float, float]:
     inside = isinstance(self.rates, RateRange)
     return (self.rates.low, self.rates.high) if inside else (0.0, 1.0)
-
-  def _in_range(self, loss: float) -> dict[str, Value]:
-    low, high = self._range()
-    title = f"CE at mask rates {low:g} to {high:g}"
-    name = f"stage_ce/{low:g},{high:g}"
-    return {name: Value(loss, title, _UNIT, role=SCORE)}
 
 
 def row_rates(rows: int, draws: int) -> Float32[np.ndarray, "N K"]:

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -25,11 +26,9 @@ from mdm_jax.objectives.config import MaskedStage, NoiseConfig
 
 @runtime_checkable
 class NoiseSchedule(Protocol):
-  """The share of tokens kept, alpha(t), and its derivative, for t in [0, 1]."""
+  """The share of tokens kept, alpha(t), differentiable in t in [0, 1]."""
 
   def alpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]: ...
-
-  def dalpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +38,6 @@ class Linear:
   def alpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
     return 1 - t
 
-  def dalpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    return -jnp.ones_like(t)
-
 
 @dataclasses.dataclass(frozen=True)
 class Cosine:
@@ -50,9 +46,6 @@ class Cosine:
   def alpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
     # sin(pi/2 t), not cos(pi/2 (1 - t)): exact at both ends in float32.
     return 1 - jnp.sin(jnp.pi / 2 * t)
-
-  def dalpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    return -jnp.pi / 2 * jnp.cos(jnp.pi / 2 * t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +57,6 @@ class Polynomial:
   def alpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
     return 1 - t**self.exponent
 
-  def dalpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    return -self.exponent * t ** (self.exponent - 1)
-
 
 # Name -> function that builds a schedule from its settings.
 SCHEDULES: Registry[Callable[[NoiseConfig], NoiseSchedule]] = Registry(
@@ -75,18 +65,6 @@ SCHEDULES: Registry[Callable[[NoiseConfig], NoiseSchedule]] = Registry(
 SCHEDULES.register("linear", lambda config: Linear())
 SCHEDULES.register("cosine", lambda config: Cosine())
 SCHEDULES.register("polynomial", lambda config: Polynomial(config.exponent))
-
-
-def make_schedule(config: NoiseConfig) -> NoiseSchedule:
-  """Returns the configured schedule."""
-  return SCHEDULES[config.schedule](config)
-
-
-def loss_weight(
-  schedule: NoiseSchedule, t: Float[Array, "*B"]
-) -> Float[Array, "*B"]:
-  """Returns -alpha'(t) / (1 - alpha(t)), the NELBO's weight at t > 0."""
-  return -schedule.dalpha(t) / (1 - schedule.alpha(t))
 
 
 @runtime_checkable
@@ -150,11 +128,12 @@ class ScheduledRates:
     return 1 - self.schedule.alpha(u)
 
   def inverse_density(self, u: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    return -self.schedule.dalpha(u)
+    alpha, ones = self.schedule.alpha, jnp.ones_like(u)
+    return -jax.jvp(alpha, (u,), (ones,))[1]
 
 
 def stage_rates(stage: MaskedStage, noise: NoiseConfig) -> RateDistribution:
   """Returns the distribution of mask rates that a stage trains on."""
   if stage.mask_rate is None:
-    return ScheduledRates(make_schedule(noise))
+    return ScheduledRates(SCHEDULES[noise.schedule](noise))
   return RateRange(*stage.mask_rate, stage.rehearsal)

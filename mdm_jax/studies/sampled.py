@@ -75,7 +75,7 @@ def sample_each(
   """
   data, config = open_rows(config, workdir)
   judge = make_judge(config.eval.judge, training_texts(config.rows))
-  model = sample.load_with(config, workdir)
+  model = sample.load(workdir, config=config)
   count = max(config.eval.samples, config.sample.num_samples)
   found = []
   for name, changed in settings.items():

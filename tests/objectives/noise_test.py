@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,17 +22,18 @@ def test_alpha_runs_from_one_to_zero(schedule):
   assert (jnp.diff(schedule.alpha(jnp.linspace(0, 1, 101))) < 0).all()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_dalpha_is_the_derivative_of_alpha(schedule):
-  t = jnp.linspace(0.01, 0.99, 50)
-  slope = jax.vmap(jax.grad(lambda t: schedule.alpha(t)))(t)
-  np.testing.assert_allclose(schedule.dalpha(t), slope, rtol=1e-5)
-
-
-def test_linear_weight_is_one_over_t():
-  t = jnp.array([0.1, 0.5, 1.0])
-  weight = noise.loss_weight(noise.Linear(), t)
-  np.testing.assert_allclose(weight, 1 / t, rtol=1e-6)
+@pytest.mark.parametrize(
+  "schedule, slope",
+  [
+    (noise.Linear(), lambda t: -np.ones_like(t)),
+    (noise.Cosine(), lambda t: -np.pi / 2 * np.cos(np.pi / 2 * t)),
+    (noise.Polynomial(3.0), lambda t: -3 * t**2),
+  ],
+)
+def test_the_inverse_density_of_rates_is_the_slope_of_alpha(schedule, slope):
+  t = np.linspace(0.01, 0.99, 50, dtype=np.float32)
+  found = noise.ScheduledRates(schedule).inverse_density(jnp.asarray(t))
+  np.testing.assert_allclose(found, -slope(t), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rates", RANGES)
@@ -84,7 +84,8 @@ def test_stage_rates_reads_the_config():
   free = noise.stage_rates(MaskedStage(), NoiseConfig(schedule="cosine"))
   assert free == noise.ScheduledRates(noise.Cosine())
   poly = NoiseConfig(schedule="polynomial", exponent=3.0)
-  assert noise.make_schedule(poly) == noise.Polynomial(3.0)
+  rates = noise.stage_rates(MaskedStage(), poly)
+  assert rates == noise.ScheduledRates(noise.Polynomial(3.0))
 
 
 def test_a_schedule_of_a_users_own_is_found_by_its_name():
