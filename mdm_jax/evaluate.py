@@ -246,7 +246,7 @@ class Measures:
     # metrics could not be compared.
     own = running_texts(data.test, data.tokenizer, count, config.sample_length)
     if len(own.texts) < count:
-      console.print(f"warning: test text for comparison: {own.told}")
+      console.print(f"warning: reference texts: {own.description}")
     measured = {
       "sampling": measure(drawn.texts),
       "untruncated": measure(self._draw(params, plain, count).texts),
@@ -254,7 +254,7 @@ class Measures:
     }
     return {
       name: text_metrics.as_json(values) for name, values in measured.items()
-    } | {"judge": judge.name, "test text": own.told}
+    } | {"judge": judge.name, "test text": own.description}
 
   def _unmasking(self, drawn: Samples) -> dict[str, Any]:
     """Returns the first sample at every step: its pieces, None where masked."""

@@ -153,7 +153,9 @@ class Model:
     # A single prompt, not a sequence of characters.
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or num_samples < 1:
-      raise UserError("no text is asked for: give prompts and num_samples")
+      raise UserError(
+        "nothing to draw: give a prompt and num_samples of at least 1"
+      )
     config = self.settings(**settings)
     length = config.length or self.config.stages[-1].length
     self._sampler(length)  # raises early where this length can't be sampled
@@ -181,13 +183,13 @@ class Model:
       UserError: a given token is no text id, or a setting is invalid.
     """
     if not len(tokens):
-      raise UserError("no text is asked for: tokens has no row")
+      raise UserError("nothing to draw: tokens has no rows")
     given = tokens[~free]
     wrong = given[~self.tokenizer.vocab.may_be_text(given)]
     if wrong.size:
       raise UserError(
-        f"tokens has the id {wrong[0]}, which can't stand in a text; give ids"
-        " that the tokenizer has for text"
+        f"tokens has id {wrong[0]}, which is not a text token; use ids of the"
+        " tokenizer's text tokens"
       )
     if lengths is None:
       lengths = np.full(len(tokens), tokens.shape[1])

@@ -464,7 +464,7 @@ def test_prompts_can_be_typed(trained):
   assert texts[0] != texts[1]
   assert done.stderr.count("error: ") == 2
   assert "did you mean 'order'" in done.stderr
-  assert "[MASK:x] is not a hole" in done.stderr
+  assert "[MASK:x] is not a valid mask" in done.stderr
   for told in ("temperature 0.4", "seed 3", "num_steps 5", "2 denoiser calls"):
     assert told in done.stdout, told
 

@@ -224,14 +224,14 @@ def test_any_pattern_can_be_filled(model):
     (lambda m: m.generate("", ordr="random"), "did you mean 'order'"),
     (lambda m: m.generate("", order="sideways"), "sample.order"),
     (lambda m: m.generate("", num_steps=0), "sample.num_steps=0"),
-    (lambda m: m.generate([]), "no text is asked for"),
-    (lambda m: m.generate("", num_samples=0), "no text is asked for"),
+    (lambda m: m.generate([]), "nothing to draw"),
+    (lambda m: m.generate("", num_samples=0), "nothing to draw"),
     (lambda m: m.generate("x" * 24), "leaves nothing"),
     (lambda m: m.generate("x" * 25), "has 24"),
     (lambda m: m.generate("[MASK:0]"), r"\[MASK:5\]"),
     (
       lambda m: m.fill(np.full((1, 4), 300), np.zeros((1, 4), bool)),
-      "the id 300, which can't stand in a text",
+      "id 300, which is not a text token",
     ),
   ],
 )
@@ -326,9 +326,13 @@ def test_prompts_of_a_file_can_be_watched(workdir, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   "name, content, told",
   [
-    ("p.txt", b"", "p.txt has no prompt"),
-    ("-", b"", "--prompts=- has no prompt"),
-    ("p.txt", b"one\n[MASK:x]\n", r"p.txt, line 2: \[MASK:x\] is not a hole"),
+    ("p.txt", b"", "p.txt is empty"),
+    ("-", b"", "--prompts=- is empty"),
+    (
+      "p.txt",
+      b"one\n[MASK:x]\n",
+      r"p.txt, line 2: \[MASK:x\] is not a valid mask",
+    ),
     ("p.txt", b"caf\xe9", "p.txt, line 1: .* byte 0xe9 at character 4"),
     ("p.txt", b"a\nb\n" + b"x" * 25, "p.txt, line 3: .* a sample has 24"),
     (

@@ -11,25 +11,27 @@ class EvalConfig:
 
   every: int = field(
     500,
-    "updates between evaluations while training (0: only at the end)",
+    "updates between evaluations during training (0: only at the end)",
     COUNT,
   )
   rows: int = field(
-    128, "validation rows of an evaluation while training", POSITIVE
+    128, "validation rows per evaluation during training", POSITIVE
   )
   final_rows: int | None = field(
     None, "test rows of the final evaluation (None: all)", POSITIVE
   )
   masks_per_row: int = field(
-    16, "stratified mask rates drawn for each row", "[1, 65536]"
+    16, "mask rates drawn per row, stratified", "[1, 65536]"
   )
-  batch_size: int = field(64, "masked rows a call of the denoiser", SIZE)
+  batch_size: int = field(64, "masked rows per denoiser call", SIZE)
   samples: int = field(
-    64, "texts drawn to measure repetition, diversity, grade (0: none)", COUNT
+    64,
+    "texts drawn for text metrics such as repetition and grade (0: none)",
+    COUNT,
   )
   judge: str = field(
     "",
-    "folder of a Hugging Face causal LM that judges samples ('': an n-gram"
+    "folder of a Hugging Face causal LM that scores samples ('': an n-gram"
     " model of the training text)",
     path=True,
   )

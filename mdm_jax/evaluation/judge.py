@@ -284,7 +284,8 @@ class HuggingFaceJudge:
     self._start = _start(self._tokenizer)
     if self._start is None:
       logging.warning(
-        "%s has neither BOS nor EOS; a text's first token costs %.2f nats.",
+        "%s has neither a BOS nor an EOS token: the first token of every text"
+        " costs log(vocabulary size) = %.2f nats.",
         folder,
         math.log(self._vocab_size),
       )

@@ -26,12 +26,12 @@ class RunningTexts:
   Attributes:
     texts: texts, each of the same number of tokens.
     documents: document in which each text begins.
-    told: one line for the user: how many texts, from how many documents.
+    description: how many texts of how many documents, in one line.
   """
 
   texts: list[str]
   documents: list[int]
-  told: str
+  description: str
 
 
 def running_texts(
@@ -63,12 +63,12 @@ def running_texts(
   chosen = [starts[int(i)] for i in picked.round()]
   texts = [_text(held, tokenizer, table[at:], length) for at in chosen]
   documents = table[chosen, DOCUMENT].tolist()
-  told = f"{len(texts)} texts of {length} tokens from"
-  told += f" {len(set(documents))} documents"
-  told += ", joined as they are short" if joined else ""
+  description = f"{len(texts)} texts of {length} tokens from"
+  description += f" {len(set(documents))} documents"
+  description += ", joined because they are short" if joined else ""
   if len(texts) < count:
-    told += f"; there is no text for {count}"
-  return RunningTexts(texts, documents, told)
+    description += f"; not enough text for {count}"
+  return RunningTexts(texts, documents, description)
 
 
 def _windows(

@@ -34,7 +34,7 @@ def _measured_table(measured: Measured, results: Mapping[str, Any]) -> Table:
   text = results["text"]
   whose = text["split"] if text["own"] else text["corpus"]
   title = f"{whose} text, update {results['checkpoint']:,}"
-  table = for_terminal(["measure", "value"], title=title)
+  table = for_terminal(["metric", "value"], title=title)
   for value in measured.all_values().values():
     table.add_row(value.heading, _number(value))
   for found in results["baselines"].values():
@@ -46,7 +46,7 @@ def _measured_table(measured: Measured, results: Mapping[str, Any]) -> Table:
         table.add_row(curve.point.format(x), with_error(y, None))
   names = "documents", "rows", "tokens", "bytes"
   sizes = ", ".join(f"{results[name]:,} {name}" for name in names)
-  table.caption = f"of {sizes}"
+  table.caption = f"on {sizes}"
   table.add_row("tokens seen", f"{results['tokens_seen']:,.0f}")
   table.add_row("wall seconds", f"{results['wall_seconds']:,.0f}")
   return table
@@ -82,7 +82,7 @@ def _text_table(metrics: Mapping[str, Any]) -> Table:
   count = next(iter(metrics["sampling"].values()))["n"]
   title = f"{count} samples, judged by {metrics['judge']}"
   names = "samples", "samples, T = 1", "test text"
-  table = for_terminal(["measure", *names], title=title)
+  table = for_terminal(["metric", *names], title=title)
   for name, measured in metrics["sampling"].items():
     found = (metrics[source][name] for source in sources)
     cells = (with_error(m["value"], m["stderr"]) for m in found)
@@ -92,7 +92,7 @@ def _text_table(metrics: Mapping[str, Any]) -> Table:
 
 def _target_table(lines: list[Mapping[str, Any]]) -> Table:
   table = for_terminal(
-    ["target", "measured", "text", ""], title="the guide's targets"
+    ["target", "measured", "test text", ""], title="the guide's targets"
   )
   number = lambda x: "-" if x is None else f"{x:.3f}"
   for t in lines:

@@ -206,8 +206,8 @@ def _curve(losses: Float[np.ndarray, "R"]) -> dict[str, Curve]:
     x_title="mask rate",
     point="CE at mask rate {}",
     form=".2f",
-    note="How well a token is guessed when this share of the text is hidden."
-    " The area under the curve is the NELBO. The bands are the mask rates each"
-    " stage is made for.",
+    note="How well masked tokens are predicted at each mask rate. The area"
+    " under the curve is the NELBO. The bands are the mask rates that each"
+    " stage trains on.",
   )
   return {_CURVE: curve}

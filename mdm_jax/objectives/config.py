@@ -33,7 +33,7 @@ class NoiseConfig:
     registry="mdm_jax.objectives.noise:SCHEDULES",
   )
   exponent: float = fixed(
-    2.0, "of the polynomial schedule 1 - t**exponent", "[0.01, 100]"
+    2.0, "exponent of the polynomial schedule 1 - t**exponent", "[0.01, 100]"
   )
 
 
@@ -42,7 +42,9 @@ class ObjectiveConfig:
   """What a training step minimises; the rest is the chosen objective's."""
 
   name: str = fixed(
-    "masked", "the objective", registry="mdm_jax.objectives.config:OBJECTIVES"
+    "masked",
+    "training objective",
+    registry="mdm_jax.objectives.config:OBJECTIVES",
   )
 
   def check_stage(self, stage: ObjectiveStage, path: str) -> None:
@@ -103,10 +105,11 @@ class MaskedConfig(ObjectiveConfig):
 
   weighting: Literal["masked_ce", "nelbo"] = fixed(
     "masked_ce",
-    "mean cross-entropy over masked tokens, or the unbiased likelihood bound",
+    "masked_ce: mean cross-entropy over masked tokens; nelbo: unbiased"
+    " estimate of the likelihood bound",
   )
   label_smoothing: float = field(
-    0.0, "training loss only; uniform over real tokens", "[0, 0.9]"
+    0.0, "of the training loss only; uniform over real tokens", "[0, 0.9]"
   )
 
   def check_stage(self, stage: "MaskedStage", path: str) -> None:
@@ -147,11 +150,12 @@ class MaskedStage(ObjectiveStage):
 
   mask_rate: tuple[float, float] | None = fixed(
     None,
-    "each row's rate r ~ U(range) (None: t ~ U(0,1) through `noise`)",
+    "range of each row's mask rate, drawn uniformly (None: by the noise"
+    " schedule, from t ~ U(0, 1))",
     SHARE,
   )
   rehearsal: float = fixed(
-    0.0, "share of the rows whose rate is r ~ U(0, 1) instead", SHARE
+    0.0, "fraction of rows whose mask rate is drawn from U(0, 1)", SHARE
   )
 
   def describe(self) -> str:

@@ -287,8 +287,8 @@ def from_json(results: Mapping[str, Any]) -> Measured:
   told = results.get(_KEY)
   if told is None:
     raise UserError(
-      "results.json is of an older version of this library, which did not say"
-      " what its numbers are: measure the run again with --mode=eval"
+      "results.json was written by an older version of mdm_jax, without the"
+      " titles of its metrics: run --mode=eval again"
     )
   values = {
     name: Value(

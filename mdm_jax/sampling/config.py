@@ -10,69 +10,74 @@ from mdm_jax.core.fields import POSITIVE, SHARE, SIZE, field
 class SampleConfig:
   """How text is drawn; a filter or limit that is None is off."""
 
-  num_samples: int = field(4, "texts", POSITIVE)
+  num_samples: int = field(4, "number of texts to draw", POSITIVE)
   length: int | None = field(
-    None, "tokens a text (None: the last stage's)", SIZE
+    None, "tokens per text (None: the last stage's length)", SIZE
   )
   num_steps: int = field(
-    20, "steps, one denoiser call each, at most", "[1, 65536]"
+    20, "maximum number of steps, each one denoiser call", "[1, 65536]"
   )
   order: str = field(
     "spread",
-    "which masked tokens are revealed first",
+    "order in which masked tokens are revealed",
     registry="mdm_jax.sampling.order:ORDERS",
   )
   block_length: int | None = field(
     None,
-    "tokens of a block; each is finished before the next (None: one)",
+    "tokens per block; blocks are filled from left to right (None: one block)",
     SIZE,
   )
   schedule: str = field(
     "linear",
-    "tokens a step; optimal: the least divergence by the last evaluation's"
-    " loss at every mask rate",
+    "how many tokens each step reveals; optimal: least expected divergence,"
+    " by the last evaluation's loss at each mask rate",
     registry="mdm_jax.sampling.schedule:SCHEDULES",
   )
   entropy_bound: float | None = field(
     None,
-    "Reveal tokens while (sum of entropies - largest) <= this many nats"
+    "reveal tokens while (sum of entropies - largest) <= this many nats"
     " (EB-sampler)",
     "[0, 1e6]",
   )
   threshold: float | None = field(
     None,
-    "Reveal every token whose top probability exceeds this",
+    "reveal every token whose top probability exceeds this",
     SHARE,
   )
   remasking: str = field(
     "none",
-    "which revealed tokens are put back",
-    registry="mdm_jax.sampling.remasking:WAYS",
+    "which revealed tokens are masked again",
+    registry="mdm_jax.sampling.remasking:METHODS",
   )
   remasking_rate: float = field(
     0.05,
-    "share of the revealed tokens that a step puts back, at most",
+    "largest fraction of the revealed tokens that a step masks again",
     SHARE,
   )
   guidance: float = field(
     0.0,
-    "weight of logits with the prompt over those without (0: one call)",
+    "classifier-free guidance weight: how far to move the logits from those"
+    " without the prompt (0: off; else two denoiser calls per step)",
     "[0, 1000]",
   )
   temperature: float = field(0.8, "divides the logits", "[1e-30, 1e30]")
   temperature_range: tuple[float, float] | None = field(
     (0.3, 0.8),
-    "the temperature is clamped to this, with a warning",
+    "range that the temperature is clamped to, with a warning",
     "[1e-30, 1e30]",
   )
-  top_k: int | None = field(50, "keep the k likeliest tokens", POSITIVE)
+  top_k: int | None = field(50, "keep the k most likely tokens", POSITIVE)
   min_p: float | None = field(
-    None, "drop tokens below min_p times the likeliest's probability", SHARE
+    None,
+    "drop tokens with less than min_p times the highest probability",
+    SHARE,
   )
   top_p: float | None = field(
-    0.9, "then the fewest that reach this mass", SHARE
+    0.9,
+    "keep the fewest most likely tokens whose probabilities sum to this",
+    SHARE,
   )
-  seed: int = field(0, "of the samples", "[0, 4294967295]")
+  seed: int = field(0, "random seed of the samples", "[0, 4294967295]")
 
   def untruncated(self) -> "SampleConfig":
     """Returns these settings with temperature 1 and no filters."""
@@ -89,22 +94,24 @@ class SampleConfig:
     """Raises UserError if two settings contradict each other."""
     temperatures = self.temperature_range
     if temperatures and not temperatures[0] <= temperatures[1]:
-      raise UserError(f"{path}.temperature_range={temperatures} must rise")
+      raise UserError(
+        f"{path}.temperature_range={temperatures} must be (low, high)"
+      )
     given = lambda *names: [n for n in names if getattr(self, n) is not None]
     budgets = given("entropy_bound", "threshold")
     if len(budgets) == 2:
       raise UserError(
-        f"{path}.entropy_bound and {path}.threshold both say how much a step"
-        " reveals; set one of them to None"
+        f"{path}.entropy_bound and {path}.threshold both decide how many"
+        " tokens a step reveals; set one of them to None"
       )
     other = given("block_length") + budgets
     if other and self.schedule != "linear":
       raise UserError(
-        f"{path}.schedule={self.schedule} has no meaning beside"
+        f"{path}.schedule={self.schedule} has no effect beside"
         f" {path}.{other[0]}; set {path}.schedule=linear"
       )
     if budgets and self.remasking != "none":
       raise UserError(
-        f"{path}.remasking={self.remasking} needs a fixed number of tokens a"
-        f" step; set {path}.{budgets[0]}=None or {path}.remasking=none"
+        f"{path}.remasking={self.remasking} needs a fixed number of tokens"
+        f" per step; set {path}.{budgets[0]}=None or {path}.remasking=none"
       )

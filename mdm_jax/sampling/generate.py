@@ -93,8 +93,8 @@ class TextSampler:
     self._row_keys = jax.jit(rng.per_row, out_shardings=split)
     if watch is not None and distributed.count() > 1:
       raise UserError(
-        "texts can't be watched while several processes draw them: leave out"
-        " --trace, or draw in one process"
+        "--trace can't show texts while several processes draw them: leave it"
+        " out, or use one process"
       )
     rows = rows_a_call(length, jax.default_backend())
     self.rows_a_call = padded_rows(rows, mesh)

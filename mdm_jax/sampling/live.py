@@ -99,7 +99,7 @@ class LiveView:
     known = (now != vocab.mask) & (now != vocab.pad)
     counts = {
       "new": np.sum(known & (now != before)),
-      "put back": np.sum((now == vocab.mask) & (before != vocab.mask)),
+      "remasked": np.sum((now == vocab.mask) & (before != vocab.mask)),
     }
     told = [f"{n} {name}" for name, n in counts.items() if n]
     total = np.sum(now != vocab.pad)

@@ -11,8 +11,8 @@ from mdm_jax.sampling.generate import Samples
 
 MEANING = {
   "kendall_tau": "1 from left to right, \u22121 from right to left",
-  "jump": "tokens from those of the step before, on average",
-  "adjacent": "share revealed beside a token known before",
+  "jump": "mean distance, in tokens, to those of the previous step",
+  "adjacent": "fraction revealed next to a token known before",
 }
 
 

@@ -31,7 +31,7 @@ def read(path: str) -> list[str]:
   # The newline at the end of a file does not begin another prompt.
   lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
   if lines == [""]:
-    raise UserError(f"--prompts={path} has no prompt: write one a line")
+    raise UserError(f"--prompts={path} is empty: write one prompt per line")
   if not path.lower().endswith(".jsonl"):
     return lines
   return [_of_json(line, path, n) for n, line in enumerate(lines, start=1)]
@@ -45,7 +45,7 @@ def _bytes(path: str) -> bytes:
       raise UserError(f"--prompts={path}: {error.strerror}") from error
   if distributed.count() > 1:
     raise UserError(
-      "--prompts=- is the input of one process; several take a file"
+      "--prompts=- works with one process only; give several a file"
     )
   return sys.stdin.buffer.read()
 
@@ -58,6 +58,6 @@ def _of_json(line: str, path: str, number: int) -> str:
   prompt = value.get("prompt") if isinstance(value, dict) else None
   if not isinstance(prompt, str):
     raise UserError(
-      f'--prompts={path}, line {number}: it is not {{"prompt": "text"}}'
+      f'--prompts={path}, line {number}: expected {{"prompt": "text"}}'
     )
   return prompt

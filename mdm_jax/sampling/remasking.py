@@ -33,45 +33,47 @@ _LOOP_SHARE, _LOOP_FROM, _LOOP_UNTIL = 0.9, 0.45, 0.95
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-  """A way of remasking: how many tokens, and which.
+class Method:
+  """A remasking method: how many tokens, and which.
 
   Attributes:
     share: (rate, before, after, most) -> mean number of tokens that each step
       remasks, where the arguments are the tokens revealed before and after the
       step and the most that can be remasked [steps, free tokens of a row].
     unlikely_first: prefer tokens that had a low probability when drawn.
-    rests: the schedule pauses for half of the steps.
+    pauses: the schedule pauses for half of the steps.
   """
 
   share: Callable[[float, Any, Any, Any], Any]
   unlikely_first: bool = False
-  rests: bool = False
+  pauses: bool = False
 
 
-WAYS: Registry[Way] = Registry("way of remasking", "sample.remasking")
+METHODS: Registry[Method] = Registry("remasking method", "sample.remasking")
 
 
 def _capped(rate: float, before: Any, after: Any, most: Any) -> Any:
   return np.minimum(rate * before, most)
 
 
-WAYS.register("none", Way(lambda rate, before, after, most: 0 * most))
-WAYS.register("cap", Way(_capped))
-WAYS.register("rescale", Way(lambda rate, before, after, most: rate * most))
-WAYS.register("conf", Way(_capped, unlikely_first=True))
-WAYS.register(
+METHODS.register("none", Method(lambda rate, before, after, most: 0 * most))
+METHODS.register("cap", Method(_capped))
+METHODS.register(
+  "rescale", Method(lambda rate, before, after, most: rate * most)
+)
+METHODS.register("conf", Method(_capped, unlikely_first=True))
+METHODS.register(
   "loop",
-  Way(
+  Method(
     lambda rate, before, after, most: np.where(
       before == after, np.minimum(rate * before, most), 0
     ),
-    rests=True,
+    pauses=True,
   ),
 )
 
 
-def rest(shares: Float64[np.ndarray, "S"]) -> Float64[np.ndarray, "S"]:
+def with_pause(shares: Float64[np.ndarray, "S"]) -> Float64[np.ndarray, "S"]:
   """Returns a schedule that is compressed in time, then pauses, for `loop`."""
   steps = np.linspace(0, 1, len(shares))
   hurried = np.interp(steps / _LOOP_FROM, steps, shares) * _LOOP_SHARE
@@ -85,7 +87,7 @@ def counts(
   """Returns how many of n tokens each step of a schedule remasks.
 
   Args:
-    remasking: name of the way.
+    remasking: name of the method.
     rate: as in the table in the module's docstring.
     table: schedule; entry [i, n] is the number revealed before step i.
   """
@@ -93,7 +95,7 @@ def counts(
   # sigma_max as a count: for each remasked token the step reveals another one,
   # and it has only so many masked ones.
   most = np.minimum(before, table[-1] - after)
-  share = WAYS[remasking].share(rate, before, after, most)
+  share = METHODS[remasking].share(rate, before, after, most)
   # Accumulate fractions: a mean of 0.3 tokens is one token in some steps.
   summed = np.floor(np.cumsum(share, axis=0) + 1e-9)
   return np.minimum(np.diff(summed, axis=0, prepend=0), most).astype(np.int32)
@@ -109,7 +111,7 @@ def chosen(
   """Draws, without replacement, which eligible tokens to remask.
 
   Args:
-    remasking: name of the way. It draws uniformly, or with `unlikely_first`
+    remasking: name of the method. It draws uniformly, or with `unlikely_first`
       with weights exp(-confidence), the paper's softmax.
     row_keys: one key per row.
     eligible: tokens that may be remasked.
@@ -119,7 +121,7 @@ def chosen(
   # The top of log weights plus Gumbel noise is a draw without replacement.
   draw = lambda key: jax.random.gumbel(key, eligible.shape[1:])
   score = jax.vmap(draw)(row_keys)
-  if WAYS[remasking].unlikely_first:
+  if METHODS[remasking].unlikely_first:
     score = score - confidence
   score = jnp.where(eligible, score, -jnp.inf)
   place = jnp.argsort(jnp.argsort(-score, axis=1), axis=1)

@@ -31,10 +31,10 @@ def check_texts(count: int, length: int, num_steps: int) -> None:
   have = memory.of_host()
   if count * each > have:
     raise UserError(
-      f"{count:,} texts of {length:,} tokens, kept with their {num_steps}"
-      f" steps, take {count * each / _GIB:,.1f} GiB and this machine has"
+      f"{count:,} texts of {length:,} tokens, kept with all {num_steps} steps,"
+      f" need {count * each / _GIB:,.1f} GiB and this machine has"
       f" {have / _GIB:,.1f}; nearest valid: {have // each:,} texts. Without"
-      " --trace and --html, --mode=sample keeps none"
+      " --trace and --html, --mode=sample keeps no steps"
     )
 
 
@@ -54,7 +54,7 @@ def check_length(
   need = rows * length**2 * pair
   if need > have:
     raise UserError(
-      f"sample.length={length}: attention between {length:,} tokens takes"
+      f"sample.length={length}: attention over {length:,} tokens needs"
       f" {need / _GIB:,.1f} GiB at once and this device has"
       f" {have / _GIB:,.1f}; nearest valid: at most"
       f" {math.isqrt(have // (rows * pair))}"

@@ -152,9 +152,9 @@ def pace(
     UserError: the schedule is optimal and `curve` is None.
   """
   shares = SCHEDULES[config.schedule](config.num_steps, length, curve)
-  if remasking.WAYS[config.remasking].rests:
+  if remasking.METHODS[config.remasking].pauses:
     # The pause consists of idle steps, so these are kept.
-    counts = table(remasking.rest(shares), length)
+    counts = table(remasking.with_pause(shares), length)
   else:
     even = table(shares, length)
     counts = without_idle_steps(even)
@@ -171,9 +171,9 @@ def _optimal(
 ) -> Float64[np.ndarray, "S"]:
   if curve is None:
     raise UserError(
-      "sample.schedule=optimal follows the curve of the loss by the masked"
-      " share of the text, and this run has none: --mode=eval"
-      " --config.sample.schedule=linear measures it, if the objective does"
+      "sample.schedule=optimal needs the loss at each mask rate, which this run"
+      " has not measured: run --mode=eval --config.sample.schedule=linear first"
+      " (not every objective measures it)"
     )
   return optimal(losses_by_revealed(curve, length), num_steps)
 

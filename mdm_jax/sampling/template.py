@@ -31,7 +31,7 @@ _START = re.compile(r"(\\*)\[MASK")
 _END = re.compile(r"(?::([1-9][0-9]{0,5}|\*))?\]")
 _FORMS = (
   "write [MASK], [MASK:5] for five tokens (up to 999999), [MASK:*] at the end"
-  r" for the rest of the length, or \[MASK for the text itself"
+  r" for the rest of the text, or \[MASK for literal text"
 )
 
 
@@ -116,13 +116,13 @@ def fit(template: Template, length: int, vocab: Vocabulary) -> Template:
   if rest < 0:
     # One token more if otherwise nothing would be left to draw.
     raise UserError(
-      f"the prompt takes {count} tokens and a sample has {length}; shorten it"
-      f" by {-rest + (not drawn)} or set sample.length"
+      f"the prompt has {count} tokens and a sample only {length}; shorten it"
+      f" by {-rest + (not drawn)} tokens or increase sample.length"
     )
   if not rest and not drawn:
     raise UserError(
       f"the prompt takes all {length} tokens of a sample, which leaves nothing"
-      " to draw; shorten it or set sample.length"
+      " to draw; shorten it or increase sample.length"
     )
   filler = vocab.mask if template.grows else vocab.pad
   return Template(
@@ -164,7 +164,7 @@ def _check_characters(text: str) -> None:
     byte = 0xDC80 <= found <= 0xDCFF  # Python's surrogateescape range
     what = f"byte 0x{found - 0xDC00:02x}" if byte else f"U+{found:04X}"
     raise UserError(
-      f"the prompt is no UTF-8: {what} at character {error.start + 1} is none"
+      f"the prompt is not valid UTF-8: {what} at character {error.start + 1}"
     ) from None
 
 
@@ -182,13 +182,13 @@ def _split(text: str) -> list[_Part]:
     end = _END.match(text, at)
     if not end:
       written = re.match(r"[^\s\[\]]{0,12}\]?", text[at:])[0]
-      raise UserError(f"[MASK{written} is not a hole; {_FORMS}")
+      raise UserError(f"[MASK{written} is not a valid mask; {_FORMS}")
     at = end.end()
     grows = end[1] == "*"
     if grows and at < len(text):
       raise UserError(
-        "[MASK:*] stands for the rest of the length, so no text may follow it;"
-        " write [MASK:5] for five tokens"
+        "[MASK:*] fills the rest of the text, so nothing may follow it; write"
+        " [MASK:5] for five tokens"
       )
     parts.append(_Part(given, 0 if grows else int(end[1] or 1), grows))
     given = ""

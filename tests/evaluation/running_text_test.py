@@ -54,7 +54,7 @@ def test_found_A6_reference_texts_run_on_for_exactly_so_many_tokens(length):
   assert starts == sorted(starts) and set(found.documents) == {0, 1, 2}
   for (a, at), (b, then) in itertools.pairwise(starts):
     assert a < b or then >= at + length, "they overlap"
-  assert found.told == f"8 texts of {length} tokens from 3 documents"
+  assert found.description == f"8 texts of {length} tokens from 3 documents"
   pieces = [held.rows.segments == s for s in range(1, 3)]
   sizes = np.concatenate([p.sum(axis=1) for p in pieces])
   assert 0 < np.median(sizes[sizes > 0]) < 32  # a piece alone is shorter
@@ -63,9 +63,9 @@ def test_found_A6_reference_texts_run_on_for_exactly_so_many_tokens(length):
 def test_too_little_held_out_text_is_told():
   found = running_text.running_texts(_hold([_book("A", 8)], 32), BYTES, 8, 32)
   assert 0 < len(found.texts) < 8
-  assert found.told.endswith("from 1 documents; there is no text for 8")
+  assert found.description.endswith("from 1 documents; not enough text for 8")
   none = running_text.running_texts(_hold(["Ab."], 32), BYTES, 8, 32)
-  assert none.texts == [] and none.told.startswith("0 texts")
+  assert none.texts == [] and none.description.startswith("0 texts")
   text = "We are one."
   measured = text_metrics.measure(
     [], [], judge=NgramJudge([text]), copies=ngrams.of([text])
@@ -76,7 +76,10 @@ def test_too_little_held_out_text_is_told():
 def test_short_documents_are_joined():
   names = [f"Name {i:02}" for i in range(40)]
   found = running_text.running_texts(_hold(names, 16), BYTES, 4, 24)
-  assert len(found.texts) == 4 and "joined as they are short" in found.told
+  assert (
+    len(found.texts) == 4
+    and "joined because they are short" in found.description
+  )
   assert found.texts[0] == "Name 00\nName 01\nName 02"
 
 

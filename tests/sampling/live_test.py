@@ -53,7 +53,7 @@ def test_without_terminal_a_line_a_step_and_the_text_at_the_end():
     "step 0/3: 2 of 6 tokens",
     "step 1/3: 1 new, 3 of 6 tokens",
     "step 2/3: 1 new, 4 of 6 tokens",
-    "step 3/3: 2 new, 1 put back, 5 of 6 tokens",
+    "step 3/3: 2 new, 1 remasked, 5 of 6 tokens",
     f"ab{BLOCK}de\u27e8end\u27e9",
   ]
 
@@ -131,7 +131,7 @@ def test_on_a_terminal_new_tokens_are_marked():
   assert "d" in marked and "a" not in marked
   assert f"\x1b[2m{BLOCK}" in frames
   last = frames[frames.rindex("step 3/3") :]
-  assert "2 new, 1 put back, 5 of 6 tokens" in last
+  assert "2 new, 1 remasked, 5 of 6 tokens" in last
 
 
 @pytest.mark.parametrize("terminal", [False, True])

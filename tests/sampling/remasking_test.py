@@ -70,7 +70,7 @@ def test_no_remasking_puts_nothing_back():
 
 
 def test_a_loop_hurries_then_rests_then_ends():
-  shares = remasking.rest(schedule.linear(200))
+  shares = remasking.with_pause(schedule.linear(200))
   at = np.arange(201) / 200
   assert (shares[0], shares[-1]) == (0, pytest.approx(1))
   np.testing.assert_allclose(shares[at <= 0.45], at[at <= 0.45] * 2)

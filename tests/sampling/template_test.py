@@ -242,14 +242,14 @@ def test_a_hole_written_wrongly_is_named(built, text, named):
   with pytest.raises(UserError) as error:
     parse(text, built["byte"])
   told = str(error.value)
-  assert told.startswith(f"{named}") and "is not a hole" in told
+  assert told.startswith(f"{named}") and "is not a valid mask" in told
   assert "[MASK:5]" in told and "[MASK:*]" in told
   assert "\n" not in told and len(told) < 250
 
 
 @pytest.mark.parametrize("text", ["[MASK:*] b", "[MASK:*][MASK:*]"])
 def test_the_rest_is_at_the_end_only(built, text):
-  with pytest.raises(UserError, match=r"\[MASK:\*\] stands for the rest"):
+  with pytest.raises(UserError, match=r"\[MASK:\*\] fills the rest"):
     parse(text, built["byte"])
 
 
@@ -259,7 +259,7 @@ def test_the_rest_is_at_the_end_only(built, text):
 )
 def test_too_long_a_text_is_told_by_how_much(built, text, takes, by):
   tokenizer = built["byte"]
-  told = f"prompt takes {takes} tokens and a sample has 4; shorten it by {by} "
+  told = f"prompt has {takes} tokens and a sample only 4; shorten it by {by} "
   with pytest.raises(UserError, match=told):
     canvas([text], tokenizer, 4)
   assert canvas([text], tokenizer, 4 + by).free.any()
