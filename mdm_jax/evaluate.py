@@ -18,8 +18,8 @@ from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.prepared import PreparedData, training_ngrams, training_texts
 from mdm_jax.evaluation import baselines, tables, targets, text_metrics
 from mdm_jax.evaluation.evaluator import Evaluator
+from mdm_jax.evaluation.huggingface_judge import check as check_judge
 from mdm_jax.evaluation.judge import NgramJudge, make_judge
-from mdm_jax.evaluation.judge import check as check_judge
 from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.measured_text import describe, open_rows
 from mdm_jax.model.denoiser import Denoiser, Params
@@ -29,11 +29,11 @@ from mdm_jax.objectives.measured import (
   LOSS_BY_MASKED_SHARE,
   Curve,
   Measured,
-  Part,
   to_json,
 )
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.sampling.generate import Samples, TextSampler, effective
+from mdm_jax.sampling.generate import TextSampler, effective
+from mdm_jax.sampling.samples import Samples
 from mdm_jax.trained_model import load_model
 from mdm_jax.workdir import Workdir
 
@@ -113,7 +113,7 @@ class Measures:
       The measured numbers, and how much text they are of.
     """
     held = self.data.validation.subset(self.config.eval.rows)
-    return self._measure(params, held), _sizes(held)
+    return self._evaluator.measure(params, held), _sizes(held)
 
   def test(self, params: Params) -> Measured:
     """Measures the test text: all numbers that are reported.
@@ -123,16 +123,10 @@ class Measures:
     well: test text chooses nothing.
     """
     few = self._few(self.data.test)
-    found = self._measure(params, self._reported)
-    found = found.joined(self._measure(params, few, "values"))
-    found = found.joined(self._measure(params, few, "curves"))
+    found = self._evaluator.measure(params, self._reported)
+    found = found.joined(self._evaluator.measure(params, few, "values"))
+    found = found.joined(self._evaluator.measure(params, few, "curves"))
     return self._with_bands(found.joined(self._chosen_by(params)))
-
-  def _measure(
-    self, params: Params, held: HeldOut, part: Part = "likelihood"
-  ) -> Measured:
-    self._poll()
-    return self._evaluator.measure(params, held, part)
 
   def _few(self, held: HeldOut) -> HeldOut:
     count = min(_CURVE_ROWS, self.config.eval.final_rows or _CURVE_ROWS)
@@ -141,7 +135,7 @@ class Measures:
   def _chosen_by(self, params: Params) -> Measured:
     """Returns validation curves for the sampler's `optimal` schedule."""
     held = self._few(self.data.validation)
-    found = self._measure(params, held, "curves").curves.items()
+    found = self._evaluator.measure(params, held, "curves").curves.items()
     chosen = {
       f"validation_{name}": dataclasses.replace(curve, split="validation")
       for name, curve in found

@@ -30,11 +30,7 @@ from mdm_jax.sampling import template
 from mdm_jax.sampling import trace as trace_lib
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.sampling.generate import (
-  Samples,
-  TextSampler,
-  effective,
-)
+from mdm_jax.sampling.generate import TextSampler, effective
 from mdm_jax.sampling.live import LiveView
 from mdm_jax.sampling.sampler import Watch
 from mdm_jax.trained_model import TrainedModel, load_model

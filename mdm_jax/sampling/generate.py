@@ -25,41 +25,14 @@ from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampling import room, schedule, template, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.sampling.sampler import Drawn, Sampler, Watch, make_sampler
+from mdm_jax.sampling.sampler import Sampler, Watch, make_sampler
+from mdm_jax.sampling.samples import ARRAYS, Drawn, Samples, join
 
 # Tokens and rows per call of the sampler. They are enough to keep a device
 # busy; more would delay a single text by others that nobody asked for.
 _TOKENS_A_CALL = {"cpu": 512}
 _TOKENS_A_CALL_ELSEWHERE = 8192
 _MOST_ROWS = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Samples(Drawn):
-  """Samples as text, and how each token was drawn; arrays are NumPy's.
-
-  Attributes:
-    texts: decoded texts, up to the end-of-text token.
-  """
-
-  texts: list[str]
-
-
-# The arrays of samples. All but `path` have the texts as their first axis.
-ARRAYS = tuple(field.name for field in dataclasses.fields(Drawn))
-
-
-def join(parts: Sequence[Samples]) -> Samples:
-  """Concatenates samples of the same length and number of steps."""
-  if len(parts) == 1:
-    return parts[0]
-  arrays = {
-    name: np.concatenate(
-      [getattr(part, name) for part in parts], axis=int(name == "path")
-    )
-    for name in ARRAYS
-  }
-  return Samples(texts=[text for p in parts for text in p.texts], **arrays)
 
 
 class TextSampler:

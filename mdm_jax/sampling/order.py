@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.registry import Registry
-from mdm_jax.sampling import tokens
+from mdm_jax.sampling import confidence
 
 _STEPS = 4096.0  # scores are rounded to 1 / 4096 (a probability, or nats)
 
@@ -143,14 +143,14 @@ def _left_to_right(
 @from_logits
 def _confidence(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
   """The largest probability (Chang et al. 2022, arXiv 2202.04200)."""
-  return tokens.top_two(logits)[0]
+  return confidence.top_two(logits)[0]
 
 
 @ORDERS.register("margin")
 @from_logits
 def _margin(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
   """Largest minus second probability (Kim et al. 2025, arXiv 2502.06768)."""
-  first, second = tokens.top_two(logits)
+  first, second = confidence.top_two(logits)
   return first - second
 
 
@@ -158,4 +158,4 @@ def _margin(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
 @from_logits
 def _entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
   """Negative entropy, in nats."""
-  return -tokens.entropy(logits)
+  return -confidence.entropy(logits)

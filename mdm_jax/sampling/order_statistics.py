@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.sampling.generate import Samples
+from mdm_jax.sampling.samples import Samples
 
 MEANING = {
   "kendall_tau": "1 from left to right, \u22121 from right to left",

@@ -21,53 +21,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.sharding import RULES
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.sampling import order, remasking, schedule, tokens
+from mdm_jax.sampling import (
+  confidence,
+  order,
+  remasking,
+  schedule,
+  tokens,
+)
 from mdm_jax.sampling.call import Call, Canvas, Predictor, padded
 from mdm_jax.sampling.config import SampleConfig
+from mdm_jax.sampling.samples import Drawn, Notes
 from mdm_jax.sampling.schedule import Pace
 from mdm_jax.sampling.tokens import Settings
 
 _DRAW, _PUT_BACK, _ORDER = range(3)  # separate random streams of a row's key
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Notes:
-  """How each token was drawn.
-
-  Attributes:
-    step: last step, from 0, that revealed the token; -1 if given or cut off.
-    confidence: probability of the token when it was drawn, before temperature
-      and filters; 0 where step is -1.
-    entropy: entropy of its distribution, in nats, before temperature and
-      filters; 0 where step is -1.
-    calls: denoiser calls until the row was finished.
-    put_back: number of tokens of the row that were remasked.
-  """
-
-  step: Int[Array | np.ndarray, "B L"]
-  confidence: Float[Array | np.ndarray, "B L"]
-  entropy: Float[Array | np.ndarray, "B L"]
-  calls: Int[Array | np.ndarray, "B"]
-  put_back: Int[Array | np.ndarray, "B"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawn(Notes):
-  """Samples as arrays.
-
-  Attributes:
-    path: ids before each of the S - 1 steps, and after the last; padding
-      follows the first end-of-text token that was drawn.
-  """
-
-  path: Int[Array | np.ndarray, "S B L"]
 
 
 @jax.tree_util.register_dataclass
@@ -331,8 +302,8 @@ class _Steps:
         x=put(s.x, drawn),
         masked=put(s.masked, jnp.zeros_like(kept)),
         step=put(s.step, jnp.full_like(slots, i)),
-        confidence=put(s.confidence, tokens.probability(logits, drawn)),
-        entropy=put(s.entropy, tokens.entropy(logits)),
+        confidence=put(s.confidence, confidence.probability(logits, drawn)),
+        entropy=put(s.entropy, confidence.entropy(logits)),
       )
 
     most = -(-s.x.shape[1] // self.config.num_steps)

@@ -21,9 +21,9 @@ from absl import logging
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mdm_jax.sampling import confidence
 from mdm_jax.sampling.config import SampleConfig
 
-_BLOCK = 128  # tokens; `Vocabulary.size` is a multiple of it
 _FEW = 128  # up to this k, `lax.top_k` is as fast as bisection
 
 _Number = Any  # a float, a scalar array, or the shape of one
@@ -118,14 +118,9 @@ def draw(
 def _draw_all(
   settings: Settings, keys: Key[Array, "*N"], logits: Float[Array, "*N V"]
 ) -> Int[Array, "*N"]:
-  return _over(functools.partial(_draw_one, settings), keys.ndim)(keys, logits)
-
-
-def _over(one: Callable, axes: int) -> Callable:
-  """Maps over leading axes; `jnp.vectorize` would lose their sharding."""
-  for _ in range(axes):
-    one = jax.vmap(one)
-  return one
+  return confidence.over(functools.partial(_draw_one, settings), keys.ndim)(
+    keys, logits
+  )
 
 
 def _draw_one(
@@ -191,7 +186,7 @@ class _Blocks:
 
   def __init__(self, logits: Float[Array, "V"], settings: Settings):
     self._settings, self._peak = settings, logits.max()
-    self._logits = _in_blocks(logits)
+    self._logits = confidence.in_blocks(logits)
     shape = self._logits.shape
     self._ids = jnp.arange(self._logits.size, dtype=jnp.int32).reshape(shape)
 
@@ -327,72 +322,3 @@ def _float(ordinal: Int[Array, ""]) -> Float[Array, ""]:
 def _flip(bits: Int[Array, ""]) -> Int[Array, ""]:
   """Inverts the magnitude of negative floats: as ints they order backwards."""
   return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-
-
-# MARK: how sure a distribution is
-
-
-def top_two(
-  logits: Float[Array, "*N V"],
-) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
-  """Returns the two highest probabilities, before temperature and filters.
-
-  The first is a position's confidence, their difference its margin (Kim et al.
-  2025, arXiv 2502.06768).
-
-  Raises:
-    AssertionError: the logits are not float32.
-  """
-  assert logits.dtype == jnp.float32, logits.dtype
-  return _over(_top_two, logits.ndim - 1)(logits)
-
-
-def entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-  """Returns the entropy in nats, before temperature and filters.
-
-  Raises:
-    AssertionError: the logits are not float32.
-  """
-  assert logits.dtype == jnp.float32, logits.dtype
-  return _over(_entropy, logits.ndim - 1)(logits)
-
-
-def probability(
-  logits: Float[Array, "*N V"], ids: Int[Array, "*N"]
-) -> Float[Array, "*N"]:
-  """Returns the probability of one token of each distribution."""
-  chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-  return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
-
-
-def _top_two(logits: Float[Array, "V"]):
-  blocks = _in_blocks(logits)
-  peaks = blocks.max(axis=1)
-  best = peaks.argmax()
-  beside = _without(blocks[best], blocks[best].argmax()).max()
-  second = jnp.maximum(beside, _without(peaks, best).max())
-  total = _total(jnp.exp(blocks - peaks[best]))
-  return 1 / total, jnp.exp(second - peaks[best]) / total
-
-
-def _entropy(logits: Float[Array, "V"]):
-  scores = _in_blocks(logits) - logits.max()
-  weights = jnp.exp(scores)
-  total = _total(weights)
-  surprise = jnp.where(weights > 0, weights * scores, 0.0)  # 0 log 0 is 0
-  return jnp.log(total) - _total(surprise) / total
-
-
-def _without(values: Float[Array, "C"], index: Int[Array, ""]):
-  return jnp.where(jnp.arange(values.size) == index, -jnp.inf, values)
-
-
-def _total(values: Float[Array, "M C"]) -> Float[Array, ""]:
-  # Kept as two sums: XLA would merge them, and store all terms before summing.
-  return jax.lax.optimization_barrier(values.sum(axis=1)).sum()
-
-
-def _in_blocks(logits: Float[Array, "V"]) -> Float[Array, "M C"]:
-  size = min(_BLOCK, logits.size)
-  filled = jnp.pad(logits, (0, -logits.size % size), constant_values=-jnp.inf)
-  return filled.reshape(-1, size)

@@ -18,11 +18,11 @@ from etils import epath
 from mdm_jax.core import files, strict_json
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.data.tokenizer import Tokenizer
-from mdm_jax.sampling.generate import ARRAYS, Samples
 from mdm_jax.sampling.order_statistics import (
   OrderStatistic,
   order_statistics,
 )
+from mdm_jax.sampling.samples import ARRAYS, Samples
 
 # Control characters except tab and newline, and lone surrogates.
 _UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import corpora, splits
+from mdm_jax.evaluation import huggingface_judge
 from mdm_jax.evaluation import judge as judges
 from mdm_jax.evaluation.judge import (
   HuggingFaceJudge,
@@ -272,7 +273,7 @@ def test_a_missing_package_is_told_with_its_extra(
 @given(st.integers(0, 300), st.integers(1, 40))
 def test_windows_overlap_by_half(length, limit):
   seen = []
-  for start, new, end in judges._windows(length, limit):
+  for start, new, end in huggingface_judge._windows(length, limit):
     assert 0 <= start <= new < end <= length
     assert end - start <= limit
     assert start == 0 or new - start >= limit - max(limit // 2, 1)

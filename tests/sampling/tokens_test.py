@@ -10,7 +10,7 @@ import pytest
 from absl import logging
 
 from mdm_jax.core import rng
-from mdm_jax.sampling import tokens
+from mdm_jax.sampling import confidence, tokens
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.tokens import Settings
 
@@ -56,7 +56,7 @@ def _draws(keys, logits, settings, _patched):
 
 def draws(logits, settings=ALL, count=20_000, seed=0):
   """Draws of one distribution, or of each; their masses are summed once."""
-  patched = tokens._BLOCK, tokens._FEW  # not to be found compiled
+  patched = confidence._BLOCK, tokens._FEW  # not to be found compiled
   return np.asarray(_draws(keys_of(count, seed), logits, settings, patched))
 
 
@@ -229,7 +229,7 @@ def test_probabilities_are_right_far_into_the_tail():
   masses = np.asarray(blocks.masses(None), np.float64)
   want = softmax(logits.astype(np.float64))
   assert want.min() < 1e-12
-  ends = np.arange(0, len(logits), tokens._BLOCK)
+  ends = np.arange(0, len(logits), confidence._BLOCK)
   of_block = np.add.reduceat(want, ends)
   np.testing.assert_allclose(masses / masses.sum(), of_block, rtol=1e-5)
 
@@ -514,8 +514,8 @@ def test_the_vocabulary_is_never_sorted(settings):
   "call",
   [
     lambda x: tokens.draw(keys_of(1), x[0], ALL),
-    tokens.top_two,
-    tokens.entropy,
+    confidence.top_two,
+    confidence.entropy,
   ],
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -526,7 +526,7 @@ def test_half_precision_logits_are_refused(call, dtype):
 
 # MARK: how sure a distribution is
 
-top_two, entropy = jax.jit(tokens.top_two), jax.jit(tokens.entropy)
+top_two, entropy = jax.jit(confidence.top_two), jax.jit(confidence.entropy)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 5, 128, 129, 300, 1000])
@@ -549,16 +549,18 @@ def test_two_equally_likely_tokens_have_no_margin(small_blocks):
   for one, other in itertools.combinations(range(7), 2):
     logits = np.zeros(7, np.float32)
     logits[[one, other]] = 2.0
-    first, second = tokens.top_two(jnp.asarray(logits))
+    first, second = confidence.top_two(jnp.asarray(logits))
     assert first == second > 0.2
 
 
 def test_a_certain_token_has_no_entropy():
   logits = jnp.full(300, -jnp.inf).at[140].set(5.0)
-  first, second = tokens.top_two(logits)
-  assert (first, second, tokens.entropy(logits)) == (1, 0, 0)
+  first, second = confidence.top_two(logits)
+  assert (first, second, confidence.entropy(logits)) == (1, 0, 0)
 
 
 def test_the_entropy_of_a_uniform_distribution_is_its_logarithm():
   logits = jnp.full((2, 50_257), -3.0)
-  np.testing.assert_allclose(tokens.entropy(logits), np.log(50_257), rtol=1e-6)
+  np.testing.assert_allclose(
+    confidence.entropy(logits), np.log(50_257), rtol=1e-6
+  )

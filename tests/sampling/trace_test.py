@@ -19,9 +19,10 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.evaluation.pages.samples import render as render_page
-from mdm_jax.sampling import generate, trace
-from mdm_jax.sampling.generate import Samples
+from mdm_jax.sampling import samples as samples_lib
+from mdm_jax.sampling import trace
 from mdm_jax.sampling.order_statistics import order_statistics
+from mdm_jax.sampling.samples import Samples
 from mdm_jax.sampling.trace import load, spell
 
 NASTY = "</script><script>window.owned=1</script>&amp;<b onclick='x'>\"'$name"
@@ -193,7 +194,7 @@ def test_random_order_is_the_mean_over_all_orders(steps, given_at):
 
 def test_means_are_over_texts_that_have_a_number():
   parts = [_revealed(s) for s in ([0, 1, 2], [2, 1, 0], [1, 1, 1], [-1] * 3)]
-  joined = generate.join(parts)
+  joined = samples_lib.join(parts)
   found = order_statistics(joined, V)
   assert found["kendall_tau"].rows[:2].tolist() == [1, -1]
   assert np.isnan(found["kendall_tau"].rows[2:]).all()
@@ -265,7 +266,7 @@ def test_saved_and_loaded_they_are_the_same(samples, tmp_path):
   assert {p.name for p in folder.iterdir()} == names
   loaded, told = load(folder)
   assert told == SETTINGS and loaded.texts == samples.texts
-  for name in generate.ARRAYS:
+  for name in samples_lib.ARRAYS:
     ours, theirs = getattr(loaded, name), getattr(samples, name)
     assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
   page = (folder / "samples.html").read_text("utf-8")
@@ -452,7 +453,7 @@ def test_the_page_needs_nothing_and_is_small(samples):
 def test_no_token_at_all(samples):
   empty = _revealed([-1, -1])
   assert len(_tokens(render_page(empty, BYTES, {}))) == 1
-  arrays = {name: getattr(samples, name)[:0] for name in generate.ARRAYS}
+  arrays = {name: getattr(samples, name)[:0] for name in samples_lib.ARRAYS}
   none = Samples(texts=[], **arrays | {"path": samples.path[:, :0]})
   assert _tokens(render_page(none, BYTES, {})) == []
 
