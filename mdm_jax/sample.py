@@ -5,7 +5,6 @@ print(model.generate("We the [MASK:3] of", num_samples=2).texts)
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,14 +16,10 @@ from jaxtyping import Bool, Int
 from mdm_jax import config as config_lib
 from mdm_jax.config import Config
 from mdm_jax.core import distributed
-from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.evaluation.pages import samples as samples_page
-from mdm_jax.objectives.measured import (
-  LOSS_BY_MASKED_SHARE,
-  Curve,
-  curve_in,
-)
+from mdm_jax.objectives.measured import LOSS_BY_MASKED_SHARE, Curve, curve_in
 from mdm_jax.sampling import prompts as prompts_lib
 from mdm_jax.sampling import template
 from mdm_jax.sampling import trace as trace_lib
@@ -202,10 +197,6 @@ class Model:
     Raises:
       UserError: there is no such setting, or a value is invalid.
     """
-    names = [field.name for field in dataclasses.fields(SampleConfig)]
-    for name in settings:
-      if name not in names:
-        raise UserError(f"unknown setting {name}; {nearest(name, names)}")
     # Through `from_dict`, for the same checks as in a config file.
     raw = config_lib.to_dict(self.config)
     raw["sample"] |= settings

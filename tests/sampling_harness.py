@@ -316,3 +316,14 @@ def stationary_chain(vocab=3, seed=0, sharpness=2.0):
   move = np.exp(sharpness * normal)
   move /= move.sum(axis=1, keepdims=True)
   return np.linalg.matrix_power(move, 10_000)[0], move
+
+
+def expected_divergence(losses, bounds):
+  """A schedule's expected divergence under random order, in nats.
+
+  Args:
+    losses: h_j for j = 0 .. L - 1 revealed tokens, in nats.
+    bounds: tokens revealed before each step, and after the last.
+  """
+  steps = itertools.pairwise(bounds)
+  return float(sum((losses[s] - losses[s:e]).sum() for s, e in steps))

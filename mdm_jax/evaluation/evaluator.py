@@ -15,12 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from mdm_jax.core import distributed
-from mdm_jax.core.sharding import (
-  batch_sharding,
-  data_shards,
-  padded_rows,
-  put,
-)
+from mdm_jax.core.sharding import batch_sharding, data_shards, padded_rows, put
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.rows import Rows, field

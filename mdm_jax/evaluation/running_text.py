@@ -9,13 +9,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int64
 
-from mdm_jax.data.held_out import (
-  DOCUMENT,
-  PIECE,
-  ROW,
-  SEGMENT,
-  HeldOut,
-)
+from mdm_jax.data.held_out import DOCUMENT, PIECE, ROW, SEGMENT, HeldOut
 from mdm_jax.data.tokenizer import Tokenizer
 
 

@@ -25,12 +25,7 @@ from mdm_jax.data.held_out import HeldOut
 from mdm_jax.model.context import FULL, Context, Visibility
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives import cross_entropy
-from mdm_jax.objectives.measured import (
-  Jobs,
-  Measured,
-  Nats,
-  Part,
-)
+from mdm_jax.objectives.measured import Jobs, Measured, Nats, Part
 
 
 @jax.tree_util.register_dataclass

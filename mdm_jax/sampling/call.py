@@ -32,10 +32,7 @@ class Predictor(Protocol):
   """What the sampler needs of a denoiser; see `model.denoiser.Denoiser`."""
 
   def hidden(
-    self,
-    params: Any,
-    tokens: Int[Array, "B L"],
-    context: Context,
+    self, params: Any, tokens: Int[Array, "B L"], context: Context
   ) -> Float[Array, "B L D"]: ...
 
   def logits(
@@ -99,9 +96,7 @@ class Call:
     # The row's actual mask rate, whatever its schedule.
     rate = masked.sum(axis=1) / jnp.maximum(inside.sum(axis=1), 1)
     context = row_context(
-      inside.astype(jnp.int32),
-      condition=rate.astype(jnp.float32),
-      packed=False,
+      inside.astype(jnp.int32), condition=rate.astype(jnp.float32), packed=False
     )
     return self._denoiser.hidden(self._params, x, context)
 

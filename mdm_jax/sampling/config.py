@@ -40,9 +40,7 @@ class SampleConfig:
     "[0, 1e6]",
   )
   threshold: float | None = field(
-    None,
-    "reveal every token whose top probability exceeds this",
-    SHARE,
+    None, "reveal every token whose top probability exceeds this", SHARE
   )
   remasking: str = field(
     "none",

@@ -12,12 +12,7 @@ from jaxtyping import Int
 
 from mdm_jax.core import distributed, memory, rng
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.sharding import (
-  batch_sharding,
-  data_shards,
-  padded_rows,
-  put,
-)
+from mdm_jax.core.sharding import batch_sharding, data_shards, padded_rows, put
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.model.denoiser import Denoiser, Params

@@ -54,10 +54,7 @@ def reads_logits(order: str) -> bool:
 
 
 def priority(
-  order: str,
-  row_keys: Key[Array, "B"],
-  step: Int[Array, ""],
-  length: int,
+  order: str, row_keys: Key[Array, "B"], step: Int[Array, ""], length: int
 ) -> Float[Array, "B {length}"]:
   """Returns the priorities of an order that does not read logits.
 

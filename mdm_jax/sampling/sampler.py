@@ -25,13 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.sharding import RULES
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.sampling import (
-  confidence,
-  order,
-  remasking,
-  schedule,
-  tokens,
-)
+from mdm_jax.sampling import confidence, order, remasking, schedule, tokens
 from mdm_jax.sampling.call import Call, Canvas, Predictor, padded
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.samples import Drawn, Notes
@@ -345,10 +339,7 @@ class _Steps:
 
 
 def _put(
-  values: Array,
-  where: Int[Array, "B N"],
-  kept: Bool[Array, "B N"],
-  new: Array,
+  values: Array, where: Int[Array, "B N"], kept: Bool[Array, "B N"], new: Array
 ) -> Array:
   """Writes new values at the kept positions of each row."""
   # Others are sent out of range, where mode="drop" ignores them.

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float64, Int32, Int64
+from jaxtyping import Array, Bool, Float, Float64, Int32
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.registry import Registry
@@ -89,23 +89,6 @@ def optimal(
   return np.array(bounds[::-1]) / length
 
 
-def expected_divergence(
-  losses: Float64[np.ndarray, "L"], bounds: Int64[np.ndarray, "S"]
-) -> float:
-  """Returns a schedule's expected divergence under random order, in nats.
-
-  Args:
-    losses: h_j for j = 0 .. L - 1 revealed tokens, in nats.
-    bounds: number of tokens revealed before each step, and after the last.
-  """
-  return float(
-    sum(
-      (losses[s] - losses[s:e]).sum()
-      for s, e in zip(bounds, bounds[1:], strict=False)
-    )
-  )
-
-
 def losses_by_revealed(
   curve: Curve, length: int
 ) -> Float64[np.ndarray, "{length}"]:
@@ -136,11 +119,7 @@ class Pace:
   put_back: Any
 
 
-def pace(
-  config: SampleConfig,
-  length: int,
-  curve: Curve | None = None,
-) -> Pace:
+def pace(config: SampleConfig, length: int, curve: Curve | None = None) -> Pace:
   """Returns the tables of a config's schedule and remasking.
 
   Args:

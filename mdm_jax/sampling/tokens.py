@@ -85,9 +85,7 @@ def effective_temperature(config: SampleConfig) -> float:
 
 
 def draw(
-  keys: Key[Array, "*N"],
-  logits: Float[Array, "*N V"],
-  settings: Settings,
+  keys: Key[Array, "*N"], logits: Float[Array, "*N V"], settings: Settings
 ) -> Int[Array, "*N"]:
   """Draws one token from each distribution, each with its own key.
 

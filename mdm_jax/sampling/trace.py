@@ -7,7 +7,6 @@ import codecs
 import hashlib
 import io
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +17,7 @@ from etils import epath
 from mdm_jax.core import files, strict_json
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.data.tokenizer import Tokenizer
-from mdm_jax.sampling.order_statistics import (
-  OrderStatistic,
-  order_statistics,
-)
+from mdm_jax.sampling.order_statistics import OrderStatistic, order_statistics
 from mdm_jax.sampling.samples import ARRAYS, Samples
 
 # Control characters except tab and newline, and lone surrogates.
@@ -117,11 +113,10 @@ def load(folder: epath.PathLike) -> tuple[Samples, Json]:
 
 
 def _plain(found: OrderStatistic) -> Json:
-  number = lambda x: round(x, 6) if math.isfinite(x) else None
   return {
-    "mean": number(found.mean),
-    "random": number(found.random_mean),
-    "rows": [number(x) for x in found.rows.tolist()],
+    "mean": round(found.mean, 6),
+    "random": round(found.random_mean, 6),
+    "rows": found.rows.round(6).tolist(),
   }
 
 

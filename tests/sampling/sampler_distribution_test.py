@@ -195,7 +195,7 @@ def test_the_divergence_of_a_schedule_follows_from_the_losses(
     np.testing.assert_allclose(np.exp(log_q).sum(axis=1), 1, atol=1e-6)
     log_q = log_q.reshape(24, *joints.shape)
     got = harness.divergence(joints.astype(np.float64), log_q).mean(axis=0)
-    want = [schedule.expected_divergence(h, bounds) for h in losses]
+    want = [harness.expected_divergence(h, bounds) for h in losses]
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert max(want) > 0.1
 
@@ -314,7 +314,7 @@ def test_a_chains_divergence_is_the_schedules(mesh, name):
   bounds = bounds_of(shares)
   ratios, drawn = draw_chain(mesh, "random", bounds)
   closed = np.array([chain_divergence(row) for row in drawn.step])
-  want = schedule.expected_divergence(chain_losses(), bounds)
+  want = harness.expected_divergence(chain_losses(), bounds)
   assert mean_is(closed, want)
   assert mean_is(ratios - closed, 0)
   assert want > 1 and closed.std() < want
@@ -324,7 +324,7 @@ def test_a_chains_divergence_is_the_schedules(mesh, name):
 def test_the_optimal_schedule_is_the_best_for_a_chain(steps):
   losses = chain_losses()
   assert (np.diff(losses) < 0).all()
-  cost = lambda shares: schedule.expected_divergence(losses, bounds_of(shares))
+  cost = lambda shares: harness.expected_divergence(losses, bounds_of(shares))
   best = cost(schedule.optimal(losses, steps))
   others = cost(schedule.linear(steps)), cost(schedule.cosine(steps))
   assert best < 0.99 * min(others)

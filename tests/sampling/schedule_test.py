@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sampling_harness as harness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,7 +133,7 @@ def test_an_optimal_pace_follows_from_a_curve():
 
 def test_the_divergence_is_what_each_step_does_not_see():
   h = np.array([5.0, 3.0, 2.0, 2.0])
-  cost = lambda *bounds: schedule.expected_divergence(h, np.array(bounds))
+  cost = lambda *bounds: harness.expected_divergence(h, np.array(bounds))
   assert cost(0, 1, 2, 3, 4) == 0
   assert cost(0, 4) == 0 + 2 + 3 + 3
   assert cost(0, 2, 4) == (0 + 2) + (0 + 0)
@@ -150,10 +151,10 @@ def test_optimal_is_the_least_over_all_schedules(length, seed):
     bounds = np.round(shares * length).astype(np.int64)
     inner = itertools.combinations(range(1, length), min(steps, length) - 1)
     costs = [
-      schedule.expected_divergence(h, np.array([0, *cuts, length]))
+      harness.expected_divergence(h, np.array([0, *cuts, length]))
       for cuts in inner
     ]
-    got = schedule.expected_divergence(h, bounds)
+    got = harness.expected_divergence(h, bounds)
     np.testing.assert_allclose(got, min(costs), atol=1e-12)
     assert bounds[0] == 0 and bounds[-1] == length
 
@@ -161,7 +162,7 @@ def test_optimal_is_the_least_over_all_schedules(length, seed):
 def test_optimal_is_no_worse_than_the_others():
   for seed in range(5):
     h = losses(128, seed)
-    cost = lambda shares, h=h: schedule.expected_divergence(
+    cost = lambda shares, h=h: harness.expected_divergence(
       h, schedule.table(shares, 128)[:, 128].astype(np.int64)
     )
     best = cost(schedule.optimal(h, 20))

@@ -61,17 +61,13 @@ def render(report: RunReport) -> str:
   )
   return page.render(
     "report.html",
-    name=report.name,
-    config=report.config,
+    report=report,
     settings=_flat(report.config),
-    descriptions=report.descriptions,
     results=results,
     measured=measured,
     perplexity=PERPLEXITY,
     text_titles=_text_titles(results),
-    data=report.data,
     histogram=plots.histogram,
-    unmasking=report.unmasking,
     tokens=tokens,
     charts=list(_charts(report.metrics, stages, report.charts)),
     # Test text only: validation text is for the choice of a checkpoint.

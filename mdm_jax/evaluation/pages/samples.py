@@ -10,10 +10,7 @@ from typing import Any
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.pages import page
-from mdm_jax.sampling.order_statistics import (
-  MEANING,
-  order_statistics,
-)
+from mdm_jax.sampling.order_statistics import MEANING, order_statistics
 from mdm_jax.sampling.samples import Samples
 from mdm_jax.sampling.trace import spell, visible
 
