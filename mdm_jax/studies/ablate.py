@@ -27,10 +27,7 @@ from mdm_jax.workdir import Workdir
 
 _COLUMNS = 3  # of a table on the screen
 
-# Metrics of samples in the comparison with their titles, then the kinds of
-# samples with what they add to a title.
-_TEXT = {"seq_rep_4": "seq-rep-4", "unigram_entropy": "entropy"}
-_TEXT |= {"judge_nll": "judge"}
+# The kinds of samples, with what they add to the title of a text metric.
 _SAMPLES = {"sampling": "", "untruncated": ", T=1"}
 
 
@@ -153,8 +150,8 @@ def _names(results: Mapping[str, list[dict]]) -> list[str]:
 def measures(run: dict) -> dict[str, float | None]:
   """Returns the numbers of a results.json that are compared, by title.
 
-  They are all values of test text, both ends of its curves, and some metrics of
-  samples.
+  They are all values of test text, both ends of its curves, and all text metrics
+  of samples.
   """
   measured = from_json(run)
   found = {v.title: v.value for v in measured.all_values().values()}
@@ -164,9 +161,8 @@ def measures(run: dict) -> dict[str, float | None]:
       found |= {curve.point.format(x): y for x, y in (first, last)}
   text = run.get("text_metrics", {})
   for kind, suffix in _SAMPLES.items():
-    for name, title in _TEXT.items():
-      value = text.get(kind, {}).get(name, {}).get("value")
-      found[f"{title}{suffix}"] = value
+    for metric in text.get(kind, {}).values():
+      found[f"{metric['title']}{suffix}"] = metric["value"]
   return found
 
 

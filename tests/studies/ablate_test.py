@@ -14,7 +14,7 @@ CONFIG = ROOT / "configs" / "ablation.py"
 
 
 def _run(loss, entropy=None):
-  text = {"unigram_entropy": {"value": entropy}}
+  text = {"own": {"title": "entropy", "value": entropy}}
   curve = Curve(
     (0.0, 0.5, 1.0), (loss - 1, loss, loss + 1), "a curve", point="f({})"
   )
