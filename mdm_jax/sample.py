@@ -247,8 +247,8 @@ def sample_workdir(
   except template.PromptError as error:
     # Only here is it known which file and line the prompt is from.
     if file:
-      told = f"--prompts={file}, line {error.number}: {error.why}"
-      raise UserError(told) from None
+      message = f"--prompts={file}, line {error.number}: {error.why}"
+      raise UserError(message) from None
     raise
   if not file or not keep:
     return texts

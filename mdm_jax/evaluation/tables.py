@@ -55,10 +55,10 @@ def _measured_table(measured: Measured, results: Mapping[str, Any]) -> Table:
 def in_a_line(measured: Measured) -> str:
   """Returns the headline and bits per byte on one line, for the log."""
   head = measured.head()
-  told = [f"{head.title} {_number(head)} {head.unit}".rstrip()]
+  parts = [f"{head.title} {_number(head)} {head.unit}".rstrip()]
   bits = measured.with_role(BITS).values()
-  told += [f"{b.value:.3f} {b.title}" for b in bits]
-  return ", ".join(told)
+  parts += [f"{b.value:.3f} {b.title}" for b in bits]
+  return ", ".join(parts)
 
 
 def _number(value: Value) -> str:

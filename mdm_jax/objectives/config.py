@@ -161,9 +161,9 @@ class MaskedStage(ObjectiveStage):
   def describe(self) -> str:
     """Returns the mask rates and the rehearsal share, for tables."""
     rates = self.mask_rate
-    told = "U(0, 1)" if rates is None else "{:g}-{:g}".format(*rates)
+    shown = "U(0, 1)" if rates is None else "{:g}-{:g}".format(*rates)
     more = f" +{self.rehearsal:.0%} any" if self.rehearsal else ""
-    return f"rates {told}{more}"
+    return f"rates {shown}{more}"
 
   def masked_share(self) -> tuple[float, float]:
     """Returns the range of mask rates that the stage emphasizes."""

@@ -21,7 +21,7 @@ from mdm_jax.core.errors import UserError
 NATS = "nats per token"
 PERPLEXITY = "perplexity per token"
 BITS = "bits per byte"
-SCORE = "nats that are no likelihood"
+SCORE = "nats, not a likelihood"
 LOSS_BY_MASKED_SHARE = "loss by masked share"
 
 Number = int | float
@@ -267,13 +267,15 @@ def to_json(measured: Measured) -> dict[str, Any]:
     inside[last] = number
   for name, curve in measured.curves.items():
     plain[name] = curve.points()
-  told = lambda part, *numbers: {
+  described = lambda part, *numbers: {
     k: v for k, v in dataclasses.asdict(part).items() if k not in numbers
   }
   plain[_KEY] = {
     "headline": measured.headline,
-    "values": {n: told(v, "value") for n, v in measured.all_values().items()},
-    "curves": {n: told(c, "x", "y") for n, c in measured.curves.items()},
+    "values": {
+      n: described(v, "value") for n, v in measured.all_values().items()
+    },
+    "curves": {n: described(c, "x", "y") for n, c in measured.curves.items()},
   }
   return plain
 
@@ -284,8 +286,8 @@ def from_json(results: Mapping[str, Any]) -> Measured:
   Raises:
     UserError: an older version wrote it.
   """
-  told = results.get(_KEY)
-  if told is None:
+  described = results.get(_KEY)
+  if described is None:
     raise UserError(
       "results.json was written by an older version of mdm_jax, without the"
       " titles of its metrics: run --mode=eval again"
@@ -298,13 +300,13 @@ def from_json(results: Mapping[str, Any]) -> Measured:
         "error": strict_json.number(part["error"]),
       }
     )
-    for name, part in told["values"].items()
+    for name, part in described["values"].items()
   }
   curves = {
     name: _curve(results.get(name, {}), part)
-    for name, part in told["curves"].items()
+    for name, part in described["curves"].items()
   }
-  return Measured(values, curves, told["headline"])
+  return Measured(values, curves, described["headline"])
 
 
 def _found(numbers: Any, path: list[str]) -> float | None:
@@ -313,11 +315,13 @@ def _found(numbers: Any, path: list[str]) -> float | None:
   return numbers
 
 
-def _curve(points: Mapping[str, float | None], told: dict[str, Any]) -> Curve:
+def _curve(
+  points: Mapping[str, float | None], described: dict[str, Any]
+) -> Curve:
   x = tuple(map(float, points))
   y = tuple(map(strict_json.number, points.values()))
-  bands = tuple((low, high, name) for low, high, name in told["bands"])
-  return Curve(x, y, **told | {"bands": bands})
+  bands = tuple((low, high, name) for low, high, name in described["bands"])
+  return Curve(x, y, **described | {"bands": bands})
 
 
 def curve_in(
@@ -332,12 +336,12 @@ def curve_in(
 def evaluation(measured: Measured) -> dict[str, Any]:
   """Returns the content of evaluation.json: all metrics, and the headline."""
   head = measured.head()
-  told = {
+  headline = {
     "name": measured.headline,
     "value": head.value,
     "lower_is_better": head.lower_is_better,
   }
-  return measured.scalars() | {"headline": told}
+  return measured.scalars() | {"headline": headline}
 
 
 # MARK: over updates

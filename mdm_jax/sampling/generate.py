@@ -158,7 +158,7 @@ class TextSampler:
     """Returns the compiled sampler for a config's static settings."""
     # Settings that are arguments of the program get placeholders in the key. Of
     # min-p and top-p only the values are arguments, not whether they are used.
-    way = dataclasses.replace(
+    static = dataclasses.replace(
       config,
       num_samples=1,
       length=None,
@@ -170,11 +170,11 @@ class TextSampler:
       min_p=None if config.min_p is None else 1.0,
       top_p=None if config.top_p is None else 1.0,
     )
-    if way not in self._compiled:
-      self._compiled[way] = make_sampler(
+    if static not in self._compiled:
+      self._compiled[static] = make_sampler(
         config, self._denoiser, self._tokenizer.vocab, self._watch
       )
-    return self._compiled[way]
+    return self._compiled[static]
 
   def _samples(self, drawn: Drawn, count: int) -> Samples:
     """Fetches a call's result, and returns its first `count` texts."""

@@ -46,7 +46,7 @@ class LiveView:
     self._open = False
 
   def __enter__(self) -> "LiveView":
-    self._step, self._told = -1, Text()
+    self._step, self._caption = -1, Text()
     self._x: Int[np.ndarray, "R L"] | None = None
     self._live = Live(console=self._console, refresh_per_second=12)
     if self._is_live:
@@ -76,11 +76,11 @@ class LiveView:
         return
       before = now if self._x is None else self._x
       self._x, self._step = now, number
-      self._told = self._line(before, now)
+      self._caption = self._line(before, now)
       if self._is_live:
         self._draw(before, now)
       else:
-        self._console.print(self._told, soft_wrap=True)
+        self._console.print(self._caption, soft_wrap=True)
 
   def _draw(
     self, before: Int[np.ndarray, "R L"], now: Int[np.ndarray, "R L"]
@@ -88,7 +88,7 @@ class LiveView:
     """Prints the texts `now`, and highlights tokens that differ from before."""
     drawing = Text("\n\n").join(map(self._row, before, now))
     if self._is_live:
-      self._live.update(Text("\n").join([self._told, drawing]))
+      self._live.update(Text("\n").join([self._caption, drawing]))
     else:
       self._console.print(drawing, soft_wrap=True)
 
@@ -101,10 +101,10 @@ class LiveView:
       "new": np.sum(known & (now != before)),
       "remasked": np.sum((now == vocab.mask) & (before != vocab.mask)),
     }
-    told = [f"{n} {name}" for name, n in counts.items() if n]
+    parts = [f"{n} {name}" for name, n in counts.items() if n]
     total = np.sum(now != vocab.pad)
-    told.append(f"{known.sum()} of {total} tokens")
-    return Text(f"step {self._step}/{self._num_steps}: {', '.join(told)}")
+    parts.append(f"{known.sum()} of {total} tokens")
+    return Text(f"step {self._step}/{self._num_steps}: {', '.join(parts)}")
 
   def _row(
     self, before: Int[np.ndarray, "L"], now: Int[np.ndarray, "L"]

@@ -62,7 +62,7 @@ def save(
   values = {name: getattr(samples, name) for name in ARRAYS}
   np.savez_compressed(arrays, **values)
   statistics = order_statistics(samples, tokenizer.vocab)
-  told = {
+  saved = {
     "settings": settings,
     "texts": samples.texts,
     "pieces": [spell(ids.tolist(), tokenizer) for ids in samples.path[-1]],
@@ -74,7 +74,7 @@ def save(
     "arrays_sha256": hashlib.sha256(arrays.getvalue()).hexdigest(),
   }
   layout = {"indent": 1, "ensure_ascii": False, "default": _as_json}
-  text = strict_json.dumps(told, **layout) + "\n"
+  text = strict_json.dumps(saved, **layout) + "\n"
   folder = epath.Path(folder)
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,13 +97,13 @@ def load(folder: epath.PathLike) -> tuple[Samples, Json]:
   folder = epath.Path(folder)
   try:
     content = (folder / "samples.npz").read_bytes()
-    told = json.loads((folder / "samples.json").read_bytes())
-    if told["arrays_sha256"] != hashlib.sha256(content).hexdigest():
+    saved = json.loads((folder / "samples.json").read_bytes())
+    if saved["arrays_sha256"] != hashlib.sha256(content).hexdigest():
       raise UserError(f"{folder}: samples.npz and samples.json do not match")
     # A pickle in a file of someone else's could run code.
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
       values = {name: arrays[name] for name in ARRAYS}
-    return Samples(texts=told["texts"], **values), told["settings"]
+    return Samples(texts=saved["texts"], **values), saved["settings"]
   except FileNotFoundError as error:
     raise UserError(
       f"{folder} holds no samples.npz and samples.json"

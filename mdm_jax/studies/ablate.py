@@ -150,8 +150,8 @@ def _names(results: Mapping[str, list[dict]]) -> list[str]:
 def measures(run: dict) -> dict[str, float | None]:
   """Returns the numbers of a results.json that are compared, by title.
 
-  They are all values of test text, both ends of its curves, and all text metrics
-  of samples.
+  They are all values of test text, both ends of its curves, and all metrics of
+  sampled texts.
   """
   measured = from_json(run)
   found = {v.title: v.value for v in measured.all_values().values()}

@@ -81,7 +81,7 @@ def curve(points: list[Point], bands: list, low: Number | None) -> Plot | None:
     return None
   x = Axis(0, max([points[-1].x, *[high for _, high, *_ in bands]]))
   y = _axis_of([p.y + s * p.error for p in points for s in (-1, 1)], low)
-  way = lambda run: "L".join(f"{x.at(p.x)} {y.at(p.y)}" for p in run)
+  through = lambda run: "L".join(f"{x.at(p.x)} {y.at(p.y)}" for p in run)
   bar = lambda p: f"M{x.at(p.x)} {y.at(p.y - p.error)}V{y.at(p.y + p.error)}"
   runs = itertools.groupby(points, lambda p: math.isfinite(p.y))
   runs = [list(run) for finite, run in runs if finite]
@@ -89,12 +89,12 @@ def curve(points: list[Point], bands: list, low: Number | None) -> Plot | None:
   measured = [p for p in known if p.error > 0]
   # h0 draws a segment of length 0, which a round line cap shows as a dot.
   paths = {
-    "line": "".join(f"M{way(run)}h0" for run in runs),
+    "line": "".join(f"M{through(run)}h0" for run in runs),
     "errors": "".join(map(bar, measured)),
-    "dots": "".join(f"M{way([p])}h0" for p in measured),
+    "dots": "".join(f"M{through([p])}h0" for p in measured),
   }
   if low == 0:
-    area = "".join(f"M{x.at(run[0].x)} 0L{way(run)}V0z" for run in runs)
+    area = "".join(f"M{x.at(run[0].x)} 0L{through(run)}V0z" for run in runs)
     paths = {"area": area} | paths
   label = f"{points[0].label} to {points[-1].label}"
   shown = [(x.at(p.x), y.at(p.y), p.label) for p in known]
