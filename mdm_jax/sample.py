@@ -105,11 +105,8 @@ class Model:
     Raises:
       UserError: a prompt or a setting is invalid.
     """
-    canvas, config = self._asked(prompts, num_samples, settings)
-    with jax.set_mesh(self._mesh):
-      return self._sampler(canvas.tokens.shape[1]).draw(
-        self._model.params, canvas, config, self._curve, num_samples
-      )
+    canvas, config = self._canvas(prompts, num_samples, settings)
+    return self._draw(canvas, config, num_samples)
 
   def stream(
     self,
@@ -121,11 +118,10 @@ class Model:
 
     Memory does not grow with the number of texts.
     """
-    canvas, config = self._asked(prompts, num_samples, settings)
-    with jax.set_mesh(self._mesh):
-      parts = self._sampler(canvas.tokens.shape[1]).stream(
-        self._model.params, canvas, config, self._curve, num_samples
-      )
+    canvas, config = self._canvas(prompts, num_samples, settings)
+    parts = self._sampler(canvas.tokens.shape[1]).stream(
+      self._model.params, canvas, config, self._curve, num_samples
+    )
     # Entered for each part: held across a yield, the mesh would stay the
     # current one in the caller's code.
     while True:
@@ -135,7 +131,7 @@ class Model:
         return
       yield part
 
-  def _asked(
+  def _canvas(
     self,
     prompts: str | Sequence[str],
     num_samples: int,
@@ -185,10 +181,15 @@ class Model:
     if lengths is None:
       lengths = np.full(len(tokens), tokens.shape[1])
     canvas = Canvas(tokens.astype(np.int32), free, lengths.astype(np.int32))
-    config = self.settings(**settings)
+    return self._draw(canvas, self.settings(**settings))
+
+  def _draw(
+    self, canvas: Canvas, config: SampleConfig, repeat: int = 1
+  ) -> Samples:
+    sampler = self._sampler(canvas.tokens.shape[1])
     with jax.set_mesh(self._mesh):
-      return self._sampler(canvas.tokens.shape[1]).draw(
-        self._model.params, canvas, config, self._curve
+      return sampler.draw(
+        self._model.params, canvas, config, self._curve, repeat
       )
 
   def settings(self, **settings: Any) -> SampleConfig:
