@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mdm_jax.core.standard_errors import ratio
-from mdm_jax.data.held_out import DOCUMENT, PIECE, ROW, SEGMENT, HeldOut
+from mdm_jax.data.held_out import BYTES, DOCUMENT, ROW, SEGMENT, HeldOut
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.evaluation.judge import NgramJudge
+from mdm_jax.evaluation.running_text import in_reading_order, piece
 
 # Most bytes of training and held-out text for xz, which takes some ten seconds.
 _MOST_TRAIN = 12 * 2**20
@@ -86,17 +87,12 @@ def _documents(
   held: HeldOut, tokenizer: Tokenizer
 ) -> tuple[list[str], list[int]]:
   """Returns decoded documents, and the number of bytes of their originals."""
-  # By document, then by the piece's number within it: lexsort sorts by its last
-  # key first.
-  reading = np.lexsort((held.texts[:, PIECE], held.texts[:, DOCUMENT]))
   ids: dict[int, list[np.ndarray]] = {}
   sizes: dict[int, int] = {}
-  for line in held.texts[reading].tolist():
-    row, document = line[ROW], line[DOCUMENT]
-    tokens = np.asarray(held.rows.tokens[row])
-    inside = np.asarray(held.rows.segments[row]) == line[SEGMENT]
-    ids.setdefault(document, []).append(tokens[inside])
-    sizes[document] = sizes.get(document, 0) + line[3]
+  for line in in_reading_order(held).tolist():
+    document, found = line[DOCUMENT], piece(held, line[ROW], line[SEGMENT])
+    ids.setdefault(document, []).append(found)
+    sizes[document] = sizes.get(document, 0) + line[BYTES]
   texts = [tokenizer.decode(np.concatenate(parts)) for parts in ids.values()]
   return texts, list(sizes.values())
 

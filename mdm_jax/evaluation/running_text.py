@@ -7,7 +7,7 @@ before the row does, and shorter texts have lower entropy and repeat less.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, Integer
 
 from mdm_jax.data.held_out import DOCUMENT, PIECE, ROW, SEGMENT, HeldOut
 from mdm_jax.data.tokenizer import Tokenizer
@@ -42,10 +42,7 @@ def running_texts(
     count: number of texts; if there is too little text, fewer are returned.
     length: tokens per text.
   """
-  # Pieces in reading order.
-  table = held.texts[
-    np.lexsort((held.texts[:, PIECE], held.texts[:, DOCUMENT]))
-  ]
+  table = in_reading_order(held)
   sizes = held.segment_sizes()[table[:, ROW], table[:, SEGMENT]]
   starts, joined = _windows(sizes, table[:, DOCUMENT], length), False
   if len(starts) < count:
@@ -63,6 +60,19 @@ def running_texts(
   if len(texts) < count:
     description += f"; not enough text for {count}"
   return RunningTexts(texts, documents, description)
+
+
+def in_reading_order(held: HeldOut) -> Int64[np.ndarray, "M 5"]:
+  """Returns `held.texts` by document, then by the piece's number within it."""
+  # lexsort sorts by its last key first.
+  order = np.lexsort((held.texts[:, PIECE], held.texts[:, DOCUMENT]))
+  return held.texts[order]
+
+
+def piece(held: HeldOut, row: int, segment: int) -> Integer[np.ndarray, "N"]:
+  """Returns the ids of one piece of text."""
+  tokens = np.asarray(held.rows.tokens[row])
+  return tokens[np.asarray(held.rows.segments[row]) == segment]
 
 
 def _windows(
@@ -103,10 +113,9 @@ def _text(
     if of != document:
       parts.append([])
       document = of
-    tokens = np.asarray(held.rows.tokens[row])
-    piece = tokens[np.asarray(held.rows.segments[row]) == segment][:length]
-    parts[-1].append(piece)
-    length -= len(piece)
+    ids = piece(held, row, segment)[:length]
+    parts[-1].append(ids)
+    length -= len(ids)
     if not length:
       break
   return "\n".join(tokenizer.decode(np.concatenate(part)) for part in parts)
