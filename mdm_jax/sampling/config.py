@@ -54,8 +54,8 @@ class SampleConfig:
   )
   guidance: float = field(
     0.0,
-    "classifier-free guidance weight: how far to move the logits from those"
-    " without the prompt (0: off; else two denoiser calls per step)",
+    "classifier-free guidance weight w: logits u + (1 + w)(c - u), with (c) and"
+    " without (u) the prompt (0: off, one denoiser call per step)",
     "[0, 1000]",
   )
   temperature: float = field(0.8, "divides the logits", "[1e-30, 1e30]")
