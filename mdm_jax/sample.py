@@ -28,6 +28,7 @@ from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import TextSampler, effective
 from mdm_jax.sampling.live import LiveView
 from mdm_jax.sampling.sampler import Watch
+from mdm_jax.sampling.samples import Samples
 from mdm_jax.trained_model import TrainedModel, load_model
 from mdm_jax.workdir import Workdir
 
