@@ -23,48 +23,34 @@ from jaxtyping import Array, Float
 from mdm_jax.core.registry import Registry
 from mdm_jax.objectives.config import MaskedStage, NoiseConfig
 
+# The share of tokens kept, alpha(t), a differentiable function of t in [0, 1].
+Alpha = Callable[[Float[Array, "*B"]], Float[Array, "*B"]]
 
-@runtime_checkable
-class NoiseSchedule(Protocol):
-  """The share of tokens kept, alpha(t), differentiable in t in [0, 1]."""
-
-  def alpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-  """alpha(t) = 1 - t."""
-
-  def alpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    return 1 - t
-
-
-@dataclasses.dataclass(frozen=True)
-class Cosine:
-  """alpha(t) = 1 - cos(pi/2 (1 - t)) (Shi et al. 2024, table 1)."""
-
-  def alpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    # sin(pi/2 t), not cos(pi/2 (1 - t)): exact at both ends in float32.
-    return 1 - jnp.sin(jnp.pi / 2 * t)
-
-
-@dataclasses.dataclass(frozen=True)
-class Polynomial:
-  """alpha(t) = 1 - t**exponent (Shi et al. 2024, table 1)."""
-
-  exponent: float
-
-  def alpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    return 1 - t**self.exponent
-
-
-# Name -> function that builds a schedule from its settings.
-SCHEDULES: Registry[Callable[[NoiseConfig], NoiseSchedule]] = Registry(
+# Name -> function that returns alpha, given the config section `noise`.
+SCHEDULES: Registry[Callable[[NoiseConfig], Alpha]] = Registry(
   "noise schedule", "noise.schedule"
 )
-SCHEDULES.register("linear", lambda config: Linear())
-SCHEDULES.register("cosine", lambda config: Cosine())
-SCHEDULES.register("polynomial", lambda config: Polynomial(config.exponent))
+
+
+def linear(t: Float[Array, "*B"]) -> Float[Array, "*B"]:
+  """Returns alpha(t) = 1 - t."""
+  return 1 - t
+
+
+def cosine(t: Float[Array, "*B"]) -> Float[Array, "*B"]:
+  """Returns alpha(t) = 1 - cos(pi/2 (1 - t)) (Shi et al. 2024, table 1)."""
+  # sin(pi/2 t), not cos(pi/2 (1 - t)): exact at both ends in float32.
+  return 1 - jnp.sin(jnp.pi / 2 * t)
+
+
+def polynomial(exponent: float) -> Alpha:
+  """Returns alpha(t) = 1 - t**exponent (Shi et al. 2024, table 1)."""
+  return lambda t: 1 - t**exponent
+
+
+SCHEDULES.register("linear", lambda config: linear)
+SCHEDULES.register("cosine", lambda config: cosine)
+SCHEDULES.register("polynomial", lambda config: polynomial(config.exponent))
 
 
 @runtime_checkable
@@ -122,14 +108,13 @@ class RateRange:
 class ScheduledRates:
   """Mask rates r = 1 - alpha(t) with t ~ U(0, 1)."""
 
-  schedule: NoiseSchedule
+  alpha: Alpha
 
   def rate(self, u: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    return 1 - self.schedule.alpha(u)
+    return 1 - self.alpha(u)
 
   def inverse_density(self, u: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    alpha, ones = self.schedule.alpha, jnp.ones_like(u)
-    return -jax.jvp(alpha, (u,), (ones,))[1]
+    return -jax.jvp(self.alpha, (u,), (jnp.ones_like(u),))[1]
 
 
 def stage_rates(stage: MaskedStage, noise: NoiseConfig) -> RateDistribution:

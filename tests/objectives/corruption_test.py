@@ -18,27 +18,25 @@ def corrupt(rate, rows=64, length=50, padding=0, seed=0):
 
 
 def test_time_zero_is_the_identity():
-  x0, _, out = corrupt(1 - noise.Cosine().alpha(jnp.zeros(())))
+  x0, _, out = corrupt(1 - noise.cosine(jnp.zeros(())))
   np.testing.assert_array_equal(out.xt, x0)
   assert not out.masked.any()
 
 
 @pytest.mark.parametrize("padding", [0, 7])
 def test_time_one_masks_every_real_token_and_no_padding(padding):
-  x0, real, out = corrupt(
-    1 - noise.Linear().alpha(jnp.ones(())), padding=padding
-  )
+  x0, real, out = corrupt(1 - noise.linear(jnp.ones(())), padding=padding)
   np.testing.assert_array_equal(out.masked, real)
   np.testing.assert_array_equal(out.xt, jnp.where(real, MASK, x0))
 
 
 @pytest.mark.parametrize(
-  "schedule", [noise.Linear(), noise.Cosine(), noise.Polynomial(2.0)]
+  "schedule", [noise.linear, noise.cosine, noise.polynomial(2.0)]
 )
 def test_realised_rate_is_one_minus_alpha(schedule):
   rows, length = 64, 1000
   for t in (0.03, 0.3, 0.5, 0.9):
-    rate = 1 - schedule.alpha(jnp.asarray(t))
+    rate = 1 - schedule(jnp.asarray(t))
     _, _, out = corrupt(rate, rows, length)
     sigma = float(jnp.sqrt(rate * (1 - rate) / (rows * length)))
     # Rounding a count up adds at most 1 / length, half of that on average.
@@ -111,7 +109,7 @@ def test_uniform_rates_mask_half_of_every_group_of_rows(groups):
 @pytest.mark.parametrize("groups", [1, 2, 4, 16])
 @pytest.mark.parametrize(
   "rates",
-  [noise.RateRange(0.05, 0.2, 0.25), noise.ScheduledRates(noise.Cosine())],
+  [noise.RateRange(0.05, 0.2, 0.25), noise.ScheduledRates(noise.cosine)],
 )
 def test_bound_on_masked_tokens_holds_and_is_near(rates, groups):
   bound = corruption.max_masked(rates, 16, 640, groups)

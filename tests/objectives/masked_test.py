@@ -30,8 +30,8 @@ def test_masked_ce_weighs_every_masked_token_the_same():
   [
     noise.RateRange(0.05, 0.2, 0.25),
     noise.RateRange(0.0, 1.0),
-    noise.ScheduledRates(noise.Cosine()),
-    noise.ScheduledRates(noise.Polynomial(2.0)),
+    noise.ScheduledRates(noise.cosine),
+    noise.ScheduledRates(noise.polynomial(2.0)),
   ],
 )
 def test_nelbo_weights_are_unbiased_for_any_density(rates):
