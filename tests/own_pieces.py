@@ -28,7 +28,7 @@ from mdm_jax.objectives import config as objectives
 from mdm_jax.objectives import corruption
 from mdm_jax.objectives.base import Cost, Decoding, Examples, Objective, Ratio
 from mdm_jax.objectives.config import OBJECTIVES, ObjectiveConfig
-from mdm_jax.objectives.measured import SEED, Jobs, Likelihood, Measured
+from mdm_jax.objectives.measured import SEED, Jobs, Measured, likelihood
 from mdm_jax.objectives.noise import SCHEDULES
 from mdm_jax.sampling.order import ORDERS
 from mdm_jax.training.optimizer import OPTIMIZERS
@@ -139,7 +139,7 @@ class Holes(Objective):
   def values(self, part, jobs, nats, held):
     cost = ratio(nats.by_row / self.share, jobs.asked)
     tokens = int(jobs.asked.sum())
-    found = Likelihood(
+    found = likelihood(
       "holes",
       "cost of a hole",
       total_nats=cost.value * tokens,
@@ -148,7 +148,7 @@ class Holes(Objective):
       stderr=cost.stderr,
       exact=False,
     )
-    return Measured(headline=self.headline, likelihood=found)
+    return Measured(found, headline=self.headline)
 
 
 def _build(config, stage, noise, vocabulary, plan):

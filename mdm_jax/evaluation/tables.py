@@ -35,7 +35,7 @@ def _measured_table(measured: Measured, results: Mapping[str, Any]) -> Table:
   whose = text["split"] if text["own"] else text["corpus"]
   title = f"{whose} text, update {results['checkpoint']:,}"
   table = for_terminal(["metric", "value"], title=title)
-  for value in measured.all_values().values():
+  for value in measured.values.values():
     table.add_row(value.heading, _number(value))
   for found in results["baselines"].values():
     bits = with_error(found["bits_per_byte"], found["stderr"], ".4f")

@@ -30,11 +30,11 @@ from mdm_jax.objectives.measured import (
   SEED,
   Curve,
   Jobs,
-  Likelihood,
   Measured,
   Nats,
   Part,
   Value,
+  likelihood,
 )
 from mdm_jax.objectives.noise import RateDistribution, RateRange
 
@@ -115,7 +115,7 @@ class MaskedBound(Objective):
       case "likelihood":
         by_text = by_text.reshape(*by_row.shape, -1).mean(axis=1)
         bound = _bound(by_row.mean(axis=1), by_text, held)
-        return dataclasses.replace(found, likelihood=bound)
+        return dataclasses.replace(found, values=bound)
       case "values":
         # Rows weighted by length: a mean over tokens, like the NELBO.
         loss = by_row.mean(axis=1) @ (lengths / lengths.sum())
@@ -165,7 +165,7 @@ def _bound(
   by_row: Float[np.ndarray, "N"],
   by_text: Float[np.ndarray, "N S"],
   held: HeldOut,
-) -> Likelihood:
+) -> dict[str, Value]:
   """Returns the NELBO over all rows, with a standard error over documents.
 
   The texts packed into a row share its mask rate. A text contributes the losses
@@ -184,7 +184,7 @@ def _bound(
   parts = by_text[row, segment - 1] * lengths[row]
   sizes = _text_lengths(held)
   all_asked = "answer" not in held.rows.fields
-  return Likelihood(
+  return likelihood(
     "nelbo",
     "NELBO",
     total_nats=float((by_row * lengths).sum()),

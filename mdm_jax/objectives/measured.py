@@ -94,53 +94,48 @@ class Curve:
     return {f"{x:{self.form}}": y for x, y in zip(self.x, self.y, strict=True)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Likelihood:
-  """The negative log-likelihood of held-out text, or an upper bound on it.
+def likelihood(
+  name: str,
+  title: str,
+  total_nats: float,
+  tokens: int,
+  num_bytes: int | None,
+  stderr: float,
+  exact: bool,
+) -> dict[str, Value]:
+  """Returns a negative log-likelihood, or an upper bound on it, as metrics.
 
-  Attributes:
-    name: prefix of its metrics: NAME_per_token, NAME_stderr.
+  Args:
+    name: prefix of the first metric: NAME_per_token.
     title: its name in tables.
     total_nats: sum over the text.
     tokens: size of the text.
     num_bytes: size of the text in UTF-8; None if unknown.
     stderr: standard error of the nats per token; nan if unknown.
     exact: False if it is a bound.
+
+  Returns:
+    Nats per token, perplexity and, if the bytes are known, bits per byte.
   """
-
-  name: str
-  title: str
-  total_nats: float
-  tokens: int
-  num_bytes: int | None
-  stderr: float
-  exact: bool
-
-  def values(self) -> dict[str, Value]:
-    """Returns nats per token, perplexity and, if known, bits per byte."""
-    bound = not self.exact
-    per_token = self.total_nats / self.tokens
-    kind = " bound" if bound else ""
-    return {
-      f"{self.name}_per_token": Value(
-        per_token, self.title, "nats per token", self.stderr, NATS
-      ),
-      "ppl_bound" if bound else "ppl": Value(
-        *(_exp(per_token), f"perplexity{kind}", "per token"),
-        role=PERPLEXITY,
-        bound=bound,
-      ),
-      **self._per_byte(),
-    }
-
-  def _per_byte(self) -> dict[str, Value]:
-    if not self.num_bytes:
-      return {}
-    bits = self.total_nats / math.log(2) / self.num_bytes
+  bound, per_token = not exact, total_nats / tokens
+  kind = " bound" if bound else ""
+  found = {
+    f"{name}_per_token": Value(
+      per_token, title, "nats per token", stderr, NATS
+    ),
+    "ppl_bound" if bound else "ppl": Value(
+      *(_exp(per_token), f"perplexity{kind}", "per token"),
+      role=PERPLEXITY,
+      bound=bound,
+    ),
+  }
+  if num_bytes:
+    bits = total_nats / math.log(2) / num_bytes
     # To first order, bits have the relative error of the nats.
-    share = self.stderr * self.tokens / (self.total_nats or math.nan)
-    numbers = bits, "bits per byte", "", bits * share
-    return {"bits_per_byte": Value(*numbers, BITS, bound=not self.exact)}
+    error = bits * (stderr * tokens / (total_nats or math.nan))
+    numbers = bits, "bits per byte", "", error
+    found["bits_per_byte"] = Value(*numbers, BITS, bound=bound)
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,22 +146,15 @@ class Measured:
     values: by name; a "/" in a name makes a nested dictionary in results.json.
     curves: by name.
     headline: name of the value that selects the best checkpoint.
-    likelihood: the likelihood, if one was measured; listed before `values`.
   """
 
   values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
   curves: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
   headline: str = ""
-  likelihood: Likelihood | None = None
-
-  def all_values(self) -> dict[str, Value]:
-    """Returns all values by name, those of the likelihood first."""
-    first = self.likelihood.values() if self.likelihood else {}
-    return first | dict(self.values)
 
   def with_role(self, role: str) -> dict[str, Value]:
     """Returns the values with a role, by name."""
-    found = self.all_values().items()
+    found = self.values.items()
     return {name: value for name, value in found if value.role == role}
 
   def curve_with_role(self, role: str, split: str = "test") -> Curve | None:
@@ -184,19 +172,19 @@ class Measured:
       {**self.values, **other.values},
       {**self.curves, **other.curves},
       other.headline or self.headline,
-      other.likelihood or self.likelihood,
     )
 
   def scalars(self) -> dict[str, float]:
-    """Returns all numbers by name, with the likelihood's standard error."""
-    numbers = {name: v.value for name, v in self.all_values().items()}
-    if self.likelihood:
-      numbers[f"{self.likelihood.name}_stderr"] = self.likelihood.stderr
-    return numbers
+    """Returns all numbers by name, with NAME_stderr for each NAME_per_token."""
+    errors = {
+      f"{name.removesuffix('_per_token')}_stderr": value.error
+      for name, value in self.with_role(NATS).items()
+    }
+    return {name: v.value for name, v in self.values.items()} | errors
 
   def head(self) -> Value:
     """Returns the value that selects the best checkpoint."""
-    return self.all_values()[self.headline]
+    return self.values[self.headline]
 
 
 def _exp(nats: float) -> float:
@@ -272,9 +260,7 @@ def to_json(measured: Measured) -> dict[str, Any]:
   }
   plain[_KEY] = {
     "headline": measured.headline,
-    "values": {
-      n: described(v, "value") for n, v in measured.all_values().items()
-    },
+    "values": {n: described(v, "value") for n, v in measured.values.items()},
     "curves": {n: described(c, "x", "y") for n, c in measured.curves.items()},
   }
   return plain

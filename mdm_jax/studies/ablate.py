@@ -154,7 +154,7 @@ def measures(run: dict) -> dict[str, float | None]:
   sampled texts.
   """
   measured = from_json(run)
-  found = {v.title: v.value for v in measured.all_values().values()}
+  found = {v.title: v.value for v in measured.values.values()}
   for curve in measured.curves.values():
     if curve.split == "test":
       (first, *_, last) = curve.points().items()

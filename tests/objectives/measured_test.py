@@ -12,14 +12,14 @@ from mdm_jax.objectives.measured import (
   BITS,
   PERPLEXITY,
   Curve,
-  Likelihood,
   Measured,
   Value,
+  likelihood,
 )
 
 
 def _likelihood(exact=False):
-  return Likelihood(
+  return likelihood(
     *("nelbo", "NELBO"),
     total_nats=8 * math.log(2),
     tokens=16,
@@ -32,11 +32,11 @@ def _likelihood(exact=False):
 def _measured():
   curve = Curve((0.5, 1.0), (3.0, math.nan), "A curve", form=".2f")
   values = {"score/a": Value(1.5, "A score", "apples", role="score")}
-  return Measured(values, {"f": curve}, "nelbo_per_token", _likelihood())
+  return Measured(_likelihood() | values, {"f": curve}, "nelbo_per_token")
 
 
 def test_a_likelihood_is_told_per_token_per_byte_and_as_a_perplexity():
-  found = Measured(likelihood=_likelihood()).all_values()
+  found = _likelihood()
   assert list(found) == ["nelbo_per_token", "ppl_bound", "bits_per_byte"]
   nats = 8 * math.log(2) / 16
   assert found["nelbo_per_token"].value == pytest.approx(nats)
@@ -48,8 +48,8 @@ def test_a_likelihood_is_told_per_token_per_byte_and_as_a_perplexity():
 
 
 def test_an_exact_likelihood_is_no_bound():
-  found = Measured(likelihood=_likelihood(exact=True))
-  assert list(found.all_values()) == ["nelbo_per_token", "ppl", "bits_per_byte"]
+  found = Measured(_likelihood(exact=True))
+  assert list(found.values) == ["nelbo_per_token", "ppl", "bits_per_byte"]
   for role in (PERPLEXITY, BITS):
     assert not any(v.bound for v in found.with_role(role).values())
 
@@ -62,7 +62,7 @@ def test_what_is_written_is_read_again():
   text = json.dumps(strict_json.plain(plain), allow_nan=False)
   read, before = measured.from_json(json.loads(text)), _measured()
   # nan is not equal to itself, but its words are.
-  assert repr(read.all_values()) == repr(before.all_values())
+  assert repr(read.values) == repr(before.values)
   assert repr(read.curves) == repr(before.curves)
   assert repr(read.head()) == repr(before.head())
 

@@ -122,7 +122,7 @@ def found(mesh):
 
 def test_its_numbers_are_those_of_the_definition(found):
   measured, cost = found
-  values = measured.all_values()
+  values = measured.values
   assert values["cost"].value == pytest.approx(cost.mean(), rel=1e-5)
   assert values["right"].value == (cost < np.log(2)).mean()
   curve = measured.curves["by_place"]
