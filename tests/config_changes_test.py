@@ -1,4 +1,4 @@
-"""Which changes of a config a run can go on with, and how others are told."""
+"""Which changes of the config a resume accepts, and how others are refused."""
 
 import dataclasses
 import typing

@@ -1,4 +1,4 @@
-"""A small run and what is measured of it, all in this process."""
+"""Evaluation, frontier, comparison and report of a small run, in process."""
 
 import dataclasses
 import errno

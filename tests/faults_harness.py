@@ -1,4 +1,4 @@
-"""Runs of the program, small and fast, that are hurt from outside.
+"""Small, fast runs of the program into which faults are injected.
 
 A run is the program itself in a process of its own. What a fault needs inside
 it, a callback that raises or a loss that is not a number, is patched in by a

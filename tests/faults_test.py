@@ -1,4 +1,4 @@
-"""Faults of docs/reliability.md that need the whole program: real processes.
+"""Faults of docs/reliability.md that need the whole program, in real processes.
 
 Every test's number is that of the fault's row. The control is the run that
 nobody hurts: what a test compares with, and what shows that it can fail.

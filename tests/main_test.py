@@ -519,6 +519,7 @@ def test_the_report_needs_only_the_workdir(trained, copied):
   assert "--mode=eval" in (copied / "report.html").read_text()
 
 
+@pytest.mark.slow  # evaluate_test has it in its own process
 def test_the_frontier_is_a_table_and_a_plot(trained, copied):
   args = ["--mode=frontier", f"--workdir={copied}", "--json"]
   done = call(trained.folder, trained.env, *args)

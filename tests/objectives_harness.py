@@ -64,6 +64,11 @@ def ask(objective, mesh, step=0, plan=PLAN):
 
 def network(model=MODEL):
   """Returns a denoiser and its parameters, on the current mesh."""
+  return _network(model, jax.sharding.get_mesh())
+
+
+@functools.cache
+def _network(model, _mesh):
   denoiser = Denoiser(model, VOCAB)
   return denoiser, jax.jit(denoiser.init)(rng.stream(0, "init"))
 

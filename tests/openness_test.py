@@ -1,4 +1,4 @@
-"""A user's own pieces, defined outside the package, work in every program.
+"""Components defined outside the package work in every program.
 
 `own_pieces.py` has one toy each of corpus, tokenizer, noise schedule,
 objective, sampling order, text metric, optimizer and attention kernel. Nothing

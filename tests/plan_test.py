@@ -1,3 +1,5 @@
+"""What a plan says before training: warnings, parameters, durations."""
+
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""Real processes of this machine that find each other, and what they are asked.
+"""Several processes on this machine that join each other, and what they run.
 
 The children are Python programs with fake devices each; all that they print is
 kept, and none outlives its block.

@@ -1,4 +1,4 @@
-"""The loop: what it logs, when it reads numbers, where it may be parted."""
+"""The training loop: what it logs, when it reads metrics, where it may stop."""
 
 import contextlib
 import dataclasses

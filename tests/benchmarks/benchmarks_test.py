@@ -1,4 +1,4 @@
-"""What the benchmarks count and compare is right; how fast it is, is not asked.
+"""What the benchmarks count and compare is right; no test asserts a time.
 
 Times are never asserted: only that what is timed is what it is said to be.
 """

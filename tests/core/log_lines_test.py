@@ -1,4 +1,4 @@
-"""People see the library's own log lines in words, and others' warnings."""
+"""Log filtering: the library's own messages, and the warnings of others."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""What is printed is what there is: no text is taken for markup or emoji."""
+"""Console output: no text is taken for markup or emoji."""
 
 import ast
 import io

@@ -1,4 +1,4 @@
-"""The same rows, as CSV, Markdown and for a terminal."""
+"""Tables as CSV, as Markdown and for a terminal."""
 
 import csv
 import io

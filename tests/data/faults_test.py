@@ -1,4 +1,4 @@
-"""What is wrong with text, rows and commands is told before a run starts.
+"""Bad text, rows and commands are reported before a run starts.
 
 Each test is named after its row of the table of faults in docs/reliability.md.
 """

@@ -1,4 +1,4 @@
-"""Rows prepared in blocks: those of the memory's path, whatever happens."""
+"""Rows prepared in blocks equal those made in memory, whatever interrupts."""
 
 import dataclasses
 import json

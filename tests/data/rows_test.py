@@ -1,4 +1,4 @@
-"""Rows have named fields: a further one is a line in a list."""
+"""Rows have named fields; another one takes one line in a list."""
 
 import dataclasses
 import json
@@ -243,6 +243,11 @@ def test_a_further_fields_bytes_are_hashed(config, tmp_path, fields):
 # MARK: in a run
 
 
+@pytest.mark.parametrize(
+  "any_mesh",
+  ["1x1", pytest.param("4x2", marks=pytest.mark.slow)],
+  indirect=True,
+)
 def test_a_run_with_answers_goes_on_to_the_bit(
   any_mesh, config, tmp_path, fields
 ):

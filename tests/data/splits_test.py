@@ -1,4 +1,4 @@
-"""Text is on one side, whole and once, and the sides are as large as asked."""
+"""Splits: every document is in exactly one, and their sizes are as asked."""
 
 import pydoc_data.topics
 

@@ -1,4 +1,4 @@
-"""References that samples are measured beside, and all metrics together."""
+"""The held-out text and metrics beside which samples are measured."""
 
 import functools
 import itertools

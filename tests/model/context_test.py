@@ -1,4 +1,4 @@
-"""What sees what, against a rule spelled out pair by pair."""
+"""Visibility of positions, against a rule spelled out pair by pair."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,3 +1,5 @@
+"""The denoiser: what its states depend on, its fields, and its parameters."""
+
 import dataclasses
 import functools
 
@@ -49,7 +51,7 @@ def test_packed_segments_do_not_see_each_other(mesh):
     h = run(denoiser, params | {"embedding": embedding}, segments=segments)
     return (h[:, :3] ** 2).sum()
 
-  grad = np.asarray(jax.grad(first_segment)(params["embedding"]))
+  grad = np.asarray(jax.jit(jax.grad(first_segment))(params["embedding"]))
   mine, others = {3, 1, 4}, {5, 9, 2, 6}
   for token in others:
     assert (grad[token] == 0).all()
@@ -86,7 +88,7 @@ def test_nothing_comes_from_what_is_not_visible(mesh, kind):
     h = hidden(denoiser, params | {"embedding": embedding}, XT, context)
     return (h[:, 4] ** 2).sum()
 
-  grad = np.abs(jax.grad(state)(params["embedding"])).max(axis=1)
+  grad = np.abs(jax.jit(jax.grad(state))(params["embedding"])).max(axis=1)
   seen = 5 if kind == "causal" else 6
   mine, others = set(XT[0, :seen].tolist()), set(XT[0, seen:].tolist())
   assert (grad[list(others - mine)] == 0).all()
@@ -157,17 +159,19 @@ def test_found_C10_a_batch_of_one_row_works_however_it_is_split(
     split = sharding.batch_sharding(jax.sharding.get_mesh(), rank=2)
     alone = jax.device_put(XT, split)
     two = jax.device_put(jnp.concatenate([XT, XT]), split)
-    grads = jax.grad(lambda p, xt: (run(denoiser, p, xt) ** 2).sum())
-    np.testing.assert_allclose(
-      np.asarray(run(denoiser, params, alone))[0],
-      np.asarray(run(denoiser, params, two))[0],
-      rtol=1e-5,
-      atol=1e-6,
-    )
+
+    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.grad, has_aux=True)
+    def states(params, xt, _rows):
+      h = run(denoiser, params, xt)
+      return (h**2).sum(), h
+
+    grads, h = jax.device_get(states(params, alone, 1))
+    both, of_two = jax.device_get(states(params, two, 2))
+    np.testing.assert_allclose(h[0], of_two[0], rtol=1e-5, atol=1e-6)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-4, atol=1e-5),
-      grads(params, alone),
-      grads(params, two),
+      *(grads, both),
     )
 
 
@@ -187,7 +191,7 @@ def test_remat_changes_no_gradient(mesh, remat):
   plain, params = build()
   other, _ = build(remat=remat)
   loss = lambda d: lambda p: (run(d, p) ** 2).sum()
-  want, got = jax.grad(loss(plain))(params), jax.grad(loss(other))(params)
+  want, got = (jax.jit(jax.grad(loss(d)))(params) for d in (plain, other))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
     want,
@@ -297,7 +301,8 @@ def test_a_model_of_other_fields_is_the_same_on_every_mesh(name):
       split = sharding.batch_sharding(jax.sharding.get_mesh(), rank=2)
       xt = jax.device_put(tokens, split)
       loss = lambda p, d=denoiser, xt=xt: (run(d, p, xt) ** 2).sum()
-      found.append(jax.device_get(jax.value_and_grad(loss)(params)))
+      both = jax.jit(jax.value_and_grad(loss))
+      found.append(jax.device_get(both(params)))
   value, grads = found[0]
   assert np.isfinite(value) and value != 0
   for grad in jax.tree.leaves(grads["blocks"]):

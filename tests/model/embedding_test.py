@@ -1,4 +1,4 @@
-"""A look-up in a table that is split over devices is a look-up in the table."""
+"""Looking up ids in an embedding table that is split over devices."""
 
 import jax
 import jax.numpy as jnp

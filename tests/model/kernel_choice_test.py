@@ -1,4 +1,4 @@
-"""What `model.attention=auto` takes where; no GPU is needed to say it."""
+"""Which kernel `model.attention=auto` chooses where; this needs no GPU."""
 
 import dataclasses
 
@@ -126,8 +126,8 @@ def test_a_kernel_of_ones_own_is_taken_by_its_name(mesh, tiny_model, slow):
   segments = jnp.array([[1, 1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1]])
   causal = row_context(segments, visibility=CAUSAL)
   np.testing.assert_allclose(
-    denoiser.hidden(params, tokens, causal),
-    reference.hidden(params, tokens, causal),
+    jax.jit(denoiser.hidden)(params, tokens, causal),
+    jax.jit(reference.hidden)(params, tokens, causal),
     rtol=1e-4,
     atol=1e-5,
   )
@@ -160,9 +160,12 @@ def test_queries_and_keys_may_differ_in_number(any_mesh, name, kind):
     for n in "kv"
   )
   kernel, visibility = KERNELS[name](), context.visibility
-  whole = kernel.attend(query, key, value, kernel.prepare(visibility, k, k))
-  few = kernel.prepare(visibility, q, k)
-  some = kernel.attend(query[..., -last:, :], key, value, few)
+
+  @jax.jit
+  def attend(query, q):
+    return kernel.attend(query, key, value, kernel.prepare(visibility, q, k))
+
+  whole, some = attend(query, k), attend(query[..., -last:, :], q)
   np.testing.assert_allclose(whole[..., -last:, :], some, rtol=1e-4, atol=1e-5)
 
 

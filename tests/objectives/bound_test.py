@@ -80,7 +80,9 @@ def table(model):
 
 
 def log_prob_in_order(table, text, order):
-  xt, total = [MASK] * L, 0.0
+  """Of the positions in the order, where all others can be seen."""
+  xt = [MASK if i in order else token for i, token in enumerate(text)]
+  total = 0.0
   for i in order:
     total += table[tuple(xt)][i, text[i]]
     xt[i] = text[i]
@@ -134,6 +136,27 @@ def test_evaluator_gives_the_bound_of_enumeration(model, table, mesh):
   assert found.values["ppl_bound"].bound and "ppl" not in found.values
   expected = per_row.std(ddof=1) / np.sqrt(len(TEXTS))
   np.testing.assert_allclose(got.error, expected, rtol=0.05)
+
+
+def test_of_rows_with_prompts_only_the_answers_are_measured(model, table, mesh):
+  """The first token is a prompt, and one row has no answer."""
+  evaluator = make_evaluator(model, mesh, masks_per_row=900, batch_size=2700)
+  rows, answer = make_rows(TEXTS), np.tile(np.uint8([0, 1, 1]), (len(TEXTS), 1))
+  answer[0] = 0
+  held = hold(Rows(rows.tokens, rows.segments, answer=answer))
+  found = evaluator.measure(model[1], held).likelihood
+  orders = (1, 2), (2, 1)
+  per_token = [
+    -np.mean([log_prob_in_order(table, text, o) for o in orders]) / 2
+    for text in TEXTS[1:]
+  ]
+  assert found.tokens == 2 * len(per_token)
+  assert found.num_bytes is None  # bytes of prompts are in the table, too
+  np.testing.assert_allclose(
+    found.total_nats / found.tokens, np.mean(per_token), rtol=1e-2
+  )
+  expected = np.std(per_token, ddof=1) / np.sqrt(len(per_token))
+  np.testing.assert_allclose(found.stderr, expected, rtol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,7 @@
+"""Masks: how many tokens, which positions, and rates stratified over rows."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,7 @@ from mdm_jax.objectives import corruption, noise
 MASK = 99
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def corrupt(rate, rows=64, length=50, padding=0, seed=0):
   x0 = jnp.arange(rows * length).reshape(rows, length) % 90
   real = jnp.broadcast_to(jnp.arange(length) < length - padding, x0.shape)

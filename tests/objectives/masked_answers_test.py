@@ -1,4 +1,4 @@
-"""The masked objective asks where a row's answer is, and nowhere else."""
+"""The masked objective masks and predicts a row's answer, and nothing else."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The masked objective: what it weighs, how much it asks, and what it logs."""
+"""The masked objective: weights, number of predictions, logged values."""
 
 import dataclasses
 

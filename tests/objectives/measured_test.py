@@ -1,4 +1,4 @@
-"""What is measured knows its names: as JSON, and for those who draw it."""
+"""Measured values carry their titles, in JSON and for plots."""
 
 import json
 import math

@@ -1,3 +1,5 @@
+"""Noise schedules and the distribution of mask rates in each stage."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Who has the workdir, and how attempts end: with real processes."""
+"""The workdir's lock, and the record of how attempts end, by real processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The ledger's seconds add up to the time that passed, whatever happens."""
+"""Goodput: the seconds of all causes add up to the time that passed."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""A process that hangs says where, and ends; one that works is left alone."""
+"""Watchdog: a process that hangs says where and ends; others are left alone."""
 
 import json
 import subprocess

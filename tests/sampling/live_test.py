@@ -1,4 +1,4 @@
-"""The view on the terminal: what it shows, and late or early steps."""
+"""The live view in the terminal: what it shows, and late or early steps."""
 
 import io
 import re

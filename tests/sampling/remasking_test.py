@@ -1,4 +1,4 @@
-"""Putting tokens back: how many, which, and what stays as it was."""
+"""Remasking: how many tokens, which ones, and what stays as it was."""
 
 import functools
 import itertools

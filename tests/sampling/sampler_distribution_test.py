@@ -1,4 +1,4 @@
-"""The distribution of what is drawn, where it can be worked out.
+"""The sampler's distribution, for models whose distribution is known.
 
 Most of this is exact: all texts are forced, one after the other, and the
 probabilities that the sampler notes must make the joint.

@@ -1,4 +1,4 @@
-"""Drawing against distributions, cuts and orders that numpy works out."""
+"""Drawing tokens, against distributions and truncations computed by numpy."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""How texts came about: statistics, files, and the page in a browser."""
+"""Traces of sampling: statistics, files, and the page in a browser."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""The losses of a short run, kept as a file: what is trained stays the same.
+"""The losses of a short run equal those kept in a file.
 
 Packed rows, dropout, smoothing, weights of the bound, rehearsal and two
 microbatches, on one device and on eight (alike to 1e-7). After a change that is

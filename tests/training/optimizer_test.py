@@ -1,5 +1,7 @@
 """Optimizers by name: what they compute, and what is left alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,11 +143,16 @@ def test_the_learning_rate_is_of_the_step_it_is_given():
 
 def run(optimizer, params, steps=3, scale=1.0):
   """Returns parameters and state after some updates of random gradients."""
-  update, state = jax.jit(optimizer.update), jax.jit(optimizer.init)(params)
+
+  @jax.jit
+  def update(grads, state, params, step):
+    updates, state = optimizer.update(grads, state, params, step=step)
+    return optax.apply_updates(params, updates), state
+
+  state = jax.jit(optimizer.init)(params)
   for step in range(steps):
     grads = random_like(params, step, scale)
-    updates, state = update(grads, state, params, step=jnp.int32(step))
-    params = optax.apply_updates(params, updates)
+    params, state = update(grads, state, params, jnp.int32(step))
   return params, state
 
 
@@ -220,6 +227,11 @@ MODEL = ModelConfig(num_layers=3, embed_dim=16, num_heads=4, num_kv_heads=2)
 
 def network():
   """Parameters of a small denoiser, on the current mesh."""
+  return _network(jax.sharding.get_mesh())
+
+
+@functools.cache
+def _network(_mesh):
   return jax.jit(Denoiser(MODEL, Vocabulary(32)).init)(jax.random.key(0))
 
 
@@ -238,8 +250,10 @@ def _check_matrices():
   )
   params = jax.tree.map(lambda p: p.astype(jnp.float64), network())
   grads = random_like(params, 1)
-  state = optimizer.init(params)
-  updates, _ = optimizer.update(grads, state, params, step=0)
+  state = jax.jit(optimizer.init)(params)
+  updates, _ = jax.jit(optimizer.update)(
+    grads, state, params, step=jnp.int32(0)
+  )
   grads, updates = jax.device_get((grads, updates))
   width = MODEL.embed_dim
   shapes = {
@@ -247,6 +261,7 @@ def _check_matrices():
     **dict.fromkeys(("out", "down"), (-1, width)),
   }
   one = optax.contrib.muon(1.0, consistent_rms=0.2)
+  step = jax.jit(one.update)
   blocks = [
     (tree[room][name], updates["blocks"][room][name], shapes[name])
     for tree in [grads["blocks"]]
@@ -258,7 +273,7 @@ def _check_matrices():
   for grad, update, shape in blocks:
     for layer in range(MODEL.num_layers):
       matrix = {"w": grad[layer].reshape(shape)}
-      want, _ = one.update(matrix, one.init(matrix), matrix)
+      want, _ = step(matrix, one.init(matrix), matrix)
       got = update[layer].reshape(shape)
       np.testing.assert_allclose(got, want["w"], rtol=1e-6, atol=1e-9)
 
@@ -312,9 +327,10 @@ def test_an_update_that_is_not_applied_changes_no_bit(any_mesh, any_config):
   try_out = lambda grads, applied: update(
     grads, state, params, step=jnp.int32(3), applied=jnp.bool_(applied)
   )
-  nothing = jax.tree.map(lambda p: jnp.full_like(p, -0.0), params)
+  nothing = jax.tree.map(lambda p: np.full_like(p, -0.0), params)
+  full = lambda p, value: jax.device_put(np.full_like(p, value), p.sharding)
   for value in (50.0, 1e30, np.nan, np.inf):  # spikes, then not finite
-    bad = jax.tree.map(lambda p, value=value: jnp.full_like(p, value), params)
+    bad = jax.tree.map(lambda p, value=value: full(p, value), params)
     updates, after = try_out(bad, False)
     assert_same_bits(after, state)
     assert_same_bits(updates, nothing)

@@ -1,4 +1,4 @@
-"""What becomes a point of the curves: means, bins, and what a resume keeps."""
+"""The run log: means over updates, bins, and what a resume keeps."""
 
 import json
 import math

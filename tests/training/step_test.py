@@ -272,7 +272,7 @@ def _own(examples):
 def test_microbatches_of_even_weight_make_the_step_of_multi_steps(mesh, even):
   """Of means of microbatches: not the update's mean where weights differ."""
   smooth = dataclasses.replace(CONFIG.optimizer, eps=1e-3)
-  run = Run(dataclasses.replace(CONFIG, optimizer=smooth), mesh)
+  run = shared(dataclasses.replace(CONFIG, optimizer=smooth), mesh)
   objective, plan = run.asks
   objective = Even(objective) if even else objective
   step = make_train_step(run.parts, objective, plan)
@@ -309,7 +309,7 @@ EVERY_2 = dataclasses.replace(
 
 @pytest.mark.parametrize(
   "config",
-  [CONFIG, GUARDED, EVERY_2],
+  [CONFIG, pytest.param(GUARDED, marks=pytest.mark.slow), EVERY_2],
   ids=["plain", "guarded", "accumulating"],
 )
 def test_six_updates_equal_three_a_resume_and_three(mesh, tmp_path, config):
@@ -375,7 +375,9 @@ def test_meshes_draw_the_same_masks_and_agree(tmp_path):
   assert_trees_close(state_a.params, state_b.params, atol=2e-4)
 
 
-@pytest.mark.parametrize("weighting", ["masked_ce", "nelbo"])
+@pytest.mark.parametrize(
+  "weighting", ["masked_ce", pytest.param("nelbo", marks=pytest.mark.slow)]
+)
 def test_three_devices_update_as_one_does(mesh, weighting):
   """Of 3 x 3 rows a microbatch the last one is padding, and counts nowhere."""
   config = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Files of curves: what a resume drops, and what a full disk costs."""
+"""Metric writers: what a resume drops, and what happens on a full disk."""
 
 import json
 import math
