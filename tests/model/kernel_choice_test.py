@@ -14,7 +14,6 @@ from mdm_jax.model import kernel_choice, kernels
 from mdm_jax.model.context import (
   CAUSAL,
   FULL,
-  Context,
   Visibility,
   row_context,
   visible,
@@ -183,5 +182,5 @@ def test_cudnn_is_told_lengths_where_they_say_all():
     got = attend(query, key, value, **told)
     real = np.asarray(segments > 0)
     np.testing.assert_allclose(got[real], want[real], rtol=1e-4, atol=1e-5)
-  packed: Context = row_context(segments)
-  assert "mask" in kernels.CuDNN().prepare(FULL, packed.side, packed.side)
+  packed = row_context(segments).side
+  assert "mask" in kernels.CuDNN().prepare(FULL, packed, packed)
