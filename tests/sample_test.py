@@ -227,7 +227,7 @@ def test_any_pattern_can_be_filled(model):
     (lambda m: m.generate([]), "nothing to draw"),
     (lambda m: m.generate("", num_samples=0), "nothing to draw"),
     (lambda m: m.generate("x" * 24), "leaves nothing"),
-    (lambda m: m.generate("x" * 25), "has 24"),
+    (lambda m: m.generate("x" * 25), "only 24"),
     (lambda m: m.generate("[MASK:0]"), r"\[MASK:5\]"),
     (
       lambda m: m.fill(np.full((1, 4), 300), np.zeros((1, 4), bool)),
@@ -334,15 +334,15 @@ def test_prompts_of_a_file_can_be_watched(workdir, monkeypatch, tmp_path):
       r"p.txt, line 2: \[MASK:x\] is not a valid mask",
     ),
     ("p.txt", b"caf\xe9", "p.txt, line 1: .* byte 0xe9 at character 4"),
-    ("p.txt", b"a\nb\n" + b"x" * 25, "p.txt, line 3: .* a sample has 24"),
+    ("p.txt", b"a\nb\n" + b"x" * 25, "p.txt, line 3: .* a sample only 24"),
     (
       "p.jsonl",
       b'{"prompt": "a"}\n{"text": "a"}',
-      "p.jsonl, line 2: it is not",
+      "p.jsonl, line 2: expected",
     ),
-    ("p.jsonl", b'{"prompt": "a"}\n\n', "p.jsonl, line 2: it is not"),
+    ("p.jsonl", b'{"prompt": "a"}\n\n', "p.jsonl, line 2: expected"),
     ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1: .* U.D800 at character 1"),
-    ("p.jsonl", b"[1]", "line 1: it is not"),
+    ("p.jsonl", b"[1]", "line 1: expected"),
   ],
 )
 def test_a_line_that_is_no_prompt_is_named(

@@ -117,7 +117,7 @@ def fit(template: Template, length: int, vocab: Vocabulary) -> Template:
     # One token more if otherwise nothing would be left to draw.
     raise UserError(
       f"the prompt has {count} tokens and a sample only {length}; shorten it"
-      f" by {-rest + (not drawn)} tokens or increase sample.length"
+      f" by {-rest + (not drawn)} or increase sample.length"
     )
   if not rest and not drawn:
     raise UserError(
