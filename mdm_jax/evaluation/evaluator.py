@@ -75,16 +75,16 @@ class Evaluator:
     jobs = self._objective.jobs(held, part, self._config.masks_per_row)
     if jobs is None:
       return Measured(headline=self._objective.headline)
-    nats = self.ask(params, held.rows, jobs)
+    nats = self.run(params, held.rows, jobs)
     return self._objective.values(part, jobs, nats, held)
 
-  def ask(self, params: Params, rows: Rows, jobs: Jobs) -> Nats:
+  def run(self, params: Params, rows: Rows, jobs: Jobs) -> Nats:
     """Returns the loss of all jobs in nats, by row and by text of a row.
 
     Args:
       params: parameters of the model.
       rows: the rows that the jobs refer to.
-      jobs: what to ask, from `Objective.jobs`.
+      jobs: what to measure, from `Objective.jobs`.
     """
     size, total = self._rows_a_call, len(jobs)
     # The first jobs again fill up the last batch; their results are dropped.

@@ -235,7 +235,7 @@ def test_texts_of_a_row_add_up_to_it_and_are_told_apart(model, mesh):
   texts = np.stack([numbers, segment, segment, segment, 0 * segment], axis=1)
   held = HeldOut(rows, texts.astype(np.int64))
   jobs = evaluator._objective.jobs(held, "likelihood", 200)
-  nats = evaluator.ask(model[1], rows, jobs)
+  nats = evaluator.run(model[1], rows, jobs)
   np.testing.assert_allclose(nats.by_text.sum(axis=1), nats.by_row, rtol=1e-5)
   assert (nats.by_text > 0).any(axis=0).tolist() == [True, True]
   mean, error = measure(evaluator, model[1], held)
