@@ -22,7 +22,7 @@ from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import determinism, distributed
 from mdm_jax.core.progress import ProgressLine, console
-from mdm_jax.data.prepared import prepare_on_all
+from mdm_jax.data.prepared import PreparedData, prepare_on_all
 from mdm_jax.model.placement import training_mesh
 from mdm_jax.resume import Origin, find_origin
 from mdm_jax.runtime.goodput import Cause
@@ -212,13 +212,13 @@ class Run:
         *(trainer, writers, line, self._attempt, self._progress()),
         every=train.log_every,
       )
-      self._log_beginning(log)
       saving = Saving(self._checkpoints, train)
       yield (
         Hooks(
           Supervision(self._session, trainer),
           PlatformStatus(self._config.name, self.updates, self._workdir.path),
           log,
+          _Beginning(self._config, self._data, self.origin, log),
           SkipLimit(
             *(train.max_skipped, log, trainer),
             *(self._checkpoints, self._workdir.path),
@@ -232,17 +232,6 @@ class Run:
         ),
         saving,
       )
-
-  def _log_beginning(self, log: RunLog) -> None:
-    """Logs the config and data of a new run, or the changes at a resume."""
-    update, write = self.origin.update, log.writers.write_texts
-    if update is None:
-      write(0, {"config": _as_text(self._config)})
-      texts = preview.describe(self._config, self._data)
-      write(0, {f"data/{name}": text for name, text in texts.items()})
-    elif changes := self.origin.describe_changes():
-      log.line.say(f"warning: {changes}")
-      write(update, {"config_changes": changes})
 
   def _writers(self) -> Writers:
     update = self.origin.update
@@ -283,6 +272,26 @@ class Run:
 
   def _spend(self, cause: Cause):
     return self._attempt.ledger.spend(cause)
+
+
+class _Beginning(Hook):
+  """Logs the config and data of a new run, or the changes at a resume."""
+
+  def __init__(
+    self, config: Config, data: PreparedData, origin: Origin, log: RunLog
+  ):
+    self._config, self._data = config, data
+    self._origin, self._log = origin, log
+
+  def on_start(self, state: TrainState) -> None:
+    update, write = self._origin.update, self._log.writers.write_texts
+    if update is None:
+      write(0, {"config": _as_text(self._config)})
+      texts = preview.describe(self._config, self._data)
+      write(0, {f"data/{name}": text for name, text in texts.items()})
+    elif changes := self._origin.describe_changes():
+      self._log.line.say(f"warning: {changes}")
+      write(update, {"config_changes": changes})
 
 
 def _as_text(config: Config) -> str:
