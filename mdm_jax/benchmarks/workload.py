@@ -43,7 +43,7 @@ class Preset:
   batch: int
   dtype: str = "auto"
   attention: str = "auto"
-  remat: str = "dots"
+  remat: str = "auto"
   dropout: float = 0.0
   label_smoothing: float = 0.0
 
@@ -193,7 +193,8 @@ class Work:
 
 def make_data(preset: Preset, rows: Rows) -> PreparedData:
   """Returns rows as a run's data; the same rows are held out."""
-  manifest = {"rows": {"stage_1": {"tokens": int(rows.tokens.size)}}}
+  counts = {"tokens": int(rows.tokens.size), "most_segments": 1}
+  manifest = {"rows": {"stage_1": counts}}
   held = one_byte_a_token(rows)
   return PreparedData(Numbers(preset.vocab), (rows,), held, held, manifest)
 

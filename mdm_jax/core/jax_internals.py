@@ -1,15 +1,20 @@
-"""All uses of JAX's private API: its distributed state and cluster detection.
+"""All uses of JAX's private API.
 
-No other module may import `jax._src`. If a version of JAX lacks one of the two,
-single-process programs still work, and `missing` says what doesn't.
+They are its distributed state, its cluster detection and the arguments of its
+cuDNN attention. No other module may import `jax._src`. If a version of JAX
+lacks one of the first two, single-process programs still work, and `missing`
+says what doesn't; without the third, attention takes a dense mask.
 """
 
 import functools
+import inspect
 import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 Cluster = tuple[str, int, int, list[int] | None]
+_PACKED_MASKS = "PADDING", "PADDING_CAUSAL"
+_PACKED_ARGUMENTS = "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"
 _FIELDS = ("client", "num_processes", "process_id", "coordinator_address")
 
 
@@ -59,6 +64,36 @@ def find_cluster(seconds: int) -> Cluster | None:
   # None for everything that the user could give: detect all of it.
   found = search(None, None, None, None, None, seconds)
   return None if found[0] is None else found
+
+
+@functools.cache
+def packed_attention() -> Callable[..., Any] | None:
+  """Returns cuDNN's attention over rows of several segments, if JAX has it.
+
+  Returns:
+    A function of query, key and value [B, L, H, K], the segments' lengths
+    [B, M] and offsets [B, M + 1] (-1 where there is none), and whether it is
+    causal.
+  """
+  module = "cudnn.fused_attention_stablehlo"
+  attend = _private(f"{module}:dot_product_attention")
+  padded, causal_too = (
+    _private(f"{module}:MaskType.{name}") for name in _PACKED_MASKS
+  )
+  if attend is None or padded is None or causal_too is None:
+    return None
+  if not {*_PACKED_ARGUMENTS} <= {*inspect.signature(attend).parameters}:
+    return None
+
+  def run(query, key, value, lengths, offsets, causal: bool):
+    return attend(
+      *(query, key, value),
+      **dict(zip(_PACKED_ARGUMENTS, (lengths, lengths, offsets, offsets))),
+      scale=query.shape[-1] ** -0.5,
+      mask_type=causal_too if causal else padded,
+    )
+
+  return run
 
 
 @functools.cache

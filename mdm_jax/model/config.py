@@ -40,8 +40,15 @@ class ModelConfig:
   rope_theta: float = fixed(
     10_000.0, "base of the rotary frequencies", "[1, 1e12]"
   )
-  remat: Literal["none", "dots", "full"] = field(
-    "dots", "what the backward pass recomputes: nothing, all but matmuls, all"
+  remat: Literal["auto", "none", "dots", "full"] = field(
+    "auto",
+    "what the backward pass recomputes: nothing, all but matmuls, all (auto:"
+    " nothing if the layers are unrolled, else all but matmuls)",
+  )
+  layer_loop: Literal["auto", "scan", "unrolled"] = field(
+    "auto",
+    "scan: the layers are one loop, quick to compile; unrolled: one after the"
+    " other, faster on a GPU (auto: unrolled there up to 32 layers)",
   )
   dtype: Literal["auto", "float32", "bfloat16"] = field(
     "auto", "compute dtype (auto: bfloat16 on accelerators, float32 on CPU)"

@@ -71,13 +71,13 @@ class Side:
       of a cache.
     label: by which queries find a position [B, M].
     horizon: highest label that a position attends to [B, M].
-    packed: whether a row may hold several segments.
+    most_segments: largest number of segments in a row; None if unknown.
   """
 
   segments: Any
   label: Any
   horizon: Any
-  packed: bool = _static(True)
+  most_segments: int | None = _static(None)
 
 
 def visible(q: Side, k: Side) -> Bool[Array, "B Q K"]:
@@ -168,8 +168,8 @@ class Context:
       models trained on next-token prediction. The first position of a segment
       or call keeps its own output, so with a cache start the call one token
       early.
-    packed: whether a row may hold several segments. If not, it holds one
-      segment from its start on, followed by padding.
+    most_segments: largest number of segments in a row, if known. They follow
+      each other from the row's start on; padding is at its end.
   """
 
   segments: Any
@@ -181,13 +181,13 @@ class Context:
   cache: KVCache | None = None
   keep: bool = _static(False)
   shift: bool = _static(False)
-  packed: bool = _static(True)
+  most_segments: int | None = _static(None)
 
   @property
   def side(self) -> Side:
     """Segments, labels and horizons of these tokens, as queries or as keys."""
     side = make_side(self.visibility, self.segments, self.positions, self.noisy)
-    return dataclasses.replace(side, packed=self.packed)
+    return dataclasses.replace(side, most_segments=self.most_segments)
 
 
 def row_context(segments: Int[Array, "*A B S"], **more: Any) -> Context:

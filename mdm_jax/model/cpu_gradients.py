@@ -14,18 +14,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from mdm_jax.core import hardware
+
 
 def wanted() -> bool:
   """Returns whether the program being traced will run on CPUs.
 
-  This follows from the current mesh. An abstract mesh has no device kind: it is
-  a plan for other hardware, for which the answer is no.
+  An abstract mesh is a plan for other hardware, for which the answer is no.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return jax.default_backend() == "cpu"
-  device = mesh.abstract_device
-  return device is not None and device.device_kind == "cpu"
+  place = hardware.target()
+  return place is not None and place.backend == "cpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from mdm_jax.core.sharding import RULES, vocab_ids
+from mdm_jax.core import hardware
+from mdm_jax.core.sharding import vocab_ids
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model import cache as caching
-from mdm_jax.model import embedding, kernel_choice, layers
+from mdm_jax.model import embedding, kernel_choice, layer_loop, layers
 from mdm_jax.model.block import Block, Shared
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import (
@@ -96,15 +97,19 @@ class Network(nnx.Module):
       x, kept = block(x, index, shared, cached)
       return x, kept if context.keep else None
 
+    loop = layer_loop.choose(self.config, hardware.target())
     # "none" is not wrapped at all: jax.checkpoint rounds every stored array
-    # once more (reduce_precision). prevent_cse is off because it is unnecessary
-    # inside a scan, and costs optimisations (see jax.checkpoint's docs).
-    if self.config.remat != "none":
-      policy = _KEPT[self.config.remat]
-      body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    # once more (reduce_precision). Inside a loop prevent_cse is unnecessary,
+    # and costs optimisations (see jax.checkpoint's docs); unrolled, XLA would
+    # merge the recomputation with the forward pass, and store everything.
+    if loop.remat != "none":
+      body = jax.checkpoint(
+        body, prevent_cse=loop.unrolled, policy=_KEPT[loop.remat]
+      )
     index = jnp.arange(self.config.num_layers)
     cached = context.cache and (context.cache.keys, context.cache.values)
-    return jax.lax.scan(body, x, (self.blocks, index, cached))
+    stack = self.blocks, index, cached
+    return jax.lax.scan(body, x, stack, unroll=loop.unrolled)
 
   def _in_place(self, x, shared: Shared, context: Context):
     """Scans over the layers with the key/value buffers in the carry.
@@ -147,7 +152,7 @@ class Network(nnx.Module):
       queries=context.segments.shape[1],
       keys=keys,
       visibility=context.visibility,
-      packed=context.packed,
+      most_segments=context.most_segments,
       cache=context.cache is not None,
     )
     return KERNELS[kernel_choice.chosen(self.config.attention, case).name]()
@@ -188,11 +193,14 @@ class Denoiser:
   vocab: Vocabulary
 
   def attention(
-    self, length: int, visibility: Visibility = FULL, packed: bool = True
+    self,
+    length: int,
+    visibility: Visibility = FULL,
+    most_segments: int | None = None,
   ) -> kernel_choice.Choice:
     """Returns which attention kernel rows of `length` tokens use here."""
     dtype, size = compute_dtype(self.config).name, self.config.head_size
-    case = Case(dtype, size, length, length, visibility, packed)
+    case = Case(dtype, size, length, length, visibility, most_segments)
     return kernel_choice.chosen(self.config.attention, case)
 
   def init(self, key: Key[Array, ""]) -> Params:
@@ -250,14 +258,8 @@ class Denoiser:
     h = layers.rms_norm(
       hidden, params["final_norm"]["scale"], self.config.norm_eps
     )
-    logits = jnp.einsum(
-      "nd,vd->nv",
-      h,
-      table.astype(h.dtype),
-      # The loss and the sampler need float32 logits (see `tokens.draw`).
-      preferred_element_type=jnp.float32,
-      out_sharding=RULES.spec("batch", "vocab"),
-    )
+    # The loss and the sampler need float32 logits (see `tokens.draw`).
+    logits = layers.head_product(h, table)
     possible = self.vocab.is_predictable(vocab_ids(logits.shape[-1]))
     return jnp.where(possible[None], logits, -jnp.inf)
 

@@ -7,18 +7,26 @@ JAX knows which cuDNN is installed and what that version supports.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.core import hardware
 from mdm_jax.core.errors import UserError
-from mdm_jax.model.kernels import KERNELS, Case, Place
+from mdm_jax.core.hardware import Place
+from mdm_jax.model import packed_kernel  # noqa: F401, registers its kernel
+from mdm_jax.model.context import make_side
+from mdm_jax.model.kernels import KERNELS, Case
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 # Kernels that `auto` tries on a backend, fastest first; the last one supports
-# everything. On one H100 an update of 12 layers with embed_dim 768 took 91 ms
-# with cuDNN's flash attention and 137 ms with XLA's.
-_FASTEST = {"gpu": ("cudnn", "xla")}
+# everything. docs/performance.md has the times that gave this order.
+_FASTEST = {"gpu": ("cudnn_packed", "cudnn", "xla")}
+# Kernels that JAX may refuse, by the version of cuDNN.
+_ASKED = "cudnn_packed", "cudnn"
+# (kernel's name, case) -> why it can't be used, or None.
+Refusal = Callable[[str, Case], str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +40,21 @@ class Choice:
     return f"attention {self.name}: {self.why}"
 
 
-def choose(asked: str, place: Place, case: Case) -> Choice:
+def _fine(name: str, case: Case) -> None:
+  del name, case
+
+
+def choose(
+  asked: str, place: Place, case: Case, refused: Refusal = _fine
+) -> Choice:
   """Resolves `model.attention` from shapes and hardware, without asking JAX.
 
   Args:
     asked: value of `model.attention`.
     place: the hardware.
     case: the attention problem.
+    refused: returns why a kernel can't be used for another reason than its
+      shapes and hardware, or None.
 
   Returns:
     The kernel named by `asked`, supported or not; for `auto`, the fastest one
@@ -57,23 +73,18 @@ def choose(asked: str, place: Place, case: Case) -> Choice:
   for name in fast:
     kernel = KERNELS[name]()
     lacking = kernel.lacks(case, place)
-    if lacking is None:
-      kind = f"{kernel.called}, of {case.dtype}, heads of {case.head}"
-      return Choice(name, kind + kernel.remark(case))
     missing = f": {kernel.called} has no {lacking}"
+    if lacking is None:
+      reason = refused(name, case)
+      if reason is None:
+        kind = f"{kernel.called}, of {case.dtype}, heads of {case.head}"
+        return Choice(name, kind + kernel.remark(case))
+      missing = f", as JAX says of {kernel.called}: {reason}"
   return Choice(last, KERNELS[last].called + missing)
 
 
-@functools.cache
-def here() -> Place:
-  """Returns the hardware of this process."""
-  backend = jax.default_backend()
-  capability = getattr(jax.devices()[0], "compute_capability", None)
-  return Place(backend, str(capability) if capability else None)
-
-
 def chosen(asked: str, case: Case) -> Choice:
-  """Returns the kernel used in this process, confirmed by JAX on a GPU.
+  """Returns the kernel used in this program, confirmed by JAX on a GPU.
 
   Args:
     asked: value of `model.attention`.
@@ -83,54 +94,65 @@ def chosen(asked: str, case: Case) -> Choice:
     UserError: the kernel named by `asked` does not support the case, or JAX
       refuses it on this GPU.
   """
-  found = choose(asked, here(), case)
-  if found.name != "cudnn":
-    # `choose` returns a kernel asked for by name without checking it.
-    lacking = KERNELS[found.name]().lacks(case, here())
+  place = hardware.target() or hardware.here()
+  # JAX answers for this process's GPU only. Without one, a program can still be
+  # compiled for another; on a CPU `placement.check_model` refuses cudnn.
+  refused = refusal if place == hardware.here() else _refused_elsewhere
+  refused = refused if place.backend == "gpu" else _fine
+  found = choose(asked, place, case, refused)
+  if asked == "auto":
+    return found
+  if found.name not in _ASKED:
+    lacking = KERNELS[found.name]().lacks(case, place)
     if lacking:
       raise UserError(
         f"model.attention={asked} has no {lacking}; nearest valid: auto"
       )
-    return found
-  if here().backend != "gpu":
-    # Nothing to ask JAX here; `placement.check_model` refuses cudnn on a mesh
-    # without a GPU.
-    return found
-  refused = refusal("cudnn", case)
-  if refused and asked == "cudnn":
+  elif reason := refused(asked, case):
     raise UserError(
-      f"model.attention=cudnn with rows of {case.queries} tokens and heads of"
-      f" {case.head} in {case.dtype}: {refused}; nearest valid: auto"
+      f"model.attention={asked} with rows of {case.queries} tokens and heads of"
+      f" {case.head} in {case.dtype}: {reason}; nearest valid: auto"
     )
-  if refused:
-    return Choice("xla", f"XLA's own, as JAX says of cuDNN's: {refused}")
   return found
 
 
+def _refused_elsewhere(name: str, case: Case) -> str | None:
+  """Returns why a program for a GPU that isn't here can't have a kernel."""
+  del case
+  return "it is compiled on its GPU only" if name == "cudnn_packed" else None
+
+
 @functools.cache
-def refusal(kernel: str, case: Case) -> str | None:
+def refusal(name: str, case: Case) -> str | None:
   """Returns why JAX refuses a kernel or its gradient; None if it does not.
 
   Lowers them for the current backend, without compiling or running anything.
   """
-  heads = lambda length: jax.ShapeDtypeStruct(
-    (1, length, 1, case.head), case.dtype
-  )
-  shape = (1, 1, case.queries, case.keys)
-  mask = None if case.plain else jax.ShapeDtypeStruct(shape, bool)
+  kernel = KERNELS[name]()
 
-  def attend(query, key, value, mask):
-    mixed = jax.nn.dot_product_attention(
-      query, key, value, mask=mask, implementation=kernel
-    )
+  def attend(query, key, value, segments):
+    sides = [
+      dataclasses.replace(
+        make_side(case.visibility, s, s, s > 0),
+        most_segments=case.most_segments,
+      )
+      for s in segments
+    ]
+    prepared = kernel.prepare(case.visibility, sides[0], sides[-1])
+    mixed = kernel.attend(query, key, value, prepared)
     return mixed.astype(jnp.float32).sum()
 
-  keys = heads(case.keys)
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, case.dtype)
+  row = lambda length: jax.ShapeDtypeStruct((1, length), jnp.int32)
+  keys = shape(1, 1, case.keys, case.head)
+  segments = [row(case.queries), row(case.keys)]
+  # The queries' and the keys' side are the same object if there is no cache.
+  segments = segments if case.cache else segments[:1]
   try:
     # Without the current mesh, on which the cached answer must not depend.
     with jax.sharding.use_abstract_mesh(_NO_MESH):
       grad = jax.jit(jax.grad(attend, argnums=(0, 1, 2)))
-      grad.lower(heads(case.queries), keys, keys, mask)
+      grad.lower(shape(1, 1, 1, case.queries, case.head), keys, keys, segments)
   # JAX's checks of cuDNN's version, shapes and hardware raise any of these.
   except (RuntimeError, ValueError, NotImplementedError) as error:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ the visibility into what the kernel reads, such as a mask or row lengths;
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.hardware import Place
 from mdm_jax.core.registry import Registry
 from mdm_jax.model import cpu_gradients
 from mdm_jax.model.context import FULL, Side, Visibility, visible
@@ -35,19 +37,6 @@ _LARGEST_HEAD = {(8, 0): 128, (9, 0): 256}
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-  """The hardware that a program runs on.
-
-  Attributes:
-    backend: JAX's name for it: "cpu", "gpu" or "tpu".
-    capability: compute capability of an NVIDIA GPU, such as "9.0"; else None.
-  """
-
-  backend: str
-  capability: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Case:
   """An attention problem, described by shapes and dtype.
 
@@ -57,7 +46,7 @@ class Case:
     queries: queries per row.
     keys: keys per row.
     visibility: which positions of its segment a position attends to.
-    packed: whether a row may hold several segments.
+    most_segments: largest number of segments in a row; None if unknown.
     cache: whether some keys come from earlier calls.
   """
 
@@ -66,14 +55,14 @@ class Case:
   queries: int
   keys: int
   visibility: Visibility = FULL
-  packed: bool = True
+  most_segments: int | None = None
   cache: bool = False
 
   @property
   def plain(self) -> bool:
     """Whether row lengths, and causality, fully describe the visibility."""
     kind = self.visibility.kind in ("full", "causal")
-    return kind and not self.packed and not self.cache
+    return kind and self.most_segments == 1 and not self.cache
 
 
 class Kernel(abc.ABC):
@@ -257,7 +246,8 @@ class CuDNN(Kernel):
 
   def prepare(self, visibility: Visibility, q: Side, k: Side):
     """Returns row lengths where they suffice, else the dense mask."""
-    if q is not k or q.packed or visibility.kind not in ("full", "causal"):
+    plain = visibility.kind in ("full", "causal") and q.most_segments == 1
+    if q is not k or not plain:
       return {"mask": dense(visibility, q, k)[:, None]}
     # A row of padding only counts as one token, whose output nobody reads.
     lengths = jnp.maximum((q.segments > 0).sum(axis=1), 1)
@@ -282,6 +272,32 @@ def parsed(capability: str | None) -> tuple[int, ...] | None:
 
 def _by_jax(query, key, value, prepared: dict[str, Any], kernel: str | None):
   """Calls `jax.nn.dot_product_attention`; kernel None is XLA's own."""
+  attend = functools.partial(
+    jax.nn.dot_product_attention, implementation=kernel
+  )
+  # JAX's function reshapes, where newer versions lose the sharding of a batch
+  # of one row.
+  return by_kernel(attend, query, key, value, prepared, always=kernel is None)
+
+
+def by_kernel(
+  kernel: Callable[..., Array],
+  query: Float[Array, "B G R Q K"],
+  key: Float[Array, "B G M K"],
+  value: Float[Array, "B G M K"],
+  prepared: dict[str, Any],
+  always: bool = False,
+) -> Float[Array, "B G R Q K"]:
+  """Calls an attention function of [B, tokens, heads, K].
+
+  Args:
+    kernel: the function.
+    query: as in `Kernel.attend`, like all others.
+    key: keys.
+    value: values.
+    prepared: keyword arguments of the function: arrays by row, and flags.
+    always: whether to run it by device on one device, too.
+  """
   # It takes [B, tokens, heads, K], and groups query heads as we do.
   batch, groups, repeats, queries, size = query.shape
   heads = _reshape(query, batch, groups * repeats, queries, size)
@@ -291,12 +307,10 @@ def _by_jax(query, key, value, prepared: dict[str, Any], kernel: str | None):
   fixed = {k: v for k, v in prepared.items() if k not in arrays}
 
   def attend(query, key, value, arrays):
-    return jax.nn.dot_product_attention(
-      query, key, value, **arrays, **fixed, implementation=kernel
-    )
+    return kernel(query, key, value, **arrays, **fixed)
 
-  # On one device cuDNN is called directly: there is nothing to split.
-  if kernel is None or jax.sharding.get_abstract_mesh().size > 1:
+  # On one device a kernel is called directly: there is nothing to split.
+  if always or jax.sharding.get_abstract_mesh().size > 1:
     attend = _by_device(attend, *inputs, arrays)
   result = attend(*inputs, arrays)
   return _reshape(jnp.swapaxes(result, 1, 2), *query.shape)
@@ -305,8 +319,7 @@ def _by_jax(query, key, value, prepared: dict[str, Any], kernel: str | None):
 def _by_device(attend: Callable[..., Array], *inputs: Any):
   """Returns `attend` run by every device on its own rows and heads.
 
-  A kernel call is not split over the mesh by itself. And JAX's function
-  reshapes, where newer versions lose the sharding of a batch of one row.
+  A kernel call is not split over the mesh by itself.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return attend

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, UInt32
 
+from mdm_jax.core import hardware
 from mdm_jax.core.sharding import RULES
-from mdm_jax.model import cpu_gradients
+from mdm_jax.model import cpu_gradients, gpu_kernels
 
 
 def normal(
@@ -50,7 +51,11 @@ def zeros(shape: tuple[int, ...], *axes: str | None) -> nnx.Param:
 
 
 def project(
-  name: str, equation: str, x: Array, weight: nnx.Param, *axes: str | None
+  name: str,
+  equation: str,
+  x: Array,
+  weight: nnx.Param | Array,
+  *axes: str | None,
 ) -> Array:
   """Multiplies activations by a weight, in the activations' dtype.
 
@@ -61,24 +66,61 @@ def project(
     weight: a parameter; cast to the dtype of `x`.
     *axes: logical axis names of the result, for its sharding.
   """
-  product = cpu_gradients.product if cpu_gradients.wanted() else _product
+  spec = RULES.spec(*axes)
   with jax.named_scope(name):
-    y = product(equation, RULES.spec(*axes), x, weight[...])
+    if cpu_gradients.wanted():
+      y = cpu_gradients.product(equation, spec, x, weight[...])
+    else:
+      y = _product(equation, spec, x.dtype, x, weight[...])
   return checkpoint_name(y, name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(equation: str, spec: P, x: Array, weight: Array) -> Array:
-  """Einsum whose weight gradient is accumulated in the weight's dtype."""
-  return jnp.einsum(equation, x, weight.astype(x.dtype), out_sharding=spec)
+def head_product(
+  hidden: Float[Array, "N D"], table: Float[Array, "V D"]
+) -> Float[Array, "N V"]:
+  """Returns float32 logits, from products in the dtype of `hidden`.
+
+  The table's gradient is accumulated in the table's dtype.
+  """
+  spec = RULES.spec("batch", "vocab")
+  if cpu_gradients.wanted():
+    return jnp.einsum(
+      "nd,vd->nv",
+      hidden,
+      table.astype(hidden.dtype),
+      preferred_element_type=jnp.float32,
+      out_sharding=spec,
+    )
+  return _product("nd,vd->nv", spec, jnp.dtype("float32"), hidden, table)
 
 
-def _product_forward(equation, spec, x, weight):
-  return _product(equation, spec, x, weight), (x, weight)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(
+  equation: str, spec: P, dtype: jnp.dtype, x: Array, weight: Array
+) -> Array:
+  """Einsum with products in the dtype of `x`, there and back.
+
+  The result has the given dtype, and the weight's gradient is accumulated in
+  the weight's. Neither makes an operand float32: on a GPU such products run at
+  a third of the rate of bfloat16 ones.
+  """
+  return jnp.einsum(
+    equation,
+    x,
+    weight.astype(x.dtype),
+    preferred_element_type=dtype,
+    out_sharding=spec,
+  )
 
 
-def _product_backward(equation, spec, residuals, grad):
+def _product_forward(equation, spec, dtype, x, weight):
+  return _product(equation, spec, dtype, x, weight), (x, weight)
+
+
+def _product_backward(equation, spec, dtype, residuals, grad):
+  del dtype
   x, weight = residuals
+  grad = grad.astype(x.dtype)
   left, right, result = re.split(",|->", equation)
   # JAX's own gradient for x. Its gradient for the weight would pass through the
   # cast, and so be rounded to the activations' dtype.
@@ -99,22 +141,54 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def swiglu(
-  gate: Float[Array, "B L F"], up: Float[Array, "B L F"]
+  x: Float[Array, "B L D"], gate: nnx.Param, up: nnx.Param
 ) -> Float[Array, "B L F"]:
-  """Returns silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
+  """Returns silu(x gate) * (x up) (Shazeer 2020, arXiv 2002.05202)."""
   if cpu_gradients.wanted():
-    return cpu_gradients.swiglu(gate, up)
-  return jax.nn.silu(gate) * up
+    # Two products: joining their gradients takes a CPU longer than one product
+    # saves (1.06 x as fast).
+    a, b = (
+      project(name, "bld,df->blf", x, w, "batch", "length", "mlp")
+      for name, w in (("gate", gate), ("up", up))
+    )
+    return cpu_gradients.swiglu(a, b)
+  both = jnp.stack([gate[...], up[...]], axis=1)
+  axes = "batch", "length", None, "mlp"
+  return _gated(project("gate_up", "bld,dcf->blcf", x, both, *axes))
+
+
+@jax.custom_vjp
+def _gated(pair: Float[Array, "B L 2 F"]) -> Float[Array, "B L F"]:
+  """Returns silu(gate) * up; its gradient is computed as one array."""
+  return jax.nn.silu(pair[:, :, 0]) * pair[:, :, 1]
+
+
+def _gated_forward(pair):
+  return _gated(pair), pair
+
+
+def _gated_backward(pair, grad):
+  gate, up = (pair[:, :, i, None].astype(jnp.float32) for i in (0, 1))
+  # silu(x) = x s(x), and its derivative is s(x) (1 + x (1 - s(x))).
+  share = jax.nn.sigmoid(gate)
+  of_gate = up * share * (1 + gate * (1 - share))
+  # A selection, not a concatenation: XLA makes it one kernel, not two.
+  first = jnp.arange(2).reshape(1, 1, 2, 1) == 0
+  factor = jnp.where(first, of_gate, gate * share)
+  return ((grad[:, :, None].astype(jnp.float32) * factor).astype(pair.dtype),)
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 class RMSNorm(nnx.Module):
   """RMSNorm over the last axis, with a learned scale initialised to one."""
 
   def __init__(self, size: int, eps: float):
-    self.scale, self._eps = nnx.Param(jnp.ones(size, jnp.float32)), eps
+    self.scale, self.eps = nnx.Param(jnp.ones(size, jnp.float32)), eps
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    return rms_norm(x, self.scale[...], self._eps)
+    return rms_norm(x, self.scale[...], self.eps)
 
 
 def rms_norm(
@@ -134,6 +208,41 @@ def rms_norm(
   normed = x32 * jax.lax.rsqrt(mean_square + eps)
   scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
   return (normed * scale).astype(x.dtype)
+
+
+def norm_and_rotate(
+  x: Float[Array, "B *H L K"],
+  norm: RMSNorm,
+  cos: Float[Array, "B L K"],
+  sin: Float[Array, "B L K"],
+) -> Float[Array, "B *H L K"]:
+  """Returns every head, normalised and rotated."""
+  if not _has_kernel(x.shape[-1]):
+    # The order matters: the norm's learned scale doesn't commute with rotation.
+    return rotate(norm(x), cos, sin)
+
+  def run(x, scale, cos, sin):
+    # Heads behind the length, as products leave them and attention reads them.
+    heads = jnp.swapaxes(x.reshape(len(x), -1, *x.shape[-2:]), 1, 2)
+    mixed = gpu_kernels.norm_rotate(heads, scale, cos, sin, norm.eps)
+    return jnp.swapaxes(mixed, 1, 2).reshape(x.shape)
+
+  inputs = x, norm.scale[...], cos, sin
+  if jax.sharding.get_abstract_mesh().empty:
+    return run(*inputs)
+  # A kernel is not split over the mesh by itself, and does not say over which
+  # mesh axes its results vary.
+  specs = tuple(jax.typeof(a).sharding.spec for a in inputs)
+  return jax.shard_map(
+    run, in_specs=specs, out_specs=specs[0], check_vma=False
+  )(*inputs)
+
+
+def _has_kernel(head_size: int) -> bool:
+  """Returns whether `gpu_kernels` can be used for heads of this size."""
+  # Triton's blocks have sizes of powers of two, and small ones are slow.
+  half = head_size // 2
+  return hardware.on_gpu() and half >= 16 and half & (half - 1) == 0
 
 
 def rotary(
@@ -186,5 +295,24 @@ def dropout(
   """
   if keys is None or rate == 0:
     return x
-  draw = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:]))
-  return jnp.where(draw(keys) < rate, 0, x / (1 - rate)).astype(x.dtype)
+  drop = _random_words(keys, x.shape[1:]) < jnp.uint32(round(rate * 2**32))
+  return jnp.where(drop, 0, x / (1 - rate)).astype(x.dtype)
+
+
+def _random_words(
+  keys: Key[Array, "B"], shape: tuple[int, int]
+) -> UInt32[Array, "B L D"]:
+  """Returns 32 random bits per entry: a hash of the row's key and its position.
+
+  JAX's generators would take as long as a tenth of an update on a GPU. This is
+  MurmurHash3's finaliser, with half of the key added before each of its rounds.
+  """
+  data = jax.random.key_data(keys)
+  first, second = (data[:, i, None, None] for i in (0, 1))
+  rows, columns = (
+    jax.lax.broadcasted_iota(jnp.uint32, (1, *shape), axis) for axis in (1, 2)
+  )
+  h = (rows * shape[1] + columns) * jnp.uint32(0x9E3779B9) + first
+  h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B) + second
+  h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+  return h ^ (h >> 16)

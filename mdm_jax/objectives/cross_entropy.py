@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from mdm_jax.core import hardware
 from mdm_jax.core.sharding import (
   BATCH_AXES,
-  RULES,
   gathered,
   sum_over_shards,
   vocab_ids,
 )
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.objectives import one_pass
 
 # (params, hidden states) -> logits.
 Head = Callable[[Any, Float[Array, "N D"]], Float[Array, "N V"]]
@@ -35,6 +36,9 @@ _Losses = Callable[[Any, Float[Array, "N D"], Int[Array, "N"]], Array]
 # cheap; more where the chunk's logits are still a small array.
 _ROWS_PER_WIDTH = 2
 _SMALL = 2**24  # logits
+# On a GPU every chunk is some launches and a pass over the head's gradient, and
+# 1 GiB of logits is little.
+_SMALL_ON_A_GPU = 2**28
 
 
 def cross_entropy(
@@ -59,8 +63,10 @@ def cross_entropy(
     label_smoothing: s, between 0 and 1.
   """
   assert logits.dtype == jnp.float32, logits.dtype
+  if hardware.on_gpu():
+    return one_pass.cross_entropy(logits, targets, vocab, label_smoothing)
   ids = vocab_ids(logits.shape[-1])[None]
-  total, largest = _over_vocabulary()
+  total, largest = one_pass.over_vocabulary()
   # log_z does not depend on the maximum, it only avoids overflow in exp.
   highest = largest(jax.lax.stop_gradient(logits.max(axis=-1)))
   exp = jnp.exp(logits - highest[:, None])
@@ -72,16 +78,6 @@ def cross_entropy(
   possible = jnp.where(vocab.is_predictable(ids), logits, 0.0)
   mean = total(possible.sum(axis=-1)) / vocab.predictable
   return log_z - (1 - label_smoothing) * target - label_smoothing * mean
-
-
-def _over_vocabulary():
-  """Returns the sum and the maximum over tensor shards, as two functions."""
-  if RULES.vocab not in jax.sharding.get_abstract_mesh().manual_axes:
-    return (lambda x: x,) * 2
-  return (
-    functools.partial(jax.lax.psum, axis_name=RULES.vocab),
-    functools.partial(jax.lax.pmax, axis_name=RULES.vocab),
-  )
 
 
 def masked_cross_entropy(
@@ -174,7 +170,8 @@ def num_chunks(capacity: int, width: int, vocab: Vocabulary) -> int:
     width: embedding size.
     vocab: the vocabulary.
   """
-  rows = max(_ROWS_PER_WIDTH * width, _SMALL // vocab.predictable)
+  small = _SMALL_ON_A_GPU if hardware.on_gpu() else _SMALL
+  rows = max(_ROWS_PER_WIDTH * width, small // vocab.predictable)
   return -(-capacity // rows)
 
 
@@ -286,8 +283,11 @@ def _gathered(params: Any, dtype: jnp.dtype) -> Any:
 
   def gather(p):
     # Matrices are cast first: the gather then moves the compute dtype's bytes.
-    p = p.astype(dtype) if p.ndim > 1 else p
-    return jax.reshard(p, gathered(jax.typeof(p).sharding.spec))
+    # They are cast back for each chunk's gradient to be in the parameters'
+    # dtype, as the sum over chunks is.
+    small = p.astype(dtype) if p.ndim > 1 else p
+    whole = jax.reshard(small, gathered(jax.typeof(p).sharding.spec))
+    return whole.astype(p.dtype)
 
   return jax.tree.map(gather, params)
 

@@ -51,12 +51,14 @@ class Masked(MaskedBound):
     label_smoothing: see `cross_entropy.cross_entropy`; training only.
     length: tokens per row.
     capacity: maximum number of masked tokens per data shard and microbatch.
+    most_segments: largest number of texts in a row; None if unknown.
   """
 
   weighting: str
   label_smoothing: float
   length: int
   capacity: int
+  most_segments: int | None = None
 
   tags: ClassVar[dict[str, tuple[str, ...]]] = {"mask_bins": _BIN_NAMES}
 
@@ -78,7 +80,10 @@ class Masked(MaskedBound):
     return MaskedExamples(
       tokens=drawn.xt,
       context=row_context(
-        batch.segments, condition=rate, keys=draws.keys("dropout")
+        batch.segments,
+        condition=rate,
+        keys=draws.keys("dropout"),
+        most_segments=self.most_segments,
       ),
       targets=x0,
       asked=drawn.masked,
@@ -144,6 +149,7 @@ def build(
     label_smoothing=config.label_smoothing,
     mask=vocabulary.need("mask"),
     length=plan.length,
+    most_segments=plan.most_segments,
     # Computed here and not in `examples`: a buffer's size must be a Python int,
     # and under `jit` there are only tracers.
     capacity=corruption.max_masked(

@@ -96,7 +96,9 @@ class Call:
     # The row's actual mask rate, whatever its schedule.
     rate = masked.sum(axis=1) / jnp.maximum(inside.sum(axis=1), 1)
     context = row_context(
-      inside.astype(jnp.int32), condition=rate.astype(jnp.float32), packed=False
+      inside.astype(jnp.int32),
+      condition=rate.astype(jnp.float32),
+      most_segments=1,
     )
     return self._denoiser.hidden(self._params, x, context)
 

@@ -71,7 +71,7 @@ class TextSampler:
       length,
       self.rows_a_call // data_shards(mesh),
       -(-denoiser.config.num_heads // mesh.shape["tensor"]),
-      denoiser.attention(length, packed=False).name,
+      denoiser.attention(length, most_segments=1).name,
       memory.of_device(),
     )
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax.core import accelerators, rng
+from mdm_jax.core import accelerators, hardware, rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model import kernel_choice, kernels
@@ -54,7 +54,7 @@ def test_auto_takes_cudnn_wherever_it_is_right(
 
 def test_what_jax_can_not_take_is_not_taken(monkeypatch):
   """There is no cuDNN here, whatever the GPU is said to be."""
-  monkeypatch.setattr(kernel_choice, "here", lambda: H100)
+  monkeypatch.setattr(hardware, "here", lambda: H100)
   case = Case("bfloat16", 64, 128, 128)
   found = kernel_choice.chosen("auto", case)
   assert found.name == "xla" and "JAX says of cuDNN's: " in found.why
@@ -63,14 +63,14 @@ def test_what_jax_can_not_take_is_not_taken(monkeypatch):
   why = "cuDNN's, of bfloat16, heads of 64"
   dense = f"{why}; its mask is dense, 0.03 MiB a row"
   assert kernel_choice.chosen("auto", case) == Choice("cudnn", dense)
-  alone = dataclasses.replace(case, packed=False)
+  alone = dataclasses.replace(case, most_segments=1)
   assert kernel_choice.chosen("auto", alone) == Choice("cudnn", why)
 
 
 def test_cudnn_by_name_is_refused_in_one_line_where_it_can_not_be(monkeypatch):
   case = Case("bfloat16", 64, 128, 128)
   assert kernel_choice.chosen("cudnn", case).name == "cudnn"
-  monkeypatch.setattr(kernel_choice, "here", lambda: H100)
+  monkeypatch.setattr(hardware, "here", lambda: H100)
   with pytest.raises(UserError, match="rows of 7 tokens.*nearest valid: auto"):
     kernel_choice.chosen("cudnn", Case("bfloat16", 64, 7, 7))
 
@@ -175,7 +175,7 @@ def test_cudnn_is_told_lengths_where_they_say_all():
   query, key, value = map(draw, "qkv")
   attend = jax.nn.dot_product_attention
   for visibility in (FULL, CAUSAL):
-    side = row_context(segments, visibility=visibility, packed=False).side
+    side = row_context(segments, visibility=visibility, most_segments=1).side
     told = kernels.CuDNN().prepare(visibility, side, side)
     assert "mask" not in told
     want = attend(query, key, value, mask=visible(side, side)[:, None])
