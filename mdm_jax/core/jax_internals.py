@@ -88,7 +88,11 @@ def packed_attention() -> Callable[..., Any] | None:
   def run(query, key, value, lengths, offsets, causal: bool):
     return attend(
       *(query, key, value),
-      **dict(zip(_PACKED_ARGUMENTS, (lengths, lengths, offsets, offsets))),
+      **dict(
+        zip(
+          _PACKED_ARGUMENTS, (lengths, lengths, offsets, offsets), strict=True
+        )
+      ),
       scale=query.shape[-1] ** -0.5,
       mask_type=causal_too if causal else padded,
     )

@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
+from mdm_jax.core import hardware
+
 _TOKENS = 32  # per program
-# Set by tests: runs the kernels without a GPU.
-INTERPRET = False
 
 
 def _call(kernel, grid, in_specs, out_specs, out_shape, warps: int):
@@ -27,7 +27,8 @@ def _call(kernel, grid, in_specs, out_specs, out_shape, warps: int):
     out_specs=out_specs,
     out_shape=out_shape,
     compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
-    interpret=INTERPRET,
+    # On a CPU, in tests, Pallas runs a kernel step by step.
+    interpret=not hardware.on_gpu(),
     name=kernel.func.__name__.strip("_"),
   )
 
@@ -94,7 +95,7 @@ def _halved(x, scale, cos, sin):
 def _norm_rotate_kernel(x_ref, scale_ref, cos_ref, sin_ref, y_ref, *, eps):
   a, b = _load_halves(x_ref)
   r = _inverse_rms((a, b), eps)
-  a, b = a * r * scale_ref[0, :], b * r * scale_ref[1, :]
+  a, b = a * r * scale_ref[0, :][None], b * r * scale_ref[1, :][None]
   cos, sin = cos_ref[0, :, :], sin_ref[0, :, :]
   y_ref[0, :, 0, 0, :] = (a * cos - b * sin).astype(y_ref.dtype)
   y_ref[0, :, 0, 1, :] = (b * cos + a * sin).astype(y_ref.dtype)
@@ -146,7 +147,7 @@ def _norm_rotate_backward_kernel(
   cos, sin = cos_ref[0, :, :], sin_ref[0, :, :]
   # The transpose of the rotation, then that of the norm.
   rotated = dy[0] * cos + dy[1] * sin, dy[1] * cos - dy[0] * sin
-  scales = scale_ref[0, :], scale_ref[1, :]
+  scales = scale_ref[0, :][None], scale_ref[1, :][None]
   grads, dscales = _norm_gradient(parts, r, rotated, scales)
   for i in (0, 1):
     dx_ref[0, :, 0, i, :] = grads[i].astype(dx_ref.dtype)

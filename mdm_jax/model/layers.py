@@ -141,7 +141,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def swiglu(
-  x: Float[Array, "B L D"], gate: nnx.Param, up: nnx.Param
+  x: Float[Array, "B L D"], gate: nnx.Param | Array, up: nnx.Param | Array
 ) -> Float[Array, "B L F"]:
   """Returns silu(x gate) * (x up) (Shazeer 2020, arXiv 2002.05202)."""
   if cpu_gradients.wanted():

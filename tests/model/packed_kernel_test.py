@@ -1,0 +1,80 @@
+"""cuDNN's attention for packed rows: what it is given, and when it is taken."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdm_jax.core import jax_internals, rng
+from mdm_jax.core.hardware import Place
+from mdm_jax.model import kernel_choice, packed_kernel
+from mdm_jax.model.context import CAUSAL, FULL, Visibility, row_context
+from mdm_jax.model.kernels import KERNELS, Case
+
+H100, A100 = Place("gpu", "9.0"), Place("gpu", "8.0")
+CASE = Case("bfloat16", 64, 512, 512, most_segments=4)
+
+
+def test_spans_are_the_texts_and_the_padding():
+  segments = jnp.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0] * 6])
+  lengths, offsets = packed_kernel.spans(segments, 2)
+  np.testing.assert_array_equal(lengths, [[3, 2, 1], [6, -1, -1], [6, -1, -1]])
+  np.testing.assert_array_equal(
+    offsets, [[0, 3, 5, 6], [0, 6, -1, -1], [0, 6, -1, -1]]
+  )
+
+
+@pytest.mark.parametrize("visibility", [FULL, CAUSAL])
+def test_it_is_attention_within_the_spans(monkeypatch, visibility):
+  """A function that follows the offsets stands for cuDNN's here."""
+
+  def attend(query, key, value, lengths, offsets, causal):
+    del lengths
+    at = jnp.arange(query.shape[1])
+    index = jax.vmap(
+      lambda o: (at[:, None] >= jnp.where(o < 0, len(at), o)[None]).sum(1)
+    )(offsets)
+    mask = index[:, :, None] == index[:, None]
+    mask = mask & (at[:, None] >= at[None])[None] if causal else mask
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+
+  monkeypatch.setattr(jax_internals, "packed_attention", lambda: attend)
+  segments = jnp.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+  side = row_context(segments, visibility=visibility, most_segments=2).side
+  draw = lambda name, *shape: jax.random.normal(rng.stream(0, name), shape)
+  query = draw("q", 2, 2, 3, 6, 8)
+  key, value = draw("k", 2, 2, 6, 8), draw("v", 2, 2, 6, 8)
+  got, want = (
+    kernel.attend(query, key, value, kernel.prepare(visibility, side, side))
+    for kernel in (KERNELS["cudnn_packed"](), KERNELS["reference"]())
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "changed, place, name",
+  [
+    ({}, H100, "cudnn_packed"),
+    ({}, A100, "cudnn"),
+    ({"most_segments": 1}, H100, "cudnn"),
+    ({"most_segments": 7}, H100, "cudnn_packed"),
+    ({"most_segments": 8}, H100, "cudnn"),
+    ({"most_segments": None}, H100, "cudnn"),
+    ({"visibility": CAUSAL}, H100, "cudnn_packed"),
+    ({"visibility": Visibility("blocks", 4)}, H100, "cudnn"),
+    ({"cache": True}, H100, "cudnn"),
+    ({"dtype": "float32"}, H100, "xla"),
+  ],
+)
+def test_it_is_taken_for_few_texts_on_a_gpu_that_has_it(changed, place, name):
+  case = dataclasses.replace(CASE, **changed)
+  assert kernel_choice.choose("auto", place, case).name == name
+
+
+def test_without_the_entry_in_jax_a_mask_is_used(monkeypatch):
+  assert jax_internals.packed_attention() is not None
+  monkeypatch.setattr(jax_internals, "packed_attention", lambda: None)
+  found = kernel_choice.choose("auto", H100, CASE)
+  assert found.name == "cudnn" and "mask is dense" in found.why
