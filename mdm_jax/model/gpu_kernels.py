@@ -14,8 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from mdm_jax.core import hardware
-
 _TOKENS = 32  # per program
 
 
@@ -27,8 +25,6 @@ def _call(kernel, grid, in_specs, out_specs, out_shape, warps: int):
     out_specs=out_specs,
     out_shape=out_shape,
     compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
-    # On a CPU, in tests, Pallas runs a kernel step by step.
-    interpret=not hardware.on_gpu(),
     name=kernel.func.__name__.strip("_"),
   )
 
