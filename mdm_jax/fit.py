@@ -9,6 +9,7 @@ numbers.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import AbstractMesh
@@ -21,10 +22,19 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.tokenizer import planned_vocabulary
-from mdm_jax.model import kernel_choice, placement
+from mdm_jax.model import kernel_choice, layer_loop, placement
 from mdm_jax.model.kernels import Case, Place
 from mdm_jax.planning.footprint import Footprint, Layout, footprint
 
+# What `auto` stands for in a plan; else it would ask this machine's devices.
+# Accelerators compute in bfloat16 by default; cuDNN's attention can't be traced
+# without a GPU, and what an unrolled program holds is known to its compiler.
+PLANNED = {
+  "dtype": "bfloat16",
+  "attention": "xla",
+  "remat": "dots",
+  "layer_loop": "scan",
+}
 _MIB = 2**20
 
 
@@ -57,7 +67,10 @@ def plan_mesh(config: Config, mesh: str, device: str | None) -> dict[str, Any]:
 
 
 def blueprint(
-  config: Config, mesh: AbstractMesh, vocab: Vocabulary | None = None
+  config: Config,
+  mesh: AbstractMesh,
+  vocab: Vocabulary | None = None,
+  auto: Mapping[str, str] = PLANNED,
 ) -> Blueprint:
   """Returns the run as accelerators would train it.
 
@@ -65,14 +78,11 @@ def blueprint(
     config: the run's config.
     mesh: the devices.
     vocab: in place of the one that the config's tokenizer is planned to have.
+    auto: values of the model's fields that are `auto`.
 
   Raises:
     UserError: the run does not split over the mesh.
   """
-  # `auto` would ask this machine's devices. Accelerators compute in bfloat16 by
-  # default; cuDNN's attention can't be traced without a GPU, so the plan has
-  # XLA's.
-  auto = {"dtype": "bfloat16", "attention": "xla"}
   chosen = {k: v for k, v in auto.items() if getattr(config.model, k) == "auto"}
   model = dataclasses.replace(config.model, **chosen)
   config = dataclasses.replace(config, model=model)
@@ -157,9 +167,12 @@ def _attention(config: Config, device: Accelerator) -> list[str]:
     )
     for stage in config.stages
   }
-  lines = sorted(f"on {device.name}, {choice}" for choice in choices)
-  if "cudnn" in {choice.name for choice in choices}:
+  loop = layer_loop.choose(model, place)
+  lines = sorted(f"on {device.name}, {c}" for c in (*choices, loop))
+  if {c.name for c in choices} & {"cudnn", "cudnn_packed"}:
     lines.append("planned with XLA's own attention, which needs more memory")
+  if loop.unrolled:
+    lines.append("planned with a loop over the layers, which needs less")
   return lines
 
 

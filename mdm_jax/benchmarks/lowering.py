@@ -195,14 +195,16 @@ def _mesh(text: str | None, name: str | None) -> jax.sharding.Mesh:
 
 
 def _blueprint(values: Any, mesh: AbstractMesh) -> Blueprint:
+  # A topology's devices say themselves which attention and layout is theirs.
+  auto = {"dtype": "bfloat16"} if values.topology else fit.PLANNED
   if not values.preset:
-    return fit.blueprint(command_line.read_config(), mesh)
+    return fit.blueprint(command_line.read_config(), mesh, auto=auto)
   preset = workload.PRESETS[values.preset]
   for name in ("batch", "attention"):
     if values[name].value is not None:
       preset = dataclasses.replace(preset, **{name: values[name].value})
   config = workload.make_config(preset, values.rates)
-  return fit.blueprint(config, mesh, Vocabulary.after_text(preset.vocab))
+  return fit.blueprint(config, mesh, Vocabulary.after_text(preset.vocab), auto)
 
 
 def _programs(run: Blueprint, values: Any) -> dict[str, Program]:

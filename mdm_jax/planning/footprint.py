@@ -17,9 +17,10 @@ from jax.extend.core import Jaxpr, Literal
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mdm_jax.core import trees
+from mdm_jax.core import hardware, trees
 from mdm_jax.core.sharding import RULES, data_shards, padded_rows
 from mdm_jax.data.batches import Batch
+from mdm_jax.model import layer_loop
 from mdm_jax.model.denoiser import compute_dtype
 from mdm_jax.objectives import cross_entropy
 from mdm_jax.training.curriculum import StagePlan
@@ -253,4 +254,5 @@ def _block_bytes(
   pairs = max(queries * keys for queries, keys in reads)
   scores = rows * heads * pairs * _FLOAT32
   size = compute_dtype(config).itemsize + _FLOAT32
-  return weights * size + scores * _SCORES[config.remat]
+  loop = layer_loop.choose(config, hardware.target())
+  return weights * size + scores * _SCORES[loop.remat]

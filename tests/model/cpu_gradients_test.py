@@ -122,7 +122,9 @@ def test_a_weights_gradient_is_summed_in_the_weights_dtype(mesh, written):
 
 def test_swiglu_and_its_gradient_are_the_formulas(any_mesh, written):
   x = draw("x", (B, L, D), "batch", "length", None)
-  gate, up = (0.5 * draw(name, (D, F), "embed", "mlp") for name in ("gate", "up"))
+  gate, up = (
+    0.5 * draw(name, (D, F), "embed", "mlp") for name in ("gate", "up")
+  )
   ours = lambda *args: jnp.sin(layers.swiglu(*args)).sum()
 
   split = RULES.spec("batch", "length", "mlp")
