@@ -277,6 +277,8 @@ def _plain(denoiser: Denoiser, vocab: Vocabulary, steps: int):
       posterior = jnp.log(jnp.concatenate([probs, stay], axis=-1))
       drawn = jax.random.categorical(jax.random.fold_in(key, i), posterior)
       drawn = jnp.where(drawn == probs.shape[-1], vocab.mask, drawn)
+      # Newer JAX versions lose the sharding of a batch of one row.
+      drawn = jax.reshard(drawn, jax.typeof(x).sharding.spec)
       return jnp.where(x == vocab.mask, drawn, x)
 
     return jax.lax.fori_loop(0, steps, step, x)

@@ -21,8 +21,9 @@ from mdm_jax.model.kernels import KERNELS, Case
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 # Kernels that `auto` tries on a backend, fastest first; the last one supports
-# everything. docs/performance.md has the times that gave this order.
-_FASTEST = {"gpu": ("cudnn_packed", "cudnn", "xla")}
+# everything. docs/performance.md has the times that gave this order, and why
+# cudnn_packed is not in it.
+_FASTEST = {"gpu": ("cudnn", "xla")}
 # Kernels that JAX may refuse, by the version of cuDNN.
 _ASKED = "cudnn_packed", "cudnn"
 # (kernel's name, case) -> why it can't be used, or None.
@@ -102,13 +103,14 @@ def chosen(asked: str, case: Case) -> Choice:
   found = choose(asked, place, case, refused)
   if asked == "auto":
     return found
-  if found.name not in _ASKED:
+  # JAX says of cudnn itself what it lacks, with its version.
+  if found.name != "cudnn":
     lacking = KERNELS[found.name]().lacks(case, place)
     if lacking:
       raise UserError(
         f"model.attention={asked} has no {lacking}; nearest valid: auto"
       )
-  elif reason := refused(asked, case):
+  if found.name in _ASKED and (reason := refused(asked, case)):
     raise UserError(
       f"model.attention={asked} with rows of {case.queries} tokens and heads of"
       f" {case.head} in {case.dtype}: {reason}; nearest valid: auto"

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax.core import jax_internals, rng
+from mdm_jax.core import hardware, jax_internals, rng
+from mdm_jax.core.errors import UserError
 from mdm_jax.core.hardware import Place
 from mdm_jax.model import kernel_choice, packed_kernel
 from mdm_jax.model.context import CAUSAL, FULL, Visibility, row_context
@@ -54,27 +55,34 @@ def test_it_is_attention_within_the_spans(monkeypatch, visibility):
 
 
 @pytest.mark.parametrize(
-  "changed, place, name",
+  "changed, place, lacking",
   [
-    ({}, H100, "cudnn_packed"),
-    ({}, A100, "cudnn"),
-    ({"most_segments": 1}, H100, "cudnn"),
-    ({"most_segments": 7}, H100, "cudnn_packed"),
-    ({"most_segments": 8}, H100, "cudnn"),
-    ({"most_segments": None}, H100, "cudnn"),
-    ({"visibility": CAUSAL}, H100, "cudnn_packed"),
-    ({"visibility": Visibility("blocks", 4)}, H100, "cudnn"),
-    ({"cache": True}, H100, "cudnn"),
-    ({"dtype": "float32"}, H100, "xla"),
+    ({}, H100, None),
+    ({}, A100, "compute capability 8.0"),
+    ({"most_segments": 1}, H100, "rows of one text"),
+    ({"most_segments": 7}, H100, None),
+    ({"most_segments": 8}, H100, "rows of up to 8 texts"),
+    ({"most_segments": None}, H100, "any number of texts"),
+    ({"visibility": CAUSAL}, H100, None),
+    ({"visibility": Visibility("blocks", 4)}, H100, "visibility blocks"),
+    ({"cache": True}, H100, "cache of keys"),
+    ({"dtype": "float32"}, H100, "float32"),
   ],
 )
-def test_it_is_taken_for_few_texts_on_a_gpu_that_has_it(changed, place, name):
+def test_it_is_for_few_texts_on_a_gpu_that_has_it(changed, place, lacking):
   case = dataclasses.replace(CASE, **changed)
-  assert kernel_choice.choose("auto", place, case).name == name
+  found = KERNELS["cudnn_packed"]().lacks(case, place)
+  assert found is lacking is None or lacking in found
 
 
-def test_without_the_entry_in_jax_a_mask_is_used(monkeypatch):
+def test_without_the_entry_in_jax_it_is_refused(monkeypatch):
   assert jax_internals.packed_attention() is not None
   monkeypatch.setattr(jax_internals, "packed_attention", lambda: None)
-  found = kernel_choice.choose("auto", H100, CASE)
-  assert found.name == "cudnn" and "mask is dense" in found.why
+  assert "this version of JAX" in KERNELS["cudnn_packed"]().lacks(CASE, H100)
+
+
+def test_a_program_for_a_gpu_elsewhere_can_not_have_it(monkeypatch):
+  monkeypatch.setattr(hardware, "target", lambda: H100)
+  with pytest.raises(UserError, match="on its GPU only; nearest valid: auto"):
+    kernel_choice.chosen("cudnn_packed", CASE)
+  assert kernel_choice.chosen("auto", CASE).name == "cudnn"
