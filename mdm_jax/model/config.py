@@ -48,7 +48,8 @@ class ModelConfig:
   layer_loop: Literal["auto", "scan", "unrolled"] = field(
     "auto",
     "scan: the layers are one loop, quick to compile; unrolled: one after the"
-    " other, faster on a GPU (auto: unrolled there up to 32 layers)",
+    " other, faster on a GPU (auto: unrolled there up to 32 layers, if"
+    " parameters are not split over mesh.fsdp)",
   )
   dtype: Literal["auto", "float32", "bfloat16"] = field(
     "auto", "compute dtype (auto: bfloat16 on accelerators, float32 on CPU)"

@@ -7,7 +7,10 @@ Unrolled, nothing is copied (docs/performance.md has the measurements).
 
 import dataclasses
 
+import jax
+
 from mdm_jax.core.hardware import Place
+from mdm_jax.core.sharding import RULES
 from mdm_jax.model.config import ModelConfig
 
 # Compiling takes time in proportion to the number of layers; deeper models keep
@@ -39,7 +42,8 @@ def choose(config: ModelConfig, place: Place | None) -> LayerLoop:
 
   Args:
     config: the architecture.
-    place: the hardware; None for a plan without any.
+    place: the hardware; None for a plan without any. Whether parameters are
+      split follows from the current mesh.
   """
   unrolled, why = _unrolled(config, place)
   remat = config.remat
@@ -59,4 +63,8 @@ def _unrolled(config: ModelConfig, place: Place | None) -> tuple[bool, str]:
     return False, "a loop compiles fastest"
   if config.num_layers > _MOST_UNROLLED:
     return False, f"more than {_MOST_UNROLLED} layers would compile for minutes"
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and mesh.shape[RULES.embed] > 1:
+    # XLA would gather the parameters of many layers at once.
+    return False, "split parameters are gathered a layer at a time"
   return True, "on a GPU a loop would copy what it keeps"

@@ -201,6 +201,11 @@ def test_layers_are_unrolled_on_gpus(changed, place, unrolled, remat):
   assert (found.unrolled, found.remat) == (unrolled, remat)
 
 
+def test_split_parameters_are_gathered_in_a_loop(any_mesh):
+  split = any_mesh.shape["fsdp"] > 1
+  assert layer_loop.choose(MODEL, GPU).unrolled == (not split)
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_unrolled_layers_give_the_loops_gradient(mesh, remat):
   results = []
