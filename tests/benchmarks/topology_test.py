@@ -1,14 +1,29 @@
-"""Describing devices that are not here, to compile for them."""
+"""Compiling for devices that are not here.
+
+For GPUs this needs jax[cuda13], 4.5 GB. With it installed beside the project,
+in an environment whose interpreter CUDA_PYTHON names, or with CUDA_PYTHON=new
+in one that is made for the test:
+
+  CUDA_PYTHON=new pytest -n 0 -m slow tests/benchmarks/topology_test.py
+"""
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from apart_harness import python_with
+from command_harness import environment
 
 from mdm_jax.benchmarks import topology
 from mdm_jax.core.errors import UserError
 
 LAYERS, WIDTH, VOCABULARY = 12, 768, 50_257  # of the preset gpt2
+# Of its update with 64 rows, and a twentieth more.
+MOST_SECONDS = 0.058
 
 
 @pytest.mark.parametrize("name", ["h100", "h100:0", "h100:12", "h200:x"])
@@ -27,3 +42,71 @@ def test_without_their_compiler_one_line_says_what_to_install(name, extra):
     pytest.skip(f"{installed} is installed here")
   with pytest.raises(UserError, match=r"pip install -e '\.\[" + extra):
     topology.devices(name)
+
+
+# MARK: for an H100, in an environment of its own
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+  """An interpreter that has XLA's GPU compiler."""
+  if importlib.util.find_spec("jax_cuda13_plugin"):
+    return sys.executable
+  asked = os.environ.get("CUDA_PYTHON")
+  if asked is None:
+    pytest.skip("jax[cuda13] (4.5 GB) is not installed: see this file's top")
+  if asked != "new":
+    return asked
+  return python_with(tmp_path_factory.mktemp("cuda"), "cuda13", "")
+
+
+@pytest.fixture(scope="module")
+def compiled(python, tmp_path_factory):
+  """Returns what the command says of the programs of gpt2 on an H100."""
+  env = environment(tmp_path_factory.mktemp("cache"))
+  # conftest.py's flags make XLA compile fast, not well.
+  del env["XLA_FLAGS"]
+  done = subprocess.run(
+    [python, "-m", "mdm_jax.benchmarks.lowering", "--topology=h100:1"]
+    + ["--preset=gpt2", "--batch=64", "--texts=64", "--json"],
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def products(program, dtype):
+  """Returns the products with an operand of a dtype."""
+  kinds = [k for k in program["kernels"] if k["kind"].startswith("product")]
+  return [k for k in kinds if dtype in k["kind"].split()]
+
+
+@pytest.mark.slow
+def test_no_product_of_the_vocabularys_size_is_in_float32(compiled):
+  """On a GPU it would take three times as long as one of bfloat16."""
+  found = products(compiled["train_step"], "f32")
+  # Of a single row: anything larger has the vocabulary in it.
+  small = 2 * VOCABULARY * WIDTH
+  assert all(k["operations"] < small * k["times"] for k in found), found
+  assert products(compiled["train_step"], "bf16")
+
+
+@pytest.mark.slow
+def test_attention_runs_forward_once_a_layer(compiled):
+  """Its output is kept, not computed again for the gradient."""
+  kinds = compiled["train_step"]["by_kind"]
+  assert kinds["attention, forward"]["times"] == LAYERS
+  assert kinds["attention, backward"]["times"] == LAYERS
+
+
+@pytest.mark.slow
+def test_an_update_takes_no_longer_than_it_did(compiled):
+  assert 0 < compiled["train_step"]["predicted_seconds"] < MOST_SECONDS
+
+
+@pytest.mark.slow
+def test_the_sampler_has_cudnns_attention(compiled):
+  assert compiled["sampler"]["by_kind"]["attention, forward"]["times"]
