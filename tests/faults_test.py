@@ -174,7 +174,7 @@ def test_fault_01_06_in_every_variant(name, place):
 
 SLEEPS = {
   "preparing": ("mdm_jax.start", "prepare_on_all"),
-  "restoring": ("mdm_jax.checkpoints.checkpoint.Checkpoints", "_restore"),
+  "restoring": ("mdm_jax.checkpoints.checkpoint.Checkpoints", "restore"),
   "evaluating": ("mdm_jax.evaluate.Measures", "validation"),
   "sampling": ("mdm_jax.evaluate.Measures", "sample"),
 }

@@ -144,19 +144,18 @@ def test_of_rows_with_prompts_only_the_answers_are_measured(model, table, mesh):
   rows, answer = make_rows(TEXTS), np.tile(np.uint8([0, 1, 1]), (len(TEXTS), 1))
   answer[0] = 0
   held = hold(Rows(rows.tokens, rows.segments, answer=answer))
-  found = evaluator.measure(model[1], held).likelihood
+  found = evaluator.measure(model[1], held)
   orders = (1, 2), (2, 1)
   per_token = [
     -np.mean([log_prob_in_order(table, text, o) for o in orders]) / 2
     for text in TEXTS[1:]
   ]
-  assert found.tokens == 2 * len(per_token)
-  assert found.num_bytes is None  # bytes of prompts are in the table, too
-  np.testing.assert_allclose(
-    found.total_nats / found.tokens, np.mean(per_token), rtol=1e-2
-  )
+  # Bytes of prompts are in the table, too.
+  assert "bits_per_byte" not in found.values
+  got = found.head()
+  np.testing.assert_allclose(got.value, np.mean(per_token), rtol=1e-2)
   expected = np.std(per_token, ddof=1) / np.sqrt(len(per_token))
-  np.testing.assert_allclose(found.stderr, expected, rtol=0.05)
+  np.testing.assert_allclose(got.error, expected, rtol=0.05)
 
 
 @pytest.mark.parametrize(

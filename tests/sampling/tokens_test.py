@@ -20,7 +20,7 @@ ALL = Settings()
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of three tokens, the last one of two or one."""
-  monkeypatch.setattr(tokens, "_BLOCK", 3)
+  monkeypatch.setattr(confidence, "_BLOCK", 3)
 
 
 @pytest.fixture(params=["candidates", "bisection"])
