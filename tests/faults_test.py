@@ -125,8 +125,10 @@ import dataclasses
 import jax.numpy as jnp
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 _restore = Checkpoints.restore
-def restore(self, step, like):
-  state = _restore(self, step, like)
+def restore(self, step, like, partial=False):
+  state = _restore(self, step, like, partial)
+  if partial:
+    return state
   import jax
   lose = lambda x: jnp.zeros_like(x) if {lost!r} != "step" else x + 1
   part = jax.tree.map(lose, state.{lost})
