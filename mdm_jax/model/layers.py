@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 from mdm_jax.core import hardware
 from mdm_jax.core.sharding import RULES
 from mdm_jax.model import cpu_gradients, gpu_kernels
+from mdm_jax.model.kernels import parsed
 
 
 def normal(
@@ -240,9 +241,14 @@ def norm_and_rotate(
 
 def _has_kernel(head_size: int) -> bool:
   """Returns whether `gpu_kernels` can be used for heads of this size."""
+  place = hardware.target()
+  # NVIDIA's GPUs since Ampere, as for cuDNN; it was run on an H100 only.
+  capability = place and place.backend == "gpu" and parsed(place.capability)
+  if not capability or capability < (8, 0):
+    return False
   # Triton's blocks have sizes of powers of two, and small ones are slow.
   half = head_size // 2
-  return hardware.on_gpu() and half >= 16 and half & (half - 1) == 0
+  return half >= 16 and half & (half - 1) == 0
 
 
 def rotary(

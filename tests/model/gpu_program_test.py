@@ -201,6 +201,24 @@ def test_layers_are_unrolled_on_gpus(changed, place, unrolled, remat):
   assert (found.unrolled, found.remat) == (unrolled, remat)
 
 
+@pytest.mark.parametrize(
+  "place, size, fused",
+  [
+    (GPU, 64, True),
+    (GPU, 96, False),
+    (GPU, 16, False),
+    (Place("gpu", "7.5"), 64, False),
+    (Place("gpu", "gfx90a"), 64, False),
+    (TPU, 64, False),
+  ],
+)
+def test_the_fused_kernel_is_for_gpus_that_have_it(
+  monkeypatch, place, size, fused
+):
+  monkeypatch.setattr(hardware, "target", lambda: place)
+  assert layers._has_kernel(size) == fused
+
+
 def test_split_parameters_are_gathered_in_a_loop(any_mesh):
   split = any_mesh.shape["fsdp"] > 1
   assert layer_loop.choose(MODEL, GPU).unrolled == (not split)
