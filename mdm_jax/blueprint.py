@@ -7,6 +7,7 @@ place where the sections are combined into a run.
 import jax
 
 from mdm_jax.config import Config
+from mdm_jax.core.sharding import data_shards
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.model.denoiser import Denoiser
@@ -85,3 +86,22 @@ def make_trainer(
   check_vocabulary(vocab.size, mesh)
   rows = [len(stage) for stage in data.stages]
   return Trainer(Blueprint(config, vocab, rows), data, mesh)
+
+
+def held_out_objective(
+  config: Config, vocab: Vocabulary, mesh: jax.sharding.Mesh
+) -> Objective:
+  """Returns the last stage's objective: every evaluation uses it."""
+  stage = config.stages[-1]
+  plan = Plan(
+    accumulation=config.optimizer.accumulation,
+    batch=config.data.batch_size,
+    length=stage.length,
+    shards=data_shards(mesh),
+    # Upper bounds, valid for any held-out row.
+    most_asked=stage.length,
+    most_segments=stage.length,
+  )
+  return build(
+    *(config.objective, stage.objective, config.noise), *(vocab, plan)
+  )

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from mdm_jax.blueprint import held_out_objective
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config, to_dict
 from mdm_jax.core import strict_json
 from mdm_jax.core.progress import console
-from mdm_jax.core.sharding import data_shards
 from mdm_jax.data import splits
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.prepared import PreparedData, training_ngrams, training_texts
@@ -23,8 +23,6 @@ from mdm_jax.evaluation.judge import NgramJudge, make_judge
 from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.measured_text import describe, open_rows
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.objectives.base import Objective, Plan
-from mdm_jax.objectives.config import build
 from mdm_jax.objectives.measured import (
   LOSS_BY_MASKED_SHARE,
   Curve,
@@ -74,7 +72,7 @@ class Measures:
     self._draw_texts = TextSampler(
       denoiser, data.tokenizer, mesh, config.sample_length
     )
-    self._objective = _objective(config, data, mesh)
+    self._objective = held_out_objective(config, data.tokenizer.vocab, mesh)
     self._evaluator = Evaluator(
       config.eval, self._objective, denoiser, mesh, poll
     )
@@ -334,23 +332,3 @@ def _sizes(held: HeldOut) -> dict[str, int]:
     "tokens": int((np.asarray(held.rows.segments[:]) > 0).sum()),
     "bytes": held.num_bytes,
   }
-
-
-def _objective(
-  config: Config, data: PreparedData, mesh: jax.sharding.Mesh
-) -> Objective:
-  """Returns the last stage's objective: every evaluation uses it."""
-  stage = config.stages[-1]
-  plan = Plan(
-    accumulation=config.optimizer.accumulation,
-    batch=config.data.batch_size,
-    length=stage.length,
-    shards=data_shards(mesh),
-    # Upper bounds, valid for any held-out row.
-    most_asked=stage.length,
-    most_segments=stage.length,
-  )
-  return build(
-    *(config.objective, stage.objective, config.noise),
-    *(data.tokenizer.vocab, plan),
-  )

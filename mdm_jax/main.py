@@ -182,7 +182,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
     preview,
     report,
     sample,
-    train,
+    training_loop,
   )
   from mdm_jax.studies import compare, frontier
 
@@ -196,7 +196,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
     case "prepare":
       return prepare.prepare_rows(config, workdir.path, _WORKERS.value)
     case "train":  # handles signals itself, to save before it stops
-      return train.train_and_evaluate(config, workdir)
+      return training_loop.train_and_evaluate(config, workdir)
     case "eval":
       return evaluate.evaluate_workdir(config, workdir)
     case "sample" if len(_prompt_flags()) > 1:

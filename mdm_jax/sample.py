@@ -14,6 +14,7 @@ from etils import epath
 from jaxtyping import Bool, Int
 
 from mdm_jax import config as config_lib
+from mdm_jax import scoring
 from mdm_jax.config import Config
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
@@ -53,7 +54,7 @@ def load(
 
 
 class Model:
-  """A trained model that samples texts.
+  """A trained model that samples and scores texts.
 
   Attributes:
     config: the run's config; `config.sample` has the default settings.
@@ -183,6 +184,12 @@ class Model:
       lengths = np.full(len(tokens), tokens.shape[1])
     canvas = Canvas(tokens.astype(np.int32), free, lengths.astype(np.int32))
     return self._draw(canvas, self.settings(**settings))
+
+  def score(
+    self, texts: str | Sequence[str], draws: int = 64
+  ) -> scoring.Scores:
+    """Returns each text's likelihood bound; see `mdm_jax.scoring.score`."""
+    return scoring.score(self._model, texts, draws)
 
   def _draw(
     self, canvas: Canvas, config: SampleConfig, repeat: int = 1

@@ -105,7 +105,7 @@ class Run:
   """One attempt at a run.
 
   Attributes:
-    trainer: makes its updates; the only part that `train.train` needs.
+    trainer: makes its updates; the only part that `training_loop.train` needs.
     origin: the checkpoint that this attempt resumes from.
     updates: number of updates of all stages together.
   """

@@ -19,7 +19,7 @@ QUICK = f"--config={ROOT / 'configs' / 'quickstart.py'}:quick"
 # What the program imports late; `mdm_jax.main` itself is run, not imported.
 PROGRAMS = (
   *("evaluate", "fit", "interactive", "plan", "prepare", "preview", "report"),
-  *("sample", "train", "studies.compare", "studies.frontier"),
+  *("sample", "training_loop", "studies.compare", "studies.frontier"),
 )
 # Not read while Python starts or JAX is imported.
 _LATE = ("XDG_CACHE_HOME",)

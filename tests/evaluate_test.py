@@ -10,7 +10,7 @@ import shutil
 import jax
 import pytest
 
-from mdm_jax import evaluate, report, train
+from mdm_jax import evaluate, report, training_loop
 from mdm_jax.config import Config
 from mdm_jax.core import files
 from mdm_jax.core.errors import Exit, StorageError, UserError
@@ -80,7 +80,7 @@ class Run:
   def train(self, **changed):
     config = dataclasses.replace(self.config, **changed)
     with jax.numpy_dtype_promotion("standard"):
-      return train.train_and_evaluate(config, self.workdir)
+      return training_loop.train_and_evaluate(config, self.workdir)
 
   def of(self, updates):
     """Returns the stages with another number of updates."""
@@ -172,7 +172,7 @@ def _measure(program, config, workdir):
     "frontier": lambda: frontier.frontier_workdir(config, workdir),
     "compare": lambda: compare.compare_workdir(config, workdir, "threshold"),
     "report": lambda: report.report_workdir(config, workdir),
-    "train": lambda: train.train_and_evaluate(config, workdir),
+    "train": lambda: training_loop.train_and_evaluate(config, workdir),
   }[program]()
 
 

@@ -39,7 +39,7 @@ MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
 SIDEWAYS = {
-  ("train.py", "start.py"): "training begins with its start",
+  ("training_loop.py", "start.py"): "training begins with its start",
   ("start.py", "evaluate.py"): "training ends with the evaluation",
   ("start.py", "plan.py"): "training begins by telling its plan",
   ("start.py", "preview.py"): "training begins by telling what it reads",
@@ -59,6 +59,7 @@ SIDEWAYS = {
   ("command_line.py", "workdir.py"): "eval and sample take the run's config",
   ("evaluation", "sampling"): "samples that are measured have settings",
   ("prepare_beam.py", "prepare.py"): "both fill a folder and describe it",
+  ("sample.py", "scoring.py"): "a model samples and scores",
   ("interactive.py", "sample.py"): "it draws as a user of the library does",
 }
 TOO_LONG = {}
@@ -113,7 +114,7 @@ def _edges():
 
 def test_the_edges_are_found():
   names = {(a.as_posix(), b.as_posix()) for a, b in _edges()}
-  assert ("mdm_jax/main.py", "mdm_jax/train.py") in names
+  assert ("mdm_jax/main.py", "mdm_jax/training_loop.py") in names
   assert ("mdm_jax/start.py", "mdm_jax/runtime/session.py") in names
   assert len(names) > 50
 

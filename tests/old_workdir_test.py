@@ -11,7 +11,7 @@ import shutil
 import pytest
 from paths import GOLDEN
 
-from mdm_jax import sample, train
+from mdm_jax import sample, training_loop
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
@@ -34,7 +34,9 @@ def _latest(workdir):
 
 def _start_from(workdir):
   config = Config(init_from=str(workdir.path))
-  return train.train_and_evaluate(config, Workdir(workdir.path.parent / "new"))
+  return training_loop.train_and_evaluate(
+    config, Workdir(workdir.path.parent / "new")
+  )
 
 
 def _contents(workdir):
@@ -43,7 +45,7 @@ def _contents(workdir):
 
 
 REFUSALS = {
-  "resume": lambda workdir: train.train_and_evaluate(Config(), workdir),
+  "resume": lambda workdir: training_loop.train_and_evaluate(Config(), workdir),
   "init_from": _start_from,
   "load": lambda workdir: sample.load(str(workdir.path)),
   "load_model": load_model,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 import subprocess
 import sys
 
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_harness import call, environment
+from paths import ROOT
 
 import mdm_jax
-from mdm_jax import command_line, interactive, sample
+from mdm_jax import command_line, interactive, sample, training_loop
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import memory, rng
@@ -229,6 +232,8 @@ def test_any_pattern_can_be_filled(model):
     (lambda m: m.generate("x" * 24), "leaves nothing"),
     (lambda m: m.generate("x" * 25), "only 24"),
     (lambda m: m.generate("[MASK:0]"), r"\[MASK:5\]"),
+    (lambda m: m.score(["a", ""]), r"texts\[1\] is empty"),
+    (lambda m: m.score("a", draws=12), "draws=12: must be a multiple of 8"),
     (
       lambda m: m.fill(np.full((1, 4), 300), np.zeros((1, 4), bool)),
       "id 300, which is not a text token",
@@ -392,6 +397,38 @@ def test_the_package_alone_imports_nothing_else():
   look = "import mdm_jax, sys; print(sorted({'jax', 'numpy'} & {*sys.modules}))"
   out = subprocess.check_output([sys.executable, "-c", look], text=True)
   assert out == "[]\n"
+
+
+def test_what_the_package_offers_is_found_when_it_is_asked_for():
+  assert {*mdm_jax.__all__} == {*mdm_jax._FOUND_IN} <= {*dir(mdm_jax)}
+  assert mdm_jax.train is training_loop.train_and_evaluate
+  assert mdm_jax.generate is sample.Model.generate
+  with pytest.raises(AttributeError, match="'genrate'"):
+    mdm_jax.genrate  # noqa: B018
+
+
+def test_the_readmes_lines_of_python_run(workdir, tmp_path):
+  page = (ROOT / "README.md").read_text()
+  (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "quickstart").symlink_to(workdir)
+  (tmp_path / "lines.py").write_text(lines)
+  done = call(tmp_path, environment(tmp_path), module="lines")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count("\n") >= 3  # texts, and a score
+
+
+def test_a_text_is_scored_alone(model):
+  long = "a text of more than a row, so that it is cut into several"
+  scores = model.score(["one", long])
+  alone = mdm_jax.score(model, long)
+  assert scores.bound
+  np.testing.assert_array_equal(scores.nats[1:], alone.nats)
+  np.testing.assert_array_equal(scores.bytes, [3, len(long)])
+  np.testing.assert_array_equal(scores.tokens, scores.bytes + 1)  # its end
+  assert (0 < scores.errors).all() and (scores.errors < scores.nats / 5).all()
+  bits = scores.nats / scores.bytes / np.log(2)
+  np.testing.assert_allclose(scores.bits_per_byte, bits)
 
 
 def test_a_folder_without_a_run_says_so(tmp_path):

@@ -9,7 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from mdm_jax import train
+from mdm_jax import training_loop
 from mdm_jax.benchmarks import workload
 from mdm_jax.blueprint import make_trainer
 from mdm_jax.checkpoints.checkpoint import Checkpoints
@@ -101,7 +101,9 @@ def _run(trainer, folder, hooks=()):
   ):
     run = Run(trainer.config, trainer, workdir, checkpoints, session, Origin())
     with run.subscribed(hooks) as subscribed:
-      yield lambda state, until: train.train(trainer, state, until, *subscribed)
+      yield lambda state, until: training_loop.train(
+        trainer, state, until, *subscribed
+      )
 
 
 def _logged(folder, *parts, trainer):

@@ -2,12 +2,12 @@
 
   python -m mdm_jax.benchmarks.loop --preset=char --json
 
-The loop is the run's own (`train.py`), with batches from files, the log,
-metrics.jsonl and TensorBoard, the progress line and checkpoints. Only the train
-step is replaced, by a program that sleeps: so the time of a step is known, and
-the processor is as free as beside an accelerator. On a CPU the caller waits for
-such a program and nothing overlaps with it, so the result is an upper bound of
-the loop's cost.
+The loop is the run's own (`training_loop.py`), with batches from files, the
+log, metrics.jsonl and TensorBoard, the progress line and checkpoints. Only the
+train step is replaced, by a program that sleeps: so the time of a step is
+known, and the processor is as free as beside an accelerator. On a CPU the
+caller waits for such a program and nothing overlaps with it, so the result is
+an upper bound of the loop's cost.
 
 bare       the sleeping step alone, called over and over
 loop       the run's loop around it
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from mdm_jax import train
+from mdm_jax import training_loop
 from mdm_jax.benchmarks import timing, workload
 from mdm_jax.benchmarks.workload import PRESETS, Preset
 from mdm_jax.blueprint import make_trainer
@@ -201,7 +201,7 @@ class _Turn:
 
   def __call__(self) -> None:
     self._until += self._updates
-    self.state = train.train(
+    self.state = training_loop.train(
       self._trainer, self.state, self._until, *self._hooks
     )
 

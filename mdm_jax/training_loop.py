@@ -18,7 +18,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from mdm_jax.config import Config
+from ml_collections import config_dict
+
+from mdm_jax.config import Config, from_config_dict
 from mdm_jax.core.errors import Stopped
 from mdm_jax.runtime.goodput import Cause
 from mdm_jax.start import open_run
@@ -30,16 +32,19 @@ from mdm_jax.workdir import Workdir
 
 
 def train_and_evaluate(
-  config: Config, workdir: Workdir, hooks: Iterable[Hook] = ()
+  config: Config | config_dict.ConfigDict,
+  workdir: Workdir | str,
+  hooks: Iterable[Hook] = (),
 ) -> dict[str, Any]:
   """Trains all stages, or what is left of them, and evaluates the best model.
 
   Example:
-    config = from_config_dict(default_config())
-    results = train_and_evaluate(config, Workdir("runs/mine"))
+    config = mdm_jax.config.default_config()
+    config.data.corpus = "text:~/books/**/*.txt"
+    results = mdm_jax.train(config, "runs/mine")
 
   Args:
-    config: the run's config.
+    config: the run's config, or one as config files build it.
     workdir: the run's folder; a run that is in there is resumed.
     hooks: more to call at every update; see `training/hooks.py`.
 
@@ -54,6 +59,9 @@ def train_and_evaluate(
     Aborted: another process is gone.
     Stopped: a signal came; the same command resumes.
   """
+  if isinstance(config, config_dict.ConfigDict):
+    config = from_config_dict(config)
+  workdir = Workdir(workdir) if isinstance(workdir, str) else workdir
   with open_run(config, workdir) as run:
     if run.is_finished:
       results = run.read_results()
