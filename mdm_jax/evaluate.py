@@ -8,19 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from mdm_jax import tuned_sampling
 from mdm_jax.blueprint import held_out_objective
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config, to_dict
 from mdm_jax.core import strict_json
-from mdm_jax.core.progress import console
 from mdm_jax.data import splits
 from mdm_jax.data.held_out import HeldOut
-from mdm_jax.data.prepared import PreparedData, training_ngrams, training_texts
-from mdm_jax.evaluation import baselines, tables, targets, text_metrics
+from mdm_jax.data.prepared import PreparedData
+from mdm_jax.evaluation import baselines, tables, targets
 from mdm_jax.evaluation.evaluator import Evaluator
-from mdm_jax.evaluation.huggingface_judge import check as check_judge
-from mdm_jax.evaluation.judge import NgramJudge, make_judge
-from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.measured_text import describe, open_rows
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.measured import (
@@ -29,9 +26,8 @@ from mdm_jax.objectives.measured import (
   Measured,
   to_json,
 )
+from mdm_jax.sampled_texts import SampledTexts
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.sampling.generate import TextSampler, effective
-from mdm_jax.sampling.samples import Samples
 from mdm_jax.trained_model import load_model
 from mdm_jax.workdir import Workdir
 
@@ -45,6 +41,13 @@ class Measures:
   """Evaluates parameters of one model, on held-out text and by its samples.
 
   Programs are compiled once and used for every evaluation of the process.
+
+  Attributes:
+    config: the run's config, perhaps with other settings.
+    data: the run's rows and tokenizer.
+    denoiser: the model.
+    mesh: the devices.
+    texts: draws and measures samples.
   """
 
   def __init__(
@@ -64,33 +67,40 @@ class Measures:
       mesh: the devices.
       poll: called between the longer parts; may raise to stop.
     """
-    # First: a judge that can't be loaded should fail before the training.
-    check_judge(config.eval.judge)
     self._poll = poll
     self.config, self.data = config, data
     self.denoiser, self.mesh = denoiser, mesh
-    self._draw_texts = TextSampler(
-      denoiser, data.tokenizer, mesh, config.sample_length
+    self.texts = SampledTexts(
+      *(config, data, denoiser, mesh, self._sampling_curve, poll)
     )
     self._objective = held_out_objective(config, data.tokenizer.vocab, mesh)
     self._evaluator = Evaluator(
       config.eval, self._objective, denoiser, mesh, poll
     )
 
-  def what(self, step: int | None, latest: int | None) -> dict[str, Any]:
+  def what(
+    self,
+    step: int | None,
+    latest: int | None,
+    tuned: SampleConfig | None = None,
+  ) -> dict[str, Any]:
     """Returns what the results of an evaluation depend on.
 
     Args:
       step: the checkpoint that is measured.
       latest: the newest checkpoint.
+      tuned: the tuned sampling settings, if there are any.
     """
     config = self.config
-    settings = {name: getattr(config.eval, name) for name in _SHAPING}
+    of_eval = {name: getattr(config.eval, name) for name in _SHAPING}
+    settings = {"eval": of_eval, "sample": to_dict(config)["sample"]}
+    if tuned:
+      settings["tuned"] = strict_json.plain(tuned_sampling.values(tuned))
     return {
       "checkpoint": step,
       "updates": latest,
       "text": describe(self.data, config, splits.TEST),
-      "settings": {"eval": settings, "sample": to_dict(config)["sample"]},
+      "settings": settings,
     }
 
   def read_final(
@@ -100,7 +110,8 @@ class Measures:
     # Results of an earlier update, of another text or with other settings must
     # not be taken for those of this one.
     found = workdir.read("results.json") or {}
-    what = self.what(checkpoints.best(), checkpoints.latest())
+    tuned = tuned_sampling.read(workdir, self.config)
+    what = self.what(checkpoints.best(), checkpoints.latest(), tuned)
     same = all(found.get(name) == value for name, value in what.items())
     return found if same else None
 
@@ -141,6 +152,10 @@ class Measures:
     }
     return Measured(curves=chosen)
 
+  def _sampling_curve(self, params: Params) -> Curve | None:
+    found = self._chosen_by(params)
+    return found.curve_with_role(LOSS_BY_MASKED_SHARE, "validation")
+
   def _with_bands(self, measured: Measured) -> Measured:
     """Marks on the curves the mask rates that each stage trains on."""
     found = ((s.objective.masked_share(), s.name) for s in self.config.stages)
@@ -160,102 +175,16 @@ class Measures:
   def baselines(self) -> dict[str, dict[str, Any]]:
     """Returns what n-gram models and xz need for the same test text."""
     return baselines.baselines(
-      self._training,
+      self.texts.training,
       self._reported,
       self.data.tokenizer,
-      self._ngrams,
+      self.texts.ngrams,
       self._poll,
     )
 
   @functools.cached_property
   def _reported(self) -> HeldOut:
     return self.data.test.subset(self.config.eval.final_rows)
-
-  @functools.cached_property
-  def _training(self) -> list[str]:
-    return training_texts(self.config.rows)
-
-  @functools.cached_property
-  def _ngrams(self) -> NgramJudge:
-    return NgramJudge(self._training)
-
-  def sample(self, params: Params) -> Samples:
-    """Draws a few texts, to look at while a run trains."""
-    settings = self.config.sample
-    return self._draw(params, settings, settings.num_samples)
-
-  def _curve(self, params: Params) -> Curve | None:
-    """Returns the curve that the `optimal` schedule follows, if it is chosen.
-
-    It takes a while: the curve is measured with these parameters.
-    """
-    if self.config.sample.schedule != "optimal":
-      return None
-    found = self._chosen_by(params)
-    return found.curve_with_role(LOSS_BY_MASKED_SHARE, "validation")
-
-  def samples(self, params: Params) -> dict[str, Any]:
-    """Draws texts and measures them.
-
-    Returns:
-      Plain values: the settings, some of the texts, one of them step by step,
-      and their metrics.
-    """
-    config, shown = self.config, self.config.sample.num_samples
-    count = max(config.eval.samples, shown)
-    drawn = self._draw(params, config.sample, count)
-    results = {
-      "sampling": effective(config.sample),
-      "samples": drawn.texts[:shown],
-      "unmasking": self._unmasking(drawn),
-    }
-    if config.eval.samples:
-      results["text_metrics"] = self._text_metrics(params, drawn)
-    return results
-
-  def _draw(
-    self, params: Params, settings: SampleConfig, count: int
-  ) -> Samples:
-    curve = self._curve(params)
-    self._poll()
-    return self._draw_texts(params, [""] * count, settings, curve)
-
-  def _text_metrics(self, params: Params, drawn: Samples) -> dict[str, Any]:
-    config, data = self.config, self.data
-    path = config.eval.judge
-    # Unless another judge is given, it is the n-gram model of the baselines.
-    judge = make_judge(path, []) if path else self._ngrams
-    measure = functools.partial(
-      text_metrics.measure,
-      language=config.data.language,
-      judge=judge,
-      copies=training_ngrams(config.rows, self._training),
-    )
-    # Also at T = 1 without filters: the model's own distribution.
-    plain = config.sample.untruncated()
-    count = len(drawn.texts)
-    # Held-out texts of the samples' length: shorter ones repeat less, so the
-    # metrics could not be compared.
-    own = running_texts(data.test, data.tokenizer, count, config.sample_length)
-    if len(own.texts) < count:
-      console.print(f"warning: reference texts: {own.description}")
-    measured = {
-      "sampling": measure(drawn.texts),
-      "untruncated": measure(self._draw(params, plain, count).texts),
-      "held_out": measure(own.texts, own.documents),
-    }
-    return {
-      name: text_metrics.as_json(values) for name, values in measured.items()
-    } | {"judge": judge.name, "test text": own.description}
-
-  def _unmasking(self, drawn: Samples) -> dict[str, Any]:
-    """Returns the first sample at every step: its pieces, None where masked."""
-    vocab, tokenizer = self.data.tokenizer.vocab, self.data.tokenizer
-    steps = [
-      [None if i == vocab.mask else tokenizer.decode([i]) for i in ids]
-      for ids in drawn.path[:, 0].tolist()
-    ]
-    return {"settings": effective(self.config.sample), "steps": steps}
 
 
 def evaluate_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
@@ -299,6 +228,7 @@ def evaluate_params(
   Returns:
     The results, as in results.json.
   """
+  tuned = tuned_sampling.read(workdir, measures.config)
   measured = measures.test(params)
   run = checkpoints.progress(checkpoints.latest())
   wall, tokens = run["wall_seconds"], run["tokens_seen"]
@@ -307,12 +237,12 @@ def evaluate_params(
     {
       **to_json(measured),
       **measures.sizes(),
-      **measures.what(step, checkpoints.latest()),
+      **measures.what(step, checkpoints.latest(), tuned),
       "baselines": measures.baselines(),
       "tokens_seen": tokens,
       "wall_seconds": wall,
       "tokens_per_second": tokens / wall,
-      **measures.samples(params),
+      **measures.texts.samples(params, tuned),
     }
   )
   # Stored in a file of its own.

@@ -8,10 +8,11 @@
 
 --mode=data and --mode=plan show what a run would do; prepare writes the rows of
 a corpus too large for memory; train, the default, trains and evaluates; eval,
-sample, frontier (a temperature sweep), compare (orders, steps, budgets) and
-report (an HTML page) use what was trained. Exit codes: docs/reliability.md.
-Every field of the config is a flag: --config.data.batch_size=4. Without
---config, the config saved in the workdir is used.
+sample, tune (finds sampling settings), frontier (a temperature sweep), compare
+(orders, steps, budgets) and report (an HTML page) use what was trained. Every
+field of the config is a flag: --config.data.batch_size=4. Without
+--config, the config saved in the workdir is used. Exit codes:
+docs/reliability.md.
 """
 
 import os
@@ -37,7 +38,7 @@ _MODE = flags.DEFINE_enum(
   "train",
   [
     *("data", "plan", "prepare", "train"),
-    *("eval", "sample", "frontier", "compare", "report"),
+    *("eval", "sample", "tune", "frontier", "compare", "report"),
   ],
   "The program to run.",
 )
@@ -64,6 +65,13 @@ _INTERACTIVE = flags.DEFINE_bool(
   "interactive",
   False,
   "Read prompts from the terminal, and draw a sample for each.",
+)
+_SAMPLING = flags.DEFINE_enum(
+  "sampling",
+  "auto",
+  ["auto", "config", "tuned"],
+  "Settings of --mode=sample: the run's own, those that --mode=tune found, or"
+  " (auto) the latter if there are any.",
 )
 _WAYS = flags.DEFINE_string(
   "ways", "", "Compare only settings whose name contains this."
@@ -183,8 +191,12 @@ def _run(config: Config, workdir: Workdir) -> Any:
     report,
     sample,
     training_loop,
+    tuned_sampling,
   )
-  from mdm_jax.studies import compare, frontier
+  from mdm_jax.studies import compare, frontier, tune
+
+  if _MODE.value == "sample":
+    config = tuned_sampling.applied(config, workdir, _SAMPLING.value)
 
   match _MODE.value:
     case "data":
@@ -209,6 +221,8 @@ def _run(config: Config, workdir: Workdir) -> Any:
         keep=_JSON.value,
         file=_PROMPTS.value,
       )
+    case "tune":
+      return tune.tune_workdir(config, workdir)
     case "frontier":
       return frontier.frontier_workdir(config, workdir)
     case "compare":

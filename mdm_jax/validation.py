@@ -46,7 +46,7 @@ class Validation(Hook):
 
   def on_evaluate(self, done: int, state: TrainState) -> None:
     measured, sizes = self._measures.validation(state.ema_params)
-    samples = self._measures.sample(state.ema_params)
+    samples = self._measures.texts.sample(state.ema_params)
     found = measured.scalars() | sizes
     scalars = {f"validation/{name}": x for name, x in found.items()}
     texts = {f"samples/{i}": text for i, text in enumerate(samples.texts)}

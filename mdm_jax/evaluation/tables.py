@@ -22,8 +22,8 @@ def show(measured: Measured, results: Mapping[str, Any]) -> None:
   """
   console.print(_measured_table(measured, results))
   if "text_metrics" in results:
-    console.print(_text_table(results["text_metrics"]))
-  console.print(_target_table(results["targets"]))
+    console.print(text_table(results["text_metrics"]))
+  console.print(target_table(results["targets"]))
   settings = ", ".join(f"{k} {v}" for k, v in results["sampling"].items())
   for i, text in enumerate(results["samples"], start=1):
     console.rule(f"sample {i} ({settings})")
@@ -76,21 +76,30 @@ def _some(points: list[Any]) -> list[Any]:
   return [points[i * (size - 1) // (_POINTS - 1)] for i in range(_POINTS)]
 
 
-def _text_table(metrics: Mapping[str, Any]) -> Table:
-  # Keys of results.json, and the columns' titles in the same order.
-  sources = "sampling", "untruncated", "held_out"
+def text_table(metrics: Mapping[str, Any]) -> Table:
+  """Returns the text metrics of results.json as a table."""
+  # Keys of results.json, and titles; without a tuning there is no "tuned".
+  titles = {"sampling": "samples", "tuned": "tuned"}
+  titles |= {"untruncated": "T = 1", "held_out": "test text"}
+  titles = {k: v for k, v in titles.items() if k in metrics}
   count = next(iter(metrics["sampling"].values()))["n"]
   title = f"{count} samples, judged by {metrics['judge']}"
-  names = "samples", "samples, T = 1", "test text"
-  table = for_terminal(["metric", *names], title=title)
+  table = for_terminal(["metric", *titles.values()], title=title)
   for name, measured in metrics["sampling"].items():
-    found = (metrics[source][name] for source in sources)
-    cells = (with_error(m["value"], m["stderr"]) for m in found)
+    found = (metrics[source][name] for source in titles)
+    cells = (_cell(m["value"], m["stderr"]) for m in found)
     table.add_row(measured["title"], *cells)
   return table
 
 
-def _target_table(lines: list[Mapping[str, Any]]) -> Table:
+def _cell(value: float | None, stderr: float | None) -> str:
+  # Four columns fit 80 characters if none is wider than "0.123 ± 0.456".
+  wide = value is not None and abs(value) >= 10
+  return with_error(value, stderr, ".2f" if wide else ".3f")
+
+
+def target_table(lines: list[Mapping[str, Any]]) -> Table:
+  """Returns the targets of results.json as a table."""
   table = for_terminal(
     ["target", "measured", "test text", ""], title="the guide's targets"
   )

@@ -83,7 +83,12 @@ def check(measured: Measured, results: Mapping[str, Any]) -> list[Target]:
   """
   text = results.get("text_metrics")
   others = results.get("baselines", {})
-  return _perplexity(measured, others) + (_samples(text) if text else [])
+  lines = _perplexity(measured, others)
+  if text:
+    lines += _samples(text, "sampling", "")
+    # The guide's sampling settings, then those tuned on validation text.
+    lines += _samples(text, "tuned", ", tuned") if "tuned" in text else []
+  return lines
 
 
 def _perplexity(
@@ -113,10 +118,10 @@ def _perplexity(
   return lines
 
 
-def _samples(text: Mapping[str, Any]) -> list[Target]:
+def _samples(text: Mapping[str, Any], source: str, suffix: str) -> list[Target]:
   lines = []
   for target, measure, is_met, meaning in _CRITERIA:
-    value = text["sampling"][measure]["value"]
+    value = text[source][measure]["value"]
     own = text["held_out"][measure]["value"]
     error = text["held_out"][measure]["stderr"] or 0.0  # None: one document
     passed = None
@@ -124,5 +129,6 @@ def _samples(text: Mapping[str, Any]) -> list[Target]:
       meaning = "not judged: the test text has no grade (script or sentences)"
     else:
       passed = value is not None and bool(is_met(value, own, error))
-    lines.append(Target(target, measure, value, own, passed, meaning))
+    name = measure + suffix
+    lines.append(Target(target, name, value, own, passed, meaning))
   return lines

@@ -1,0 +1,182 @@
+"""Draws texts from a model, and measures them beside held-out text."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from mdm_jax.config import Config
+from mdm_jax.core.progress import console
+from mdm_jax.core.standard_errors import Clusters, Estimate
+from mdm_jax.data.ngrams import Ngrams
+from mdm_jax.data.prepared import PreparedData, training_ngrams, training_texts
+from mdm_jax.evaluation import text_metrics
+from mdm_jax.evaluation.huggingface_judge import check as check_judge
+from mdm_jax.evaluation.judge import Judge, NgramJudge, make_judge
+from mdm_jax.evaluation.running_text import running_texts
+from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.objectives.measured import Curve
+from mdm_jax.sampling.config import SampleConfig
+from mdm_jax.sampling.generate import TextSampler, effective
+from mdm_jax.sampling.samples import Samples
+
+
+class SampledTexts:
+  """Draws texts with one model's parameters, and measures them.
+
+  Programs are compiled once; the judge and the training text's n-grams are made
+  when they are first needed.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    data: PreparedData,
+    denoiser: Denoiser,
+    mesh: jax.sharding.Mesh,
+    measure_curve: Callable[[Params], Curve | None],
+    poll: Callable[[], None] = lambda: None,
+  ):
+    """Builds the sampler.
+
+    Args:
+      config: the run's config, perhaps with other `eval` and `sample` settings.
+      data: the run's rows and tokenizer.
+      denoiser: the model.
+      mesh: the devices.
+      measure_curve: measures the loss by mask rate.
+      poll: called before texts are drawn; may raise to stop.
+    """
+    # First: a judge that can't be loaded should fail before the training.
+    check_judge(config.eval.judge)
+    self._config, self._data, self._poll = config, data, poll
+    self._measure_curve = measure_curve
+    self._sampler = TextSampler(
+      denoiser, data.tokenizer, mesh, config.sample_length
+    )
+
+  def sample(self, params: Params) -> Samples:
+    """Draws a few texts, to look at while a run trains."""
+    settings = self._config.sample
+    return self.draw(params, settings, settings.num_samples)
+
+  def samples(
+    self, params: Params, tuned: SampleConfig | None = None
+  ) -> dict[str, Any]:
+    """Draws texts and measures them.
+
+    Args:
+      params: the averaged parameters.
+      tuned: the tuned sampling settings, if there are any.
+
+    Returns:
+      Plain values: the settings, some of the texts, one of them step by step,
+      and their metrics.
+    """
+    config, shown = self._config, self._config.sample.num_samples
+    count = max(config.eval.samples, shown)
+    drawn = self.draw(params, config.sample, count)
+    results = {
+      "sampling": effective(config.sample),
+      "samples": drawn.texts[:shown],
+      "unmasking": self._unmasking(drawn),
+    }
+    if tuned:
+      results["tuned"] = effective(tuned)
+    if config.eval.samples:
+      results["text_metrics"] = self.text_metrics(params, drawn.texts, tuned)
+    return results
+
+  def draw(
+    self,
+    params: Params,
+    settings: SampleConfig,
+    count: int,
+    curve: Curve | None = None,
+  ) -> Samples:
+    """Draws texts without a prompt.
+
+    Args:
+      params: the averaged parameters.
+      settings: how to sample.
+      count: number of texts.
+      curve: loss by mask rate, for the schedule `optimal` (None: it is measured
+        if needed, which takes a while).
+    """
+    if settings.schedule == "optimal" and curve is None:
+      curve = self._measure_curve(params)
+    self._poll()
+    return self._sampler(params, [""] * count, settings, curve)
+
+  @functools.cached_property
+  def training(self) -> list[str]:
+    """The training text, perhaps a sample of it."""
+    return training_texts(self._config.rows)
+
+  @functools.cached_property
+  def ngrams(self) -> NgramJudge:
+    """An n-gram model of the training text."""
+    return NgramJudge(self.training)
+
+  @functools.cached_property
+  def judge(self) -> Judge:
+    """The judge of texts: an n-gram model unless another one is given."""
+    path = self._config.eval.judge
+    return make_judge(path, []) if path else self.ngrams
+
+  def of_texts(
+    self, texts: Sequence[str], documents: Clusters = None
+  ) -> dict[str, Estimate]:
+    """Returns the metrics of some texts; see `text_metrics.measure`."""
+    return text_metrics.measure(
+      texts,
+      documents,
+      language=self._config.data.language,
+      judge=self.judge,
+      copies=self._copies,
+    )
+
+  def text_metrics(
+    self,
+    params: Params,
+    drawn: Sequence[str],
+    tuned: SampleConfig | None = None,
+  ) -> dict[str, Any]:
+    """Returns the metrics of samples and of test text as plain values.
+
+    Args:
+      params: the averaged parameters.
+      drawn: texts drawn with the run's settings.
+      tuned: the tuned sampling settings, if there are any.
+    """
+    config, data, count = self._config, self._data, len(drawn)
+    measured = {"sampling": self.of_texts(drawn)}
+    # Also at T = 1 without filters: the model's own distribution.
+    others = {"tuned": tuned, "untruncated": config.sample.untruncated()}
+    for name, settings in others.items():
+      if settings:
+        texts = self.draw(params, settings, count).texts
+        measured[name] = self.of_texts(texts)
+    # Test texts of the samples' length: shorter ones repeat less, so the
+    # metrics could not be compared.
+    own = running_texts(data.test, data.tokenizer, count, config.sample_length)
+    if len(own.texts) < count:
+      console.print(f"warning: reference texts: {own.description}")
+    measured["held_out"] = self.of_texts(own.texts, own.documents)
+    return {
+      name: text_metrics.as_json(values) for name, values in measured.items()
+    } | {"judge": self.judge.name, "test text": own.description}
+
+  @functools.cached_property
+  def _copies(self) -> Ngrams | None:
+    return training_ngrams(self._config.rows, self.training)
+
+  def _unmasking(self, drawn: Samples) -> dict[str, Any]:
+    """Returns the first sample at every step: its pieces, None where masked."""
+    vocab, tokenizer = self._data.tokenizer.vocab, self._data.tokenizer
+    steps = [
+      [None if i == vocab.mask else tokenizer.decode([i]) for i in ids]
+      for ids in drawn.path[:, 0].tolist()
+    ]
+    return {"settings": effective(self._config.sample), "steps": steps}
