@@ -101,7 +101,8 @@ def _read_file(workdir: Workdir) -> dict[str, Any] | None:
   if found is None:
     return None
   settings = found.get("settings")
-  if not isinstance(settings, dict) or not set(settings) <= set(FIELDS):
+  known = isinstance(settings, dict) and set(settings) <= set(FIELDS)
+  if not known or not isinstance(found.get("checkpoint"), int):
     raise UserError(
       f"{workdir.path / FILE} has other sampling settings than this version of"
       f" mdm_jax: {again}"

@@ -5,6 +5,7 @@ versions.json   packages of the run's start, and the format of its files
 data.json       what its stages read: counts, difficulty, examples
 results.json    the last evaluation
 unmasking.json  one of its samples, step by step
+sampling.json   sampling settings found by --mode=tune, and what was tried
 report.html     all of it as a page
 frontier.csv    judge's nats per byte and entropy by temperature; also .png
 ways.csv        the same, and denoiser calls, by order and steps; also .md

@@ -19,7 +19,7 @@ from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.studies import compare, frontier
+from mdm_jax.studies import compare, frontier, search, tune
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
 from mdm_jax.workdir import Workdir
 
@@ -284,6 +284,60 @@ def test_frontier_and_compare_use_validation_text(run, told, tmp_path):
     data = dataclasses.replace(run.config.data, test_corpus=corpus)
     again = dataclasses.replace(run.config, data=data)
     assert _measure(program, again, run.workdir)[-1] == before
+
+
+def test_tuned_settings_are_measured_beside_the_runs_own(
+  run, told, monkeypatch
+):
+  config, workdir = run.config, run.workdir
+  before = run.results()
+
+  def rounds(settings, num_steps, texts, has_curve):
+    assert (num_steps, texts, has_curve) == (4, 2, True)
+    plain = search.plain(settings, num_steps)
+    warm = dataclasses.replace(plain, temperature=0.9)
+    return (
+      search.Round("grid", lambda _: [plain, warm], 1, 2),
+      search.Round("choice", lambda _: [], texts, 1),
+    )
+
+  monkeypatch.setattr(search, "rounds", rounds)
+  found = tune.tune_workdir(config, workdir)
+  assert found == json.loads((workdir.path / "sampling.json").read_text())
+  tried = found["rounds"][-1]["tried"]
+  assert [len(r["tried"]) for r in found["rounds"]] == [2, 2]
+  assert found["settings"] == tried[0]["settings"]
+  assert found["chosen_by"]["split"] == "validation"
+  # The same checkpoint's results get a column; all else stays as it was.
+  after = run.results()
+  columns = ["sampling", "tuned", "untruncated", "held_out"]
+  assert [k for k in after["text_metrics"] if k in columns] == columns
+  for column in ("sampling", "untruncated", "held_out"):
+    assert after["text_metrics"][column] == before["text_metrics"][column]
+  tuned = [t for t in after["targets"] if t["texts"] == "tuned"]
+  assert len(tuned) == 5
+  assert after["targets"][: len(before["targets"])] == before["targets"]
+  report.report_workdir(config, workdir)
+  assert "tuned settings" in (workdir.path / "report.html").read_text()
+  # They count as measured, and an evaluation finds the same numbers.
+  measure = evaluate.evaluate_params
+  monkeypatch.setattr(evaluate, "evaluate_params", None)
+  run.train()
+  monkeypatch.setattr(evaluate, "evaluate_params", measure)
+  again = evaluate.evaluate_workdir(config, workdir)
+  assert again["text_metrics"] == after["text_metrics"]
+  assert again["targets"] == after["targets"]
+  # With other settings than the results', they are left alone.
+  other = dataclasses.replace(config.sample, seed=3)
+  tune.tune_workdir(dataclasses.replace(config, sample=other), workdir)
+  assert run.results() == again
+  assert any("--mode=eval adds" in str(line) for line in told)
+
+
+def test_tuning_needs_texts(run):
+  none = dataclasses.replace(run.config.eval, samples=0)
+  with pytest.raises(UserError, match="config.eval.samples=64"):
+    tune.tune_workdir(dataclasses.replace(run.config, eval=none), run.workdir)
 
 
 def test_what_others_need_for_the_same_text_stands_beside_it(finished):

@@ -80,11 +80,12 @@ def text_table(metrics: Mapping[str, Any]) -> Table:
   """Returns the text metrics of results.json as a table."""
   # Keys of results.json, and titles; without a tuning there is no "tuned".
   titles = {"sampling": "samples", "tuned": "tuned"}
-  titles |= {"untruncated": "T = 1", "held_out": "test text"}
+  titles |= {"untruncated": "samples, T = 1", "held_out": "test text"}
   titles = {k: v for k, v in titles.items() if k in metrics}
   count = next(iter(metrics["sampling"].values()))["n"]
   title = f"{count} samples, judged by {metrics['judge']}"
   table = for_terminal(["metric", *titles.values()], title=title)
+  table.collapse_padding = len(titles) > 3  # fits 80 characters
   for name, measured in metrics["sampling"].items():
     found = (metrics[source][name] for source in titles)
     cells = (_cell(m["value"], m["stderr"]) for m in found)
@@ -99,18 +100,27 @@ def _cell(value: float | None, stderr: float | None) -> str:
 
 
 def target_table(lines: list[Mapping[str, Any]]) -> Table:
-  """Returns the targets of results.json as a table."""
-  table = for_terminal(
-    ["target", "measured", "test text", ""], title="the guide's targets"
-  )
-  number = lambda x: "-" if x is None else f"{x:.3f}"
-  for t in lines:
-    table.add_row(
-      Text.assemble(
-        f"{t['target']}: {t['measure']}\n  ", (t["meaning"], "dim")
-      ),
-      number(t["value"]),
-      number(t["reference"]),
-      {True: "pass", False: "miss", None: "-"}[t["passed"]],
+  """Returns the targets of results.json as a table.
+
+  Targets of tuned samples are in a column beside those of the run's own.
+  """
+  tuned = {t["measure"]: t for t in lines if t.get("texts") == "tuned"}
+  names = ["target", "measured", *(["tuned"] if tuned else []), "test text"]
+  table = for_terminal(names, title="the guide's targets")
+  for t in (t for t in lines if t.get("texts") != "tuned"):
+    name = Text.assemble(
+      f"{t['target']}: {t['measure']}\n  ", (t["meaning"], "dim")
     )
+    beside = [_result(tuned.get(t["measure"]))] if tuned else []
+    reference = "-" if t["reference"] is None else f"{t['reference']:.3f}"
+    table.add_row(name, _result(t), *beside, reference)
   return table
+
+
+def _result(target: Mapping[str, Any] | None) -> str:
+  if target is None:
+    return ""
+  value = target["value"]
+  number = "-" if value is None else f"{value:.3f}"
+  result = {True: " pass", False: " miss", None: ""}[target["passed"]]
+  return number + result

@@ -63,6 +63,8 @@ class Target:
     reference: the same number of held-out text; None if undefined.
     passed: whether the target is met; None if it is not judged.
     meaning: the criterion, why it is not judged, or what the number is.
+    texts: which samples were measured, as in `text_metrics` of results.json:
+      "sampling" or "tuned"; "" for numbers that are not of samples.
   """
 
   target: str
@@ -71,6 +73,7 @@ class Target:
   reference: float | None
   passed: bool | None
   meaning: str
+  texts: str = ""
 
 
 def check(measured: Measured, results: Mapping[str, Any]) -> list[Target]:
@@ -85,9 +88,8 @@ def check(measured: Measured, results: Mapping[str, Any]) -> list[Target]:
   others = results.get("baselines", {})
   lines = _perplexity(measured, others)
   if text:
-    lines += _samples(text, "sampling", "")
-    # The guide's sampling settings, then those tuned on validation text.
-    lines += _samples(text, "tuned", ", tuned") if "tuned" in text else []
+    lines += _samples(text, "sampling")
+    lines += _samples(text, "tuned") if "tuned" in text else []
   return lines
 
 
@@ -118,10 +120,10 @@ def _perplexity(
   return lines
 
 
-def _samples(text: Mapping[str, Any], source: str, suffix: str) -> list[Target]:
+def _samples(text: Mapping[str, Any], texts: str) -> list[Target]:
   lines = []
   for target, measure, is_met, meaning in _CRITERIA:
-    value = text[source][measure]["value"]
+    value = text[texts][measure]["value"]
     own = text["held_out"][measure]["value"]
     error = text["held_out"][measure]["stderr"] or 0.0  # None: one document
     passed = None
@@ -129,6 +131,6 @@ def _samples(text: Mapping[str, Any], source: str, suffix: str) -> list[Target]:
       meaning = "not judged: the test text has no grade (script or sentences)"
     else:
       passed = value is not None and bool(is_met(value, own, error))
-    name = measure + suffix
-    lines.append(Target(target, name, value, own, passed, meaning))
+    line = Target(target, measure, value, own, passed, meaning, texts)
+    lines.append(line)
   return lines

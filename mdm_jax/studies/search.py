@@ -6,8 +6,8 @@ the best (successive halving: Jamieson and Talwalkar 2016, arXiv 1502.07943).
 Every round draws new texts, so that luck in one doesn't help in the next.
 
 The best settings are those whose texts are at most as repetitive and at least
-as diverse as text itself, up to two of its own standard errors, and which a
-judge finds likeliest among these.
+as diverse as text itself, up to two standard errors of the difference, and
+which a judge finds likeliest among these.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ CRITERIA = {
   **{f"seq_rep_{n}": 1 for n in (2, 3, 4)},
   **{"unigram_entropy": -1, "distinct_2": -1, "unique_starts@1": -1},
 }
-_ERRORS = 2.0  # standard errors of the text's own value that are allowed
+_ERRORS = 2.0  # standard errors of a difference that are allowed
 _LEAST_ERROR = 0.002  # a share of 0 ± 0 is known no better than this
 _UNKNOWN_ERROR = 0.1  # relative, of a value from a single document
 
@@ -82,12 +82,15 @@ def beyond(measured: Measured, own: Measured) -> float:
   """
   total = 0.0
   for name, sign in CRITERIA.items():
-    value, error = own[name].value, own[name].stderr
-    if not math.isfinite(error):
-      error = _UNKNOWN_ERROR * abs(value)
-    excess = sign * (measured[name].value - value) / max(error, _LEAST_ERROR)
-    total += max(excess - _ERRORS, 0.0)
+    error = math.hypot(_error(own[name]), _error(measured[name]))
+    excess = sign * (measured[name].value - own[name].value)
+    total += max(excess / max(error, _LEAST_ERROR) - _ERRORS, 0.0)
   return total
+
+
+def _error(found: Estimate) -> float:
+  known = math.isfinite(found.stderr)
+  return found.stderr if known else _UNKNOWN_ERROR * abs(found.value)
 
 
 def rounds(
@@ -99,17 +102,19 @@ def rounds(
     run: the run's own settings, which are tried first; the coarse grid has
       their order.
     num_steps: denoiser calls.
-    texts: texts for each settings of a middle round.
+    texts: half the number for each settings of the last round.
     has_curve: whether the loss by mask rate is known, which the schedule
       `optimal` follows.
   """
-  few = max(texts // 2, 1)
+  few, middle = max(3 * texts // 8, 1), max(3 * texts // 4, 1)
   first = [at_steps(run, num_steps), *coarse(plain(run, num_steps))]
   return (
     Round("temperature, truncation", lambda _: first, few, 4),
     Round("order", orders, few, 4),
-    Round("schedule, remasking", lambda best: paces(best, has_curve), texts, 4),
-    Round("finer", finer, texts, 3),
+    Round(
+      "schedule, remasking", lambda best: paces(best, has_curve), middle, 4
+    ),
+    Round("finer", finer, middle, 3),
     Round("choice", lambda _: [], 2 * texts, 1),
   )
 
@@ -216,11 +221,8 @@ def paces(best: Sequence[SampleConfig], has_curve: bool) -> list[SampleConfig]:
 
 
 def finer(best: Sequence[SampleConfig]) -> list[SampleConfig]:
-  """Returns neighbours of the two best settings."""
-  return [near for one in best[:2] for near in _neighbours(one)]
-
-
-def _neighbours(one: SampleConfig) -> list[SampleConfig]:
+  """Returns neighbours of the best settings."""
+  one = best[0]
   near = [{"temperature": one.temperature + d} for d in (-0.05, 0.05)]
   if one.top_p is None and one.min_p is None:
     near += [{"top_p": 0.98}]

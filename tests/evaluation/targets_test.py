@@ -136,3 +136,15 @@ def test_without_samples_only_perplexity_is_told():
   results = _results()
   del results["text_metrics"]
   assert len(_check(results)) == 3
+
+
+def test_tuned_samples_are_judged_beside_the_runs_own():
+  results = _results(seq_rep_2=(0.4, 0.04, 0.005))
+  text = results["text_metrics"]
+  text["tuned"] = text["sampling"] | {"seq_rep_2": {"value": 0.02}}
+  lines = [t for t in _check(results) if t.measure == "seq_rep_2"]
+  assert [(t.texts, t.passed) for t in lines] == [
+    ("sampling", False),
+    ("tuned", True),
+  ]
+  assert {t.texts for t in _check(_results())} == {"", "sampling"}
