@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Bool, Int
 
 from mdm_jax import config as config_lib
-from mdm_jax import scoring
+from mdm_jax import scoring, tuned_sampling
 from mdm_jax.config import Config
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
@@ -31,11 +31,15 @@ from mdm_jax.sampling.live import LiveView
 from mdm_jax.sampling.sampler import Watch
 from mdm_jax.sampling.samples import Samples
 from mdm_jax.trained_model import TrainedModel, load_model
+from mdm_jax.tuned_sampling import Which
 from mdm_jax.workdir import Workdir
 
 
 def load(
-  workdir: str | Workdir, step: int | None = None, config: Config | None = None
+  workdir: str | Workdir,
+  step: int | None = None,
+  config: Config | None = None,
+  sampling: str = Which.AUTO,
 ) -> "Model":
   """Loads a trained model from a run's folder.
 
@@ -43,11 +47,16 @@ def load(
     workdir: the run's folder.
     step: update of the checkpoint (None: the best checkpoint).
     config: a config with other settings for the same model (None: the run's).
+    sampling: without a config, which sampling settings to take: "tuned" for
+      those that --mode=tune found, "config" for the run's, "auto" for the
+      former if there are any.
 
   Raises:
     UserError: there is no run, no such checkpoint, or it can't be read.
   """
   workdir = Workdir(workdir) if isinstance(workdir, str) else workdir
+  if config is None:
+    config = tuned_sampling.applied(workdir.read_config(), workdir, sampling)
   results = workdir.read("results.json")
   curve = curve_in(results, LOSS_BY_MASKED_SHARE, "validation")
   return Model(load_model(workdir, config, step), curve)

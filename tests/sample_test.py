@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import shutil
 import subprocess
 import sys
 
@@ -76,6 +77,19 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(workdir):
   return sample.load(str(workdir))
+
+
+def test_a_model_samples_with_tuned_settings_if_there_are_any(
+  workdir, tmp_path
+):
+  folder = shutil.copytree(workdir, tmp_path / "run")
+  settings = {"temperature": 0.9, "temperature_range": None, "order": "random"}
+  found = {"checkpoint": 1, "settings": settings}
+  Workdir(folder).write(tuned_sampling.FILE, found)
+  tuned = sample.load(str(folder)).settings(seed=3)
+  assert (tuned.order, tuned.temperature) == ("random", 0.9)
+  own = sample.load(str(folder), sampling="config").settings()
+  assert (own.order, own.temperature) == ("spread", 0.7)
 
 
 def known(samples, row, text):
