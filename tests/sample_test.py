@@ -16,7 +16,13 @@ from command_harness import call, environment
 from paths import ROOT
 
 import mdm_jax
-from mdm_jax import command_line, interactive, sample, training_loop
+from mdm_jax import (
+  command_line,
+  interactive,
+  sample,
+  training_loop,
+  tuned_sampling,
+)
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import memory, rng
