@@ -1,5 +1,6 @@
 """Writes a run's report: one HTML page, made from the files of its folder."""
 
+from mdm_jax import tuned_sampling
 from mdm_jax.config import Config, to_dict
 from mdm_jax.core.progress import console
 from mdm_jax.evaluation.pages.report import RunReport, render
@@ -21,6 +22,7 @@ def report_workdir(config: Config, workdir: Workdir) -> str:
       results=workdir.read("results.json"),
       unmasking=workdir.read("unmasking.json"),
       descriptions=[stage.objective.describe() for stage in config.stages],
+      tuning=workdir.read(tuned_sampling.FILE),
       charts=OBJECTIVES[config.objective.name].charts,
     )
   )

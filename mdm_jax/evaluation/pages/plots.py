@@ -101,6 +101,24 @@ def curve(points: list[Point], bands: list, low: Number | None) -> Plot | None:
   return Plot(x, y, label, paths, bands, shown)
 
 
+def scatter(points: list[Point], marked: Mapping[str, Point]) -> Plot:
+  """Returns a plot of single points.
+
+  Args:
+    points: all points.
+    marked: points in a colour of their own, by CSS class.
+  """
+  every = [*points, *marked.values()]
+  x = _axis_of([p.x for p in every], None)
+  y = _axis_of([p.y for p in every], None)
+  dot = lambda p: f"M{x.at(p.x)} {y.at(p.y)}h0"
+  paths = {"tried": "".join(map(dot, points))}
+  paths |= {name: dot(point) for name, point in marked.items()}
+  label = f"{len(points)} points, {', '.join(p.label for p in marked.values())}"
+  shown = sorted((x.at(p.x), y.at(p.y), p.label) for p in every)
+  return Plot(x, y, label, paths, points=shown)
+
+
 def histogram(difficulty: dict[str, Any]) -> Plot:
   """Returns a histogram of units by difficulty, with the stage's cutoff."""
   counts, cut = difficulty["histogram"], difficulty["cut"]

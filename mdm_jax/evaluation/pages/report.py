@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mdm_jax.core import strict_json
-from mdm_jax.evaluation.pages import page, plots
+from mdm_jax.evaluation.pages import page, plots, tuning
 from mdm_jax.objectives.measured import (
   PERPLEXITY,
   Chart,
@@ -40,6 +40,7 @@ class RunReport:
       texts, None where masked, from before the first denoiser call to the end.
     descriptions: what each stage trains on, as described by the objective.
     charts: logged numbers to plot over updates, by name.
+    tuning: contents of sampling.json: sampling settings that were tried.
   """
 
   name: str
@@ -50,6 +51,7 @@ class RunReport:
   unmasking: Json | None
   descriptions: Sequence[str] = ()
   charts: Mapping[str, Chart] = dataclasses.field(default_factory=dict)
+  tuning: Json | None = None
 
 
 def render(report: RunReport) -> str:
@@ -69,6 +71,7 @@ def render(report: RunReport) -> str:
     text_titles=_text_titles(results),
     histogram=plots.histogram,
     tokens=tokens,
+    tuning=tuning,
     charts=list(_charts(report.metrics, stages, report.charts)),
     # Test text only: validation text is for the choice of a checkpoint.
     curves=[

@@ -227,6 +227,43 @@ def test_texts_are_measured_in_three_columns(report):
   assert "self bleu – – 0.1234 ± 0.012, n = 99" in told
 
 
+def _trial(temperature, entropy, judge, repeated, beyond):
+  numbers = {"unigram_entropy": entropy, "judge_nll": judge}
+  numbers |= {"seq_rep_2": repeated, "distinct_2": 0.8}
+  found = {name: {"value": value} for name, value in numbers.items()}
+  if beyond is None:
+    return found
+  settings = {"temperature": temperature, "temperature_range": None}
+  return found | {"settings": settings, "beyond": beyond}
+
+
+def test_what_a_tuning_tried_is_plotted_and_listed(report):
+  text = _trial(0, 4.0, 1.0, 0.05, None)
+  tried = [_trial(0.9, 3.9, 1.5, 0.04, 0.0), _trial(0.5, 2.0, 0.8, 0.5, 88.0)]
+  rounds = [
+    {"varies": "heat", "texts": 8, "validation": text, "tried": tried},
+    {"varies": "all", "texts": 9, "validation": text, "tried": tried[:1]},
+  ]
+  page = render(dataclasses.replace(report, tuning={"rounds": rounds}))
+  told = visible_text(page)
+  assert "heat: 2 settings, 8 texts each" in told
+  line = "order spread, temperature 0.9, top_k 50, top_p 0.9"
+  assert f"{line} 0.0 1.500 3.900 0.040 0.800" in told
+  assert "validation text 1.000 4.000 0.050 0.800" in told
+  # Entropy to the right: the text is rightmost, at 4 of 2 to 4 with margins.
+  page = Page(page)
+  for tried, own, text in zip(
+    *(page.paths(name) for name in ("tried", "chosen", "own")), strict=True
+  ):
+    assert len(tried) == 9 and tried[0] == pytest.approx(own[0])
+    assert tried[3] < tried[0] < text[0] < 100
+    assert text[0] - tried[3] == pytest.approx(100 / 1.16, abs=0.1)
+  judge, repeated = page.paths("own")
+  assert judge[1] < page.paths("chosen")[0][1]  # likelier than the samples
+  assert repeated[1] > page.paths("chosen")[1][1]
+  assert 'id="tuning"' not in render(report)
+
+
 def test_targets_pass_or_miss_in_words(report):
   page = render(report)
   told = visible_text(page)
