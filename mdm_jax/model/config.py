@@ -57,8 +57,9 @@ class ModelConfig:
   attention: str = field(
     "auto",
     "reference: plain products; xla: jax.nn.dot_product_attention; cudnn: the"
-    " same by cuDNN's kernel, on a GPU in bfloat16; auto: reference on a CPU,"
-    " cudnn on a GPU where it is right, else xla: the plan says which",
+    " same by cuDNN's kernel, on a GPU in bfloat16; splash: JAX's splash"
+    " attention, on a TPU; auto: reference on a CPU, cudnn on a GPU and splash"
+    " on a TPU where they are right, else xla: the plan says which",
     registry="mdm_jax.model.kernels:KERNELS",
   )
 

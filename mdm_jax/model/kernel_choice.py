@@ -15,15 +15,18 @@ import jax.numpy as jnp
 from mdm_jax.core import hardware
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.hardware import Place
-from mdm_jax.model import packed_kernel  # noqa: F401, registers its kernel
+from mdm_jax.model import (  # noqa: F401, they register their kernels
+  packed_kernel,
+  splash_kernel,
+)
 from mdm_jax.model.context import make_side
 from mdm_jax.model.kernels import KERNELS, Case
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 # Kernels that `auto` tries on a backend, fastest first; the last one supports
-# everything. docs/performance.md has the times that gave this order, and why
-# cudnn_packed is not in it.
-_FASTEST = {"gpu": ("cudnn", "xla")}
+# everything. docs/performance.md has the times that gave the order on a GPU,
+# and why cudnn_packed is not in it; nothing was timed on a TPU.
+_FASTEST = {"gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}
 # Kernels that JAX may refuse, by the version of cuDNN.
 _ASKED = "cudnn_packed", "cudnn"
 # (kernel's name, case) -> why it can't be used, or None.

@@ -70,9 +70,11 @@ class Kernel(abc.ABC):
 
   Attributes:
     called: whose kernel it is, as the plan prints it ("XLA's own").
+    needs: JAX's name of the only backend that it runs on; None for any.
   """
 
   called: ClassVar[str] = "your own"
+  needs: ClassVar[str | None] = None
 
   def lacks(self, case: Case, place: Place) -> str | None:
     """Returns what the kernel does not support; None if it can be used.
@@ -218,6 +220,7 @@ class CuDNN(Kernel):
   """
 
   called = "cuDNN's"
+  needs = "gpu"
 
   def lacks(self, case: Case, place: Place) -> str | None:
     """Returns the first property that cuDNN does not support, or None."""
@@ -311,20 +314,29 @@ def by_kernel(
 
   # On one device a kernel is called directly: there is nothing to split.
   if always or jax.sharding.get_abstract_mesh().size > 1:
-    attend = _by_device(attend, *inputs, arrays)
+    attend = by_device(attend, *inputs, arrays)
   result = attend(*inputs, arrays)
   return _reshape(jnp.swapaxes(result, 1, 2), *query.shape)
 
 
-def _by_device(attend: Callable[..., Array], *inputs: Any):
+def by_device(
+  attend: Callable[..., Array], *inputs: Any, check_vma: bool = True
+) -> Callable[..., Array]:
   """Returns `attend` run by every device on its own rows and heads.
 
   A kernel call is not split over the mesh by itself.
+
+  Args:
+    attend: a function whose result has the shape of its first argument.
+    *inputs: its arguments, or trees of them.
+    check_vma: as in `jax.shard_map`.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return attend
   specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, inputs)
-  return jax.shard_map(attend, in_specs=specs, out_specs=specs[0])
+  return jax.shard_map(
+    attend, in_specs=specs, out_specs=specs[0], check_vma=check_vma
+  )
 
 
 def _reshape(x: Array, *shape: int) -> Array:

@@ -13,6 +13,7 @@ from mdm_jax.core.sharding import (
   make_mesh,
 )
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.kernels import KERNELS
 
 
 def mesh_for_use(config: MeshConfig, model: ModelConfig) -> jax.sharding.Mesh:
@@ -66,10 +67,12 @@ def check_model(model: ModelConfig, mesh: AnyMesh) -> None:
   """
   # An abstract mesh stands for other devices than this process has.
   here = isinstance(mesh, jax.sharding.Mesh)
-  if here and model.attention == "cudnn" and jax.default_backend() != "gpu":
+  backend = jax.default_backend()
+  needs = None if model.attention == "auto" else KERNELS[model.attention].needs
+  if here and needs not in (None, backend):
     raise UserError(
-      "model.attention=cudnn needs a GPU, this is a"
-      f" {jax.default_backend()}; nearest valid: auto"
+      f"model.attention={model.attention} needs a {needs.upper()}, this is a"
+      f" {backend}; nearest valid: auto"
     )
   # Query heads are grouped by key/value head, so only the latter are split.
   heads = model.num_kv_heads or model.num_heads

@@ -29,7 +29,10 @@ H100, A100 = Place("gpu", "9.0"), Place("gpu", "8.0")
   "place, dtype, head, length, name, why",
   [
     (Place("cpu"), "float32", 64, 128, "reference", "CPU"),
-    (Place("tpu"), "bfloat16", 64, 128, "xla", "on a tpu"),
+    (Place("tpu"), "bfloat16", 64, 128, "splash", "bfloat16, heads of 64"),
+    (Place("tpu"), "bfloat16", 64, 64, "xla", "splash attention has no rows"),
+    (Place("tpu"), "bfloat16", 96, 128, "xla", "no heads of 96, only of 64"),
+    (Place("rocm"), "bfloat16", 64, 128, "xla", "on a rocm"),
     (H100, "bfloat16", 64, 512, "cudnn", "bfloat16, heads of 64"),
     (H100, "bfloat16", 256, 512, "cudnn", "heads of 256"),
     (A100, "bfloat16", 128, 64, "cudnn", "heads of 128"),
@@ -42,7 +45,7 @@ H100, A100 = Place("gpu", "9.0"), Place("gpu", "8.0")
     (Place("gpu"), "bfloat16", 64, 512, "xla", "capability None"),
   ],
 )
-def test_auto_takes_cudnn_wherever_it_is_right(
+def test_auto_takes_the_fast_kernel_wherever_it_is_right(
   place, dtype, head, length, name, why
 ):
   case = Case(dtype, head, length, length)
