@@ -20,6 +20,7 @@ QUICK = f"--config={ROOT / 'configs' / 'quickstart.py'}:quick"
 PROGRAMS = (
   *("evaluate", "fit", "interactive", "plan", "prepare", "preview", "report"),
   *("sample", "training_loop", "studies.compare", "studies.frontier"),
+  *("studies.tune", "tuned_sampling"),
 )
 # Not read while Python starts or JAX is imported.
 _LATE = ("XDG_CACHE_HOME",)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from command_harness import call, environment
 
 from mdm_jax import tuned_sampling
 from mdm_jax.config import Config
@@ -92,3 +93,19 @@ def test_a_file_that_cannot_be_used_is_one_line(workdir, content, words):
   with pytest.raises(UserError, match=words) as error:
     tuned_sampling.applied(RUN, workdir, "auto")
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "args, words",
+  [
+    (["--mode=sample", "--sampling=tuned"], "run --mode=tune first"),
+    (["--mode=sample", "--sampling=best"], "--sampling"),
+    (["--mode=tune", "--config.eval.samples=0"], "config.eval.samples=64"),
+  ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, args, words):
+  Workdir(tmp_path / "w").create()
+  Workdir(tmp_path / "w").write_config(RUN, "0")
+  done = call(tmp_path, environment(tmp_path), "--workdir=w", *args)
+  assert done.returncode == 2
+  assert words in done.stderr and done.stderr.count("\n") == 1
