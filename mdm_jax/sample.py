@@ -19,6 +19,7 @@ from mdm_jax.config import Config
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
+from mdm_jax.evaluation.pages import picture
 from mdm_jax.evaluation.pages import samples as samples_page
 from mdm_jax.objectives.measured import LOSS_BY_MASKED_SHARE, Curve, curve_in
 from mdm_jax.sampling import prompts as prompts_lib
@@ -302,7 +303,9 @@ def _draw_all(
     html = samples_page.render(drawn, model.tokenizer, settings)
     if trace:
       folder = workdir.path / "samples"
-      trace_lib.save(drawn, model.tokenizer, settings, html, folder)
+      svg = picture.render(drawn, model.tokenizer)
+      pages = {"samples.html": html, "samples.svg": svg}
+      trace_lib.save(drawn, model.tokenizer, settings, pages, folder)
     if page:
       _write_page(page, html)
   return texts

@@ -448,6 +448,7 @@ def test_how_samples_were_drawn_is_shown_and_stored(trained, copied, tmp_path):
   assert settings["order"] == "margin"
   assert samples.calls.tolist() == [4, 4]
   assert page.read_text() == (copied / "samples" / "samples.html").read_text()
+  assert (copied / "samples" / "samples.svg").read_text().startswith("<svg ")
 
 
 def test_prompts_can_be_typed(trained):

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,10 @@ def save(
   samples: Samples,
   tokenizer: Tokenizer,
   settings: Json,
-  page: str,
+  pages: Mapping[str, str],
   folder: epath.PathLike,
 ) -> None:
-  """Writes samples.npz, samples.json and samples.html into a folder.
+  """Writes samples.npz, samples.json and pages that show them into a folder.
 
   The .npz holds the arrays of `Samples`. The .json holds settings, texts, the
   final tokens as strings, denoiser calls and order statistics, with null for
@@ -52,7 +52,8 @@ def save(
     samples: what to save.
     tokenizer: the one that decoded them.
     settings: how they were drawn.
-    page: content of samples.html, see `evaluation/pages/samples.py`.
+    pages: contents by file name, such as samples.html; see
+      `evaluation/pages/samples.py` and `picture.py`.
     folder: created if missing.
 
   Raises:
@@ -81,7 +82,8 @@ def save(
     files.write(folder / "samples.npz", arrays.getvalue())
     # backslashreplace writes a lone surrogate as an escape that JSON can read.
     files.write(folder / "samples.json", text.encode(errors="backslashreplace"))
-    files.write(folder / "samples.html", page.encode())
+    for name, page in pages.items():
+      files.write(folder / name, page.encode())
   except OSError as error:
     raise StorageError(f"{folder}: {error.strerror}") from error
 

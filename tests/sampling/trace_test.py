@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import time
+from xml.etree import ElementTree
 
 import browser_harness
 import numpy as np
@@ -18,6 +19,7 @@ from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
+from mdm_jax.evaluation.pages.picture import render as render_picture
 from mdm_jax.evaluation.pages.samples import render as render_page
 from mdm_jax.sampling import samples as samples_lib
 from mdm_jax.sampling import trace
@@ -100,8 +102,8 @@ def _statistics(steps, given=()):
 
 
 def save(samples, tokenizer, settings, folder):
-  page = render_page(samples, tokenizer, settings)
-  trace.save(samples, tokenizer, settings, page, folder)
+  pages = {"samples.html": render_page(samples, tokenizer, settings)}
+  trace.save(samples, tokenizer, settings, pages, folder)
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +256,29 @@ def test_half_a_character_and_special_ids():
   assert spell([e[0], V.mask, e[1]], BYTES) == ["\ufffd", None, "\ufffd"]
   found = spell([V.end, V.separator, V.pad, V.size - 1], BYTES)
   assert found == ["\u27e8end\u27e9", "\u27e8sep\u27e9", "", "\u27e8?\u27e9"]
+
+
+# MARK: the picture
+
+
+@pytest.mark.parametrize("row", range(len(TEXTS)))
+def test_the_picture_shows_at_every_step_what_is_known(samples, row):
+  """A class says from which step on an element is seen, and until which."""
+  picture = render_picture(samples, BYTES, row)
+  pieces = [
+    (element.text, *map(int, span[1].split("-")))
+    for element in ElementTree.fromstring(picture)
+    if (span := element.get("class", "").rsplit(" s"))[1:]
+  ]
+  for k in range(STEPS + 1):
+    seen = [
+      t for t, since, until in pieces if since <= k < (until or STEPS + 1)
+    ]
+    spelt = spell(samples.path[k, row].tolist(), BYTES)
+    want = [t and trace.visible(t).strip() for t in spelt]
+    assert seen == [t for t in want if t != ""]
+    known = sum(i not in (V.mask, V.pad) for i in samples.path[k, row])
+    assert f"call {k} of {STEPS}: {known} of" in picture
 
 
 # MARK: files

@@ -37,7 +37,7 @@ def render(samples: Samples, tokenizer: Tokenizer, settings: Json) -> str:
     numbers["remasked"] = samples.put_back[row]
     for name, found in statistics.items():
       numbers[name.replace("_", " ")] = _rounded(found.rows[row])
-    tokens = _tokens(samples, tokenizer, row)
+    tokens = drawn_tokens(samples, tokenizer, row)
     texts.append({"numbers": numbers, "tokens": tokens})
   return page.render(
     "samples.html",
@@ -57,7 +57,9 @@ def _rounded(value: float) -> str:
   return page.number(round(value, 2) + 0, ".2f")
 
 
-def _tokens(samples: Samples, tokenizer: Tokenizer, row: int) -> list[Json]:
+def drawn_tokens(
+  samples: Samples, tokenizer: Tokenizer, row: int
+) -> list[Json]:
   """Returns the final tokens of a text, each with its changes."""
   vocab = tokenizer.vocab
   path = samples.path[:, row].tolist()
