@@ -10,7 +10,7 @@ from paths import ROOT
 
 
 @pytest.mark.slow
-def test_the_quickstart_learns_what_the_readme_says(tmp_path):
+def test_the_quickstart_learns_what_its_page_says(tmp_path):
   command = [sys.executable, "-m", "mdm_jax.main"]
   command += [f"--config={ROOT / 'configs' / 'quickstart.py'}"]
   command += [f"--workdir={tmp_path}", "--json"]
@@ -23,7 +23,7 @@ def test_the_quickstart_learns_what_the_readme_says(tmp_path):
   results = json.loads((tmp_path / "results.json").read_text())
   assert json.loads(done.stdout.splitlines()[-1]) == results
   assert results["updates"] == 1650
-  # 1.88 in the README.
+  # 1.88 in docs/quickstart.md.
   assert results["bits_per_byte"] < 1.95
   assert results["nelbo_stderr"] < 0.15  # over 12 documents
   curve = list(results["ce_by_mask_rate"].values())
