@@ -9,9 +9,9 @@
 --mode=data and --mode=plan show what a run would do; prepare writes the rows of
 a corpus too large for memory; train, the default, trains and evaluates; eval,
 sample, tune (finds sampling settings), frontier (a temperature sweep), compare
-(orders, steps, budgets) and report (an HTML page) use what was trained. Every
-field of the config is a flag: --config.data.batch_size=4. Without
---config, the config saved in the workdir is used. Exit codes:
+(sampling settings, one change at a time) and report (an HTML page) use what was
+trained. Every field of the config is a flag: --config.data.batch_size=4.
+Without --config, the config saved in the workdir is used. Exit codes:
 docs/reliability.md.
 """
 
@@ -70,8 +70,8 @@ _SAMPLING = flags.DEFINE_enum(
   "sampling",
   "auto",
   ["auto", "config", "tuned"],
-  "Settings of --mode=sample: the run's own, those that --mode=tune found, or"
-  " (auto) the latter if there are any.",
+  "Settings of --mode=sample and compare: the run's own, those that --mode=tune"
+  " found, or (auto) the latter if there are any.",
 )
 _WAYS = flags.DEFINE_string(
   "ways", "", "Compare only settings whose name contains this."
@@ -195,7 +195,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
   )
   from mdm_jax.studies import compare, frontier, tune
 
-  if _MODE.value == "sample":
+  if _MODE.value in ("sample", "compare"):
     config = tuned_sampling.applied(config, workdir, _SAMPLING.value)
 
   match _MODE.value:

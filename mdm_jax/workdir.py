@@ -8,7 +8,7 @@ unmasking.json  one of its samples, step by step
 sampling.json   sampling settings found by --mode=tune, and what was tried
 report.html     all of it as a page
 frontier.csv    judge's nats per byte and entropy by temperature; also .png
-ways.csv        the same, and denoiser calls, by order and steps; also .md
+ways.csv        the same, and denoiser calls, by setting; also .md and .png
 
 `runtime/attempt.py` has lock.json, attempts.jsonl and exit.json;
 `checkpoints/checkpoint.py` checkpoints, checkpoints.jsonl and set_aside;

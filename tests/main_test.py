@@ -482,6 +482,7 @@ def test_ways_to_draw_are_compared(trained, copied):
   assert all(0 < row["calls"] <= 30 and row["n"] == 4 for row in rows[:-1])
   assert len((copied / "ways.csv").read_text().splitlines()) == 4
   assert len((copied / "ways.md").read_text().splitlines()) == 5
+  assert (copied / "ways.png").read_bytes().startswith(b"\x89PNG")
 
 
 # MARK: before a training, and after it

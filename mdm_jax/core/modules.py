@@ -30,6 +30,11 @@ def load(names: Iterable[str]) -> None:
       raise UserError(f"module {name}: {_reason(name, error)}") from error
 
 
+def has(package: str) -> bool:
+  """Returns whether an optional package is installed."""
+  return importlib.util.find_spec(package) is not None
+
+
 def need(package: str, extra: str, what: str) -> None:
   """Raises UserError, with the remedy, if an optional package is missing.
 
@@ -38,7 +43,7 @@ def need(package: str, extra: str, what: str) -> None:
     extra: this library's extra that installs it.
     what: what needs the package, such as a flag or a file.
   """
-  if importlib.util.find_spec(package) is None:
+  if not has(package):
     raise UserError(
       f"{what} needs the Python package {package}; run: pip install -e"
       f" '.[{extra}]'"

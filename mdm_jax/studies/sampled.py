@@ -1,7 +1,8 @@
 """Samples from a run with several settings, and measures each set of texts."""
 
 import dataclasses
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mdm_jax import sample
@@ -16,7 +17,11 @@ from mdm_jax.evaluation.text_metrics import measure
 from mdm_jax.measured_text import open_rows
 from mdm_jax.workdir import Workdir
 
-COLUMNS = "settings", "calls", "judge, nats/byte", "entropy, nats"
+COLUMNS = (
+  *("settings", "calls", "judge, nats/byte", "entropy, nats"),
+  "repeated 2-grams",
+)
+_TEXT = "validation text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Sampled:
     judge_nll_stderr: its standard error.
     unigram_entropy: entropy of a text's own tokens, in nats.
     unigram_entropy_stderr: its standard error.
+    seq_rep_2: fraction of a text's 2-grams that it has before.
+    seq_rep_2_stderr: its standard error.
     n: number of texts.
   """
 
@@ -41,6 +48,8 @@ class Sampled:
   judge_nll_stderr: float
   unigram_entropy: float
   unigram_entropy_stderr: float
+  seq_rep_2: float
+  seq_rep_2_stderr: float
   n: int
 
   @property
@@ -51,6 +60,7 @@ class Sampled:
       f"{self.calls:.1f}",
       with_error(self.judge_nll, self.judge_nll_stderr),
       with_error(self.unigram_entropy, self.unigram_entropy_stderr),
+      with_error(self.seq_rep_2, self.seq_rep_2_stderr),
     )
 
 
@@ -87,8 +97,7 @@ def sample_each(
   own = running_texts(
     data.validation, data.tokenizer, count, config.sample_length
   )
-  name = "validation text"
-  found.append(_measured(name, 0, 0.0, judge, own.texts, own.documents))
+  found.append(_measured(_TEXT, 0, 0.0, judge, own.texts, own.documents))
   title = f"{count} texts each, judged by {judge.name}"
   cells = [row.cells for row in found]
   console.print(tables.for_terminal(COLUMNS, cells, title))
@@ -101,6 +110,44 @@ def as_csv(found: list[Sampled]) -> str:
   return tables.as_csv(names, map(dataclasses.astuple, found))
 
 
+def as_png(groups: Mapping[str, Sequence[Sampled]], title: str) -> bytes:
+  """Returns a plot of the judge's number and of repetition, by entropy.
+
+  Args:
+    groups: rows to draw in one colour and to connect, by name.
+    title: of the plot.
+  """
+  # Imported here: matplotlib takes longer than the rest of a start.
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
+  figure.suptitle(title, fontsize="medium")
+  for axes, metric, name in zip(
+    figure.subplots(1, 2),
+    ("judge_nll", "seq_rep_2"),
+    (
+      "judge, nats per byte (lower: more likely)",
+      "repeated 2-grams (lower: less repetitive)",
+    ),
+    strict=True,
+  ):
+    for color, (label, rows) in enumerate(groups.items()):
+      column = lambda name: [getattr(row, name) for row in rows]  # noqa: B023
+      axes.errorbar(
+        *(column("unigram_entropy"), column(metric)),
+        xerr=column("unigram_entropy_stderr"),
+        yerr=column(f"{metric}_stderr"),
+        fmt="k*" if label == _TEXT else f"C{color}o-",
+        label=label,
+      )
+    axes.set_xlabel("unigram entropy of a text, nats (higher: more diverse)")
+    axes.set_ylabel(name)
+  axes.legend(fontsize="small")
+  file = io.BytesIO()
+  figure.savefig(file, format="png")
+  return file.getvalue()
+
+
 def _measured(
   name: str,
   num_steps: int,
@@ -110,6 +157,7 @@ def _measured(
   documents: Clusters = None,
 ) -> Sampled:
   nll = nll_per_byte(judge, texts, documents)
-  entropy = measure(texts, documents=documents)["unigram_entropy"]
-  numbers = nll.value, nll.stderr, entropy.value, entropy.stderr
+  found = measure(texts, documents=documents)
+  metrics = nll, found["unigram_entropy"], found["seq_rep_2"]
+  numbers = (x for metric in metrics for x in (metric.value, metric.stderr))
   return Sampled(name, num_steps, calls, *numbers, len(texts))

@@ -20,6 +20,10 @@ def test_every_way_is_another_that_can_work():
   for order in ("random", "spread", "confidence"):
     for steps in (12, 24, 48, 128):
       assert f"{order}, {steps} steps" in ways
+  # A colour of the plot for each order and each filter.
+  groups = {compare._group(name) for name in ways}
+  assert {"random", "confidence", "temperature", "top_p", "min_p"} <= groups
+  assert compare._group("validation text") == "validation text"
 
 
 def test_a_way_that_is_not_there_is_one_line(tmp_path):
