@@ -48,7 +48,7 @@ CORPORA.register("counting", Corpus(_counting))
 
 
 class Letters(Tokenizer):
-  """One id for each byte that was seen; whatever else is there is a space."""
+  """One id per byte of the training text; any other byte becomes a space."""
 
   kind = "letters"
 
@@ -170,7 +170,7 @@ OBJECTIVES.register(
 
 @ORDERS.register("outward")
 def outward(key, step, length):
-  """The middle first."""
+  """From the middle of the row outwards."""
   return -jnp.abs(jnp.linspace(-1, 1, length))
 
 
@@ -179,7 +179,7 @@ def outward(key, step, length):
 
 @metric("mean_words", "Words of a text")
 def mean_words(texts: Texts):
-  """Counts what stands between spaces."""
+  """Returns the mean number of space-separated words."""
   return mean([len(text.split()) for text in texts], texts.documents)
 
 
@@ -188,7 +188,7 @@ def mean_words(texts: Texts):
 
 @OPTIMIZERS.register("signs")
 def signs(config, schedule):
-  """The sign of a momentum, times the learning rate of the update."""
+  """The sign of the momentum, times the update's learning rate."""
   return optax.chain(
     optax.trace(decay=config.b1),
     optax.scale_by_sign(),
@@ -201,7 +201,7 @@ def signs(config, schedule):
 
 @KERNELS.register("plain")
 class Plain(Kernel):
-  """The softmax as it is written in papers."""
+  """Softmax attention, written out."""
 
   def prepare(self, visibility, q, k):
     return dense(visibility, q, k)
