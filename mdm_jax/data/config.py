@@ -71,14 +71,17 @@ class TokenizerConfig:
 
   kind: str = fixed(
     "sentencepiece",
-    "sentencepiece is trained on the train split",
+    "sentencepiece is trained on the train split; gpt2 has path's merges",
     registry="mdm_jax.data.tokenizer:TOKENIZERS",
   )
   vocab_size: int = fixed(
     8192, "pieces of the SentencePiece model to train", SIZE
   )
   path: str = fixed(
-    "", "SentencePiece .model file to use instead of training one", path=True
+    "",
+    "SentencePiece .model file to use instead of training one; GPT-2's"
+    " merges.txt for kind=gpt2",
+    path=True,
   )
 
 

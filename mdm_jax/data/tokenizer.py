@@ -19,6 +19,7 @@ from mdm_jax.core import safe_files
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.registry import Registry
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data import byte_pairs
 from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.sentencepiece_training import SPACE, chunks, train
 
@@ -346,3 +347,52 @@ def _checked(path: epath.Path) -> bytes:
       " --byte_fallback=true"
     )
   return content
+
+
+# MARK: GPT-2's
+
+
+class BytePairTokenizer(Tokenizer):
+  """GPT-2's tokenizer, with its ids; the end of a document is its 50256.
+
+  It is saved with its merges, so a run doesn't need the file they came from.
+  """
+
+  kind = "gpt2"
+
+  def __init__(self, merges: Sequence[str]):
+    self._pairs = byte_pairs.BytePairs(merges)
+    fields = {"kind": self.kind, "merges": list(merges)}
+    super().__init__(self._pairs.pieces, json.dumps(fields).encode())
+
+  def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
+    """Returns the ids of each text."""
+    return [np.array(self._pairs.encode(text), np.int32) for text in texts]
+
+
+def _byte_pairs(
+  config: TokenizerConfig, texts: Sequence[str] = ()
+) -> BytePairTokenizer:
+  del texts  # nothing is trained
+  file = epath.Path(config.path).expanduser()
+  if not config.path or not file.is_file():
+    why = "there is no such file" if config.path else "not given"
+    raise UserError(
+      f"tokenizer.path={config.path}: {why}; tokenizer.kind=gpt2 reads GPT-2's"
+      " file of merges, merges.txt or vocab.bpe"
+    )
+  content = safe_files.read_bytes(file).decode(errors="replace")
+  try:
+    return BytePairTokenizer(byte_pairs.read_merges(content))
+  except UserError as error:
+    raise UserError(f"tokenizer.path={config.path}: {error}") from None
+
+
+TOKENIZERS.register(
+  "gpt2",
+  Kind(
+    build=_byte_pairs,
+    load=lambda fields: BytePairTokenizer(fields["merges"]),
+    planned=lambda config: _byte_pairs(config).vocab,
+  ),
+)

@@ -109,9 +109,9 @@ class LiveView:
   def _row(
     self, before: Int[np.ndarray, "L"], now: Int[np.ndarray, "L"]
   ) -> Text:
-    # SentencePiece tokens contain their space; a space in front of a masked one
+    # Tokens of these contain their space; a space in front of a masked one
     # lets lines break there, too.
-    words = self._tokenizer.kind == "sentencepiece"
+    words = self._tokenizer.kind in ("sentencepiece", "gpt2")
     drawn, vocab = Text(), self._tokenizer.vocab
     for text, old, i in zip(
       spell(now.tolist(), self._tokenizer), before, now, strict=True

@@ -360,3 +360,48 @@ def test_a_saved_kind_that_nobody_registered_is_told(tmp_path):
   Letters("ab").save(tmp_path)
   with pytest.raises(UserError, match="'letters': unknown kind of tokenizer"):
     tokenizers.load_tokenizer(tmp_path)
+
+
+# MARK: GPT-2's
+
+MERGES = ("\u0120 t", "\u0120 a", "h e", "i n", "\u0120t he", "a b", "ab c", "b c")
+
+
+def _gpt2(folder, *merges):
+  path = folder / "merges.txt"
+  path.write_text("\n".join(["#version: 0.2", *merges, ""]))
+  return _build("gpt2", path=str(path))
+
+
+def test_gpt2s_ids_are_its_bytes_then_its_merges(tmp_path):
+  tokenizer = _gpt2(tmp_path, *MERGES)
+  ids = lambda text: tokenizer.encode(text).tolist()
+  # As in its own vocabulary.
+  assert ids("!") == [0] and ids("\n") == [198] and ids(" ") == [220]
+  assert ids(" the") == [260] and ids("the")[1:] == [258]
+  assert ids("in the in") == [259, 260, 220, 259]
+  assert ids("abcab") == [262, 261]  # from the left, the first merge first
+  assert ids("ab's") == [261, 6, 82]
+  assert tokenizer.vocab.end == 256 + len(MERGES)
+  for text in HARD:
+    assert tokenizer.decode(ids(text)) == text
+  tokenizer.save(tmp_path / "new")
+  (tmp_path / "merges.txt").unlink()
+  loaded = tokenizers.load_tokenizer(tmp_path / "new")
+  assert loaded.sha256 == tokenizer.sha256
+  assert loaded.encode(" the in").tolist() == ids(" the in")
+
+
+@pytest.mark.parametrize(
+  "merges, told",
+  [(("a b c",), "merge 1, 'a b c',"), (("a b", "ab cd"), "merge 2, 'ab cd',")],
+)
+def test_a_file_that_is_not_of_merges_is_told(tmp_path, merges, told):
+  with pytest.raises(UserError, match=f"merges.txt: {told}"):
+    _gpt2(tmp_path, *merges)
+
+
+@pytest.mark.parametrize("path", ["", "none/merges.txt"])
+def test_gpt2_without_its_file_is_told(path):
+  with pytest.raises(UserError, match=f"tokenizer.path={path}: .*merges.txt"):
+    _build("gpt2", path=path)
