@@ -66,6 +66,12 @@ _INTERACTIVE = flags.DEFINE_bool(
   False,
   "Read prompts from the terminal, and draw a sample for each.",
 )
+_LIKELIHOOD = flags.DEFINE_string(
+  "likelihood",
+  "nelbo",
+  "What --mode=eval measures: nelbo, with all else; or only, by the chain rule,"
+  " chain (left to right), chain:ORDER or orders:K (a bound of K orders).",
+)
 _SAMPLING = flags.DEFINE_enum(
   "sampling",
   "auto",
@@ -185,6 +191,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
     evaluate,
     fit,
     interactive,
+    likelihood,
     plan,
     prepare,
     preview,
@@ -209,6 +216,8 @@ def _run(config: Config, workdir: Workdir) -> Any:
       return prepare.prepare_rows(config, workdir.path, _WORKERS.value)
     case "train":  # handles signals itself, to save before it stops
       return training_loop.train_and_evaluate(config, workdir)
+    case "eval" if _LIKELIHOOD.value != "nelbo":
+      return likelihood.measure_workdir(config, workdir, _LIKELIHOOD.value)
     case "eval":
       return evaluate.evaluate_workdir(config, workdir)
     case "sample" if len(_prompt_flags()) > 1:

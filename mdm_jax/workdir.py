@@ -4,6 +4,7 @@ config.json     the run's config: what eval, sample and a resume read
 versions.json   packages of the run's start, and the format of its files
 data.json       what its stages read: counts, difficulty, examples
 results.json    the last evaluation
+likelihood_*.json  exact likelihoods of test text, by --likelihood
 unmasking.json  one of its samples, step by step
 sampling.json   sampling settings found by --mode=tune, and what was tried
 report.html     all of it as a page

@@ -8,9 +8,10 @@ import random
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
-from mdm_jax import evaluate, report, training_loop
+from mdm_jax import evaluate, likelihood, report, training_loop
 from mdm_jax.config import Config
 from mdm_jax.core import files
 from mdm_jax.core.errors import Exit, StorageError, UserError
@@ -332,6 +333,48 @@ def test_tuned_settings_are_measured_beside_the_runs_own(
   tune.tune_workdir(dataclasses.replace(config, sample=other), workdir)
   assert run.results() == again
   assert any("--mode=eval adds" in str(line) for line in told)
+
+
+def test_a_chain_rule_that_was_interrupted_continues(run, told, monkeypatch):
+  config, workdir = run.config, run.workdir
+  made, calls = likelihood.make_chain_rule, []
+
+  def counting(*args):
+    rule = made(*args)
+
+    def call(*args):
+      if len(calls) == limit:
+        raise KeyboardInterrupt
+      calls.append(args)
+      return rule(*args)
+
+    return call
+
+  few = dataclasses.replace(config.eval, batch_size=2)
+  config = dataclasses.replace(config, eval=few)
+  monkeypatch.setattr(likelihood, "make_chain_rule", counting)
+  limit = 2
+  with pytest.raises(KeyboardInterrupt):
+    likelihood.measure_workdir(config, workdir, "orders:2")
+  limit = None
+  found = likelihood.measure_workdir(config, workdir, "orders:2")
+  assert any("continuing: " in str(line) for line in told)
+  count = len(calls)
+  (workdir.path / "likelihood_orders_2.json").unlink()
+  again = likelihood.measure_workdir(config, workdir, "orders:2")
+  assert again == found and len(calls) == 2 * count
+  one, other = np.array(found["nats"])
+  tokens = run.results()["tokens"]
+  mean = (one.sum() + other.sum()) / 2 / tokens
+  assert found["orders_2_per_token"]["value"] < mean
+  # A bound of random orders, close to the NELBO of the same rows.
+  assert mean == pytest.approx(run.results()["nelbo_per_token"], rel=0.05)
+
+
+@pytest.mark.parametrize("spec", ["chains", "orders", "orders:0", "chain:best"])
+def test_a_likelihood_that_there_is_not_is_one_line(run, spec):
+  with pytest.raises(UserError, match=f"--likelihood={spec.split(':')[0]}"):
+    likelihood.measure_workdir(run.config, run.workdir, spec)
 
 
 def test_tuning_needs_texts(run):

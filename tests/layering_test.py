@@ -48,6 +48,7 @@ SIDEWAYS = {
   ("start.py", "validation.py"): "training is evaluated on its way",
   ("validation.py", "evaluate.py"): "as at its end, on fewer rows",
   ("evaluate.py", "measured_text.py"): "which text results are of",
+  ("likelihood.py", "measured_text.py"): "which text a likelihood is of",
   ("evaluate.py", "sampled_texts.py"): "samples are part of the results",
   ("studies", "evaluate.py"): "tuned sampling is measured as an evaluation is",
   ("studies", "measured_text.py"): "which text results are of",

@@ -42,8 +42,15 @@ def probability(
   logits: Float[Array, "*N V"], ids: Int[Array, "*N"]
 ) -> Float[Array, "*N"]:
   """Returns the probability of one token of each distribution."""
+  return jnp.exp(log_probability(logits, ids))
+
+
+def log_probability(
+  logits: Float[Array, "*N V"], ids: Int[Array, "*N"]
+) -> Float[Array, "*N"]:
+  """Returns the log probability of one token of each distribution."""
   chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-  return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _top_two(logits: Float[Array, "V"]):

@@ -37,7 +37,7 @@ _DRAW, _PUT_BACK, _ORDER = range(3)  # separate random streams of a row's key
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _State(Notes):
+class State(Notes):
   """The loop's state.
 
   Attributes:
@@ -86,7 +86,7 @@ def make_sampler(
     row_keys: Key[Array, "B"],
   ) -> Drawn:
     canvas = padded(canvas, vocab.need("pad"))
-    steps = _Steps(
+    steps = Steps(
       config, denoiser, vocab, params, canvas, pace, settings, row_keys
     )
 
@@ -114,8 +114,11 @@ def make_sampler(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Steps:
-  """The parts of a sampling step, for the arguments of one sampler call."""
+class Steps:
+  """The parts of a sampling step, for the arguments of one sampler call.
+
+  `sampling/chain_rule.py` has a subclass that draws the tokens of a text.
+  """
 
   config: SampleConfig
   denoiser: Predictor
@@ -126,11 +129,11 @@ class _Steps:
   settings: Settings
   row_keys: Key[Array, "B"]
 
-  def start(self) -> _State:
+  def start(self) -> State:
     canvas = self.canvas
     nothing = jnp.zeros_like(canvas.tokens, jnp.float32)
     count = jnp.zeros_like(canvas.lengths)
-    return _State(
+    return State(
       x=jnp.where(canvas.free, self.vocab.need("mask"), canvas.tokens),
       masked=canvas.free,
       end=canvas.lengths,
@@ -141,7 +144,7 @@ class _Steps:
       put_back=count,
     )
 
-  def step(self, i: Int[Array, ""], s: _State) -> _State:
+  def step(self, i: Int[Array, ""], s: State) -> State:
     left = s.masked.sum(axis=1)
     after, back = self._planned(i, s.end, left)
     call = Call(
@@ -187,7 +190,7 @@ class _Steps:
   # MARK: where
 
   def _candidates(
-    self, call: Call, i: Int[Array, ""], s: _State
+    self, call: Call, i: Int[Array, ""], s: State
   ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
     """Returns positions by rank, and which of these a budget lets reveal."""
     config, length = self.config, s.x.shape[1]
@@ -218,7 +221,7 @@ class _Steps:
     return where, safe & at(s.masked) & (where // size == where[:, :1] // size)
 
   def _scores(
-    self, call: Call, block_length: int, s: _State
+    self, call: Call, block_length: int, s: State
   ) -> dict[str, Float[Array, "B L"]]:
     """Scores the masked positions of the current block; -inf elsewhere.
 
@@ -278,32 +281,45 @@ class _Steps:
     where: Int[Array, "B L"],
     count: Int[Array, "B"],
     i: Int[Array, ""],
-    s: _State,
-  ) -> _State:
+    s: State,
+  ) -> State:
     """Draws tokens at the first `count` positions, and cuts rows at an end."""
     keys = _fold(self._keys(_DRAW), i)
 
     def body(slots, kept, s):
       logits = call.logits(slots)
-      # A key per position: a draw doesn't depend on chunks or other positions.
-      at = jax.vmap(
-        lambda key, where: jax.vmap(_fold_in, (None, 0))(key, where)
-      )
-      drawn = tokens.draw(at(keys, slots), logits, self.settings)
+      drawn = self.draw(keys, slots, logits)
       put = lambda values, new: _put(values, slots, kept, new)
       return dataclasses.replace(
         s,
         x=put(s.x, drawn),
         masked=put(s.masked, jnp.zeros_like(kept)),
         step=put(s.step, jnp.full_like(slots, i)),
-        confidence=put(s.confidence, confidence.probability(logits, drawn)),
+        confidence=put(s.confidence, self.confidence(logits, drawn)),
         entropy=put(s.entropy, confidence.entropy(logits)),
       )
 
     most = -(-s.x.shape[1] // self.config.num_steps)
     return self._cut(call.in_chunks(where, count, most, body, s), i)
 
-  def _cut(self, s: _State, i: Int[Array, ""]) -> _State:
+  def draw(
+    self,
+    keys: Key[Array, "B"],
+    slots: Int[Array, "B N"],
+    logits: Float[Array, "B N V"],
+  ) -> Int[Array, "B N"]:
+    """Returns a token for each of some positions."""
+    # A key per position: a draw doesn't depend on chunks or other positions.
+    at = jax.vmap(lambda key, where: jax.vmap(_fold_in, (None, 0))(key, where))
+    return tokens.draw(at(keys, slots), logits, self.settings)
+
+  def confidence(
+    self, logits: Float[Array, "B N V"], drawn: Int[Array, "B N"]
+  ) -> Float[Array, "B N"]:
+    """Returns what is stored as the confidence of drawn tokens."""
+    return confidence.probability(logits, drawn)
+
+  def _cut(self, s: State, i: Int[Array, ""]) -> State:
     """Ends rows behind an end-of-text token that was drawn in step i."""
     positions = jnp.arange(s.x.shape[1])[None]
     ends = self.vocab.is_end(s.x) & (s.step == i)
@@ -321,8 +337,8 @@ class _Steps:
     )
 
   def _put_back(
-    self, number: Int[Array, "B"], i: Int[Array, ""], s: _State
-  ) -> _State:
+    self, number: Int[Array, "B"], i: Int[Array, ""], s: State
+  ) -> State:
     """Remasks tokens that earlier steps drew, except end-of-text tokens."""
     old = (s.step >= 0) & (s.step < i) & ~s.masked
     eligible = old & self.canvas.free & ~self.vocab.is_end(s.x)
