@@ -9,13 +9,15 @@ import signal
 # devices deadlock unless the thread pool is larger than the core count.
 os.environ["NPROC"] = "16"
 # Tiny programs: compiling them costs more than running them. The newer way to
-# compile fusions on CPUs takes longest. That flag is not for every jaxlib: XLA
+# compile fusions on CPUs takes longest. Not every jaxlib has such flags: XLA
 # ends a process over one that it does not know.
 os.environ["XLA_FLAGS"] = (
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# Splitting a program to compile its parts in parallel costs more than it saves.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+  os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
 import jax
 import pytest
@@ -42,6 +44,26 @@ jax.config.update(
   os.path.join(CACHE, "mdm_jax", "xla_tests"),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Files whose tests take longest come first: one that started last would run
+# alone, while the other process has nothing to do.
+LONGEST = (
+  *("quickstart_test", "remote_run_test", "multiprocess_faults_test"),
+  *("faults_test", "scripts_test", "main_test", "evaluate_test"),
+  *("multiprocess_test", "step_test", "openness_test", "sample_test"),
+  *("fit_test", "signals_test", "watchdog_test", "incident_test"),
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Sorts the files, each with its tests in their order."""
+  rank = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish():
+  """What was imported stays: the garbage collector need not look at it."""
+  gc.freeze()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import pathlib
 import shutil
 
-import command_harness
+import faults_harness
 import numpy as np
 import pytest
 from command_harness import call, check_mistake
@@ -151,19 +151,11 @@ def test_safety_S1_what_is_safe_is_not_found(source):
 def run(tmp_path_factory):
   """A folder with the workdir `w` of a run, its environment, what it said."""
   folder = tmp_path_factory.mktemp("run")
-  env = command_harness.environment(folder / "cache", **SECRETS)
-  source = (ROOT / "configs" / "quickstart.py").read_text()
-  (folder / "planted.py").write_text(source + PLANTED)
-  done = call(
-    *(folder, env, "--config=planted.py:quick", "--workdir=w"),
-    "--config.data.corpus=python_docs",
-    "--config.tokenizer.kind=byte",
-    *("--config.model.num_layers=1", "--config.model.embed_dim=32"),
-    *("--config.model.num_heads=2", "--config.sample.num_steps=2"),
-    *("--config.eval.rows=4", "--config.eval.final_rows=4"),
-    *("--config.eval.samples=0", "--config.eval.masks_per_row=4"),
-    *(f"--config.stages[{i}].updates=2" for i in range(3)),
-  )
+  place = faults_harness.make_place(folder, folder / "cache")
+  env = place.env | SECRETS
+  (folder / "tiny.py").write_text(faults_harness.CONFIG + PLANTED)
+  args = (f"--config.stages[{i}].updates=2" for i in range(2))
+  done = call(folder, env, "--config=tiny.py", "--workdir=w", *args)
   assert done.returncode == 0, done.stderr
   return folder, env, done.stdout + done.stderr
 
@@ -173,12 +165,12 @@ def test_safety_S2_a_config_file_runs_only_where_it_is_named(
   run, mode, tmp_path
 ):
   folder, env, _ = run
-  marker = folder / "planted.ran"
+  marker = folder / "tiny.ran"
   assert marker.exists()  # it ran when it was named
   marker.unlink()
   workdir = shutil.copytree(folder / "w", tmp_path / "w")
-  for name in ("planted.py", "config.py", "quickstart.py"):
-    shutil.copy(folder / "planted.py", workdir / name)
+  for name in ("tiny.py", "config.py", "planted.py"):
+    shutil.copy(folder / "tiny.py", workdir / name)
   done = call(folder, env, f"--mode={mode}", f"--workdir={workdir}")
   ran = [*folder.glob("*.ran"), *workdir.glob("*.ran")]
   marker.touch()

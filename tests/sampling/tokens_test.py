@@ -47,17 +47,30 @@ def draw(row_keys, logits, settings):
   return tokens.draw(keys, logits, settings)
 
 
-@functools.partial(jax.jit, static_argnums=3)
 def _draws(keys, logits, settings, _patched):
   one = functools.partial(tokens._draw_one, settings)
   many = jax.vmap(one, in_axes=(0, None))
   return (jax.vmap(many, (None, 0)) if logits.ndim > 1 else many)(keys, logits)
 
 
+_few = jax.jit(_draws, static_argnums=3)
+# With XLA's optimisations, where running takes longer than compiling.
+_many = jax.jit(
+  _draws,
+  static_argnums=3,
+  compiler_options={
+    "xla_backend_optimization_level": 2,
+    "xla_llvm_disable_expensive_passes": False,
+  },
+)
+
+
 def draws(logits, settings=ALL, count=20_000, seed=0):
   """Draws of one distribution, or of each; their masses are summed once."""
   patched = confidence._BLOCK, tokens._FEW  # not to be found compiled
-  return np.asarray(_draws(keys_of(count, seed), logits, settings, patched))
+  long = settings.top_p is not None or count > 20_000
+  run = _many if long and count * logits.size > 2_000_000 else _few
+  return np.asarray(run(keys_of(count, seed), logits, settings, patched))
 
 
 def order_of(logits):
@@ -244,7 +257,7 @@ def test_gumbels_are_of_the_kind_that_reaches_the_tail(monkeypatch):
 
   monkeypatch.setattr(jax.random, "categorical", spy)
   for settings in (ALL, Settings(top_k=2)):
-    tokens.draw(keys_of(1), jnp.zeros((1, 4)), settings)
+    jax.eval_shape(tokens.draw, keys_of(1), jnp.zeros((1, 4)), settings)
   assert modes == ["high"] * 3
 
 
