@@ -25,6 +25,7 @@ from mdm_jax.core.errors import Stopped
 from mdm_jax.runtime.goodput import Cause
 from mdm_jax.start import open_run
 from mdm_jax.training.hooks import Hook
+from mdm_jax.training.read_ahead import read_ahead
 from mdm_jax.training.saving import Saving
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.trainer import Trainer
@@ -97,50 +98,53 @@ def train(
   Raises:
     Stopped: a hook asked to stop; the state has been saved.
   """
-  stage = None
-  for update in range(int(state.step), until):
-    done = update + 1
-    if trainer.curriculum.stage_at(update) is not stage:
-      stage = trainer.curriculum.stage_at(update)
-      hooks.on_stage(stage, update)
+  stage, skips = None, trainer.curriculum.skips
+  read = (u for u in range(int(state.step), until) if not skips(u))
+  with read_ahead(trainer, read) as batches:
+    for update in range(int(state.step), until):
+      done = update + 1
+      if trainer.curriculum.stage_at(update) is not stage:
+        stage = trainer.curriculum.stage_at(update)
+        hooks.on_stage(stage, update)
 
-    # train.skip_updates: the update counts, but its rows are left out.
-    if trainer.curriculum.skips(update):
-      state = dataclasses.replace(state, step=state.step + 1)
-    else:
-      with hooks.during(Cause.DATA, update):
-        batch = trainer.batch(stage, update)
-      with hooks.during(Cause.TRAIN, update):
-        state, metrics = trainer.checked_update(state, update, batch)
-        # Dispatched, perhaps not computed yet: a hook that reads these metrics
-        # now makes the device wait for the host.
-        hooks.on_metrics(done, metrics)
-    hooks.on_update(done, state)
+      # train.skip_updates: the update counts, but its rows are left out.
+      if skips(update):
+        state = dataclasses.replace(state, step=state.step + 1)
+      else:
+        with hooks.during(Cause.DATA, update):
+          batch = batches.take()
+        with hooks.during(Cause.TRAIN, update):
+          state, metrics = trainer.checked_update(state, update, batch)
+          batches.read_next()
+          # Dispatched, perhaps not computed yet: a hook that reads these
+          # metrics now makes the device wait for the host.
+          hooks.on_metrics(done, metrics)
+      hooks.on_update(done, state)
 
-    # Hooks are asked at every update, whatever else is due: their answers may
-    # need all processes.
-    why = hooks.should_stop(done)
-    wanted = hooks.wants_state(done)
-    if wanted or why or saving.is_due(done):
-      with hooks.during(Cause.SAVE, update):
-        # Hooks add what a resume needs and the state doesn't have, such as
-        # tokens and seconds so far.
-        kept = {}
-        hooks.on_save(done, state, kept)
-        saving.save(done, state, kept)
-    # A stop does not wait for the evaluation; the next attempt makes up for it
-    # (`Run.is_evaluated_late`).
-    if wanted and not why:
-      _evaluate(done, state, hooks)
-    # After the last update there is nothing left to stop.
-    if why and done < trainer.curriculum.updates:
-      with hooks.during(Cause.SAVE, update):
-        # Saves run in the background; "saved" must be true when it is said.
-        saving.wait()
-      raise Stopped(
-        f"{why}: saved update {done} of {trainer.curriculum.updates}; the same"
-        " command resumes"
-      )
+      # Hooks are asked at every update, whatever else is due: their answers may
+      # need all processes.
+      why = hooks.should_stop(done)
+      wanted = hooks.wants_state(done)
+      if wanted or why or saving.is_due(done):
+        with hooks.during(Cause.SAVE, update):
+          # Hooks add what a resume needs and the state doesn't have, such as
+          # tokens and seconds so far.
+          kept = {}
+          hooks.on_save(done, state, kept)
+          saving.save(done, state, kept)
+      # A stop does not wait for the evaluation; the next attempt makes up for
+      # it (`Run.is_evaluated_late`).
+      if wanted and not why:
+        _evaluate(done, state, hooks)
+      # After the last update there is nothing left to stop.
+      if why and done < trainer.curriculum.updates:
+        with hooks.during(Cause.SAVE, update):
+          # Saves run in the background; "saved" must be true when it is said.
+          saving.wait()
+        raise Stopped(
+          f"{why}: saved update {done} of {trainer.curriculum.updates}; the"
+          " same command resumes"
+        )
   hooks.on_end(state)
   return state
 

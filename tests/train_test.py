@@ -13,7 +13,7 @@ from mdm_jax import training_loop
 from mdm_jax.benchmarks import workload
 from mdm_jax.blueprint import make_trainer
 from mdm_jax.checkpoints.checkpoint import Checkpoints
-from mdm_jax.core.errors import Stopped
+from mdm_jax.core.errors import Stopped, UserError
 from mdm_jax.resume import Origin
 from mdm_jax.runtime.session import Session
 from mdm_jax.start import Run
@@ -169,6 +169,49 @@ def test_an_update_that_was_not_applied_is_told(trainer, tmp_path, monkeypatch):
   assert text.endswith(f"not applied; rows {rows} of stage train")
   assert ("dispatched", 6) in before and ("dispatched", 7) not in before
   assert [line["train/skipped"] for line in lines] == [0.0, 0.25]
+
+
+def _rows_of(trainer, start, until, folder):
+  """Returns the tokens that each update of a part of a run was given."""
+  seen, update = {}, trainer.update
+
+  def noted(state, number, batch=None):
+    seen[number] = np.asarray(batch.tokens)
+    return update(state, number, batch)
+
+  with _run(trainer, folder) as advance, pytest.MonkeyPatch.context() as m:
+    m.setattr(trainer, "update", noted)
+    state = dataclasses.replace(trainer.init(), step=np.int32(start))
+    advance(state, until)
+  return seen
+
+
+def test_rows_read_ahead_are_those_of_their_update(trainer, tmp_path):
+  """From any update on, across a stage's end, and past updates left out."""
+  trainer.curriculum = dataclasses.replace(
+    trainer.curriculum, skipped=((11, 13),)
+  )
+  seen = _rows_of(trainer, 7, 16, tmp_path)
+  assert [*seen] == [7, 8, 9, 10, 13, 14, 15]
+  for update, tokens in seen.items():
+    rows = trainer.data.stages[0].tokens[trainer.row_numbers(update)]
+    np.testing.assert_array_equal(np.concatenate(tokens), rows)
+
+
+def test_an_error_of_reading_stops_the_run_at_its_update(trainer, tmp_path):
+  batch = trainer.batch
+
+  def fail(stage, update):
+    if update == 5:
+      raise UserError("the row files are gone")
+    return batch(stage, update)
+
+  trainer.batch = fail
+  with pytest.raises(UserError, match="^the row files are gone$"):
+    _logged(tmp_path, 9, trainer=trainer)
+  # It was read while an earlier update ran, and all earlier ones were made.
+  assert ("dispatched", 4) in trainer.told
+  assert ("dispatched", 5) not in trainer.told
 
 
 class _Listener(Hook):

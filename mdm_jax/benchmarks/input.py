@@ -13,11 +13,17 @@ waited   1 - steps / run: the share of a step that reading adds to it; for long
          steps, noise of the machine is larger than this
 reading over a step: the time of `input` over that of `steps`, the share that
          would be waited for if reading overlapped with nothing
+data_wait  what a run would log as `perf/data_wait` with updates of --step_ms: a
+         sleep takes the place of the device, so that this processor is as free
+         as beside an accelerator. The rows are read in turn with the updates,
+         or ahead of them, as a run does
 """
 
 import dataclasses
+import itertools
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +36,7 @@ from mdm_jax.core import log_lines
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.data.batches import Batch
+from mdm_jax.training.read_ahead import read_ahead
 
 _BATCHES = 50  # read per turn
 _SECONDS = 1.0  # of updates per turn, about
@@ -37,7 +44,11 @@ _MOST_UPDATES = 50
 
 
 def measure(
-  preset: Preset, rows: int, repeats: int = 5, with_steps: bool = True
+  preset: Preset,
+  rows: int,
+  repeats: int = 5,
+  with_steps: bool = True,
+  step_seconds: float = 0.02,
 ) -> dict[str, Any]:
   """Measures rows/s, tokens/s and the share of a step spent waiting for rows.
 
@@ -46,6 +57,7 @@ def measure(
     rows: number of rows in the files.
     repeats: turns.
     with_steps: whether to time updates as well.
+    step_seconds: of the updates that `data_wait` is given for.
   """
   config = workload.make_config(preset)
   with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +65,7 @@ def measure(
     data = workload.make_data(preset, on_disk)
     work = workload.make_work(config, data, jax.sharding.get_mesh())
     results = _reading(work, repeats)
+    waits = _data_wait(work, repeats, step_seconds)
     if with_steps:
       results |= _steps(work, repeats)
       results["reading_over_step"] = (
@@ -63,6 +76,9 @@ def measure(
     "input: tokens/s": results["tokens_per_second"],
     "input: ms a batch": 1e3 * results["batch_seconds"]["median"],
   }
+  at = f"at {1e3 * step_seconds:g} ms a step"
+  for way, wait in waits.items():
+    headline[f"input: data_wait {at}, read {way}"] = wait["median"]
   if with_steps:
     share = results["waited"]["median"]
     headline["input: share of a step waited for"] = share
@@ -72,6 +88,7 @@ def measure(
     "preset": dataclasses.asdict(preset),
     "rows": rows,
     **results,
+    "data_wait": {"step_seconds": step_seconds, **waits},
     "headline": headline,
   }
 
@@ -95,6 +112,33 @@ def _reading(work: Work, repeats: int) -> dict[str, Any]:
   }
 
 
+def _data_wait(
+  work: Work, repeats: int, step_seconds: float
+) -> dict[str, dict[str, float]]:
+  """Returns the share of sleeping updates that is spent waiting for rows."""
+  trainer = work.trainer
+  stage = trainer.curriculum.stages[0]
+  updates = max(round(_SECONDS / step_seconds), 1)
+  shares: dict[str, list[float]] = {"in turn": [], "ahead": []}
+  numbers = itertools.count()
+  with read_ahead(trainer, range(stage.updates)) as batches:
+    ways = {
+      "in turn": (lambda: trainer.batch(stage, next(numbers)), lambda: None),
+      "ahead": (batches.take, batches.read_next),
+    }
+    for _ in range(repeats):
+      for way, (next_batch, read_next) in ways.items():
+        waited, began = 0.0, time.perf_counter()
+        for _ in range(updates):
+          asked = time.perf_counter()
+          next_batch()
+          waited += time.perf_counter() - asked
+          read_next()
+          time.sleep(step_seconds)
+        shares[way].append(waited / (time.perf_counter() - began))
+  return {way: timing.spread(found) for way, found in shares.items()}
+
+
 class _Updates:
   """Makes updates one after the other, as a run does."""
 
@@ -106,21 +150,28 @@ class _Updates:
 
   def same_batch(self, updates: int) -> Any:
     """Makes updates that need not wait for rows."""
-    return self._advance(updates, lambda _: self._work.batch)
+    return self._advance(updates, lambda: self._work.batch, lambda: None)
 
   def own_batches(self, updates: int) -> Any:
-    """Makes updates that read their rows."""
-    trainer = self._work.trainer
-    stage = trainer.curriculum.stages[0]
-    return self._advance(updates, lambda n: trainer.batch(stage, n))
+    """Makes updates whose rows are read ahead, as in a run."""
+    numbers = range(self._done, self._done + updates)
+    self._done += updates
+    with read_ahead(self._work.trainer, numbers) as batches:
+      return self._advance(updates, batches.take, batches.read_next)
 
-  def _advance(self, updates: int, next_batch: Callable[[int], Batch]) -> Any:
+  def _advance(
+    self,
+    updates: int,
+    next_batch: Callable[[], Batch],
+    read_next: Callable[[], None],
+  ) -> Any:
     previous = None
     for _ in range(updates):
-      self._state, metrics = self._step(self._state, next_batch(self._done))
+      self._state, metrics = self._step(self._state, next_batch())
+      read_next()
       # As in a run: metrics are fetched once the next update is dispatched.
       jax.device_get(previous)
-      previous, self._done = metrics, self._done + 1
+      previous = metrics
     return self._state
 
 
@@ -154,7 +205,10 @@ def main(_: list[str]) -> None:
   if values.batch:
     preset = dataclasses.replace(preset, batch=values.batch)
   with jax.set_mesh(make_mesh(MeshConfig())):
-    results = measure(preset, values.rows, values.repeats, values.steps)
+    results = measure(
+      *(preset, values.rows, values.repeats, values.steps),
+      values.step_ms / 1000,
+    )
   for name, value in results["headline"].items():
     console.print(f"{name}: {value:,.4g}")
   if values.json:
@@ -167,6 +221,7 @@ def _define_flags() -> None:
   flags.DEFINE_integer("rows", 50_000, "Rows in the files.", 1)
   flags.DEFINE_integer("repeats", 5, "Turns.", 1)
   flags.DEFINE_bool("steps", True, "Time updates that read and that do not.")
+  flags.DEFINE_float("step_ms", 20.0, "Of the updates of data_wait.", 0.1)
   flags.DEFINE_bool("json", False, "Print JSON on the last line.")
 
 

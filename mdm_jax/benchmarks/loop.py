@@ -13,6 +13,7 @@ bare       the sleeping step alone, called over and over
 loop       the run's loop around it
 saving     the same, with one checkpoint in every turn
 overhead   loop / bare - 1
+data_wait  share of the loop's time in which it waits for rows
 lost       seconds that a checkpoint adds to a run: saving - loop
 blocked    seconds in `Checkpoints.save`, over seconds until all is written
 
@@ -46,6 +47,7 @@ from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.resume import Origin
+from mdm_jax.runtime.goodput import Cause
 from mdm_jax.runtime.session import Session
 from mdm_jax.start import Run
 from mdm_jax.training.curriculum import StagePlan
@@ -123,6 +125,7 @@ def measure(
       f"loop: the same, a checkpoint every {updates} updates": loops[
         "overhead_saving"
       ],
+      "loop: data_wait": loops["data_wait"]["median"],
       "loop: s lost to a checkpoint": loops["lost_seconds"]["median"],
       "checkpoint: MiB": saves["bytes"] / 2**20,
       "checkpoint: s blocked": saves["blocked_seconds"]["median"],
@@ -158,6 +161,8 @@ def _overhead(
       turn = _Turn(_Sleeping(config, data, mesh, step_seconds), updates)
       runs[name] = stack.enter_context(turn)
     seconds = timing.interleave(runs, repeats)
+  # Without the first call, which also compiles.
+  waits = runs["loop"].data_waits[-repeats:]
   each = {name: [s / updates for s in seconds[name]] for name in runs}
   # Ratios within a turn: the load of the machine changes slowly, so it cancels.
   pairs = lambda a, b: zip(seconds[a], seconds[b], strict=True)
@@ -170,6 +175,7 @@ def _overhead(
     "overhead": over("loop"),
     "overhead_saving": over("saving"),
     "lost_seconds": timing.spread(lost),
+    "data_wait": timing.spread(waits),
   }
 
 
@@ -179,6 +185,7 @@ class _Turn:
   def __init__(self, trainer: _Sleeping, updates: int):
     self._trainer, self._updates = trainer, updates
     self._stack = contextlib.ExitStack()
+    self.data_waits: list[float] = []  # of each call
 
   def __enter__(self) -> "_Turn":
     enter = self._stack.enter_context
@@ -186,6 +193,7 @@ class _Turn:
     keep = self._trainer.config.train.keep_latest
     self.checkpoints = enter(Checkpoints(self.workdir.path, keep))
     session = enter(Session(self.workdir.path))
+    self._ledger = session.attempt.ledger
     run = Run(
       *(self._trainer.config, self._trainer, self.workdir),
       *(self.checkpoints, session, Origin()),
@@ -201,9 +209,12 @@ class _Turn:
 
   def __call__(self) -> None:
     self._until += self._updates
+    before, began = self._ledger.seconds(), time.perf_counter()
     self.state = training_loop.train(
       self._trainer, self.state, self._until, *self._hooks
     )
+    waited = self._ledger.seconds()[Cause.DATA] - before[Cause.DATA]
+    self.data_waits.append(waited / (time.perf_counter() - began))
 
 
 def _saves(preset: Preset, data: PreparedData, repeats: int) -> dict[str, Any]:
