@@ -9,14 +9,15 @@ numbers.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh
 
 from mdm_jax.blueprint import Blueprint
 from mdm_jax.config import Config
-from mdm_jax.core import accelerators, sharding
+from mdm_jax.core import accelerators, hardware, sharding
 from mdm_jax.core.accelerators import GIB, Accelerator
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
@@ -24,17 +25,21 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.tokenizer import planned_vocabulary
 from mdm_jax.model import kernel_choice, layer_loop, placement
 from mdm_jax.model.kernels import Case, Place
-from mdm_jax.planning.footprint import Footprint, Layout, footprint
+from mdm_jax.planning import larger_batches
+from mdm_jax.planning.footprint import (
+  KEPT,
+  Footprint,
+  Layout,
+  footprint,
+  hold_scores,
+)
 
 # What `auto` stands for in a plan; else it would ask this machine's devices.
 # Accelerators compute in bfloat16 by default; cuDNN's attention can't be traced
-# without a GPU, and what an unrolled program holds is known to its compiler.
-PLANNED = {
-  "dtype": "bfloat16",
-  "attention": "xla",
-  "remat": "dots",
-  "layer_loop": "scan",
-}
+# without a GPU.
+_TRACED = {"dtype": "bfloat16", "attention": "xla"}
+# In a plan for no device in particular, or for a TPU.
+PLANNED = _TRACED | {"remat": "dots", "layer_loop": "scan"}
 _MIB = 2**20
 
 
@@ -54,15 +59,23 @@ def plan_mesh(config: Config, mesh: str, device: str | None) -> dict[str, Any]:
     UserError: the run does not split over the mesh, or does not fit the device.
   """
   accelerator = device and accelerators.by_name(device)
-  devices = sharding.planned_mesh(sharding.parse_mesh(mesh))
-  run = blueprint(config, devices)
-  found = footprint(run, devices)
-  lines = describe(run, devices, found)
+  gpu = accelerator if accelerator and accelerator.capability else None
+  devices = sharding.planned_mesh(sharding.parse_mesh(mesh), gpu)
+  run = blueprint(config, devices, auto=_auto(config, devices))
+  scores = has_scores(config, gpu)
+  found = footprint(run, devices, scores)
+  kernels = sorted({c.name for c in _kernels(config, gpu)}) if gpu else ()
+  lines = describe(run, devices, found, kernels)
+  if gpu:
+    with jax.sharding.use_abstract_mesh(devices):
+      lines += [f"on {gpu.name}, {choice}" for choice in _choices(config, gpu)]
   console.print("\n".join(lines), soft_wrap=True)
   if accelerator:
-    for line in _attention(config, accelerator):
-      console.print(line, soft_wrap=True)
     console.print(_verdict(run, found, accelerator), soft_wrap=True)
+    total = lambda other: footprint(other, devices, scores).total
+    larger = larger_batches.fitting(run, accelerator.memory, total)
+    for line in larger_batches.describe(config.rows_per_update, larger):
+      console.print(line, soft_wrap=True)
   return {"held": found.held, "passing": found.passing, "total": found.total}
 
 
@@ -95,15 +108,28 @@ def blueprint(
   return Blueprint(config, vocab, rows)
 
 
-def describe(run: Blueprint, mesh: AbstractMesh, found: Footprint) -> list[str]:
-  """Returns lines: the plan, how arrays are sharded, what a device holds."""
+def describe(
+  run: Blueprint,
+  mesh: AbstractMesh,
+  found: Footprint,
+  kernels: Collection[str] = (),
+) -> list[str]:
+  """Returns lines: the plan, how arrays are sharded, what a device holds.
+
+  Args:
+    run: the run.
+    mesh: the devices.
+    found: what each of them holds.
+    kernels: names of the attention kernels, if not that of the run's config.
+  """
   config = run.config
+  attention = ", ".join(kernels) or config.model.attention
   sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
   rows = config.data.batch_size
   count = sum(math.prod(p.shape) for p in found.params)
   return [
     f"{config.name}: vocabulary {run.vocab.size:,}, {config.model.dtype},"
-    f" attention {config.model.attention}, remat {config.model.remat}",
+    f" attention {attention}, remat {config.model.remat}",
     f"{sizes}, devices {mesh.size}: {rows} rows per microbatch,"
     f" {_rows_a_shard(rows, mesh)}, microbatches per update"
     f" {config.optimizer.accumulation}",
@@ -145,35 +171,53 @@ def _parts(found: Footprint) -> dict[str, int]:
     "head": "head: embedding table, its gradient, a chunk of logits",
     "block": "or block: parameters, their gradients, attention scores",
   }
+  if found.unrolled:
+    passing[KEPT] = "activations, freed as the gradients are computed"
   return found.held | {
     passing.get(name, name): size for name, size in found.passing.items()
   }
 
 
-def _attention(config: Config, device: Accelerator) -> list[str]:
-  """Returns which kernel `auto` takes on a GPU, one line per choice.
+def _auto(config: Config, mesh: AbstractMesh) -> Mapping[str, str]:
+  """Returns what `auto` stands for on a mesh that may name its devices."""
+  with jax.sharding.use_abstract_mesh(mesh):
+    place = hardware.target()
+    if place is None:
+      return PLANNED
+    loop = layer_loop.choose(config.model, place)
+  kind = "unrolled" if loop.unrolled else "scan"
+  return _TRACED | {"remat": loop.remat, "layer_loop": kind}
 
-  The plan itself has XLA's attention: cuDNN's can't be traced without a GPU.
+
+def has_scores(config: Config, device: Accelerator | None) -> bool:
+  """Returns whether attention holds all pairs' scores in some stage.
+
+  Args:
+    config: the run's config.
+    device: the GPU that the run is planned for; None for another device.
   """
+  if device is None:
+    return True
+  return hold_scores(c.name for c in _kernels(config, device))
+
+
+def _choices(config: Config, device: Accelerator) -> list[str]:
+  """Returns what is chosen on a mesh of GPUs: kernels, how layers are run."""
+  loop = layer_loop.choose(config.model, Place("gpu", device.capability))
+  return sorted(map(str, (*_kernels(config, device), loop)))
+
+
+def _kernels(config: Config, device: Accelerator) -> set[kernel_choice.Choice]:
   model = config.model
-  if model.attention != "auto" or device.capability is None:
-    return []
-  place = Place("gpu", device.capability)
   dtype = "bfloat16" if model.dtype == "auto" else model.dtype
-  size = model.head_size
-  choices = {
+  place = Place("gpu", device.capability)
+  return {
     kernel_choice.choose(
-      "auto", place, Case(dtype, size, stage.length, stage.length)
+      *(model.attention, place),
+      Case(dtype, model.head_size, stage.length, stage.length),
     )
     for stage in config.stages
   }
-  loop = layer_loop.choose(model, place)
-  lines = sorted(f"on {device.name}, {c}" for c in (*choices, loop))
-  if {c.name for c in choices} & {"cudnn", "cudnn_packed"}:
-    lines.append("planned with XLA's own attention, which needs more memory")
-  if loop.unrolled:
-    lines.append("planned with a loop over the layers, which needs less")
-  return lines
 
 
 def _verdict(run: Blueprint, found: Footprint, device: Accelerator) -> str:

@@ -24,7 +24,12 @@ from mdm_jax.data.prepared import prepare
 from mdm_jax.data.stage_rows import stage_name
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.model.placement import training_mesh
-from mdm_jax.planning import calibration, scaling_laws
+from mdm_jax.planning import (
+  calibration,
+  footprint,
+  larger_batches,
+  scaling_laws,
+)
 from mdm_jax.training.curriculum import StagePlan
 from mdm_jax.training.trainer import Trainer
 
@@ -158,7 +163,7 @@ def _shapes(denoiser: Denoiser):
 
 
 def _notes(config: Config, trainer: Trainer) -> list[str]:
-  """Returns sentences on attention kernels, padding and determinism."""
+  """Returns sentences on kernels, padding, batches and determinism."""
   lengths = sorted({s.config.length for s in trainer.curriculum.stages})
   by_choice: dict[str, list[str]] = {}
   for length in lengths:
@@ -178,7 +183,32 @@ def _notes(config: Config, trainer: Trainer) -> list[str]:
   every = config.optimizer.every
   if every > 1:
     lines.append(_steps(every, trainer.curriculum.updates))
+  lines += _larger_batches(trainer)
   return [*lines, determinism.promise(jax.default_backend())]
+
+
+def _larger_batches(trainer: Trainer) -> list[str]:
+  """Describes larger batches that fit; nothing where memory is not known."""
+  memory = _memory(trainer)
+  if memory is None:
+    return []
+  mesh, denoiser = trainer.mesh.abstract_mesh, trainer.denoiser
+  lengths = {stage.config.length for stage in trainer.curriculum.stages}
+  with_scores = footprint.hold_scores(
+    denoiser.attention(n).name for n in lengths
+  )
+  total = lambda run: footprint.footprint(run, mesh, with_scores).total
+  most = min(stage.rows for stage in trainer.curriculum.stages)
+  found = larger_batches.fitting(trainer, memory, total, most)
+  own = trainer.accumulation * trainer.batch_size
+  return larger_batches.describe(own, found)
+
+
+def _memory(trainer: Trainer) -> int | None:
+  """Returns the bytes that JAX may use on a device, if it knows them."""
+  # Not on a CPU, where large batches gain nothing.
+  stats = trainer.mesh.devices.flat[0].memory_stats() or {}
+  return stats.get("bytes_limit")
 
 
 def _steps(every: int, updates: int) -> str:

@@ -32,7 +32,7 @@ from mdm_jax.benchmarks.collectives import Collective
 from mdm_jax.benchmarks.gpu_program import Rates
 from mdm_jax.benchmarks.programs import PROGRAMS, Program, abstract, trace
 from mdm_jax.blueprint import Blueprint
-from mdm_jax.core import log_lines, sharding
+from mdm_jax.core import accelerators, log_lines, sharding
 from mdm_jax.core.errors import Failure, UserError
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import AXES
@@ -131,12 +131,16 @@ def measure(
     mesh: fake CPU devices, or those of a topology.
     name: of the topology to compile for; None lists collectives instead.
   """
+  gpu = topology.gpu(name) if name else None
+  device = gpu and accelerators.by_kind(gpu.kind)
+  planned = footprint(
+    run, abstract(mesh, device), fit.has_scores(run.config, device)
+  )
   result: dict[str, Any] = {
     "mesh": tuple(mesh.shape.values()),
     "device": mesh.devices.flat[0].device_kind,
-    "planned_bytes": footprint(run, abstract(mesh)).total,
+    "planned_bytes": planned.total,
   }
-  gpu = topology.gpu(name) if name else None
   for label, program in programs.items():
     if name:
       result[label] = compiled(run, program, mesh, gpu and gpu.rates)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mdm_jax.blueprint import Blueprint
 from mdm_jax.core import sharding
+from mdm_jax.core.accelerators import Accelerator
 from mdm_jax.core.sharding import AXES, batch_sharding
 from mdm_jax.planning.footprint import abstract_batch
 from mdm_jax.sampling import schedule, tokens
@@ -112,7 +113,7 @@ def _on(mesh: Any) -> Iterator[None]:
       yield
 
 
-def abstract(mesh: Any) -> AbstractMesh:
-  """Returns the abstract mesh of the same shape."""
+def abstract(mesh: Any, device: Accelerator | None = None) -> AbstractMesh:
+  """Returns the abstract mesh of the same shape, of a kind of GPU if given."""
   sizes = dict(zip(AXES, mesh.shape.values(), strict=True))
-  return sharding.planned_mesh(sharding.MeshConfig(**sizes))
+  return sharding.planned_mesh(sharding.MeshConfig(**sizes), device)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mdm_jax.core.accelerators import Accelerator
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import field
 
@@ -100,15 +101,24 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(np.array(devices).reshape(sizes), AXES, _EXPLICIT)
 
 
-def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
+def planned_mesh(
+  config: MeshConfig, device: Accelerator | None = None
+) -> jax.sharding.AbstractMesh:
   """Returns an abstract mesh, to plan for devices that don't exist here.
+
+  Args:
+    config: sizes of the mesh axes.
+    device: the GPU that programs are traced for; None for no device in
+      particular.
 
   Raises:
     UserError: a size is not positive.
   """
   sizes = dataclasses.astuple(config)
+  kind = device and jax.sharding.AbstractDevice(device.kind, None, "gpu")
   return jax.sharding.AbstractMesh(
-    mesh_sizes(config, math.prod(sizes)), AXES, _EXPLICIT
+    *(mesh_sizes(config, math.prod(sizes)), AXES, _EXPLICIT),
+    abstract_device=kind,
   )
 
 

@@ -1,13 +1,15 @@
 """Computes the memory a run needs per device, from shapes and shardings alone.
 
-The training state and what is kept for the backward pass are read off the
-traced update, to the byte. Temporaries beside them are an estimate, from the
-two largest parts of an update: the compiler decides how they are laid out.
+The training state and what a loop over the layers keeps for the backward pass
+are read off the traced update, to the byte. Unrolled layers that keep
+everything are counted by the arrays that XLA's GPU compiler keeps of them.
+Temporaries beside them are an estimate, from the two largest parts of an
+update: the compiler decides how they are laid out.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from mdm_jax.model import layer_loop
 from mdm_jax.model.denoiser import compute_dtype
 from mdm_jax.objectives import cross_entropy
 from mdm_jax.training.curriculum import StagePlan
+from mdm_jax.training.read_ahead import AHEAD
 from mdm_jax.training.trainer import Recipe
 
 _FLOAT32 = 4
@@ -31,6 +34,10 @@ _FLOAT32 = 4
 # once, by `model.remat`; fitted to what XLA's TPU compiler allocated
 # (docs/scaling.md).
 _SCORES = {"none": 5, "dots": 5, "full": 9}
+
+KEPT = "activations for the backward pass"
+# Attention kernels that never hold the scores of all pairs of positions.
+_WITHOUT_SCORES = {"cudnn", "cudnn_packed", "splash"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +79,15 @@ class Footprint:
       needs most, all layers together.
     held: bytes held during the whole run, by name.
     passing: bytes held during a part of an update, by name.
+    unrolled: whether the layers are, so that what one of them keeps is freed
+      once its gradients are computed.
   """
 
   params: tuple[Layout, ...]
   kept: tuple[Layout, ...]
   held: dict[str, int]
   passing: dict[str, int]
+  unrolled: bool = False
 
   @property
   def total(self) -> int:
@@ -86,27 +96,47 @@ class Footprint:
     # larger of the two counts.
     head, block = self.passing["head"], self.passing["block"]
     passing = sum(self.passing.values()) - min(head, block)
+    if self.unrolled:
+      # Gradients take the place of what is kept, layer by layer. A loop holds
+      # its stacked arrays to its end.
+      passing -= min(sum(p.bytes for p in self.params), self.passing[KEPT])
     return sum(self.held.values()) + passing
 
 
-def footprint(run: Recipe, mesh: AbstractMesh) -> Footprint:
+def footprint(
+  run: Recipe, mesh: AbstractMesh, with_scores: bool = True
+) -> Footprint:
   """Returns what a device of the mesh holds in the stage that needs most.
 
   Args:
     run: the run without rows and devices.
-    mesh: axis sizes; no devices are needed.
+    mesh: axis sizes, and the kind of device if the plan is for one; no devices
+      are needed.
+    with_scores: whether attention holds scores, see `hold_scores`.
   """
   with jax.sharding.use_abstract_mesh(mesh):
-    stages = [_of_stage(run, stage, mesh) for stage in run.curriculum.stages]
+    stages = [
+      _of_stage(run, stage, mesh, with_scores)
+      for stage in run.curriculum.stages
+    ]
   return max(stages, key=lambda found: found.total)
 
 
-def _of_stage(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Footprint:
+def _of_stage(
+  run: Recipe, stage: StagePlan, mesh: AbstractMesh, with_scores: bool
+) -> Footprint:
   state = run.abstract()
   params = layouts(state.params, mesh)
   size = sum(p.bytes for p in params)
-  kept = kept_for_backward(run, stage, mesh)
+  loop = layer_loop.choose(run.denoiser.config, hardware.target())
+  # Only without a loop: one copies whatever it keeps, so JAX decides what.
+  everything = loop.unrolled and loop.remat == "none" and not with_scores
+  keeps = unrolled_layers if everything else kept_for_backward
+  kept = keeps(run, stage, mesh)
   total = lambda tree: sum(array.bytes for array in layouts(tree, mesh))
+  rows = total(abstract_batch(run, stage, mesh))
+  # One update is computed and one dispatched.
+  updates = 2 + AHEAD
   return Footprint(
     params=params,
     kept=kept,
@@ -114,15 +144,22 @@ def _of_stage(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> Footprint:
       "parameters": size,
       "averaged parameters (EMA)": total(state.ema_params),
       "optimizer state": total(state.opt_state),
+      f"rows of {updates} updates, {AHEAD} of them read ahead": rows * updates,
     },
     passing={
       # With several microbatches, one's gradient is held beside the sum so far.
       "gradients": size * min(run.accumulation, 2),
-      "activations for the backward pass": sum(k.bytes for k in kept),
+      KEPT: sum(k.bytes for k in kept),
       "head": _head_bytes(run, stage, mesh),
-      "block": _block_bytes(run, stage, params, mesh),
+      "block": _block_bytes(run, stage, params, mesh, with_scores),
     },
+    unrolled=loop.unrolled,
   )
+
+
+def hold_scores(kernels: Iterable[str]) -> bool:
+  """Returns whether one of these kernels holds the scores of all pairs."""
+  return not set(kernels) <= _WITHOUT_SCORES
 
 
 def layouts(tree: Any, mesh: AbstractMesh) -> tuple[Layout, ...]:
@@ -211,13 +248,59 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
         yield from _equations(inner)
 
 
+def unrolled_layers(
+  run: Recipe, stage: StagePlan, mesh: AbstractMesh
+) -> tuple[Layout, ...]:
+  """Returns what unrolled layers keep on a GPU if nothing is recomputed.
+
+  XLA's GPU compiler keeps what products, attention, norms and rotation read or
+  write; elementwise steps between them it fuses and computes again. So this is
+  a count of such arrays; docs/performance.md compares it with that compiler's
+  own numbers.
+
+  Args:
+    run: the run without rows and devices.
+    stage: whose rows are counted.
+    mesh: axis sizes.
+  """
+  config = run.denoiser.config
+  dtype = np.dtype(compute_dtype(config))
+  heads, groups = config.num_heads, config.num_kv_heads or config.num_heads
+  split = mesh.shape[RULES.heads]
+  sizes = {
+    "block input": (1, config.embed_dim, 1),
+    "norms": (2, config.embed_dim, 1),
+    "query, rotated query": (2, heads * config.head_size, split),
+    "key, rotated key": (2, groups * config.head_size, split),
+    "value": (1, groups * config.head_size, split),
+    "attention, transposed": (2, heads * config.head_size, split),
+    "after attention": (1, config.embed_dim, 1),
+    "gate_up": (2, config.mlp_size, mesh.shape[RULES.mlp]),
+    "gated": (1, config.mlp_size, mesh.shape[RULES.mlp]),
+  }
+  rows = padded_rows(run.batch_size, mesh)
+  tokens = rows * sum(
+    queries for queries, _ in run.objective(stage).cost().reads
+  )
+  return tuple(
+    Layout(
+      name,
+      (config.num_layers, copies, tokens, width),
+      dtype,
+      (1, 1, data_shards(mesh), shards),
+    )
+    for name, (copies, width, shards) in sizes.items()
+  )
+
+
 # MARK: at once
 
 
 def _head_bytes(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> int:
   """Returns the bytes of a tensor shard's table, its gradient, and logits.
 
-  The logits are those of one chunk of masked positions, in float32.
+  The logits are those of one chunk of masked positions, in float32; on a GPU
+  their gradient is an array of its own, in the compute dtype.
   """
   config = run.denoiser.config
   capacity = run.objective(stage).cost().asked
@@ -225,8 +308,9 @@ def _head_bytes(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> int:
   chunks = cross_entropy.num_chunks(capacity, width, run.denoiser.vocab)
   rows = -(-capacity // chunks)
   ids = run.denoiser.vocab.size // mesh.shape[RULES.vocab]
-  table = ids * width * (compute_dtype(config).itemsize + _FLOAT32)
-  return table + rows * ids * _FLOAT32
+  size = compute_dtype(config).itemsize
+  logits = rows * ids * (_FLOAT32 + size * hardware.on_gpu())
+  return ids * width * (size + _FLOAT32) + logits
 
 
 def _block_bytes(
@@ -234,6 +318,7 @@ def _block_bytes(
   stage: StagePlan,
   params: tuple[Layout, ...],
   mesh: AbstractMesh,
+  with_scores: bool,
 ) -> int:
   """Returns the bytes of a layer's parameters, their gradient, and scores.
 
@@ -254,5 +339,9 @@ def _block_bytes(
   pairs = max(queries * keys for queries, keys in reads)
   scores = rows * heads * pairs * _FLOAT32
   size = compute_dtype(config).itemsize + _FLOAT32
+  if not with_scores:
+    # Its arrays, of which some are computed again and some are gradients.
+    arrays = sum(a.bytes for a in unrolled_layers(run, stage, mesh))
+    return weights * size + arrays // config.num_layers
   loop = layer_loop.choose(config, hardware.target())
   return weights * size + scores * _SCORES[loop.remat]
