@@ -96,12 +96,12 @@ def test_a_plan_for_a_gpu_is_of_the_program_that_runs_there(capsys):
 
 
 def test_layers_that_are_split_over_gpus_stay_one_loop(capsys):
-  found = fit.plan_mesh(read("recommended", "quick"), "8", "h100")
+  found = fit.plan_mesh(read("recommended"), "8", "h100")
   told = capsys.readouterr().out
   assert "attention cudnn, remat dots" in told
   assert "on h100, layers one loop, remat dots: split parameters" in told
-  # No array of all pairs of positions.
-  assert found["passing"]["block"] < 2**20
+  # Scores of all pairs of positions would be 60 MiB more.
+  assert found["passing"]["block"] < 60 * 2**20
 
 
 @pytest.mark.parametrize("name", SLOW)
