@@ -5,7 +5,6 @@ of one idle.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 from mdm_jax.training.trainer import Recipe
@@ -32,7 +31,7 @@ def fitting(
   run: Recipe,
   memory: int,
   total: Callable[[Recipe], int],
-  most_rows: float = math.inf,
+  most_rows: int | None = None,
 ) -> list[Batch]:
   """Returns updates in one microbatch that fit a device, smallest first.
 
@@ -43,7 +42,7 @@ def fitting(
     run: the run as it is.
     memory: of a device, in bytes.
     total: returns the predicted bytes per device of a run.
-    most_rows: rows of the smallest stage; an update can't have more.
+    most_rows: rows of the smallest stage, the most for an update, if known.
   """
   found = []
   own = run.accumulation * run.batch_size
@@ -51,7 +50,7 @@ def fitting(
   for doublings in range(run.accumulation == 1, _MOST + 1):
     rows = own * 2**doublings
     needed = total(_in_one_microbatch(run, rows))
-    if needed > memory or rows > most_rows:
+    if needed > memory or (most_rows and rows > most_rows):
       break
     found.append(Batch(rows, rows * length, needed))
   return found
