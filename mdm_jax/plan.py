@@ -150,12 +150,18 @@ def num_params(denoiser: Denoiser) -> int:
 
 
 def _parameters(denoiser: Denoiser) -> str:
-  """Returns a table of the parameters' names, shapes and shardings."""
+  """Returns a table of the parameters' names, shapes and shardings.
+
+  On a terminal that is too narrow for it, without the shardings.
+  """
   # By default clu adds means and deviations, for which it needs values;
   # shardings it reads off shapes.
-  return parameter_overview.get_parameter_overview(
-    _shapes(denoiser), include_stats="sharding"
-  )
+  shapes, table = _shapes(denoiser), parameter_overview.get_parameter_overview
+  whole = table(shapes, include_stats="sharding")
+  if not console.is_terminal or len(whole.split("\n")[0]) <= console.width:
+    return whole
+  narrow = table(shapes, include_stats=False)
+  return f"{narrow}\na wider terminal also shows how they are sharded"
 
 
 def _shapes(denoiser: Denoiser):

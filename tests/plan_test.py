@@ -6,7 +6,7 @@ import pytest
 
 from mdm_jax import plan
 from mdm_jax.config import Config
-from mdm_jax.core.progress import duration
+from mdm_jax.core.progress import console, duration
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.config import StageConfig
 from mdm_jax.model.denoiser import Denoiser
@@ -78,6 +78,18 @@ def test_the_table_of_parameters_has_names_shapes_and_shardings(
   assert (shape, dtype) == ("(2, 16, 64)", "float32")
   assert size == f"{2 * 16 * 64:,}" and "fsdp" in split and "tensor" in split
   assert f"Total: {plan.num_params(denoiser):,}" in table
+
+
+@pytest.mark.parametrize("width, split", [(120, True), (80, False)])
+def test_a_narrow_terminal_shows_the_table_without_shardings(
+  mesh, tiny_model, monkeypatch, width, split
+):
+  terminal = type(console)(force_terminal=True, width=width)
+  monkeypatch.setattr(plan, "console", terminal)
+  table = plan._parameters(Denoiser(tiny_model, Vocabulary.after_text(28)))
+  assert max(map(len, table.splitlines())) <= width
+  assert ("fsdp" in table) == split
+  assert ("a wider terminal" in table) != split
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,16 @@ class _Console(Console):
   def encoding(self) -> str:
     return (getattr(self.file, "encoding", None) or "utf-8").lower()
 
+  def print(
+    self, *objects: Any, soft_wrap: bool | None = None, **options: Any
+  ) -> None:
+    """Prints; with `soft_wrap` a long line stays one, except on a terminal.
+
+    A terminal would break it within a word.
+    """
+    soft_wrap = soft_wrap and not self.is_terminal
+    super().print(*objects, soft_wrap=soft_wrap, **options)
+
 
 # No markup: names, paths and texts may contain [x] or :x:.
 console = _Console(highlight=False, markup=False, emoji=False)

@@ -25,8 +25,9 @@ def show(measured: Measured, results: Mapping[str, Any]) -> None:
     console.print(text_table(results["text_metrics"]))
   console.print(target_table(results["targets"]))
   settings = ", ".join(f"{k} {v}" for k, v in results["sampling"].items())
+  console.print(f"samples are drawn with {settings}", soft_wrap=True)
   for i, text in enumerate(results["samples"], start=1):
-    console.rule(f"sample {i} ({settings})")
+    console.rule(f"sample {i}")
     console.print(text, soft_wrap=True)
 
 

@@ -44,7 +44,7 @@ def _plan(text):
 def _target(text):
   line = {"target": text, "measure": text, "meaning": text, "value": None}
   console.print(
-    tables._target_table([line | {"reference": None, "passed": True}])
+    tables.target_table([line | {"reference": None, "passed": True}])
   )
 
 
@@ -61,6 +61,16 @@ def test_found_A14_what_is_printed_is_the_text(show, text, capsys):
   show(text)
   # Titles and cells may be broken where they are too wide.
   assert "".join(text.split()) in "".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_lines_break_between_words_on_a_terminal_only(terminal):
+  out, text = io.StringIO(), "a longer line than the terminal is wide"
+  narrow = type(console)(force_terminal=terminal, width=20, file=out)
+  narrow.print(text, soft_wrap=True)
+  lines = [line.rstrip() for line in out.getvalue().splitlines()]
+  broken = ["a longer line than", "the terminal is wide"]
+  assert lines == (broken if terminal else [text])
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
