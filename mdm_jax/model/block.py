@@ -29,6 +29,7 @@ class Shared:
     sin: signed rotary sines, likewise.
     condition: embedded mask rate; None without time conditioning.
     keys: dropout keys, one per row; None disables dropout.
+    seen: keys and values to attend to in place of the call's own.
   """
 
   kernel: Kernel = dataclasses.field(metadata={"static": True})
@@ -38,6 +39,7 @@ class Shared:
   sin: Float[Array, "B L K"]
   condition: Float[Array, "B D"] | None
   keys: Key[Array, "B"] | None
+  seen: caching.Pair | None = None
 
 
 # An output, and the keys and values to keep (see `cache.extend`).
@@ -88,40 +90,65 @@ class Attention(nnx.Module):
     shared: Shared,
     cached: caching.Pair | None,
   ) -> Kept:
-    query, key, value = self._heads(x, shared)
-    seen, kept = caching.extend(cached, shared.at, layer, key, value)
+    query = self._query(x, shared)
+    if shared.seen is None:
+      pair = self.keys_and_values(x, shared)
+      seen, kept = caching.extend(cached, shared.at, layer, *pair)
+    else:
+      seen = kept = shared.seen
     mixed = shared.kernel.attend(query, *seen, shared.prepared)
     out = layers.project(
       "out", "bgrlk,grkd->bld", mixed, self.out, "batch", "length", None
     )
     return out, kept
 
-  def _heads(self, x: Float[Array, "B L D"], shared: Shared):
-    """Returns queries [B, G, R, L, K], keys and values [B, G, L, K]."""
+  def _query(
+    self, x: Float[Array, "B L D"], shared: Shared
+  ) -> Float[Array, "B G R L K"]:
     # Heads come before the length, so that the batched matmuls over [L, K]
     # need no transposed copies.
-    heads, tokens = ("batch", "heads"), ("length", None)
     query = layers.project(
-      "query", "bld,dgrk->bgrlk", x, self.query, *heads, None, *tokens
-    )
-    # XLA for GPUs would join products of the same input, only to copy the parts
-    # out of the result for the kernels that read them.
-    apart = jax.lax.optimization_barrier if hardware.on_gpu() else lambda x: x
-    key, value = (
-      layers.project(name, "bld,dgk->bglk", apart(x), w, *heads, *tokens)
-      for name, w in (("key", self.key), ("value", self.value))
+      "query",
+      "bld,dgrk->bgrlk",
+      x,
+      self.query,
+      *("batch", "heads", None, "length", None),
     )
     if self.config.qkv_bias:
       query = query + _over_tokens(self.query_bias, query.dtype)
+    return self._rotated("query", query, shared)
+
+  def keys_and_values(
+    self, x: Float[Array, "B L D"], shared: Shared
+  ) -> caching.Pair:
+    """Returns the keys, rotated, and the values, [B, G, L, K] each."""
+    axes = "batch", "heads", "length", None
+    x = _apart(x)
+    key = layers.project("key", "bld,dgk->bglk", x, self.key, *axes)
+    # Once more: equal barriers are merged.
+    x = _apart(x)
+    value = layers.project("value", "bld,dgk->bglk", x, self.value, *axes)
+    if self.config.qkv_bias:
       key = key + _over_tokens(self.key_bias, key.dtype)
       value = value + _over_tokens(self.value_bias, value.dtype)
+    return self._rotated("key", key, shared), value
+
+  def _rotated(self, name: str, heads: Array, shared: Shared) -> Array:
+    """Returns queries or keys, rotated, and normalised before if so set."""
     angles = shared.cos, shared.sin
     if self.config.qk_norm:
-      query = layers.norm_and_rotate(query, self.query_norm, *angles)
-      key = layers.norm_and_rotate(key, self.key_norm, *angles)
-    else:
-      query, key = (layers.rotate(a, *angles) for a in (query, key))
-    return query, key, value
+      norm = self.query_norm if name == "query" else self.key_norm
+      return layers.norm_and_rotate(heads, norm, *angles)
+    return layers.rotate(heads, *angles)
+
+
+def _apart(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+  """Returns x, for a product that XLA shall not join with others of x.
+
+  XLA for GPUs would join them, only to copy the parts out of the result for the
+  kernels that read them.
+  """
+  return jax.lax.optimization_barrier(x) if hardware.on_gpu() else x
 
 
 def _over_tokens(bias: nnx.Param, dtype: jnp.dtype) -> Float[Array, "1 *H 1 K"]:
@@ -182,6 +209,14 @@ class Block(nnx.Module):
     h = self.mlp_norm(x) * (1 + scale[1]) + shift[1]
     h = layers.dropout(self.mlp(h), self.config.dropout, keys[1])
     return x + gate[1] * h, kept
+
+  def keys_and_values(
+    self, x: Float[Array, "B L D"], shared: Shared
+  ) -> caching.Pair:
+    """Returns what other positions attend to: keys and values of x."""
+    shift, scale, _ = self._modulation(x, shared)
+    h = self.attention_norm(x) * (1 + scale[0]) + shift[0]
+    return self.attention.keys_and_values(h, shared)
 
   def _modulation(self, x: Float[Array, "B L D"], shared: Shared):
     """Returns shift, scale and gate, a pair each for attention and MLP.

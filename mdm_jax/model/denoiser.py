@@ -6,7 +6,7 @@ not a property of the model.
 
 Blocks are stacked along a leading layer axis and run by one `lax.scan`, so
 compile time does not grow with depth. NNX modules only hold the parameters:
-outside `model/` parameters are a plain nested dict, which `Denoiser._bind`
+outside `model/` parameters are a plain nested dict, which `Denoiser.bind`
 merges back into a module.
 """
 
@@ -79,15 +79,21 @@ class Network(nnx.Module):
 
   def hidden(self, tokens: Int[Array, "B L"], context: Context):
     """Runs the blocks; see `Denoiser.hidden`."""
-    dtype = compute_dtype(self.config)
-    x = embedding.look_up(dtype, self.embedding[...], tokens)
-    shared, side = self._shared(context)
+    x, shared, side = self.begin(tokens, context)
     # `at` is set only for a decoding cache, which is updated in place.
     run = self._stacked if shared.at is None else self._in_place
     x, kept = run(x, shared, context)
     if context.shift:
       x = _shifted(x, context.segments)
     return (x, KVCache(*kept, side, shared.at)) if context.keep else x
+
+  def begin(
+    self, tokens: Int[Array, "B L"], context: Context
+  ) -> tuple[Float[Array, "B L D"], Shared, Side]:
+    """Returns the first block's input, what all share, and the keys' `Side`."""
+    dtype = compute_dtype(self.config)
+    x = embedding.look_up(dtype, self.embedding[...], tokens)
+    return x, *self._shared(context)
 
   def _stacked(self, x, shared: Shared, context: Context):
     """Scans over the layers; supports gradients and rematerialisation."""
@@ -227,7 +233,7 @@ class Denoiser:
     Raises:
       ValueError: time conditioning is on and `context.condition` is None.
     """
-    return self._bind(params).hidden(tokens, context)
+    return self.bind(params).hidden(tokens, context)
 
   def init_cache(self, rows: int, length: int) -> KVCache:
     """Returns an empty decoding cache of `length` tokens per row, with `at` 0.
@@ -267,7 +273,8 @@ class Denoiser:
     rngs = nnx.Rngs(key)
     return Network(self.config, self.vocab.size, rngs)
 
-  def _bind(self, params: Params) -> Network:
+  def bind(self, params: Params) -> Network:
+    """Returns the network with these parameters, as an NNX module."""
     # Only the module's structure is needed, so nothing is initialised.
     abstract = nnx.eval_shape(lambda: self._build(jax.random.key(0)))
     return nnx.merge(nnx.graphdef(abstract), params)

@@ -8,6 +8,7 @@ nothing else in the sampler knows how hidden states are computed.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mdm_jax.core.sharding import RULES
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.context import Context, row_context
+from mdm_jax.model.inference import Hidden, Ready, pick
 from mdm_jax.sampling.config import SampleConfig
 
 _MOST_LOGITS = 2**25  # float32 entries of a chunk of logits: 128 MiB
@@ -79,8 +81,24 @@ class Call:
     x: Int[Array, "B L"],
     masked: Bool[Array, "B L"],
     end: Int[Array, "B"],
+    everywhere: bool = True,
   ):
+    """Runs the denoiser.
+
+    Args:
+      config: static settings of the loop.
+      denoiser: computes hidden states and logits.
+      vocab: the special ids.
+      params: parameters of the denoiser, or ready ones.
+      canvas: the given tokens.
+      x: current ids xt.
+      masked: positions still to be drawn.
+      end: length of each row.
+      everywhere: whether most positions will be asked for their logits. Only
+        ready parameters save anything if not.
+    """
     self._denoiser, self._params, self._vocab = denoiser, params, vocab
+    self._everywhere = everywhere
     self._guidance = config.guidance
     inside = jnp.arange(x.shape[1])[None] < end[:, None]
     given = ~canvas.free & inside
@@ -92,7 +110,7 @@ class Call:
       x = jnp.where(given, vocab.mask, x)
       self._unprompted = self._run(x, masked | given, inside)
 
-  def _run(self, x, masked, inside) -> Float[Array, "B L D"]:
+  def _run(self, x, masked, inside) -> Hidden:
     # The row's actual mask rate, whatever its schedule.
     rate = masked.sum(axis=1) / jnp.maximum(inside.sum(axis=1), 1)
     context = row_context(
@@ -100,7 +118,14 @@ class Call:
       condition=rate.astype(jnp.float32),
       most_segments=1,
     )
-    return self._denoiser.hidden(self._params, x, context)
+    if isinstance(self._params, Ready):
+      hidden = self._params.run(x, context)
+      if not self._everywhere:
+        return hidden
+      states = hidden(None)
+    else:
+      states = self._denoiser.hidden(self._params, x, context)
+    return functools.partial(pick, states)
 
   def logits(self, where: Int[Array, "B N"]) -> Float[Array, "B N V"]:
     """Returns logits at some positions; -inf for impossible tokens.
@@ -115,17 +140,19 @@ class Call:
       guided = without + (1 + self._guidance) * (logits - without)
       # -inf - -inf is NaN, so forbidden ids keep their -inf.
       logits = jnp.where(jnp.isfinite(logits), guided, logits)
-    may_end = _pick(self._may_end, where)
+    may_end = pick(self._may_end, where)
     is_end = self._vocab.is_end(jnp.arange(logits.shape[-1])[None, None])
     return jnp.where(is_end & ~may_end[..., None], -jnp.inf, logits)
 
-  def _project(self, hidden, where) -> Float[Array, "B N V"]:
-    picked = _pick(hidden, where)
+  def _project(self, hidden: Hidden, where) -> Float[Array, "B N V"]:
+    picked = hidden(where)
     # Stated explicitly: the sharding of a reshaped one-row batch is ambiguous.
     split = RULES.spec("batch", None)
     flat = (where.size, picked.shape[-1])
     flat = jnp.reshape(picked, flat, out_sharding=split)
-    flat = jax.reshard(self._denoiser.logits(self._params, flat), split)
+    params = self._params
+    params = params.params if isinstance(params, Ready) else params
+    flat = jax.reshard(self._denoiser.logits(params, flat), split)
     shape = (*where.shape, flat.shape[-1])
     return jnp.reshape(flat, shape, out_sharding=P(*split, None))
 
@@ -164,8 +191,3 @@ class Call:
 
     # A dynamic bound: the number of chunks follows the row that needs most.
     return jax.lax.fori_loop(0, -(-count.max() // size), chunk, carry)
-
-
-def _pick(values: Array, where: Int[Array, "B N"]) -> Array:
-  """Returns each row's values at its positions."""
-  return jax.vmap(lambda row, at: row[at])(values, where)

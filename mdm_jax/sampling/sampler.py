@@ -25,6 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.sharding import RULES
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.model import inference
+from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.sampling import confidence, order, remasking, schedule, tokens
 from mdm_jax.sampling.call import Call, Canvas, Predictor, padded
 from mdm_jax.sampling.config import SampleConfig
@@ -86,6 +88,9 @@ def make_sampler(
     row_keys: Key[Array, "B"],
   ) -> Drawn:
     canvas = padded(canvas, vocab.need("pad"))
+    if isinstance(denoiser, Denoiser):
+      # Once, not in every step.
+      params = inference.ready(denoiser, params) or params
     steps = Steps(
       config, denoiser, vocab, params, canvas, pace, settings, row_keys
     )
@@ -156,6 +161,7 @@ class Steps:
       s.x,
       s.masked,
       s.end,
+      everywhere=bool(self._scoring),
     )
     where, safe = self._candidates(call, i, s)
     count = self._count(safe, left, left + back - after, i)
@@ -220,6 +226,15 @@ class Steps:
       return where, jnp.zeros_like(s.masked)
     return where, safe & at(s.masked) & (where // size == where[:, :1] // size)
 
+  @property
+  def _scoring(self) -> set[str]:
+    """Orders by logits that a step needs: the configured, and a budget's."""
+    config = self.config
+    names = {config.order} if order.reads_logits(config.order) else set()
+    names |= {"confidence"} if config.threshold is not None else set()
+    names |= {"entropy"} if config.entropy_bound is not None else set()
+    return names
+
   def _scores(
     self, call: Call, block_length: int, s: State
   ) -> dict[str, Float[Array, "B L"]]:
@@ -229,9 +244,7 @@ class Steps:
     logits, and that of a budget.
     """
     config, length = self.config, s.x.shape[1]
-    names = {config.order} if order.reads_logits(config.order) else set()
-    names |= {"confidence"} if config.threshold is not None else set()
-    names |= {"entropy"} if config.entropy_bound is not None else set()
+    names = self._scoring
     if not names:
       return {}
     nothing = jnp.zeros_like(s.confidence)
