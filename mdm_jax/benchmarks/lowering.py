@@ -39,6 +39,7 @@ from mdm_jax.core.sharding import AXES
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.kernels import KERNELS
 from mdm_jax.planning.footprint import footprint
+from mdm_jax.sampling import sampler
 
 _LISTED = 12
 
@@ -88,7 +89,8 @@ def compiled(
   """
   lowered = trace(run, program, mesh).lower()
   began = time.monotonic()
-  found = lowered.compile()
+  is_sampler = rates is not None and program.name == "sampler"
+  found = lowered.compile(sampler.GPU_OPTIONS if is_sampler else None)
   seconds = time.monotonic() - began
   memory = found.memory_analysis()
   result = {

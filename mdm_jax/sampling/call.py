@@ -17,13 +17,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from mdm_jax.core import hardware
 from mdm_jax.core.sharding import RULES
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.context import Context, row_context
 from mdm_jax.model.inference import Hidden, Ready, pick
 from mdm_jax.sampling.config import SampleConfig
 
-_MOST_LOGITS = 2**25  # float32 entries of a chunk of logits: 128 MiB
+# Entries of a chunk of float32 logits: 128 MiB; on a GPU 512 MiB, as a chunk is
+# a row of small kernels there.
+_MOST_LOGITS = {"gpu": 2**27}
+_MOST_LOGITS_ELSEWHERE = 2**25
 _CHUNKS = 4  # fewest chunks for all positions of a row
 
 Carry = TypeVar("Carry")
@@ -178,7 +182,9 @@ class Call:
       The carry after the last chunk.
     """
     rows, length = where.shape
-    room = _MOST_LOGITS // (rows * self._vocab.size)
+    place = hardware.target()
+    entries = _MOST_LOGITS.get(place and place.backend, _MOST_LOGITS_ELSEWHERE)
+    room = entries // (rows * self._vocab.size)
     size = max(min(most, room, -(-length // _CHUNKS)), 1)
     where = jnp.pad(where, ((0, 0), (0, -length % size)))
 

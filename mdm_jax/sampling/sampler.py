@@ -16,6 +16,7 @@ step needs, so no array has shape [B, L, V].
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,10 @@ from mdm_jax.sampling.samples import Drawn, Notes
 from mdm_jax.sampling.schedule import Pace
 from mdm_jax.sampling.tokens import Settings
 
+# What XLA is told of this program on a GPU. Without kernels of Triton for
+# products, those of cuBLAS add the residual as they write, in place of a kernel
+# that reads both again (docs/performance.md).
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _DRAW, _PUT_BACK, _ORDER = range(3)  # separate random streams of a row's key
 
 
@@ -79,7 +84,9 @@ def make_sampler(
   """
   see = lambda *args: watch and jax.debug.callback(watch, *args)
 
-  @jax.jit
+  options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+
+  @functools.partial(jax.jit, compiler_options=options)
   def sample(
     params: Any,
     canvas: Canvas,

@@ -160,6 +160,24 @@ def test_a_row_does_not_depend_on_the_mesh(fields):
   np.testing.assert_array_equal(*drawn)
 
 
+@pytest.mark.parametrize("fields", [{"guidance": 1.0}, {"order": "margin"}])
+def test_unrolled_layers_draw_what_a_loop_draws(mesh, fields):
+  """They compute the last block only where tokens are drawn."""
+  drawn = []
+  for loop in ("scan", "unrolled"):
+    model = ModelConfig(num_layers=2, embed_dim=8, num_heads=2, layer_loop=loop)
+    denoiser = Denoiser(model, Vocabulary(128, forbidden=((4, 128),)))
+    params = jax.jit(denoiser.init)(rng.stream(0, "init"))
+    x = np.full((8, 10), MASK)
+    x[:, 3] = 1
+    config = settings(num_steps=4, block_length=5, **fields)
+    drawn.append(draw(config, denoiser, params, x, mesh))
+  np.testing.assert_array_equal(drawn[0].path, drawn[1].path)
+  np.testing.assert_allclose(
+    drawn[0].confidence, drawn[1].confidence, rtol=1e-4
+  )
+
+
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_no_array_has_a_vocabulary_for_every_position(mesh, num_steps):
   """The greatest array of the whole program, whatever it is."""
