@@ -37,12 +37,25 @@ from mdm_jax.model.kernels import KERNELS, Case, Kernel
 
 Params = dict[str, Any]
 
+_named = jax.checkpoint_policies.save_any_names_but_these()
+
+
+def _products_and_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+  """Stores values with a checkpoint_name, and what cuDNN's attention gives.
+
+  Only matmuls and attention have a name (`layers.project`, `kernels._plain`,
+  `cpu_gradients.attend`). cuDNN's gradient also needs the log-sums of its
+  forward kernel, which has no name: only JAX's primitive gives it away.
+  """
+  if primitive.name.startswith("dot_product_attention_fwd"):
+    return True
+  return _named(primitive, *args, **params)
+
+
 # Rematerialisation policies by `model.remat`: which values the forward pass
 # stores. The backward pass recomputes all others.
 _KEPT = {
-  # Stores every value with a checkpoint_name. Only matmuls and attention have
-  # one (`layers.project`, `kernels._plain`, `cpu_gradients.attend`).
-  "dots": jax.checkpoint_policies.save_any_names_but_these(),
+  "dots": _products_and_attention,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
