@@ -123,11 +123,10 @@ class Attention(nnx.Module):
   ) -> caching.Pair:
     """Returns the keys, rotated, and the values, [B, G, L, K] each."""
     axes = "batch", "heads", "length", None
-    x = _apart(x)
-    key = layers.project("key", "bld,dgk->bglk", x, self.key, *axes)
-    # Once more: equal barriers are merged.
-    x = _apart(x)
-    value = layers.project("value", "bld,dgk->bglk", x, self.value, *axes)
+    key, value = (
+      layers.project(name, "bld,dgk->bglk", _apart(x, number), w, *axes)
+      for name, w, number in (("key", self.key, 1), ("value", self.value, 2))
+    )
     if self.config.qkv_bias:
       key = key + _over_tokens(self.key_bias, key.dtype)
       value = value + _over_tokens(self.value_bias, value.dtype)
@@ -142,13 +141,28 @@ class Attention(nnx.Module):
     return layers.rotate(heads, *angles)
 
 
-def _apart(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+def _apart(x: Float[Array, "B L D"], number: int) -> Float[Array, "B L D"]:
   """Returns x, for a product that XLA shall not join with others of x.
 
   XLA for GPUs would join them, only to copy the parts out of the result for the
   kernels that read them.
   """
-  return jax.lax.optimization_barrier(x) if hardware.on_gpu() else x
+  return _behind_barriers(x, number) if hardware.on_gpu() else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _behind_barriers(x: Array, number: int) -> Array:
+  # A different number of them for each product: XLA merges what is equal.
+  for _ in range(number):
+    x = jax.lax.optimization_barrier(x)
+  return x
+
+
+# One barrier for the gradient: with more, XLA would add it up in more kernels.
+_behind_barriers.defvjp(
+  lambda x, number: (_behind_barriers(x, number), None),
+  lambda number, _, grad: (jax.lax.optimization_barrier(grad),),
+)
 
 
 def _over_tokens(bias: nnx.Param, dtype: jnp.dtype) -> Float[Array, "1 *H 1 K"]:
