@@ -90,11 +90,11 @@ class Attention(nnx.Module):
     shared: Shared,
     cached: caching.Pair | None,
   ) -> Kept:
-    query = self._query(x, shared)
     if shared.seen is None:
-      pair = self.keys_and_values(x, shared)
+      query, *pair = self.heads(x, shared, "query", "key", "value")
       seen, kept = caching.extend(cached, shared.at, layer, *pair)
     else:
+      (query,) = self.heads(x, shared, "query")
       seen = kept = shared.seen
     mixed = shared.kernel.attend(query, *seen, shared.prepared)
     out = layers.project(
@@ -102,39 +102,37 @@ class Attention(nnx.Module):
     )
     return out, kept
 
-  def _query(
-    self, x: Float[Array, "B L D"], shared: Shared
-  ) -> Float[Array, "B G R L K"]:
+  def heads(
+    self, x: Float[Array, "B L D"], shared: Shared, *names: str
+  ) -> list[Array]:
+    """Returns queries [B, G, R, L, K], keys or values [B, G, L, K], by name.
+
+    Queries and keys are rotated, and normalised before if the config says so.
+    """
+    heads = [self._product(name, x) for name in names]
+    if self.config.qkv_bias:
+      biases = [getattr(self, f"{name}_bias") for name in names]
+      pairs = zip(heads, biases, strict=True)
+      heads = [a + _over_tokens(bias, a.dtype) for a, bias in pairs]
+    pairs = zip(names, heads, strict=True)
+    return [self._rotated(name, a, shared) for name, a in pairs]
+
+  def _product(self, name: str, x: Float[Array, "B L D"]) -> Array:
     # Heads come before the length, so that the batched matmuls over [L, K]
     # need no transposed copies.
-    query = layers.project(
-      "query",
-      "bld,dgrk->bgrlk",
-      x,
-      self.query,
-      *("batch", "heads", None, "length", None),
-    )
-    if self.config.qkv_bias:
-      query = query + _over_tokens(self.query_bias, query.dtype)
-    return self._rotated("query", query, shared)
-
-  def keys_and_values(
-    self, x: Float[Array, "B L D"], shared: Shared
-  ) -> caching.Pair:
-    """Returns the keys, rotated, and the values, [B, G, L, K] each."""
-    axes = "batch", "heads", "length", None
-    key, value = (
-      layers.project(name, "bld,dgk->bglk", _apart(x, number), w, *axes)
-      for name, w, number in (("key", self.key, 1), ("value", self.value, 2))
-    )
-    if self.config.qkv_bias:
-      key = key + _over_tokens(self.key_bias, key.dtype)
-      value = value + _over_tokens(self.value_bias, value.dtype)
-    return self._rotated("key", key, shared), value
+    heads, tokens = ("batch", "heads"), ("length", None)
+    if name == "query":
+      return layers.project(
+        name, "bld,dgrk->bgrlk", x, self.query, *heads, None, *tokens
+      )
+    weight, number = (self.key, 1) if name == "key" else (self.value, 2)
+    x = _apart(x, number)
+    return layers.project(name, "bld,dgk->bglk", x, weight, *heads, *tokens)
 
   def _rotated(self, name: str, heads: Array, shared: Shared) -> Array:
-    """Returns queries or keys, rotated, and normalised before if so set."""
     angles = shared.cos, shared.sin
+    if name == "value":
+      return heads
     if self.config.qk_norm:
       norm = self.query_norm if name == "query" else self.key_norm
       return layers.norm_and_rotate(heads, norm, *angles)
@@ -230,7 +228,7 @@ class Block(nnx.Module):
     """Returns what other positions attend to: keys and values of x."""
     shift, scale, _ = self._modulation(x, shared)
     h = self.attention_norm(x) * (1 + scale[0]) + shift[0]
-    return self.attention.keys_and_values(h, shared)
+    return tuple(self.attention.heads(h, shared, "key", "value"))
 
   def _modulation(self, x: Float[Array, "B L D"], shared: Shared):
     """Returns shift, scale and gate, a pair each for attention and MLP.
