@@ -195,7 +195,7 @@ def _notes(config: Config, trainer: Trainer) -> list[str]:
 
 def _larger_batches(trainer: Trainer) -> list[str]:
   """Describes larger batches that fit; nothing where memory is not known."""
-  memory = _memory(trainer)
+  memory = _memory()
   if memory is None:
     return []
   mesh, denoiser = trainer.mesh.abstract_mesh, trainer.denoiser
@@ -210,10 +210,10 @@ def _larger_batches(trainer: Trainer) -> list[str]:
   return larger_batches.describe(own, found)
 
 
-def _memory(trainer: Trainer) -> int | None:
+def _memory() -> int | None:
   """Returns the bytes that JAX may use on a device, if it knows them."""
   # Not on a CPU, where large batches gain nothing.
-  stats = trainer.mesh.devices.flat[0].memory_stats() or {}
+  stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get("bytes_limit")
 
 

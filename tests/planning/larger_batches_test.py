@@ -56,7 +56,7 @@ def test_what_is_said():
 
 def test_a_run_says_it_where_the_memory_is_known(trainer, monkeypatch):
   assert plan._larger_batches(trainer) == []  # a CPU's is not
-  monkeypatch.setattr(plan, "_memory", lambda trainer: 2**30, raising=True)
+  monkeypatch.setattr(plan, "_memory", lambda: 2**30)
   (line,) = plan._larger_batches(trainer)
   assert line.startswith("larger updates that fit: 16 rows (0.0 GiB, 256 ")
   assert "32 rows" in line and "64 rows" not in line  # the stage has 32
