@@ -5,6 +5,7 @@ Methods are named as in clu's metric writers, so those can be used instead.
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,10 @@ from mdm_jax.core import buckets, distributed, files, strict_json
 
 _FLUSH_SECONDS = 10.0
 _WHOLE_SECONDS = 30.0  # in a bucket, where a flush uploads the whole file
+
+# The loss and the likelihood. TensorBoard sorts its groups by name, so these
+# are also written as a group that comes before goodput, memory and the like.
+_CURVES = re.compile(r"train/loss|validation/\w+_per_token")
 
 Scalars = Mapping[str, float]
 
@@ -106,6 +111,8 @@ class TensorBoardWriter:
   def write_scalars(self, step: int, scalars: Scalars) -> None:
     for name, value in scalars.items():
       self._write(step, summary=summary.scalar(name, value))
+      if _CURVES.fullmatch(name):
+        self._write(step, summary=summary.scalar(f"curves/{name}", value))
     if self._due.now():
       self.flush()
 
