@@ -205,7 +205,12 @@ def test_every_token_is_asked_once_by_one_of_the_copies(any_mesh):
   assert by_row.any(axis=(0, 1, 3)).all()
 
 
-@pytest.mark.parametrize("model", [MODEL, DROPPING], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+  "any_mesh, model",
+  [("1x1", MODEL), ("4x2", DROPPING)],
+  indirect=["any_mesh"],
+  ids=["one device", "a mesh and dropout"],
+)
 def test_two_calls_are_one_with_twice_the_rows(any_mesh, model):
   plan = dataclasses.replace(PLAN, shards=any_mesh.shape["fsdp"])
   batch = make_batch(any_mesh, plan)

@@ -385,7 +385,7 @@ def test_three_devices_update_as_one_does(mesh, weighting):
     objective=MaskedConfig(weighting=weighting, label_smoothing=0.1),
     optimizer=dataclasses.replace(CONFIG.optimizer, eps=1e-3),
   )
-  one = Run(config, mesh)
+  one = shared(config, mesh)
   state_one, (told_one,) = one.train(one.init(), 0, 1)
   masks = jax.device_get(one.examples(0).asked)
   diagnosis = one.diagnosis(0)
@@ -698,14 +698,19 @@ def test_loss_is_the_weighted_mean_it_says(mesh, weighting):
     objective=MaskedConfig(weighting=weighting),
   )
   run = shared(config, mesh)
+
+  @jax.jit
+  def log_probabilities(params, tokens, context):
+    hidden = run.denoiser.hidden(params, tokens, context)
+    logits = run.denoiser.logits(params, hidden.reshape(-1, 16))
+    return jax.nn.log_softmax(logits).reshape(8, 16, V)
+
   state, examples = run.init(), run.examples(0)
   total, sums, counts = 0.0, np.zeros(10), np.zeros(10)
   for i in range(2):
     part = jax.tree.map(lambda x, i=i: x[i], examples)
     context = dataclasses.replace(part.context, keys=None)
-    hidden = jax.jit(run.denoiser.hidden)(state.params, part.tokens, context)
-    logits = run.denoiser.logits(state.params, hidden.reshape(-1, 16))
-    logp = np.asarray(jax.nn.log_softmax(logits)).reshape(8, 16, V)
+    logp = np.asarray(log_probabilities(state.params, part.tokens, context))
     x0 = np.minimum(np.asarray(part.targets), REAL - 1)[..., None]
     ce = -np.take_along_axis(logp, x0, axis=-1)[..., 0]
     ce = np.where(part.asked, ce, 0)
