@@ -760,13 +760,18 @@ def test_the_loss_that_is_trained_is_smoothed(trained):
   examples, denoiser = b.examples(0), b.trainer.denoiser
   smoothing = expected("recommended")["objective.label_smoothing"]
   total, num_real = 0.0, denoiser.vocab.predictable
+
+  @jax.jit
+  def log_probabilities(params, tokens, context):
+    hidden = denoiser.hidden(params, tokens, context)
+    logits = denoiser.logits(params, hidden.reshape(-1, 16))
+    return jax.nn.log_softmax(logits)
+
   for i in range(2):
     part = jax.tree.map(lambda x, i=i: x[i], examples)
     context = dataclasses.replace(part.context, keys=None)
-    hidden = jax.jit(denoiser.hidden)(states[0].params, part.tokens, context)
-    params = jax.tree.map(jnp.asarray, states[0].params)
-    logits = denoiser.logits(params, hidden.reshape(-1, 16))
-    log_p = np.asarray(jax.nn.log_softmax(logits))[:, :num_real]
+    log_p = log_probabilities(states[0].params, part.tokens, context)
+    log_p = np.asarray(log_p)[:, :num_real]
     masked = np.asarray(part.asked).reshape(-1)
     token = np.eye(num_real)[np.asarray(part.targets).reshape(-1)[masked]]
     target = (1 - smoothing) * token + smoothing / num_real

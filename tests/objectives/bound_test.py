@@ -1,5 +1,6 @@
 """The bound against enumeration, on a vocabulary of 3 and rows of 3."""
 
+import functools
 import itertools
 
 import jax
@@ -42,7 +43,11 @@ def hold(rows, documents=None):
 @pytest.fixture
 def model(mesh):
   """A random denoiser, sharp enough that a wrong weight shows."""
-  del mesh
+  return _model(mesh)
+
+
+@functools.cache
+def _model(_mesh):
   config = ModelConfig(num_layers=1, embed_dim=8, num_heads=2)
   denoiser = Denoiser(config, Vocabulary(8, forbidden=((V, 8),)))
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
@@ -68,14 +73,23 @@ def measure(evaluator, params, held):
 
 
 @pytest.fixture
-def table(model):
+def table(mesh):
   """log p(token at i | the visible others) for every pattern of masks."""
-  denoiser, params = model
+  return _table(mesh)
+
+
+@functools.cache
+def _table(mesh):
+  denoiser, params = _model(mesh)
   patterns = list(itertools.product([*range(V), MASK], repeat=L))
-  xt = jnp.array(patterns)
-  hidden = jax.jit(denoiser.hidden)(params, xt, row_context(jnp.ones_like(xt)))
-  logits = denoiser.logits(params, hidden.reshape(-1, hidden.shape[-1]))
-  logp = np.asarray(jax.nn.log_softmax(logits)).reshape(len(patterns), L, -1)
+
+  @jax.jit
+  def log_probabilities(params, xt):
+    hidden = denoiser.hidden(params, xt, row_context(jnp.ones_like(xt)))
+    logits = denoiser.logits(params, hidden.reshape(-1, hidden.shape[-1]))
+    return jax.nn.log_softmax(logits).reshape(len(patterns), L, -1)
+
+  logp = np.asarray(log_probabilities(params, jnp.array(patterns)))
   return {p: logp[i] for i, p in enumerate(patterns)}
 
 

@@ -19,6 +19,9 @@ V, REAL, MASK = 16, 12, 13
 VOCAB = Vocabulary(V, mask=MASK, forbidden=((REAL, V),))
 
 
+_corrupt = jax.jit(corruption.corrupt, static_argnums=4)
+
+
 @pytest.fixture
 def case(any_mesh):
   """A corrupted batch of eight rows, the last ones padded, on any mesh."""
@@ -32,7 +35,7 @@ def _case(mesh):
   real = place(np.arange(10)[None] < np.array([[10], [10], [7], [3]] * 2))
   keys = place(rng.per_row(rng.stream(0, "mask"), jnp.arange(8)))
   rate = place(np.linspace(0.1, 1, 8, dtype=np.float32))
-  return x0, real, corruption.corrupt(keys, x0, real, rate, MASK)
+  return x0, real, _corrupt(keys, x0, real, rate, MASK)
 
 
 def network(tie_embeddings=False):
@@ -73,11 +76,14 @@ def test_loss_is_the_cross_entropy_at_masked_positions(case):
   denoiser, params = network()
   x0, real, corrupted = case
   got = losses(denoiser, params, case)
-  hidden = jax.jit(denoiser.hidden)(
-    params, corrupted.xt, row_context(real.astype(jnp.int32))
-  )
-  logits = denoiser.logits(params, hidden.reshape(80, -1)).reshape(8, 10, V)
-  logp = np.asarray(jax.nn.log_softmax(logits))
+
+  @jax.jit
+  def log_probabilities(params, xt, real):
+    hidden = denoiser.hidden(params, xt, row_context(real.astype(jnp.int32)))
+    logits = denoiser.logits(params, hidden.reshape(80, -1))
+    return jax.nn.log_softmax(logits).reshape(8, 10, V)
+
+  logp = np.asarray(log_probabilities(params, corrupted.xt, real))
   full = -np.take_along_axis(logp, np.asarray(x0)[..., None], axis=-1)[..., 0]
   expected = np.where(corrupted.masked, full, 0)
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
