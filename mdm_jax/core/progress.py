@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 _PLAIN_SECONDS = 15.0  # between progress lines if stdout is not a terminal
+_WIDE = 100  # characters, enough for all of the progress line
 
 
 class _Console(Console):
@@ -103,12 +104,14 @@ class ProgressLine:
     run_left: float,
   ) -> None:
     """Updates the line; `stage_left` and `run_left` are in seconds."""
-    text = (
-      f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s "
-      f" left: stage {duration(stage_left)}, run {duration(run_left)}"
-    )
+    speed = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s "
+    left = f" left: stage {duration(stage_left)}, run {duration(run_left)}"
+    text = speed + left
+    # 80 characters have room for one of the two times.
+    wide = console.width >= _WIDE
+    shown = text if wide else f"{speed} left: {duration(run_left)}"
     self._live.update(
-      self._task, description=stage, completed=update, text=text
+      self._task, description=stage, completed=update, text=shown
     )
     now = time.monotonic()
     if not console.is_terminal and now - self._last_line > _PLAIN_SECONDS:

@@ -11,6 +11,7 @@ from rich.table import Table
 import mdm_jax
 from mdm_jax import command_line
 from mdm_jax import plan as plan_lib
+from mdm_jax.core import progress
 from mdm_jax.core.progress import ProgressLine, console
 from mdm_jax.evaluation import tables
 from mdm_jax.planning import scaling_laws
@@ -71,6 +72,18 @@ def test_long_lines_break_between_words_on_a_terminal_only(terminal):
   lines = [line.rstrip() for line in out.getvalue().splitlines()]
   broken = ["a longer line than", "the terminal is wide"]
   assert lines == (broken if terminal else [text])
+
+
+def test_a_long_runs_progress_line_fits_a_terminal(monkeypatch):
+  out = io.StringIO()
+  options = {"force_terminal": True, "color_system": None, "file": out}
+  terminal = type(console)(width=80, **options)
+  monkeypatch.setattr(progress, "console", terminal)
+  line, hours = ProgressLine(112_000), 36_000.0
+  line.update("III refinement", 99_000, 5.72, 541_636.0, hours, hours + 600)
+  terminal.print(line._live.get_renderable())
+  told = out.getvalue()
+  assert told.startswith("III refinement ") and "left: 10:10:00" in told
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
