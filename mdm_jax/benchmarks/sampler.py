@@ -6,7 +6,8 @@
 Everything is timed in turn, over and over, in one process, so that other load
 on the machine falls on all alike. The ratios are what counts:
 
-trunk      as many denoiser calls as the sampler makes, and nothing else
+trunk      as many denoiser calls as the sampler makes, and nothing else; on a
+           GPU the sampler's own calls do less (`model/inference.py`)
 head       in every step, the logits of the positions that are drawn
 draw       in every step, tokens from such logits
 sampler    the whole loop, for several orders and budgets
