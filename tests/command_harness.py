@@ -34,7 +34,7 @@ def environment(cache, **more):
     | {
       "XDG_CACHE_HOME": str(cache),
       "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     | more
   )

@@ -201,7 +201,7 @@ def test_every_field_may_be_a_flag():
       coercion.check_field(name, form)
 
 
-def test_names_far_from_any_are_told_them_all():
+def test_a_name_far_from_any_lists_them_all():
   assert errors.nearest("zzzz", ["b", "a"]) == "valid: a, b"
   assert errors.nearest("quik", ["slow", "quick"]) == "did you mean 'quick'?"
 

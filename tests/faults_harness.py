@@ -166,9 +166,7 @@ def make_place(folder: pathlib.Path, cache: pathlib.Path) -> Place:
     path = path if path.exists() else source / name / "__init__.py"
     text = path.read_text()[:6000]
     (folder / "text" / f"{name}.txt").write_text(text)
-  short = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-  env = command_harness.environment(cache, **short)
-  return Place(folder, env)
+  return Place(folder, command_harness.environment(cache))
 
 
 def lines(workdir: pathlib.Path) -> Iterator[dict]:

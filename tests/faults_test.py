@@ -80,7 +80,7 @@ def _points(workdir):
 # MARK: the flagship
 
 
-def test_fault_01_06_stopped_and_killed_it_is_as_if_it_never_was(place, whole):
+def test_fault_01_06_stops_and_kills_change_no_bit(place, whole):
   """SIGTERM, then SIGKILL between saves, then SIGINT: not one bit differs."""
   name, workdir = "hurt", place.workdir("hurt")
   process = place.start(name, *MOST, patch=_slow())
@@ -467,7 +467,7 @@ Masked.examples = examples
 
 
 @pytest.mark.slow
-def test_fault_26_one_bad_update_is_passed_over_and_told(place, half):
+def test_fault_26_one_bad_update_is_skipped_and_reported(place, half):
   ended = place.run(half.name, *MOST, patch=NAN.format(steps=[24]))
   assert ended.code == 0, ended.err
   assert "update 25: not finite" in ended.said and "rows" in ended.said

@@ -361,7 +361,7 @@ def test_signals_save_and_the_run_continues_bit_for_bit(trained, tmp_path):
 
 
 @pytest.mark.slow  # faults_test has the like of it in every run
-def test_a_crash_is_made_good_from_the_last_checkpoint(trained, copied):
+def test_a_crash_resumes_from_the_last_checkpoint(trained, copied):
   # As if it had been killed while it saved.
   (copied / "checkpoints" / "36" / "manifest.json").unlink()
   log = copied / "checkpoints.jsonl"

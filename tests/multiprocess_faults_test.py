@@ -50,7 +50,7 @@ def _losses(workdir):
 
 
 @pytest.mark.slow
-def test_fault_02_38_two_stop_one_goes_on_then_two(place, pair):
+def test_fault_02_38_two_stop_one_resumes_then_two(place, pair):
   """A signal to one stops both; whoever goes on sees what all would have."""
   slow = harness.SLOW_UPDATES.format(seconds=0.2)
   first, second = pair("w", patch=slow)
@@ -81,7 +81,7 @@ def test_fault_02_38_two_stop_one_goes_on_then_two(place, pair):
 
 
 @pytest.mark.slow
-def test_fault_02_two_go_on_to_the_same_bits(place, pair):
+def test_fault_02_two_resume_with_the_same_bits(place, pair):
   for process in pair("two_whole"):
     ended = process.end(200)
     assert ended.code == 0, ended.err

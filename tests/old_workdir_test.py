@@ -55,7 +55,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("way", REFUSALS)
-def test_a_folder_of_before_is_refused_in_one_line(way, old):
+def test_a_folder_of_an_older_version_is_refused_in_one_line(way, old):
   before = _contents(old)
   with pytest.raises(UserError, match=BY) as refused:
     REFUSALS[way](old)

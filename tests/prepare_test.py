@@ -75,7 +75,7 @@ def undisturbed(tmp_path_factory, env):
   return place, done.stdout
 
 
-def test_it_tells_what_it_does(undisturbed):
+def test_it_prints_what_it_does(undisturbed):
   place, told = undisturbed
   for word in (
     "count: ",
@@ -98,7 +98,7 @@ def test_four_workers_write_the_same_bytes(undisturbed, tmp_path, env):
 
 
 @pytest.mark.slow
-def test_after_kills_it_goes_on_to_the_same_bytes(undisturbed, tmp_path, env):
+def test_after_kills_it_resumes_with_the_same_bytes(undisturbed, tmp_path, env):
   place = _place(tmp_path / "place", COPIES)
   for pattern, count in [("work/count.*", 5), ("work/rows.*", 3)]:
     process = _start(place, env, "--workers=2")

@@ -618,7 +618,7 @@ def test_strict_and_a_priority_are_refused(arg, capsys):
 @pytest.mark.parametrize(
   "arg, hint", [("hihg", "'high'"), ("strictt", "'strict'"), ("x", "medium")]
 )
-def test_an_unknown_word_is_told_the_nearest(arg, hint, capsys):
+def test_an_unknown_word_is_reported_with_the_nearest(arg, hint, capsys):
   message = refusal(f"recommended.py:{arg}", capsys)
   assert repr(arg) in message and hint in message
 

@@ -138,7 +138,7 @@ def test_what_can_not_be_is_refused(fields, message):
     Vocabulary(8, **fields)
 
 
-def test_who_needs_an_id_that_is_not_there_is_told():
+def test_a_missing_id_that_is_needed_is_reported():
   vocab = Vocabulary(8, mask=0, forbidden=((0, 1),))
   assert vocab.need("mask") == 0
   with pytest.raises(UserError, match="no pad id"):

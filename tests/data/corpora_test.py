@@ -85,7 +85,7 @@ def test_an_unknown_corpus_names_the_nearest(corpus, hint):
   assert hint in _error(corpus)
 
 
-def test_a_corpus_of_ones_own_is_read_by_its_name(monkeypatch):
+def test_a_corpus_of_your_own_is_read_by_its_name(monkeypatch):
   known = corpora.CORPORA
   monkeypatch.setattr(known, "_pieces", dict(known._pieces))
 

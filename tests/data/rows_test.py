@@ -248,7 +248,7 @@ def test_a_further_fields_bytes_are_hashed(config, tmp_path, fields):
   ["1x1", pytest.param("4x2", marks=pytest.mark.slow)],
   indirect=True,
 )
-def test_a_run_with_answers_goes_on_to_the_bit(
+def test_a_run_with_answers_resumes_bit_for_bit(
   any_mesh, config, tmp_path, fields
 ):
   fields(answer=half)

@@ -335,7 +335,7 @@ class Letters(tokenizers.Tokenizer):
     ]
 
 
-def test_a_kind_of_ones_own_is_built_saved_and_loaded(tmp_path, monkeypatch):
+def test_a_kind_of_your_own_is_built_saved_and_loaded(tmp_path, monkeypatch):
   kinds = tokenizers.TOKENIZERS
   monkeypatch.setattr(kinds, "_pieces", dict(kinds._pieces))
   kinds.register(

@@ -412,7 +412,7 @@ def own():
   del METRICS._pieces["mean_words"]
 
 
-def test_a_metric_of_ones_own_is_measured_with_the_others(own):
+def test_a_metric_of_your_own_is_measured_with_the_others(own):
   texts = ["one", "two words", "and three words"]
   found = measure(texts, documents=[1, 1, 2])
   assert list(found) == [*NAMES, "mean_words"]

@@ -195,7 +195,7 @@ def test_the_hosts_are_those_of_the_topology(manifests):
   assert spec["parallelism"] == spec["completions"] == hosts == 4
 
 
-def test_gpu_processes_are_told_of_each_other(manifests):
+def test_gpu_processes_know_each_other(manifests):
   manifest = manifests["gpu"]
   spec, given = inner(manifest)["spec"], flags(manifest)
   count = int(given["num_processes"])

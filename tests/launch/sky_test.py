@@ -85,7 +85,7 @@ def test_the_run_is_kept_in_the_bucket(task):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_program_is_told_who_the_others_are(kind, tasks, tmp_path):
+def test_the_program_knows_the_other_processes(kind, tasks, tmp_path):
   stage = Stage(tmp_path)
   (tmp_path / "venv").mkdir()
   (tmp_path / "bin").rename(tmp_path / "venv" / "bin")

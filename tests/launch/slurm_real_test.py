@@ -149,7 +149,7 @@ def started(cluster, job):
   return lambda: cluster.output(job).count("of 2: -m mdm_jax.main --x=a b") >= 2
 
 
-def test_before_the_time_limit_it_saves_and_goes_on(cluster):
+def test_before_the_time_limit_it_saves_and_resumes(cluster):
   job = cluster.submit("--time=1", "--signal=TERM@50")
   cluster.wait_for(lambda: "requeued" in cluster.output(job))
   told = cluster.output(job)

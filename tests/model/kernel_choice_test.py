@@ -119,7 +119,7 @@ def slow(monkeypatch):
   KERNELS.register("slow", Slow)
 
 
-def test_a_kernel_of_ones_own_is_taken_by_its_name(mesh, tiny_model, slow):
+def test_a_kernel_of_your_own_is_taken_by_its_name(mesh, tiny_model, slow):
   own = dataclasses.replace(tiny_model, attention="slow")
   vocab = Vocabulary(16)
   denoiser, reference = Denoiser(own, vocab), Denoiser(tiny_model, vocab)
@@ -171,7 +171,7 @@ def test_queries_and_keys_may_differ_in_number(any_mesh, name, kind):
   np.testing.assert_allclose(whole[..., -last:, :], some, rtol=1e-4, atol=1e-5)
 
 
-def test_cudnn_is_told_lengths_where_they_say_all():
+def test_cudnn_gets_lengths_where_they_describe_the_mask():
   """JAX's own takes the same arguments: where real, what the mask gives."""
   segments = jnp.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
   draw = lambda name: jax.random.normal(rng.stream(0, name), (2, 6, 3, 4))

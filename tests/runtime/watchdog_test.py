@@ -53,7 +53,7 @@ def test_fault_09_a_hang_is_told_with_all_stacks(tmp_path):
   assert not (tmp_path / "lock.json").exists()
 
 
-def test_who_works_is_left_alone(tmp_path):
+def test_a_run_that_progresses_is_left_alone(tmp_path):
   done, _ = _run(tmp_path, then="pass")
   assert done.returncode == 0, done.stderr
   assert _exit(tmp_path)["code"] == 0

@@ -279,6 +279,6 @@ def test_of_several_texts_the_wrong_one_is_named(built):
     canvas(["a", "[MASK:x]", "[MASK:y]"], built["byte"], 4)
 
 
-def test_a_model_that_writes_no_space_into_words_is_told_apart(built):
+def test_a_model_that_writes_no_space_into_words_is_recognised(built):
   found = {k: templates._spaces_begin_words(t) for k, t in built.items()}
   assert found == {"byte": False, "char": False, "sentencepiece": True}

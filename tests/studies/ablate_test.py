@@ -42,7 +42,7 @@ def _call(folder, *args):
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_compares_and_goes_on(tmp_path):
+def test_a_sweep_trains_compares_and_resumes(tmp_path):
   args = f"--config={CONFIG}", "--quick", "--variants=plain"
   args += ("--workdir=w", "--seeds=1")
   done = _call(tmp_path, *args)

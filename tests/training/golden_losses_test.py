@@ -74,7 +74,7 @@ def losses(mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_losses_are_those_of_before(mesh):
+def test_losses_are_the_recorded_ones(mesh):
   expected = json.loads(PATH.read_text())
   found = losses(make_mesh(mesh))
   np.testing.assert_allclose(

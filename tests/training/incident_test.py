@@ -144,7 +144,7 @@ def check_tokens(trainer, report, rows):
     assert row["segments"] == stage.segments[row["row"]].tolist()
 
 
-def test_a_finite_update_is_told_as_it_was_done(mesh, tmp_path):
+def test_a_finite_update_is_reported_exactly(mesh, tmp_path):
   """A control: the very numbers of the step, dropout and all."""
   trainer = trainer_of(mesh)
   state = trainer.init()

@@ -571,7 +571,7 @@ def test_the_test_of_bits_would_see_an_update(mesh):
   ["1x1", pytest.param("4x2", marks=pytest.mark.slow)],
   indirect=True,
 )
-def test_an_update_that_is_not_finite_is_as_one_passed_over(
+def test_an_update_that_is_not_finite_changes_nothing_but_the_count(
   any_mesh, monkeypatch
 ):
   """Rows, masks and learning rate of the next one are those of its number."""

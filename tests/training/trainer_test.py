@@ -91,7 +91,7 @@ def test_an_updates_rows_are_those_of_its_number(trainer):
   np.testing.assert_array_equal(trainer.row_numbers(3), first)
 
 
-def test_an_update_passed_over_only_counts(trainer):
+def test_a_skipped_update_only_counts(trainer):
   state, _ = trainer.update(trainer.init(), 0)
   before = jax.device_get(state)
   after = dataclasses.replace(state, step=state.step + 1)
@@ -148,7 +148,7 @@ def test_fault_29_one_wrong_bit_is_told(trainer, monkeypatch, part, which):
     _twice(trainer, monkeypatch)
 
 
-def test_updates_passed_over_are_half_open_ranges(config, trainer):
+def test_skipped_updates_are_half_open_ranges(config, trainer):
   train = dataclasses.replace(config.train, skip_updates="1:3, 7:8")
   config = dataclasses.replace(config, train=train)
   some = make_trainer(config, trainer.data, trainer.mesh)
