@@ -121,9 +121,9 @@ def _stage(
 ) -> dict[str, Any]:
   """Returns what a stage is going to do.
 
-  `asked` is the objective's settings in a few words, `tokens` those in the
-  stage's rows, `flops` 6 N D for N parameters and D tokens, and `seconds` the
-  time of the updates left, None for a stage that is over.
+  `objective` describes the objective in a few words, `tokens` counts those in
+  the stage's rows, `flops` is 6 N D for N parameters and D tokens, `seconds` is
+  the time of the updates left, None for a stage that is over.
   """
   s = stage.config
   tokens = trainer.data.manifest["rows"][stage_name(stage.index)]["tokens"]
@@ -134,7 +134,7 @@ def _stage(
     "name": s.name,
     "unit": s.unit,
     "length": s.length,
-    "asked": s.objective.describe(),
+    "objective": s.objective.describe(),
     "rows": stage.rows,
     "tokens": tokens,
     "epochs": epochs,
@@ -243,7 +243,7 @@ def show(plan: dict[str, Any]) -> None:
   for s in plan["stages"]:
     time = "done" if s["seconds"] is None else duration(s["seconds"])
     table.add_row(
-      *(s["name"], s["asked"], f"{s['length']}", f"{s['rows']:,}"),
+      *(s["name"], s["objective"], f"{s['length']}", f"{s['rows']:,}"),
       *(f"{s['epochs']:.2f}", f"{s['updates']:,}", time),
     )
   console.print(table)

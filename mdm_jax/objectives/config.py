@@ -124,7 +124,7 @@ class MaskedConfig(ObjectiveConfig):
       )
 
   def warnings(self, stages: Sequence["MaskedStage"]) -> list[str]:
-    """Warns of mask rates that sampling passes through but no stage trains."""
+    """Warns of mask rates that sampling needs but no stage trains on."""
     if any(s.mask_rate is None or s.rehearsal > 0 for s in stages):
       return []
     # Rehearsal or a noise schedule covers all rates, so only ranges are left.
@@ -139,7 +139,7 @@ class MaskedConfig(ObjectiveConfig):
     if not gaps:
       return []
     return [
-      f"no stage trains mask rates {', '.join(gaps)}, but sampling passes"
+      f"no stage trains on mask rates {', '.join(gaps)}, but sampling passes"
       " through them; set stages[i].rehearsal"
     ]
 
@@ -159,11 +159,13 @@ class MaskedStage(ObjectiveStage):
   )
 
   def describe(self) -> str:
-    """Returns the mask rates and the rehearsal share, for tables."""
-    rates = self.mask_rate
-    shown = "U(0, 1)" if rates is None else "{:g}-{:g}".format(*rates)
-    more = f" +{self.rehearsal:.0%} any" if self.rehearsal else ""
-    return f"rates {shown}{more}"
+    """Returns the mask rates, for tables: "mask 0.05-0.2, 10% 0-1".
+
+    The example masks 10 % of the rows at rates from all of 0-1 (rehearsal).
+    """
+    low, high = self.mask_rate or (0, 1)
+    more = f", {self.rehearsal:.0%} 0-1" if self.rehearsal else ""
+    return f"mask {low:g}-{high:g}{more}"
 
   def masked_share(self) -> tuple[float, float]:
     """Returns the range of mask rates that the stage emphasizes."""

@@ -28,7 +28,7 @@ def _table(text):
 
 
 def _plan(text):
-  stage = {"name": text, "asked": "0-1", "length": 8, "rows": 1}
+  stage = {"name": text, "objective": "mask 0-1", "length": 8, "rows": 1}
   plan = {
     "name": text,
     "corpus": text,

@@ -259,7 +259,7 @@ def test_the_plan_is_printed(plan, capsys):
   out = capsys.readouterr().out
   for word in ("first", "second", "0.75-0.9", f"{plan['params']:,} parameters"):
     assert word in out
-  assert "warning: no stage trains mask rates" in out
+  assert "warning: no stage trains on mask rates" in out
   assert "outside the fitted range" in out
 
 
