@@ -100,6 +100,8 @@ def test_layers_that_are_split_over_gpus_stay_one_loop(capsys):
   told = capsys.readouterr().out
   assert "attention cudnn, remat dots" in told
   assert "on h100, layers one loop, remat dots: split parameters" in told
+  # What cuDNN's kernel gives is kept, too: it does not run twice.
+  assert re.search(r"attention +bfloat16 +9.00 MiB  12 x 4096/8 x 768\n", told)
   # Scores of all pairs of positions would be 60 MiB more.
   assert found["passing"]["block"] < 60 * 2**20
 

@@ -133,6 +133,9 @@ def _of_stage(
   everything = loop.unrolled and loop.remat == "none" and not with_scores
   keeps = unrolled_layers if everything else kept_for_backward
   kept = keeps(run, stage, mesh)
+  if run.denoiser.config.attention == "xla" and not with_scores:
+    # XLA's attention stands in for cuDNN's, which can't be traced here.
+    kept += _kept_by_attention(run, stage, mesh) if loop.remat == "dots" else ()
   total = lambda tree: sum(array.bytes for array in layouts(tree, mesh))
   rows = total(abstract_batch(run, stage, mesh))
   # One update is computed and one dispatched.
@@ -278,10 +281,7 @@ def unrolled_layers(
     "gate_up": (2, config.mlp_size, mesh.shape[RULES.mlp]),
     "gated": (1, config.mlp_size, mesh.shape[RULES.mlp]),
   }
-  rows = padded_rows(run.batch_size, mesh)
-  tokens = rows * sum(
-    queries for queries, _ in run.objective(stage).cost().reads
-  )
+  tokens = _tokens(run, stage, mesh)
   return tuple(
     Layout(
       name,
@@ -290,6 +290,28 @@ def unrolled_layers(
       (1, 1, data_shards(mesh), shards),
     )
     for name, (copies, width, shards) in sizes.items()
+  )
+
+
+def _kept_by_attention(
+  run: Recipe, stage: StagePlan, mesh: AbstractMesh
+) -> tuple[Layout, ...]:
+  """Returns what cuDNN's attention gives: its output, and log-sums."""
+  config, tokens = run.denoiser.config, _tokens(run, stage, mesh)
+  dtype = np.dtype(compute_dtype(config))
+  split = 1, data_shards(mesh), mesh.shape[RULES.heads]
+  shape = lambda size: (config.num_layers, tokens, config.num_heads * size)
+  return (
+    Layout("attention", shape(config.head_size), dtype, split),
+    Layout("log-sums of attention", shape(1), np.dtype(np.float32), split),
+  )
+
+
+def _tokens(run: Recipe, stage: StagePlan, mesh: AbstractMesh) -> int:
+  """Returns the positions that a microbatch computes, in all calls."""
+  reads = run.objective(stage).cost().reads
+  return padded_rows(run.batch_size, mesh) * sum(
+    queries for queries, _ in reads
   )
 
 
