@@ -178,7 +178,7 @@ SLEEPS = {
   "preparing": ("mdm_jax.start", "prepare_on_all"),
   "restoring": ("mdm_jax.checkpoints.checkpoint.Checkpoints", "restore"),
   "evaluating": ("mdm_jax.evaluate.Measures", "validation"),
-  "sampling": ("mdm_jax.evaluate.Measures", "sample"),
+  "sampling": ("mdm_jax.sampled_texts.SampledTexts", "sample"),
 }
 SLEEP = """
 import pathlib, pydoc, time
