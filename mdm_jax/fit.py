@@ -69,6 +69,8 @@ def plan_mesh(config: Config, mesh: str, device: str | None) -> dict[str, Any]:
   if gpu:
     with jax.sharding.use_abstract_mesh(devices):
       lines += [f"on {gpu.name}, {choice}" for choice in _choices(config, gpu)]
+  elif accelerator:
+    lines += _on_tpu(config, accelerator)
   console.print("\n".join(lines), soft_wrap=True)
   if accelerator:
     console.print(_verdict(run, found, accelerator), soft_wrap=True)
@@ -207,10 +209,19 @@ def _choices(config: Config, device: Accelerator) -> list[str]:
   return sorted(map(str, (*_kernels(config, device), loop)))
 
 
+def _on_tpu(config: Config, device: Accelerator) -> list[str]:
+  """Returns what is chosen there, and that the plan has XLA's attention."""
+  kernels = _kernels(config, device)
+  lines = sorted(f"on {device.name}, {choice}" for choice in kernels)
+  if {choice.name for choice in kernels} != {"xla"}:
+    lines.append("planned with XLA's own attention, which needs more memory")
+  return lines
+
+
 def _kernels(config: Config, device: Accelerator) -> set[kernel_choice.Choice]:
   model = config.model
   dtype = "bfloat16" if model.dtype == "auto" else model.dtype
-  place = Place("gpu", device.capability)
+  place = Place("gpu" if device.capability else "tpu", device.capability)
   return {
     kernel_choice.choose(
       *(model.attention, place),

@@ -161,8 +161,11 @@ def test_a_plan_is_printed_with_its_verdict(tmp_path, env):
     *("--mesh=64x4", "--device=v5e", "--json"),
   )
   assert done.returncode == 0, done.stderr
-  *printed, verdict, values = done.stdout.splitlines()
+  *printed, kernel, caveat, verdict, values = done.stdout.splitlines()
   assert "\n".join(printed) == (GOLDEN / "8b.64x4.txt").read_text().strip()
+  found = "splash attention, of bfloat16, heads of 128"
+  assert kernel == f"on v5e, attention splash: {found}"
+  assert caveat == "planned with XLA's own attention, which needs more memory"
   total = json.loads(values)["total"]
   assert verdict == f"fits v5e: {total / 2**30:.2f} of 16 GiB"
 
@@ -172,7 +175,7 @@ def test_a_run_that_does_not_fit_is_one_line(tmp_path, env):
   done = call(tmp_path, env, config, "--mode=plan", "--mesh=8", "--device=v5e")
   printed = (GOLDEN / "8b.8.txt").read_text()
   mib = float(printed.split()[-2].replace(",", ""))
-  assert done.stdout == printed
+  assert done.stdout.startswith(printed)
   told = f"v5e has 16 GiB, each device would need {mib / 2**10:.2f} GiB"
   check_mistake(done, told, "mesh.fsdp", "optimizer.accumulation")
 

@@ -9,9 +9,10 @@
 The first command lists the collectives of an update and of a sampler's call:
 kinds, mesh axes and bytes per device, from the partitioned program for as many
 fake CPU devices. The second compiles both with the TPU compiler, which needs no
-TPU (extra `tpu`), and prints the memory that it assigns. The third does so with
-XLA's GPU compiler, which needs no GPU (extra `cuda13`), and also lists the
-kernels, with their bytes, operations and predicted time. Nothing is run.
+TPU (extra `tpu`), and prints the memory that it assigns, the largest arrays and
+the Pallas kernels. The third does so with XLA's GPU compiler, which needs no
+GPU (extra `cuda13`), and lists the kernels instead, with their bytes,
+operations and predicted time. Nothing is run.
 """
 
 import collections
@@ -27,7 +28,13 @@ from rich import box
 from rich.table import Table
 
 from mdm_jax import command_line, fit
-from mdm_jax.benchmarks import collectives, gpu_program, topology, workload
+from mdm_jax.benchmarks import (
+  collectives,
+  gpu_program,
+  topology,
+  tpu_program,
+  workload,
+)
 from mdm_jax.benchmarks.collectives import Collective
 from mdm_jax.benchmarks.gpu_program import Rates
 from mdm_jax.benchmarks.programs import PROGRAMS, Program, abstract, trace
@@ -85,7 +92,8 @@ def compiled(
     rates: of a GPU, if it is one, to list and predict its kernels.
 
   Returns:
-    Seconds to compile, bytes per device, and a GPU's `kernels`.
+    Seconds to compile, bytes per device; a GPU's `kernels`, or a TPU's largest
+    `arrays` and its `pallas` kernels.
   """
   lowered = trace(run, program, mesh).lower()
   began = time.monotonic()
@@ -103,7 +111,8 @@ def compiled(
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes,
   }
-  return result | (_kernels(found.as_text(), rates) if rates else {})
+  text = found.as_text()
+  return result | (_kernels(text, rates) if rates else _arrays(text))
 
 
 def _kernels(text: str, rates: Rates) -> dict[str, Any]:
@@ -113,6 +122,14 @@ def _kernels(text: str, rates: Rates) -> dict[str, Any]:
     "by_kind": gpu_program.sums(found, lambda kernel: kernel.kind),
     "by_source": gpu_program.sums(found, str),
     "kernels": [dataclasses.asdict(kernel) for kernel in found],
+  }
+
+
+def _arrays(text: str) -> dict[str, Any]:
+  found = tpu_program.arrays(text)[:_LISTED]
+  return {
+    "arrays": [dataclasses.asdict(array) for array in found],
+    "pallas": tpu_program.kernels(text),
   }
 
 
@@ -178,6 +195,8 @@ def main(_: list[str]) -> int:
     _show_memory(title, result, result[label])
     if "kernels" in result[label]:
       _show_kernels(result[label], values.most)
+    else:
+      _show_arrays(result[label])
   if values.json:
     print(json.dumps(result))
   return 0
@@ -260,6 +279,22 @@ def _show_memory(
     f" compiled in {program['compile_seconds']:.0f} s",
     soft_wrap=True,
   )
+
+
+def _show_arrays(program: dict[str, Any]) -> None:
+  console.print(f"largest arrays\n{'MiB':>9} {'places':>6}")
+  for array in program["arrays"]:
+    # The end of the source is the operation; before it are loops and calls.
+    source = "/".join(array["source"].split("/")[-2:])
+    line = f"{array['bytes'] / 2**20:>9,.1f} {array['places']:>6}"
+    console.print(
+      f"{line}  {array['shape']}  {source}".rstrip(),
+      markup=False,
+      soft_wrap=True,
+    )
+  runs = program["pallas"].items()
+  told = ", ".join(f"{name} ({times:,} runs)" for name, times in runs)
+  console.print(f"Pallas kernels: {told or 'none'}", soft_wrap=True)
 
 
 def _show_kernels(program: dict[str, Any], most: int) -> None:

@@ -5,6 +5,8 @@ in an environment whose interpreter CUDA_PYTHON names, or with CUDA_PYTHON=new
 in one that is made for the test:
 
   CUDA_PYTHON=new pytest -n 0 -m slow tests/benchmarks/topology_test.py
+
+For TPUs it needs jax[tpu], 0.3 GB, in the same way with TPU_PYTHON.
 """
 
 import importlib.util
@@ -17,11 +19,13 @@ import sys
 import pytest
 from apart_harness import python_with
 from command_harness import environment
+from paths import ROOT
 
 from mdm_jax.benchmarks import topology
 from mdm_jax.core.errors import UserError
 
 LAYERS, WIDTH, VOCABULARY = 12, 768, 50_257  # of the preset gpt2
+LENGTH = 512  # of configs/recommended.py, which has as many layers
 STEPS = 20  # of a text, by default
 # What was predicted of 64 rows, and three in a hundred more: of an update, and
 # of drawing them.
@@ -50,27 +54,23 @@ def test_without_their_compiler_one_line_says_what_to_install(name, extra):
 # MARK: for an H100, in an environment of its own
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-  """An interpreter that has XLA's GPU compiler."""
-  if importlib.util.find_spec("jax_cuda13_plugin"):
+def python(folder, extra, module, variable):
+  """Returns an interpreter that has the compiler of an extra."""
+  if importlib.util.find_spec(module):
     return sys.executable
-  asked = os.environ.get("CUDA_PYTHON")
+  asked = os.environ.get(variable)
   if asked is None:
-    pytest.skip("jax[cuda13] (4.5 GB) is not installed: see this file's top")
-  if asked != "new":
-    return asked
-  return python_with(tmp_path_factory.mktemp("cuda"), "cuda13", "")
+    pytest.skip(f"jax[{extra}] is not installed: see this file's top")
+  return python_with(folder, extra, "") if asked == "new" else asked
 
 
-def command(python, folder, *arguments):
-  """Returns what the command says of the programs of gpt2."""
+def lowering(interpreter, folder, *args):
+  """Returns what the command says."""
   env = environment(folder)
   # conftest.py's flags make XLA compile fast, not well.
   del env["XLA_FLAGS"]
   done = subprocess.run(
-    [python, "-m", "mdm_jax.benchmarks.lowering", "--preset=gpt2"]
-    + ["--batch=64", "--texts=64", "--json", *arguments],
+    [interpreter, "-m", "mdm_jax.benchmarks.lowering", *args, "--json"],
     env=env,
     capture_output=True,
     text=True,
@@ -81,8 +81,22 @@ def command(python, folder, *arguments):
 
 
 @pytest.fixture(scope="module")
-def compiled(python, tmp_path_factory):
-  return command(python, tmp_path_factory.mktemp("cache"), "--topology=h100:1")
+def cuda_python(tmp_path_factory):
+  """Returns an interpreter that has XLA's GPU compiler."""
+  folder = tmp_path_factory.mktemp("cuda")
+  return python(folder, "cuda13", "jax_cuda13_plugin", "CUDA_PYTHON")
+
+
+def of_gpt2(interpreter, folder, *args):
+  """Returns what the command says of the programs of gpt2."""
+  texts = "--preset=gpt2", "--batch=64", "--texts=64"
+  return lowering(interpreter, folder, *texts, *args)
+
+
+@pytest.fixture(scope="module")
+def compiled(cuda_python, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("cache")
+  return of_gpt2(cuda_python, folder, "--topology=h100:1")
 
 
 def products(program, dtype):
@@ -115,8 +129,10 @@ def test_an_update_takes_no_longer_than_it_did(compiled):
 
 
 @pytest.mark.slow
-def test_a_loop_over_split_layers_keeps_attention_too(python, tmp_path):
-  found = command(python, tmp_path, "--topology=h100:2", "--program=train_step")
+def test_a_loop_over_split_layers_keeps_attention_too(cuda_python, tmp_path):
+  found = of_gpt2(
+    *(cuda_python, tmp_path, "--topology=h100:2"), "--program=train_step"
+  )
   kinds = found["train_step"]["by_kind"]
   assert kinds["all-gather"]["times"] > LAYERS  # their parameters are split
   assert kinds["attention, forward"]["times"] == LAYERS
@@ -130,3 +146,35 @@ def test_drawing_takes_no_longer_than_it_did(compiled):
   # cuDNN's, in all layers but the last, of which few positions are read.
   calls = found["by_kind"]["attention, forward"]["times"]
   assert calls == STEPS * (LAYERS - 1)
+
+
+# MARK: for TPUs, in an environment of its own
+
+
+@pytest.fixture(scope="module")
+def compiled_for_tpus(tmp_path_factory):
+  """Returns what the command says of recommended.py on eight TPUs."""
+  folder = tmp_path_factory.mktemp("tpu")
+  interpreter = python(folder, "tpu", "libtpu", "TPU_PYTHON")
+  config = f"--config={ROOT / 'configs' / 'recommended.py'}"
+  return lowering(interpreter, folder, config, "--topology=v5e:2x4")
+
+
+@pytest.mark.slow
+def test_splash_attention_runs_forward_once_a_layer(compiled_for_tpus):
+  """And one kernel has all gradients; there are two microbatches."""
+  assert compiled_for_tpus["train_step"]["pallas"] == {
+    "splash_mha_fwd_segmented_residuals": 2 * LAYERS,
+    "splash_mha_dkv_segmented_no_residuals": 2 * LAYERS,
+  }
+  # A step of the sampler is one call; it needs no log-sums.
+  steps = compiled_for_tpus["sampler"]["pallas"]
+  assert steps == {"splash_mha_fwd_segmented_no_residuals": 25 * LAYERS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["train_step", "sampler"])
+def test_there_is_no_array_of_all_pairs_on_a_tpu(compiled_for_tpus, program):
+  found = [array["shape"] for array in compiled_for_tpus[program]["arrays"]]
+  assert len(found) > 10
+  assert not [s for s in found if re.search(rf"\b{LENGTH},{LENGTH}\]", s)]

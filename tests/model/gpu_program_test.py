@@ -6,6 +6,7 @@ Its kernels in Pallas run step by step here. cuDNN's run on a GPU only.
 import collections
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -38,22 +39,23 @@ def step_by_step(monkeypatch):
   monkeypatch.setattr(gpu_kernels.pl, "pallas_call", call)
 
 
-def inputs():
+def inputs(length):
   """Two texts a row and padding, a third of the tokens masked."""
   place = lambda x: jax.device_put(x, RULES.spec("batch"))
   draw = np.random.default_rng(0)
-  x0 = place(draw.integers(0, 28, (ROWS, LENGTH)).astype(np.int32))
-  segments = place(
-    np.tile(np.repeat([1, 2, 0], [6, 8, 2]), (ROWS, 1)).astype(np.int32)
-  )
-  masked = place(draw.random((ROWS, LENGTH)) < 0.3) & (segments > 0)
+  x0 = place(draw.integers(0, 28, (ROWS, length)).astype(np.int32))
+  row = np.repeat([1, 2, 0], [6, 8, length - 14])
+  segments = place(np.tile(row, (ROWS, 1)).astype(np.int32))
+  masked = place(draw.random((ROWS, length)) < 0.3) & (segments > 0)
   return x0, segments, masked
 
 
-def loss_and_gradient(config: ModelConfig, smoothing: float = 0.1):
+def loss_and_gradient(
+  config: ModelConfig, smoothing: float = 0.1, length: int = LENGTH
+):
   """Returns a function of the parameters, traced anew in every test."""
   denoiser = Denoiser(config, VOCAB)
-  x0, segments, masked = inputs()
+  x0, segments, masked = inputs(length)
   keys = rng.per_row(rng.stream(0, "dropout"), jnp.arange(ROWS))
   keys = jax.reshard(keys, RULES.spec("batch"))
 
@@ -64,7 +66,7 @@ def loss_and_gradient(config: ModelConfig, smoothing: float = 0.1):
     weight = jax.reshard(jnp.ones(x0.shape), RULES.spec("batch", None))
     return cross_entropy.masked_loss(
       *(denoiser.logits, denoiser.head(params), hidden, x0, masked, weight),
-      *(ROWS * LENGTH, VOCAB, smoothing),
+      *(x0.size, VOCAB, smoothing),
     )[0]
 
   return jax.value_and_grad(loss), denoiser
@@ -114,6 +116,49 @@ def test_every_product_has_bfloat16_operands(mesh, monkeypatch, place):
   assert {pair[:2] for pair in found} == {("bfloat16", "bfloat16")}
   # q, k, v, out, gate and up, down, and the head; its logits are float32, too.
   assert found["bfloat16", "bfloat16", "float32"] == 6 + 2
+
+
+_DOT = re.compile(r"dot_general .*: \((.*)\) -> (.*)")
+_BATCH = re.compile(r"batching_dims = \[([\d, ]*)\]")
+
+
+def products(text: str) -> collections.Counter:
+  """Counts the dtypes of a lowered program's products, attention's included.
+
+  Those that leave only axes of a batch, sums over a head, are left out.
+  """
+  found = collections.Counter()
+  for line in filter(_DOT.search, text.splitlines()):
+    operands, result = _DOT.search(line).groups()
+    *sizes, dtype = re.search(r"<(.*)>", result).group(1).split("x")
+    batch = _BATCH.search(line)
+    if len(sizes) > (len(batch.group(1).split(",")) if batch else 0):
+      found[*re.findall(r"(\w+)>", operands.replace("x", " ")), dtype] += 1
+  return found
+
+
+def test_on_a_tpu_every_product_has_bfloat16_operands(mesh, monkeypatch):
+  """In the program that is lowered for it, with splash attention."""
+  config = dataclasses.replace(MODEL, dtype="bfloat16", embed_dim=128)
+  monkeypatch.setattr(hardware, "target", lambda: TPU)
+  run, denoiser = loss_and_gradient(config, length=128)
+  params = jax.eval_shape(denoiser.init, rng.stream(0, "init"))
+  with jax.numpy_dtype_promotion("standard"):  # splash attention promotes
+    traced = jax.jit(run).trace(params)
+  text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  found = products(text)
+  # Six weights, forward and backward, and the head backward; in float32 the
+  # logits and all weights' gradients.
+  assert found == {
+    ("bf16", "bf16", "bf16"): 13,
+    ("bf16", "bf16", "f32"): 8,
+  }
+  # One loop over the layers, in which attention is not computed again.
+  kernels = re.findall(r'kernel_name = "(\w+)"', text)
+  assert sorted(kernels) == [
+    "splash_mha_dkv_segmented_no_residuals",
+    "splash_mha_fwd_segmented_residuals",
+  ]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
