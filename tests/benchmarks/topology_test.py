@@ -152,12 +152,18 @@ def test_drawing_takes_no_longer_than_it_did(compiled):
 
 
 @pytest.fixture(scope="module")
-def compiled_for_tpus(tmp_path_factory):
-  """Returns what the command says of recommended.py on eight TPUs."""
+def tpu_python(tmp_path_factory):
+  """Returns an interpreter that has libtpu."""
   folder = tmp_path_factory.mktemp("tpu")
-  interpreter = python(folder, "tpu", "libtpu", "TPU_PYTHON")
+  return python(folder, "tpu", "libtpu", "TPU_PYTHON")
+
+
+@pytest.fixture(scope="module")
+def compiled_for_tpus(tpu_python, tmp_path_factory):
+  """Returns what the command says of recommended.py on eight TPUs."""
   config = f"--config={ROOT / 'configs' / 'recommended.py'}"
-  return lowering(interpreter, folder, config, "--topology=v5e:2x4")
+  folder = tmp_path_factory.mktemp("cache")
+  return lowering(tpu_python, folder, config, "--topology=v5e:2x4")
 
 
 @pytest.mark.slow
@@ -178,3 +184,54 @@ def test_there_is_no_array_of_all_pairs_on_a_tpu(compiled_for_tpus, program):
   found = [array["shape"] for array in compiled_for_tpus[program]["arrays"]]
   assert len(found) > 10
   assert not [s for s in found if re.search(rf"\b{LENGTH},{LENGTH}\]", s)]
+
+
+KINDS = """
+import sys
+import jax
+import jax.numpy as jnp
+from mdm_jax.benchmarks import topology
+from mdm_jax.core.sharding import AXES
+from mdm_jax.model.context import Visibility, row_context
+from mdm_jax.model.kernels import KERNELS
+
+kernel, split = KERNELS["splash"](), ("replica", "fsdp")
+
+def compiled(visibility, length, size, dtype):
+  def attend(query, key, value, segments):
+    side = row_context(segments, visibility=visibility, most_segments=3).side
+    prepared = kernel.prepare(visibility, side, side)
+    return kernel.attend(query, key, value, prepared).astype(jnp.float32).sum()
+
+  def shape(dtype, *sizes):
+    spec = jax.P(split, *["tensor", None, None, None][: len(sizes) - 1])
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+  keys = shape(dtype, 2, 2, length, size)
+  query = shape(dtype, 2, 2, 2, length, size)
+  spec = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(split))
+  rows = jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=spec)
+  gradient = jax.jit(jax.grad(attend, argnums=(0, 1, 2)))
+  return gradient.trace(query, keys, keys, rows).lower().compile()
+
+devices = topology.devices(sys.argv[1])
+with jax.set_mesh(jax.make_mesh((1, 2, 2), AXES, devices=devices)):
+  for kind in "full", "causal", "blocks", "noisy":
+    compiled(Visibility(kind, 20), 512, 64, "bfloat16")
+  # The largest block of keys; and rows that have several.
+  for size, length in (256, 2048), (128, 4096), (128, 8192):
+    compiled(Visibility("full"), length, size, "float32")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_every_visibility_of_splash_attention_compiles(
+  tpu_python, tmp_path, topology
+):
+  env = environment(tmp_path) | {"JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [tpu_python, "-c", KINDS, topology], env=env, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
