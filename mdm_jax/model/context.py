@@ -169,7 +169,8 @@ class Context:
       or call keeps its own output, so with a cache start the call one token
       early.
     most_segments: largest number of segments in a row, if known. They follow
-      each other from the row's start on; padding is at its end.
+      each other from the row's start on, and positions count up by one within
+      each; padding is at the row's end.
   """
 
   segments: Any

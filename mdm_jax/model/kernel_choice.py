@@ -98,7 +98,7 @@ def chosen(asked: str, case: Case) -> Choice:
     UserError: the kernel named by `asked` does not support the case, or JAX
       refuses it on this GPU.
   """
-  place = hardware.target() or hardware.here()
+  place = hardware.target() or _planned(asked)
   # JAX answers for this process's GPU only. Without one, a program can still be
   # compiled for another; on a CPU `placement.check_model` refuses cudnn.
   refused = refusal if place == hardware.here() else _refused_elsewhere
@@ -119,6 +119,13 @@ def chosen(asked: str, case: Case) -> Choice:
       f" {case.head} in {case.dtype}: {reason}; nearest valid: auto"
     )
   return found
+
+
+def _planned(asked: str) -> Place:
+  """Returns the hardware of a plan: this one, or what the kernel needs."""
+  here = hardware.here()
+  needs = None if asked == "auto" else KERNELS[asked].needs
+  return here if needs in (None, here.backend) else Place(needs)
 
 
 def _refused_elsewhere(name: str, case: Case) -> str | None:

@@ -125,6 +125,13 @@ def test_where_jax_has_it_not_another_is_taken(monkeypatch):
   assert (found.name, found.why) == ("xla", told)
 
 
+def test_a_plan_may_name_it_on_any_machine():
+  plan = jax.sharding.AbstractMesh((1,), ("a",))
+  with jax.sharding.use_abstract_mesh(plan):
+    found = kernel_choice.chosen("splash", Case("bfloat16", 64, 128, 128))
+  assert found.name == "splash"
+
+
 def test_by_name_it_needs_a_tpu(mesh):
   with pytest.raises(UserError) as caught:
     placement.check_model(ModelConfig(attention="splash"), mesh)
