@@ -193,9 +193,9 @@ import jax.numpy as jnp
 from mdm_jax.benchmarks import topology
 from mdm_jax.core.sharding import AXES
 from mdm_jax.model.context import Visibility, row_context
-from mdm_jax.model.kernels import KERNELS
+from mdm_jax.model.splash_kernel import Splash
 
-kernel, split = KERNELS["splash"](), ("replica", "fsdp")
+kernel, split = Splash(), ("replica", "fsdp")
 
 def compiled(visibility, length, size, dtype):
   def attend(query, key, value, segments):
