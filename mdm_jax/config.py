@@ -102,9 +102,27 @@ class Config:
       )
     if not self.stages:
       raise UserError("stages is empty; at least one is needed")
+    self._check_mask_rates()
     for i, part in enumerate(self.stages):
       self._check_rates(part, f"stages[{i}]")
       self._check_objective(part, f"stages[{i}]")
+
+  def _check_mask_rates(self) -> None:
+    """Raises UserError if a setting needs mask rates that rows don't have."""
+    name = self.objective.name
+    if OBJECTIVES[name].mask_rates:
+      return
+    plain = NoiseConfig()
+    given = {
+      f"noise.{n}": (getattr(self.noise, n), getattr(plain, n))
+      for n in ("schedule", "exponent")
+    } | {"model.time_conditioning": (self.model.time_conditioning, False)}
+    for path, (value, default) in given.items():
+      if value != default:
+        raise UserError(
+          f"{path}={value!r} has no effect: rows have no mask rate with"
+          f" objective.name={name}; set {path}={default!r}"
+        )
 
   def _check_rates(self, part: StageConfig, path: str) -> None:
     """Raises UserError if a learning rate, or its decay, exceeds 1."""

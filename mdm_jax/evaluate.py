@@ -70,10 +70,11 @@ class Measures:
     self._poll = poll
     self.config, self.data = config, data
     self.denoiser, self.mesh = denoiser, mesh
-    self.texts = SampledTexts(
-      *(config, data, denoiser, mesh, self._sampling_curve, poll)
-    )
     self._objective = held_out_objective(config, data.tokenizer.vocab, mesh)
+    self.texts = SampledTexts(
+      *(config, data, denoiser, mesh, self._sampling_curve, poll),
+      decoding=self._objective.decoding(),
+    )
     self._evaluator = Evaluator(
       config.eval, self._objective, denoiser, mesh, poll
     )

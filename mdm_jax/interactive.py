@@ -71,7 +71,8 @@ class _Talk:
     elif name == "help":
       console.print(_HELP)
     elif name == "settings":
-      for name, value in effective(self._settings).items():
+      found = effective(self._settings, self._model.method.unused)
+      for name, value in found.items():
         console.print(f"  {name} {value}")
     else:
       self._set(name, value.strip())

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 
 from mdm_jax import config as config_lib
 from mdm_jax import scoring, tuned_sampling
+from mdm_jax.blueprint import held_out_objective
 from mdm_jax.config import Config
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
@@ -30,6 +31,7 @@ from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import TextSampler, effective
 from mdm_jax.sampling.live import LiveView
 from mdm_jax.sampling.sampler import Watch
+from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.samples import Samples
 from mdm_jax.trained_model import TrainedModel, load_model
 from mdm_jax.tuned_sampling import Which
@@ -69,6 +71,7 @@ class Model:
   Attributes:
     config: the run's config; `config.sample` has the default settings.
     tokenizer: text to ids and back.
+    method: how the model is sampled, and which settings apply.
     watch: called with (step, token ids [B, L]) during sampling; set it before
       the first call.
   """
@@ -85,6 +88,12 @@ class Model:
     self._model, self._mesh = model, model.mesh
     self._curve = curve
     self._samplers: dict[int, TextSampler] = {}
+    with jax.set_mesh(self._mesh):
+      objective = held_out_objective(
+        self.config, self.tokenizer.vocab, self._mesh
+      )
+    self._decoding = objective.decoding()
+    self.method = SAMPLERS[self._decoding.order]
 
   def generate(
     self,
@@ -225,7 +234,8 @@ class Model:
     # The length is compiled into a sampler.
     if length not in self._samplers:
       self._samplers[length] = TextSampler(
-        self._model.denoiser, self.tokenizer, self._mesh, length, self.watch
+        *(self._model.denoiser, self.tokenizer, self._mesh, length, self.watch),
+        decoding=self._decoding,
       )
     return self._samplers[length]
 
@@ -293,13 +303,14 @@ def _draw_all(
   # texts are printed as they come.
   if not trace and not page:
     return _print_all(model.stream(prompts, count), names, keep)
-  view = LiveView(model.tokenizer, config.sample.num_steps)
+  steps = model.method.steps(config.sample, config.sample_length)
+  view = LiveView(model.tokenizer, steps)
   model.watch = view.show if trace else None
   with view if trace else contextlib.nullcontext():
     drawn = model.generate(prompts, count)
   texts = _print_all([drawn], names, keep)
   if distributed.is_first():
-    settings = effective(config.sample)
+    settings = effective(config.sample, model.method.unused)
     html = samples_page.render(drawn, model.tokenizer, settings)
     if trace:
       folder = workdir.path / "samples"

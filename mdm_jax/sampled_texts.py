@@ -16,6 +16,7 @@ from mdm_jax.evaluation.huggingface_judge import check as check_judge
 from mdm_jax.evaluation.judge import Judge, NgramJudge, make_judge
 from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.objectives.base import Decoding
 from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import TextSampler, effective
@@ -27,6 +28,9 @@ class SampledTexts:
 
   Programs are compiled once; the judge and the training text's n-grams are made
   when they are first needed.
+
+  Attributes:
+    method: how the model is sampled, and which settings apply.
   """
 
   def __init__(
@@ -37,6 +41,8 @@ class SampledTexts:
     mesh: jax.sharding.Mesh,
     measure_curve: Callable[[Params], Curve | None],
     poll: Callable[[], None] = lambda: None,
+    *,
+    decoding: Decoding,
   ):
     """Builds the sampler.
 
@@ -47,14 +53,19 @@ class SampledTexts:
       mesh: the devices.
       measure_curve: measures the loss by mask rate.
       poll: called before texts are drawn; may raise to stop.
+      decoding: how the model can be sampled; its objective says so.
     """
     # First: a judge that can't be loaded should fail before the training.
     check_judge(config.eval.judge)
     self._config, self._data, self._poll = config, data, poll
     self._measure_curve = measure_curve
     self._sampler = TextSampler(
-      denoiser, data.tokenizer, mesh, config.sample_length
+      *(denoiser, data.tokenizer, mesh, config.sample_length),
+      decoding=decoding,
     )
+    # Here too, so that a mistake ends the run before the training.
+    self.method = self._sampler.method
+    self.method.check(config.sample)
 
   def sample(self, params: Params) -> Samples:
     """Draws a few texts, to look at while a run trains."""
@@ -78,7 +89,7 @@ class SampledTexts:
     count = max(config.eval.samples, shown)
     drawn = self.draw(params, config.sample, count)
     results = {
-      "sampling": effective(config.sample),
+      "sampling": effective(config.sample, self.method.unused),
       "samples": drawn.texts[:shown],
       "unmasking": self._unmasking(drawn),
     }
@@ -179,4 +190,5 @@ class SampledTexts:
       [None if i == vocab.mask else tokenizer.decode([i]) for i in ids]
       for ids in drawn.path[:, 0].tolist()
     ]
-    return {"settings": effective(self._config.sample), "steps": steps}
+    settings = effective(self._config.sample, self.method.unused)
+    return {"settings": settings, "steps": steps}

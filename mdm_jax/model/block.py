@@ -34,7 +34,7 @@ class Shared:
 
   kernel: Kernel = dataclasses.field(metadata={"static": True})
   prepared: Any
-  at: Int[Array, ""] | None
+  at: caching.At | None
   cos: Float[Array, "B L K"]
   sin: Float[Array, "B L K"]
   condition: Float[Array, "B D"] | None

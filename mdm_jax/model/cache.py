@@ -14,11 +14,14 @@ one of two modes:
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mdm_jax.core.sharding import RULES
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import KVCache, Side
+
+# Where a call writes: a position, or a position and which rows to write.
+At = Int[Array, ""] | tuple[Int[Array, ""], Bool[Array, "B"]]
 
 # Keys and values: of one layer, or of all layers for a decoding buffer.
 Pair = tuple[Array, Array]
@@ -55,12 +58,13 @@ def joined(cache: KVCache, q: Side) -> Side:
     q: the call's own positions.
   """
   split = RULES.spec("batch", None)
+  at = cache.at[0] if isinstance(cache.at, tuple) else cache.at
 
   def join(old, new):
     new = jax.reshard(new, split)
-    if cache.at is None:
+    if at is None:
       return jnp.concatenate([jax.reshard(old, split), new], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(old, new, cache.at, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1)
 
   both = {
     f: join(getattr(cache.side, f), getattr(q, f))
@@ -71,7 +75,7 @@ def joined(cache: KVCache, q: Side) -> Side:
 
 def extend(
   cached: Pair | None,
-  at: Int[Array, ""] | None,
+  at: At | None,
   layer: Int[Array, ""],
   key: Float[Array, "B G S K"],
   value: Float[Array, "B G S K"],
@@ -81,7 +85,8 @@ def extend(
   Args:
     cached: the layer's cached keys and values; with `at`, the buffers of all
       layers [N, B, G, M, K]; None without a cache.
-    at: position in the buffers to write to; None to concatenate.
+    at: position in the buffers to write to, and perhaps which rows; None to
+      concatenate.
     layer: index of the layer.
     key: the call's own keys.
     value: the call's own values.
@@ -102,9 +107,16 @@ def extend(
     return both, both
   # The buffers of all layers stay together: in a scan's carry they are updated
   # in place (see `Network._in_place`).
-  buffers = tuple(
-    jax.lax.dynamic_update_slice(old, new[None], (layer, 0, 0, at, 0))
-    for old, new in zip(cached, own, strict=True)
-  )
+  at, rows = at if isinstance(at, tuple) else (at, None)
+  place = layer, 0, 0, at, 0
+
+  def write(old, new):
+    new = new[None]
+    if rows is not None:
+      kept = jax.lax.dynamic_slice(old, place, new.shape)
+      new = jnp.where(rows[None, :, None, None, None], new, kept)
+    return jax.lax.dynamic_update_slice(old, new, place)
+
+  buffers = tuple(map(write, cached, own))
   here = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
   return tuple(map(here, buffers)), buffers

@@ -135,8 +135,9 @@ class KVCache:
     keys: rotated keys of all layers [N, B, G, M, K].
     values: values of all layers [N, B, G, M, K].
     side: segments, labels and horizons of the cached positions.
-    at: position in the buffers that the next call writes to, a scalar; None to
-      concatenate instead.
+    at: position in the buffers that the next call writes to, a scalar; or a
+      pair of it and which rows [B] are written, the others being left as they
+      are; None to concatenate instead.
   """
 
   keys: Any

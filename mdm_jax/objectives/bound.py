@@ -77,7 +77,7 @@ class MaskedBound(Objective):
         key = rng.stream(SEED, "curve")
     which = np.repeat(np.arange(rows), rates.shape[1])
     rates = rates.reshape(-1)
-    lengths = jnp.asarray(_lengths(held)[which])
+    lengths = jnp.asarray(row_lengths(held)[which])
     asked = corruption.num_masked(jnp.asarray(rates), lengths)
     numbers = np.arange(len(which))
     return Jobs(key, which, numbers, np.asarray(asked), {"rate": rates})
@@ -109,7 +109,7 @@ class MaskedBound(Objective):
     count = np.maximum(jobs.asked, 1).astype(nats.by_row.dtype)
     by_row = (nats.by_row / count).reshape(len(held), -1)
     by_text = nats.by_text * (1 / count)[:, None]
-    lengths = _lengths(held)
+    lengths = row_lengths(held)
     found = Measured(headline=self.headline)
     match part:
       case "likelihood":
@@ -147,12 +147,12 @@ def row_rates(rows: int, draws: int) -> Float32[np.ndarray, "N K"]:
   return np.asarray((strata + offset[:, None]) / draws)
 
 
-def _lengths(held: HeldOut) -> Int[np.ndarray, "N"]:
+def row_lengths(held: HeldOut) -> Int[np.ndarray, "N"]:
   """Returns the number of tokens per row that may be masked."""
   return np.asarray(held.rows.answer[:]).sum(axis=1)
 
 
-def _text_lengths(held: HeldOut) -> Int[np.ndarray, "M"]:
+def text_lengths(held: HeldOut) -> Int[np.ndarray, "M"]:
   """Returns the number of tokens per text that may be masked."""
   row, segment = held.texts[:, ROW], held.texts[:, SEGMENT]
   if "answer" not in held.rows.fields:
@@ -178,11 +178,11 @@ def _bound(
     by_text: each text's share of its row's mean.
     held: the rows.
   """
-  lengths = _lengths(held)
+  lengths = row_lengths(held)
   row, segment = held.texts[:, ROW], held.texts[:, SEGMENT]
   # Segments count from 1; 0 is padding.
   parts = by_text[row, segment - 1] * lengths[row]
-  sizes = _text_lengths(held)
+  sizes = text_lengths(held)
   all_asked = "answer" not in held.rows.fields
   return likelihood(
     "nelbo",

@@ -76,12 +76,15 @@ class Kind:
     build: `(config, stage, noise, vocabulary, plan) -> Objective`, called once
       per stage; see `masked.build`. Also "module:function", imported on use.
     charts: the logged metrics that the report plots, by name.
+    mask_rates: whether rows have mask rates. Without them the section `noise`
+      and `model.time_conditioning` have no meaning, and are refused.
   """
 
   config: type[ObjectiveConfig]
   stage: type[ObjectiveStage]
   build: str | Callable[..., Any]
   charts: Mapping[str, Chart] = dataclasses.field(default_factory=dict)
+  mask_rates: bool = True
 
 
 OBJECTIVES: Registry[Kind] = Registry("objective", "objective.name")
@@ -96,6 +99,13 @@ def build(config: ObjectiveConfig, *args: Any) -> Any:
   return made(config, *args)
 
 
+def _label_smoothing() -> Any:
+  # Of several objectives, which may differ in nothing but their defaults.
+  return field(
+    0.0, "of the training loss only; uniform over real tokens", "[0, 0.9]"
+  )
+
+
 # MARK: masked
 
 
@@ -108,9 +118,7 @@ class MaskedConfig(ObjectiveConfig):
     "masked_ce: mean cross-entropy over masked tokens; nelbo: unbiased"
     " estimate of the likelihood bound",
   )
-  label_smoothing: float = field(
-    0.0, "of the training loss only; uniform over real tokens", "[0, 0.9]"
-  )
+  label_smoothing: float = _label_smoothing()
 
   def check_stage(self, stage: "MaskedStage", path: str) -> None:
     """Raises UserError if a stage never draws rates that the NELBO needs."""
@@ -199,5 +207,41 @@ OBJECTIVES.register(
       ),
       "train/mask_rate": Chart("Mask rate", "mean over rows", low=0),
     },
+  ),
+)
+
+
+# MARK: autoregressive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoregressiveConfig(ObjectiveConfig):
+  """The autoregressive objective: predict each token from those before it."""
+
+  label_smoothing: float = _label_smoothing()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoregressiveStage(ObjectiveStage):
+  """Nothing to set: every token of a text is predicted."""
+
+  def describe(self) -> str:
+    """Returns what is predicted, for tables."""
+    return "next token"
+
+
+OBJECTIVES.register(
+  "autoregressive",
+  Kind(
+    AutoregressiveConfig,
+    AutoregressiveStage,
+    "mdm_jax.objectives.autoregressive:build",
+    {
+      "train/loss": Chart("Training loss", "nats per token"),
+      "validation/nll_per_token": Chart(
+        "Validation NLL", "nats per token", "validation/nll_stderr"
+      ),
+    },
+    mask_rates=False,
   ),
 )

@@ -1,7 +1,7 @@
 """Generates text: prompts and parameters in, decoded samples out."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,16 @@ from mdm_jax.core.sharding import batch_sharding, data_shards, padded_rows, put
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.objectives.base import Decoding
 from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampling import room, schedule, template, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.sampling.sampler import Sampler, Watch, make_sampler
+from mdm_jax.sampling.sampler import Sampler, Watch
+from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.samples import ARRAYS, Drawn, Samples, join
 
+_ANY_ORDER = Decoding("any_order")
 # Tokens and rows per call of the sampler. They are enough to keep a device
 # busy; more would delay a single text by others that nobody asked for.
 _TOKENS_A_CALL = {"cpu": 512}
@@ -43,6 +46,7 @@ class TextSampler:
   Attributes:
     length: tokens per text, including the prompt.
     rows_a_call: rows per call of the sampler, however many texts are drawn.
+    method: the sampler, and which settings it can follow.
   """
 
   def __init__(
@@ -52,8 +56,24 @@ class TextSampler:
     mesh: jax.sharding.Mesh,
     length: int,
     watch: Watch | None = None,
+    decoding: Decoding = _ANY_ORDER,
   ):
+    """Checks that texts of this length fit; nothing is compiled yet.
+
+    Args:
+      denoiser: the model.
+      tokenizer: text to ids and back.
+      mesh: the devices.
+      length: tokens per text, including the prompt.
+      watch: see `sampler.make_sampler`.
+      decoding: how the model can be sampled; its objective says so.
+
+    Raises:
+      UserError: the length doesn't fit, no sampler draws in this order, or
+        several processes would watch.
+    """
     self.length = length
+    self._decoding, self.method = decoding, SAMPLERS[decoding.order]
     self._denoiser, self._tokenizer = denoiser, tokenizer
     self._mesh, self._watch = mesh, watch
     self._compiled: dict[SampleConfig, Sampler] = {}
@@ -71,7 +91,7 @@ class TextSampler:
       length,
       self.rows_a_call // data_shards(mesh),
       -(-denoiser.config.num_heads // mesh.shape["tensor"]),
-      denoiser.attention(length, most_segments=1).name,
+      denoiser.attention(length, decoding.visibility, most_segments=1).name,
       memory.of_device(),
     )
 
@@ -113,7 +133,8 @@ class TextSampler:
     Raises:
       UserError: it would not fit in memory, or the schedule lacks its curve.
     """
-    room.check_texts(len(canvas.tokens) * repeat, self.length, config.num_steps)
+    steps = self.method.steps(config, self.length)
+    room.check_texts(len(canvas.tokens) * repeat, self.length, steps)
     parts = self.stream(params, canvas, config, curve, repeat)
     return join(list(parts))
 
@@ -134,6 +155,8 @@ class TextSampler:
       curve: loss by mask rate; only needed by the optimal schedule.
       repeat: number of texts for each row of the canvas, in the rows' order.
     """
+    self.method.check(config)
+    self.method.check_canvas(canvas)
     count, size = len(canvas.tokens) * repeat, self.rows_a_call
     pace = schedule.pace(config, self.length, curve)
     pace = put(pace, NamedSharding(self._mesh, P()))
@@ -171,8 +194,9 @@ class TextSampler:
       top_p=None if config.top_p is None else 1.0,
     )
     if static not in self._compiled:
-      self._compiled[static] = make_sampler(
-        config, self._denoiser, self._tokenizer.vocab, self._watch
+      self._compiled[static] = self.method.make(
+        *(config, self._denoiser, self._tokenizer.vocab),
+        *(self._decoding, self._watch),
       )
     return self._compiled[static]
 
@@ -207,12 +231,19 @@ def rows_a_call(length: int, backend: str) -> int:
   return max(2 ** rows.bit_length() // 2, 1)
 
 
-def effective(config: SampleConfig) -> dict[str, Any]:
-  """Returns the settings that take effect, for display beside samples."""
+def effective(
+  config: SampleConfig, without: Collection[str] = ()
+) -> dict[str, Any]:
+  """Returns the settings that take effect, for display beside samples.
+
+  Args:
+    config: all settings.
+    without: fields that have no effect with the model's sampler.
+  """
   used = dataclasses.asdict(config) | {
     "temperature": tokens.effective_temperature(config)
   }
-  unused = {"num_samples", "length", "temperature_range"}
+  unused = {"num_samples", "length", "temperature_range", *without}
   if config.remasking == "none":
     unused |= {"remasking", "remasking_rate"}
   if not config.guidance:

@@ -8,6 +8,7 @@ from typing import Any
 from mdm_jax import sample
 from mdm_jax.config import Config
 from mdm_jax.core import tables
+from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console, with_error
 from mdm_jax.core.standard_errors import Clusters
 from mdm_jax.data.prepared import training_texts
@@ -88,7 +89,7 @@ def sample_each(
   model = sample.load(workdir, config=config)
   count = max(config.eval.samples, config.sample.num_samples)
   found = []
-  for name, changed in settings.items():
+  for name, changed in _possible(model, settings).items():
     drawn = model.generate("", **{**changed, "num_samples": count})
     steps = changed.get("num_steps", config.sample.num_steps)
     calls = float(drawn.calls.mean())
@@ -146,6 +147,33 @@ def as_png(groups: Mapping[str, Sequence[Sampled]], title: str) -> bytes:
   file = io.BytesIO()
   figure.savefig(file, format="png")
   return file.getvalue()
+
+
+def _possible(
+  model: sample.Model, settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+  """Returns the settings that the model can be sampled with; prints the rest.
+
+  Raises:
+    UserError: there are none.
+  """
+  possible, refused = {}, {}
+  for name, changed in settings.items():
+    try:
+      model.method.check(model.settings(**changed))
+      possible[name] = changed
+    except UserError as error:
+      refused[name] = error
+  if not possible:
+    raise next(iter(refused.values()))
+  if refused:
+    name, why = next(iter(refused.items()))
+    console.print(
+      f"left out: {len(refused)} of {len(settings)} settings, such as"
+      f" {name!r}: {why}",
+      soft_wrap=True,
+    )
+  return possible
 
 
 def _measured(

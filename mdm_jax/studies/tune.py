@@ -76,6 +76,11 @@ def tune_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   curve = curve_in(old, LOSS_BY_MASKED_SHARE, "validation")
   with jax.set_mesh(model.mesh):
     measures = Measures(config, data, model.denoiser, model.mesh)
+    if measures.texts.method.unused:
+      raise UserError(
+        "--mode=tune tries orders and schedules, and this model draws from left"
+        " to right; --mode=compare --ways=temperature compares temperatures"
+      )
     best, rounds = _search(measures, model.params, num_steps, curve)
     drawn = measures.texts.draw(
       model.params, config.sample, config.eval.samples
