@@ -165,7 +165,7 @@ def test_a_name_that_nobody_registered_tells_the_nearest(env, tmp_path):
     *(tmp_path, env, f"--config={config}", "--workdir=w"),
     "--config.sample.order=outwards",
   )
-  check_mistake(done, "sample.order='outwards'", "outward")
+  check_mistake(done, "sample.order='outwards'", "did you mean 'outward'?")
 
 
 def test_the_page_on_extending_shows_these_pieces():
