@@ -142,8 +142,10 @@ def test_steps_path_and_calls_tell_how_a_text_came_about(mesh):
 
 def test_a_row_depends_on_its_seed_number_and_prompt_only(mesh):
   whole = draw(MIXED)
-  # Row 2 among other rows, in another place, with its own key.
-  others = prompts([], [], [4], [], [], [2, 0, 3], [], [])
+  # Row 2 in another place, with its own key, among rows with longer prompts:
+  # it waits for none, where above it waited for rows without a prompt.
+  long = [1, 4, 0, 2]
+  others = prompts(*[long] * 5, [2, 0, 3], *[long] * 2)
   rows = np.array([9, 10, 11, 12, 13, 2, 14, 15])
   part = draw(others, rows=rows)
   for name in ("step", "confidence", "entropy", "calls"):
