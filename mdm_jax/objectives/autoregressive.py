@@ -76,7 +76,7 @@ class Autoregressive(Objective):
       context=row_context(
         batch.segments,
         visibility=CAUSAL,
-        keys=draws.keys("dropout"),
+        keys=draws.dropout(),
         most_segments=self.most_segments,
       ),
       targets=batch.tokens,

@@ -169,6 +169,10 @@ class Draws:
     rows = self._grid(jnp.arange(self.rows), self.rows)
     return _over_shards(rng.per_row(self.key(name), rows))
 
+  def dropout(self) -> Key[Array, "A B"]:
+    """Returns one key per row for `Context.keys`: the model's dropout."""
+    return self.keys("dropout")
+
   def spread(
     self, values: Float[Array, "N"], padding: float = 0.0
   ) -> Float[Array, "A B"]:

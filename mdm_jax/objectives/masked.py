@@ -82,7 +82,7 @@ class Masked(MaskedBound):
       context=row_context(
         batch.segments,
         condition=rate,
-        keys=draws.keys("dropout"),
+        keys=draws.dropout(),
         most_segments=self.most_segments,
       ),
       targets=x0,
