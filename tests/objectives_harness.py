@@ -121,7 +121,7 @@ class NextToken(Toy):
     return Examples(
       tokens=jnp.where(starts(batch.segments), self.begin, before),
       context=row_context(
-        batch.segments, visibility=CAUSAL, keys=draws.keys("dropout")
+        batch.segments, visibility=CAUSAL, keys=draws.dropout()
       ),
       targets=batch.tokens,
       asked=asked,

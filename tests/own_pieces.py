@@ -106,7 +106,7 @@ class Holes(Objective):
     xt, asked = self._holes(keys, batch.tokens, batch.answer)
     return Examples(
       tokens=xt,
-      context=row_context(batch.segments, keys=draws.keys("dropout")),
+      context=row_context(batch.segments, keys=draws.dropout()),
       targets=batch.tokens,
       asked=asked,
       weights=jnp.ones_like(xt, jnp.float32) / jnp.maximum(asked.sum(), 1),

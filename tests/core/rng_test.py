@@ -56,7 +56,7 @@ def _streams(tree):
     assert _is_text(call.args[1]) or handed_down, ast.unparse(call)
     if _is_text(call.args[1]):
       yield call.args[1].value
-  for name in ("draws.key", "draws.keys"):  # of an objective
+  for name in ("draws.key", "draws.keys", "self.keys"):  # of an objective
     for call in _calls(tree, name):
       yield from (a.value for a in call.args if _is_text(a))
 
