@@ -329,15 +329,25 @@ def _pack(
   """
   slots = -(-capacity // chunks) * chunks
   flat = masked.reshape(-1)
-  first = jnp.argsort(~flat, stable=True)  # faster than nonzero
-  first = jnp.pad(first, (0, slots))[:slots]
-  filled = jnp.arange(slots) < flat.sum()
-  position = jnp.where(filled, first, flat.size)
   slot = jnp.where(flat, jnp.cumsum(flat) - 1, slots)
+  position = _positions(flat, slot, slots)
   states = _move(hidden.reshape(flat.size, -1), position, slot)
   targets = x0.reshape(-1).at[position].get(mode="fill", fill_value=0)
   in_chunks = lambda x: x.reshape(chunks, -1, *x.shape[1:])
   return in_chunks(states), in_chunks(targets), position, slot
+
+
+def _positions(
+  flat: Bool[Array, "M"], slot: Int[Array, "M"], slots: int
+) -> Int[Array, "{slots}"]:
+  """Returns the position that fills each slot; M for an unused one."""
+  if hardware.on_gpu():  # where a sort is many kernels
+    unused = jnp.full(slots, flat.size, slot.dtype)
+    every = jnp.arange(flat.size, dtype=slot.dtype)
+    return unused.at[slot].set(every, mode="drop")
+  first = jnp.argsort(~flat, stable=True)  # on CPUs faster than nonzero
+  first = jnp.pad(first, (0, slots))[:slots]
+  return jnp.where(jnp.arange(slots) < flat.sum(), first, flat.size)
 
 
 def _pack_weights(
