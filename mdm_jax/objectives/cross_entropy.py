@@ -25,7 +25,7 @@ from mdm_jax.core.sharding import (
   vocab_ids,
 )
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.objectives import one_pass
+from mdm_jax.objectives import masked_positions, one_pass
 
 # (params, hidden states) -> logits.
 Head = Callable[[Any, Float[Array, "N D"]], Float[Array, "N V"]]
@@ -107,14 +107,16 @@ def masked_cross_entropy(
   """
   losses = _losses(head, vocab, label_smoothing)
   chunks = num_chunks(capacity, hidden.shape[-1], vocab)
-  states, targets, _, slot = _pack_shards(hidden, x0, masked, capacity, chunks)
+  states, targets, _, slot = masked_positions.pack(
+    hidden, x0, masked, capacity, chunks
+  )
 
   def by_chunk(params, *parts):
     return jax.lax.map(lambda part: losses(params, *part), parts)
 
   params = _gathered(params, hidden.dtype)
   packed = _in_shards(by_chunk, _BY_SLOT)(params, states, targets)
-  return _unpack_shards(packed, masked, slot)
+  return masked_positions.unpack(packed, masked, slot)
 
 
 def masked_loss(
@@ -139,19 +141,19 @@ def masked_loss(
   """
   losses = _losses(head, vocab, label_smoothing)
   chunks = num_chunks(capacity, hidden.shape[-1], vocab)
-  states, targets, position, slot = _pack_shards(
+  states, targets, position, slot = masked_positions.pack(
     hidden, x0, masked, capacity, chunks
   )
   rows = P(BATCH_AXES)
   weigh = jax.shard_map(
-    functools.partial(_pack_weights, chunks=chunks),
+    functools.partial(masked_positions.pack_weights, chunks=chunks),
     in_specs=(rows, rows, rows),
     out_specs=P(None, *rows),
   )
   weights = weigh(weight, masked, position)
   total, packed = _weighted_sum(losses, params, states, targets, weights)
   packed = jax.lax.stop_gradient(packed)
-  return total, _unpack_shards(packed, masked, slot)
+  return total, masked_positions.unpack(packed, masked, slot)
 
 
 def _losses(head: Head, vocab: Vocabulary, label_smoothing: float) -> _Losses:
@@ -295,112 +297,3 @@ def _gathered(params: Any, dtype: jnp.dtype) -> Any:
 def _zero() -> Float[Array, ""]:
   """Returns 0, typed as varying over data shards; starts a sum over chunks."""
   return jax.lax.pcast(jnp.float32(0), BATCH_AXES, to="varying")
-
-
-# MARK: the buffer
-
-
-def _pack_shards(hidden, x0, masked, capacity: int, chunks: int):
-  """Applies `_pack` to every data shard."""
-  rows = P(BATCH_AXES)
-  pack = jax.shard_map(
-    functools.partial(_pack, capacity=capacity, chunks=chunks),
-    in_specs=(rows, rows, rows),
-    out_specs=(P(None, *rows), P(None, *rows), rows, rows),
-  )
-  return pack(hidden, x0, masked)
-
-
-def _pack(
-  hidden: Float[Array, "B L D"],
-  x0: Int[Array, "B L"],
-  masked: Bool[Array, "B L"],
-  capacity: int,
-  chunks: int,
-) -> tuple[
-  Float[Array, "C N D"], Int[Array, "C N"], Int[Array, "S"], Int[Array, "M"]
-]:
-  """Gathers one shard's masked positions into a buffer of `capacity` slots.
-
-  Returns:
-    The hidden states and targets of the slots, in chunks; the position that
-    fills each slot; and the slot that each position fills. Unused slots and
-    unmasked positions have an index past the end.
-  """
-  slots = -(-capacity // chunks) * chunks
-  flat = masked.reshape(-1)
-  slot = jnp.where(flat, jnp.cumsum(flat) - 1, slots)
-  position = _positions(flat, slot, slots)
-  states = _move(hidden.reshape(flat.size, -1), position, slot)
-  targets = x0.reshape(-1).at[position].get(mode="fill", fill_value=0)
-  in_chunks = lambda x: x.reshape(chunks, -1, *x.shape[1:])
-  return in_chunks(states), in_chunks(targets), position, slot
-
-
-def _positions(
-  flat: Bool[Array, "M"], slot: Int[Array, "M"], slots: int
-) -> Int[Array, "{slots}"]:
-  """Returns the position that fills each slot; M for an unused one."""
-  if hardware.on_gpu():  # where a sort is many kernels
-    unused = jnp.full(slots, flat.size, slot.dtype)
-    every = jnp.arange(flat.size, dtype=slot.dtype)
-    return unused.at[slot].set(every, mode="drop")
-  first = jnp.argsort(~flat, stable=True)  # on CPUs faster than nonzero
-  first = jnp.pad(first, (0, slots))[:slots]
-  return jnp.where(jnp.arange(slots) < flat.sum(), first, flat.size)
-
-
-def _pack_weights(
-  weight: Float[Array, "B L"],
-  masked: Bool[Array, "B L"],
-  position: Int[Array, "S"],
-  chunks: int,
-) -> Float[Array, "C N"]:
-  """Gathers one shard's weights; all NaN if there are too few slots."""
-  weights = weight.reshape(-1).at[position].get(mode="fill", fill_value=0)
-  overflow = masked.sum() > position.size
-  return jnp.where(overflow, jnp.nan, weights).reshape(chunks, -1)
-
-
-def _unpack_shards(packed, masked, slot):
-  """Applies `_unpack` to every data shard."""
-  rows = P(BATCH_AXES)
-  unpack = jax.shard_map(
-    _unpack, in_specs=(P(None, *rows), rows, rows), out_specs=rows
-  )
-  return unpack(packed, masked, slot)
-
-
-def _unpack(
-  losses: Float[Array, "C N"],
-  masked: Bool[Array, "B L"],
-  slot: Int[Array, "M"],
-) -> Float[Array, "B L"]:
-  """Returns one shard's losses by position, 0 where nothing is masked."""
-  placed = losses.reshape(-1).at[slot].get(mode="fill", fill_value=0)
-  overflow = masked.sum() > losses.size
-  return jnp.where(overflow, jnp.nan, placed.reshape(masked.shape))
-
-
-@jax.custom_vjp
-def _move(
-  x: Float[Array, "N *D"], source: Int[Array, "M"], back: Int[Array, "N"]
-) -> Float[Array, "M *D"]:
-  """Returns x[source], with zeros for indices past the end.
-
-  Given `back`, the inverse of `source`, the gradient is a gather too; JAX's own
-  would be a scatter.
-  """
-  return x.at[source].get(mode="fill", fill_value=0)
-
-
-def _move_forward(x, source, back):
-  return _move(x, source, back), (source, back)
-
-
-def _move_backward(indices, grad):
-  source, back = indices
-  return _move(grad, back, source), None, None
-
-
-_move.defvjp(_move_forward, _move_backward)
