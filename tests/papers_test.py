@@ -129,3 +129,13 @@ def test_an_update_of_the_papers_size_lowers(
   traced = programs.trace(run, program, mesh)
   text = traced.lower(lowering_platforms=("tpu",)).as_text()
   assert '"fsdp"=8' in text
+
+
+def test_the_autoregressive_config_is_the_quickstart_with_another_objective():
+  """So their bits per byte compare the objectives alone."""
+  ours, theirs = built("autoregressive"), built("quickstart")
+  for section in ("data", "tokenizer", "model", "optimizer", "train", "eval"):
+    assert ours[section] == theirs[section], section
+  masked = {"mask_rate", "rehearsal"}
+  plain = lambda stage: {k: v for k, v in stage.items() if k not in masked}
+  assert [plain(s) for s in ours.stages] == [plain(s) for s in theirs.stages]

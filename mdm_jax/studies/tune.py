@@ -51,7 +51,7 @@ def tune_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   Args:
     config: the run's config, perhaps with other settings; `sample.num_steps`
       is the number of denoiser calls (25 if the run's own is more), and
-      `eval.samples` the number of texts in a middle round.
+      `eval.samples` scales the number of texts (`search.rounds`).
     workdir: the run's folder.
 
   Returns:
