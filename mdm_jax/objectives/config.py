@@ -219,6 +219,21 @@ class AutoregressiveConfig(ObjectiveConfig):
   """The autoregressive objective: predict each token from those before it."""
 
   label_smoothing: float = _label_smoothing()
+  input_mask_rate: tuple[float, float] = fixed(
+    (0.0, 0.0),
+    "range from which each row draws the share of its input tokens that are"
+    " masked; in training only",
+    SHARE,
+  )
+
+  def check(self, path: str) -> None:
+    """Raises UserError if the range of input mask rates is reversed."""
+    low, high = self.input_mask_rate
+    if low > high:
+      raise UserError(
+        f"{path}.input_mask_rate=({low:g}, {high:g}) must be a range, the lower"
+        f" rate first: ({high:g}, {low:g})"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,6 +244,8 @@ class AutoregressiveStage(ObjectiveStage):
     """Returns what is predicted, for tables."""
     return "next token"
 
+
+_INPUT_MASK_RATE = Chart("Masked inputs", "share of the input tokens", low=0)
 
 OBJECTIVES.register(
   "autoregressive",
@@ -241,6 +258,7 @@ OBJECTIVES.register(
       "validation/nll_per_token": Chart(
         "Validation NLL", "nats per token", "validation/nll_stderr"
       ),
+      "train/input_mask_rate": _INPUT_MASK_RATE,
     },
     mask_rates=False,
   ),

@@ -170,6 +170,98 @@ def test_only_answers_are_asked_for(mesh):
   assert float(examples.weights[0, 0, 0]) == pytest.approx(1 / asked.sum())
 
 
+# MARK: masked inputs
+
+LONG = dataclasses.replace(PLAN, length=64, most_asked=64)
+
+
+def read(objective, mesh, update=0, plan=LONG, **fields):
+  """Returns the examples of an update of long rows, [rows, tokens]."""
+  rows = make_rows(plan.rows, plan.length)
+  batch = make_batch(mesh, plan, Rows(rows.tokens, rows.segments, **fields))
+  posed = jax.jit(pose, static_argnums=(0, 1))(objective, plan, update, batch)
+  flat = lambda x: np.asarray(x).reshape(plan.rows, plan.length)
+  return {n: flat(getattr(posed, n)) for n in ("tokens", *SAME)}
+
+
+SAME = "targets", "asked", "weights"
+
+
+def test_only_the_inputs_are_masked(any_mesh):
+  """What is predicted, and its weights, are those of plain autoregression."""
+  plan = dataclasses.replace(LONG, shards=any_mesh.shape["fsdp"])
+  plain, some = make(), make(input_mask_rate=(0.2, 0.6))
+  assert make(input_mask_rate=(0.0, 0.0)) == plain
+  before, after = (read(x, any_mesh, plan=plan) for x in (plain, some))
+  for name in SAME:
+    np.testing.assert_array_equal(before[name], after[name])
+  masked = after["tokens"] == VOCAB.mask
+  assert not (before["tokens"] == VOCAB.mask).any() and masked.any()
+  restored = np.where(masked, before["tokens"], after["tokens"])
+  np.testing.assert_array_equal(restored, before["tokens"])
+  begins = before["tokens"] == VOCAB.begin
+  assert not (masked & begins).any()
+  # Held-out text is read as it is.
+  batch = make_batch(any_mesh, plan, make_rows(plan.rows, plan.length))
+  one = jax.tree.map(lambda x: x[0], batch)
+  keys = jax.random.split(jax.random.key(0), plan.batch)
+  posed = [x.pose(one, keys, {}, 64) for x in (plain, some)]
+  np.testing.assert_array_equal(posed[0].tokens, posed[1].tokens)
+
+
+def test_each_row_draws_its_share_from_the_range(mesh):
+  low, high = 0.2, 0.4
+  objective, shares = make(input_mask_rate=(low, high)), []
+  segments = make_rows(LONG.rows, LONG.length).segments > 0
+  for update in range(20):
+    found = read(objective, mesh, update)["tokens"] == VOCAB.mask
+    shares.append(found.sum(axis=1) / segments.sum(axis=1))
+  # Rounded up to whole tokens; the last one of a text is no input.
+  assert low - 3 / 57 < np.min(shares) < low + 0.05
+  assert high - 0.05 < np.max(shares) < high + 1 / 57
+  np.testing.assert_allclose(np.mean(shares), (low + high) / 2, atol=0.01)
+
+
+def test_masks_follow_from_the_update_alone(mesh):
+  objective = make(input_mask_rate=(0.0, 0.9))
+  whole = dataclasses.replace(LONG, accumulation=1, batch=LONG.rows)
+  first = read(objective, mesh, 3)["tokens"]
+  np.testing.assert_array_equal(first, read(objective, mesh, 3)["tokens"])
+  again = read(objective, mesh, 3, whole)["tokens"]
+  np.testing.assert_array_equal(first, again)
+  assert (first != read(objective, mesh, 4)["tokens"]).any()
+
+
+def test_what_a_row_is_given_is_not_masked(mesh):
+  rows = make_rows(LONG.rows, LONG.length)
+  given = np.arange(LONG.length)[None] < 9
+  answer = (rows.segments > 0) & ~given
+  found = read(make(input_mask_rate=(1.0, 1.0)), mesh, answer=answer)
+  # The input at a position is the token before it.
+  masked = np.roll(found["tokens"] == VOCAB.mask, -1, axis=1)
+  inputs = (rows.segments > 0)[:, 1:] & (np.diff(rows.segments) == 0)
+  np.testing.assert_array_equal(masked[:, :-1], answer[:, :-1] & inputs)
+
+
+def test_the_share_of_masked_inputs_is_logged(mesh):
+  objective = make(input_mask_rate=(0.5, 0.5))
+  batch = make_batch(mesh, LONG, make_rows(LONG.rows, LONG.length))
+  posed, losses = pose(objective, LONG, 0, batch), jnp.zeros((2, 8))
+  assert make().summaries(posed, losses) == {}
+  told = objective.summaries(posed, losses)["input_mask_rate"]
+  total, count = map(float, told)
+  assert total == (np.asarray(posed.tokens) == VOCAB.mask).sum()
+  assert total / count == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_range_of_masked_inputs_is_checked():
+  reversed_ = {"name": "autoregressive", "input_mask_rate": [0.5, 0.1]}
+  with pytest.raises(UserError, match=r"the lower rate first: \(0.1, 0.5\)"):
+    config_lib.from_dict({"objective": reversed_})
+  with pytest.raises(UserError, match="no mask id"):
+    make(Vocabulary(8, end=2), input_mask_rate=(0.0, 0.1))
+
+
 @pytest.mark.parametrize(
   "fields, words",
   [
