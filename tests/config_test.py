@@ -297,6 +297,8 @@ def test_found_C6_a_number_is_within_its_bounds_or_refused(path, field):
       continue  # a wrong type
     pair = "tuple" in str(field.type)
     raw = _nested(path, [value, value] if pair else value)
+    if owners := field.metadata.get("of"):
+      raw.setdefault("objective", {})["name"] = owners[0]
     if fields.allows(bounds, value):
       with contextlib.suppress(UserError):  # beside others it may not fit
         config_lib.from_dict(raw)
