@@ -4,7 +4,7 @@ What a program needs, each imported when it is first used:
 
   load      a trained model out of a run's folder: `mdm_jax.sample.load`
   generate  texts from a model: `mdm_jax.sample.Model.generate`
-  score     the likelihood bound of texts: `mdm_jax.sample.Model.score`
+  score     the likelihood of texts, or a bound: `mdm_jax.sample.Model.score`
   train     a config to an evaluated model:
             `mdm_jax.training_loop.train_and_evaluate`
 

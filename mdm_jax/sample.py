@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Bool, Int
 
 from mdm_jax import config as config_lib
-from mdm_jax import scoring, tuned_sampling
+from mdm_jax import tuned_sampling
 from mdm_jax.blueprint import held_out_objective
 from mdm_jax.config import Config
 from mdm_jax.core import distributed
@@ -33,6 +33,7 @@ from mdm_jax.sampling.live import LiveView
 from mdm_jax.sampling.sampler import Watch
 from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.samples import Samples
+from mdm_jax.scoring import Scorer, Scores
 from mdm_jax.trained_model import TrainedModel, load_model
 from mdm_jax.tuned_sampling import Which
 from mdm_jax.workdir import Workdir
@@ -88,6 +89,7 @@ class Model:
     self._model, self._mesh = model, model.mesh
     self._curve = curve
     self._samplers: dict[int, TextSampler] = {}
+    self._scorer: Scorer | None = None
     with jax.set_mesh(self._mesh):
       objective = held_out_objective(
         self.config, self.tokenizer.vocab, self._mesh
@@ -205,10 +207,38 @@ class Model:
     return self._draw(canvas, self.settings(**settings))
 
   def score(
-    self, texts: str | Sequence[str], draws: int = 64
-  ) -> scoring.Scores:
-    """Returns each text's likelihood bound; see `mdm_jax.scoring.score`."""
-    return scoring.score(self._model, texts, draws)
+    self,
+    texts: str | Sequence[str],
+    given: str | Sequence[str] | None = None,
+    likelihood: str = "nelbo",
+    draws: int = 64,
+  ) -> Scores:
+    """Returns the likelihood of each text, alone or given others.
+
+    Example:
+      scores = model.score([" so.", " law."], given="It is", likelihood="chain")
+      scores.nats  # of " so." and of " law.", both after "It is"
+
+    Args:
+      texts: one or more texts. Those longer than a row are cut into rows, if
+        nothing is given.
+      given: a prompt, which the texts continue, or a template with one hole, in
+        which they stand; one for all, or one for each. A hole must have as many
+        tokens as its text; [MASK:*] always has. None: the whole text is scored,
+        with its end.
+      likelihood: "nelbo", the bound (exact for an autoregressive model);
+        "chain" or "chain:ORDER", exact for a sampler that draws one token per
+        step, by default from left to right; or "orders:K", the bound of K
+        random orders.
+      draws: random mask rates per text of "nelbo", a multiple of 8; the error
+        falls with their square root.
+
+    Raises:
+      UserError: an argument is invalid, or the texts don't fit in a row.
+    """
+    if self._scorer is None:
+      self._scorer = Scorer(self._model)
+    return self._scorer(texts, given, likelihood, draws)
 
   def _draw(
     self, canvas: Canvas, config: SampleConfig, repeat: int = 1

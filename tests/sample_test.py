@@ -252,7 +252,7 @@ def test_any_pattern_can_be_filled(model):
     (lambda m: m.generate("x" * 24), "leaves nothing"),
     (lambda m: m.generate("x" * 25), "only 24"),
     (lambda m: m.generate("[MASK:0]"), r"\[MASK:5\]"),
-    (lambda m: m.score(["a", ""]), r"texts\[1\] is empty"),
+    (lambda m: m.score(["a", ""]), r"texts\[1\]: it is empty"),
     (lambda m: m.score("a", draws=12), "draws=12: must be a multiple of 8"),
     (
       lambda m: m.fill(np.full((1, 4), 300), np.zeros((1, 4), bool)),

@@ -61,7 +61,7 @@ def row_keys(rows, seed=0):
 
 def order_keys(rows):
   """The keys that the priorities of rows are drawn with."""
-  return sampler._fold(row_keys(rows), sampler._ORDER)
+  return sampler.order_keys(row_keys(rows))
 
 
 def draw(config, model, params, given, mesh, keys=None, pace=None, force=False):

@@ -210,7 +210,7 @@ class Steps:
     size = config.block_length or length
     block = jnp.arange(length) // size
     scores = self._scores(call, size, s)
-    keys = self._keys(_ORDER)
+    keys = order_keys(self.row_keys)
     if config.order in scores:
       first = order.rounded(scores[config.order])
       # Ties, as on an empty canvas, fall back to the order `spread`.
@@ -372,6 +372,11 @@ class Steps:
       masked=s.masked | chosen,
       put_back=s.put_back + chosen.sum(axis=1),
     )
+
+
+def order_keys(row_keys: Key[Array, "B"]) -> Key[Array, "B"]:
+  """Returns the keys of the priorities of orders by position."""
+  return _fold(row_keys, _ORDER)
 
 
 def _put(

@@ -63,6 +63,22 @@ class Template:
   grows: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Filled:
+  """A template whose hole is filled with a given text.
+
+  Attributes:
+    tokens: all ids.
+    free: which of them are the text's.
+    bytes: UTF-8 bytes of the text, with a space in front of the hole that
+      belongs to it.
+  """
+
+  tokens: Int32[np.ndarray, "N"]
+  free: Bool[np.ndarray, "N"]
+  bytes: int
+
+
 class _Part(NamedTuple):
   """Given text and the number of holes after it."""
 
@@ -81,7 +97,7 @@ def parse(text: str, tokenizer: Tokenizer) -> Template:
     UserError: a hole is malformed, [MASK:*] is not at the end, or the text is
       not valid Unicode.
   """
-  _check_characters(text)
+  check_characters(text)
   parts = _split(text)
   plain = len(parts) == 1 and not parts[0].holes and not parts[0].grows
   given = [part.given for part in parts]
@@ -151,12 +167,55 @@ def canvas(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Canvas:
   return Canvas(tokens, free, np.array(lengths, np.int32))
 
 
+def filled(given: str, text: str, tokenizer: Tokenizer) -> Filled:
+  """Returns the tokens of a template with a text in its hole.
+
+  [MASK:*] is a hole for a text of any length, and here may be anywhere.
+
+  Args:
+    given: a template with one hole, or a prompt, which the text continues.
+    text: what replaces the hole.
+    tokenizer: makes the ids.
+
+  Raises:
+    UserError: the template does not have one hole, or the hole has another
+      number of tokens than the text.
+  """
+  check_characters(given, "given")
+  check_characters(text, "the text")
+  parts = _split(given, anywhere=True)
+  holes = [part for part in parts if part.holes or part.grows]
+  if len(holes) > 1:
+    raise UserError(f"given has {len(holes)} holes, but a text fills one")
+  before, after = parts[0].given, "".join(part.given for part in parts[1:])
+  if _spaces_begin_words(tokenizer) and before.endswith(" "):
+    before, text = before[:-1], f" {text}"
+  ids = tokenizer.encode_batch([before, text, after])
+  sizes = [len(part) for part in ids]
+  if holes and not holes[0].grows and holes[0].holes != sizes[1]:
+    raise UserError(
+      f"the hole has {holes[0].holes} token(s) and the text {sizes[1]}; write"
+      f" [MASK:{sizes[1]}], or [MASK:*] for a text of any length"
+    )
+  return Filled(
+    np.concatenate(ids).astype(np.int32),
+    np.repeat(np.array([False, True, False]), sizes),
+    len(text.encode()),
+  )
+
+
 def escape(text: str) -> str:
   """Returns a text with every [MASK escaped, so that all of it is given."""
   return _START.sub(lambda found: rf"{found[1]}\{found[0]}", text)
 
 
-def _check_characters(text: str) -> None:
+def check_characters(text: str, name: str = "the prompt") -> None:
+  """Raises UserError if a text has characters that UTF-8 can't store.
+
+  Args:
+    text: the text.
+    name: what the message calls it.
+  """
   try:
     text.encode()
   except UnicodeEncodeError as error:
@@ -164,12 +223,17 @@ def _check_characters(text: str) -> None:
     byte = 0xDC80 <= found <= 0xDCFF  # Python's surrogateescape range
     what = f"byte 0x{found - 0xDC00:02x}" if byte else f"U+{found:04X}"
     raise UserError(
-      f"the prompt is not valid UTF-8: {what} at character {error.start + 1}"
+      f"{name} is not valid UTF-8: {what} at character {error.start + 1}"
     ) from None
 
 
-def _split(text: str) -> list[_Part]:
-  """Splits a template at its holes; only the last part may have no hole."""
+def _split(text: str, anywhere: bool = False) -> list[_Part]:
+  """Splits a template at its holes; only the last part may have no hole.
+
+  Args:
+    text: the template.
+    anywhere: whether text may follow [MASK:*].
+  """
   parts, given, at = [], "", 0
   while start := _START.search(text, at):
     # Only backslashes in front of a hole are special: two of them make one.
@@ -185,7 +249,7 @@ def _split(text: str) -> list[_Part]:
       raise UserError(f"[MASK{written} is not a valid mask; {_FORMS}")
     at = end.end()
     grows = end[1] == "*"
-    if grows and at < len(text):
+    if grows and at < len(text) and not anywhere:
       raise UserError(
         "[MASK:*] fills the rest of the text, so nothing may follow it; write"
         " [MASK:5] for five tokens"

@@ -17,6 +17,7 @@ from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.sampling import schedule
 from mdm_jax.sampling.call import Canvas
+from mdm_jax.sampling.chain_calls import ChainCalls, Passage
 from mdm_jax.sampling.chain_rule import bound_of_orders, make_chain_rule
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.order import ORDERS
@@ -159,6 +160,28 @@ def test_padding_changes_nothing(model):
   short = nats(model, "left_to_right", TEXTS[:4])
   padded = nats(model, "left_to_right", [*TEXTS[:4], (0,) * 8], length=8)
   np.testing.assert_allclose(padded[:4], short, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", BY_POSITION)
+def test_terms_that_are_computed_apart_add_up_to_the_same(model, order):
+  denoiser, params = model
+  free = np.array([True, True, False])
+  texts = [(0, 1, 2), (2,), (1, 1), (), (2, 0, 1), (1, 2, 2)]
+  some = [Passage(np.array(t, np.int32), np.ones(len(t), bool)) for t in texts]
+  some[4] = Passage(some[4].ids, free)
+  # 5 terms per call: a call ends within a text.
+  calls = ChainCalls(
+    *(order, denoiser, VOCAB, jax.sharding.get_mesh(), L), tokens_a_call=5 * L
+  )
+  numbers, found = np.array([3, 1, 4, 1, 5, 9]), np.full(len(texts), np.nan)
+  for index, nats_of_some in calls(params, some, jax.random.key(1), numbers):
+    assert np.isnan(found[index]).all()  # each once
+    found[index] = nats_of_some
+  frees = [[True] * L, *[[i < len(t) for i in range(L)] for t in texts[1:]]]
+  frees[4] = free
+  every = np.array(frees)
+  expected = nats(model, order, texts, free=every, seeds=numbers)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_the_sampler_draws_with_that_probability(model):
