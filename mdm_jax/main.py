@@ -180,11 +180,11 @@ def _end_soon(code: int) -> None:
 
 
 def _run(config: Config, workdir: Workdir) -> Any:
-  from mdm_jax.core import determinism
+  from mdm_jax.core import compilation_cache, determinism
 
   # Before JAX starts a backend: only then does XLA read its flags.
   determinism.ask_for(config.train.deterministic == "true")
-  _keep_compiled_programs()
+  compilation_cache.turn_on()
   _join()
   # Imported late, so that --help and wrong flags are answered at once.
   from mdm_jax import (
@@ -262,18 +262,6 @@ def _join() -> None:
     _HEARTBEAT_SECONDS.value,
   )
   console.quiet = not distributed.is_first()
-
-
-def _keep_compiled_programs() -> None:
-  """Turns on JAX's compilation cache on disk, unless it is set already."""
-  import jax
-
-  cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-  # JAX_COMPILATION_CACHE_DIR takes precedence.
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update(
-      "jax_compilation_cache_dir", os.path.join(cache, "mdm_jax", "xla")
-    )
 
 
 if __name__ == "__main__":

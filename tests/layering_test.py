@@ -32,6 +32,7 @@ FLOORS = {
   "planning": 4,
   "studies": 5,
   "main.py": 6,
+  "study.py": 6,
   "benchmarks": 6,
 }
 PROGRAMS = 5  # every other file beside the rooms
@@ -52,6 +53,8 @@ SIDEWAYS = {
   ("evaluate.py", "sampled_texts.py"): "samples are part of the results",
   ("studies", "evaluate.py"): "tuned sampling is measured as an evaluation is",
   ("studies", "measured_text.py"): "which text results are of",
+  ("studies", "likelihood.py"): "a cell's exact likelihood",
+  ("studies", "training_loop.py"): "a study trains its cells",
   ("studies", "sample.py"): "it draws as a user of the library does",
   ("workdir.py", "config.py"): "a workdir has the run's config",
   ("blueprint.py", "config.py"): "a run is put together from all of it",

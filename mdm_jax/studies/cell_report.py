@@ -1,0 +1,336 @@
+"""The results of the study of repeated text, from the cells that are finished.
+
+study.json has every cell, study.md the tables, study.png the plot.
+"""
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mdm_jax.core import tables
+from mdm_jax.core.progress import with_error
+from mdm_jax.core.standard_errors import mean
+from mdm_jax.planning import data_reuse, scaling_laws
+from mdm_jax.studies import cells as cells_lib
+from mdm_jax.studies.cells import ARMS, Cell, Preset
+
+# By cell: what cell.json has.
+Found = Mapping[Cell, Mapping[str, Any]]
+Curve = Sequence[tuple[float, float]]
+
+_AR = "ar"
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """The finished seeds of an arm, a size and an amount of text.
+
+  Attributes:
+    arm: name in `ARMS`.
+    size: name of the model.
+    part: 1 / share of the training text.
+    runs: cell.json of each seed.
+  """
+
+  arm: str
+  size: str
+  part: int
+  runs: Sequence[Mapping[str, Any]]
+
+  @property
+  def curve(self) -> list[tuple[float, float]]:
+    """Epochs and mean validation loss, as far as every seed has it."""
+    curves = [run["curve"] for run in self.runs]
+    points = zip(*curves, strict=False)  # a run may have ended early
+    return [
+      (float(at[0][0]), float(np.mean([loss for _, loss in at])))
+      for at in points
+    ]
+
+  def number(self, name: str) -> str:
+    """Returns the mean of a number over seeds, with its standard error."""
+    values = [run[name]["value"] for run in self.runs if name in run]
+    if not values:
+      return "-"
+    found = mean(values)
+    # With one seed: the error over the text, which the seeds share.
+    alone = self.runs[0][name]["stderr"] if len(values) == 1 else found.stderr
+    return with_error(found.value, alone)
+
+
+def groups(preset: Preset, found: Found) -> list[Group]:
+  """Returns the finished runs with the best setting of their arm so far."""
+  losses = {cell: run["validation"] for cell, run in found.items()}
+  made = []
+  for size in preset.sizes:
+    for part in preset.parts:
+      for arm in preset.arms:
+        best = cells_lib.tuning(preset, arm, losses).best
+        seeds = [Cell(arm, part, size, s, best) for s in range(preset.seeds)]
+        if runs := [found[cell] for cell in seeds if cell in found]:
+          made.append(Group(arm, size, part, runs))
+  return made
+
+
+def crossing(ar: Curve, other: Curve) -> float | None:
+  """Returns the epochs from which the other's best so far beats AR's.
+
+  Both have read the same text equally often. A curve that ended early keeps its
+  best. None if it doesn't happen.
+  """
+  at = sorted({epochs for epochs, _ in [*ar, *other]})
+  best = lambda curve, upto: min(
+    (loss for epochs, loss in curve if epochs <= upto), default=np.inf
+  )
+  wins = [best(other, x) < best(ar, x) for x in at]
+  if not wins or not wins[-1]:
+    return None
+  # The last time that it falls behind, if it does.
+  lost = max((i for i, won in enumerate(wins) if not won), default=-1)
+  return at[lost + 1]
+
+
+def as_json(
+  preset: Preset, found: Found, text: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the content of study.json."""
+  losses = {cell: run["validation"] for cell, run in found.items()}
+  return {
+    "text": dict(text),
+    "cells": [dict(run) for run in found.values()],
+    "missing": [cell.name for cell in cells_lib.left(preset, losses)],
+    "is_complete": not cells_lib.left(preset, losses),
+  }
+
+
+# MARK: tables
+
+
+def as_markdown(
+  preset: Preset, found: Found, text: Mapping[str, Any], command: str
+) -> str:
+  """Returns the content of study.md."""
+  every = groups(preset, found)
+  total = cells_lib.count(preset)
+  spent = sum(run["cpu_seconds"] for run in found.values())
+  state = "all" if len(found) >= total else "a partial result:"
+  parts = [
+    "# Repeated text: masked diffusion against autoregression\n",
+    f"Written by `{command}`, from {state} {len(found)} of {total} cells;"
+    f" {spent:,.0f} CPU seconds so far.\n",
+    f"Text of {text['characters']:,} characters (sha256 of its documents"
+    f" {text['sha256'][:12]}), one token a character. Rows of {preset.length}"
+    f" tokens, {preset.batch} an update, at most {preset.updates:,} updates;"
+    " a run that overfits ends early, and its best checkpoint by validation"
+    " text is measured. Everything is in bits per byte; less is better.\n",
+    _arms(preset),
+    "## Test text\n",
+    _results(preset, every),
+    "An autoregressive number is exact, a bound is an upper bound, and the"
+    " chain rule (left to right) is exact again. ± is the standard error over"
+    " seeds; with one seed, over documents. `best` is the best checkpoint's"
+    " epochs, `read` the run's, `rise` the validation loss at its end above"
+    " the best one.\n",
+    "## Where the curves cross\n",
+    _crossings(every),
+    "## Tuning\n",
+    _tuning(preset, found),
+    "## What repeated text is worth\n",
+    _fits(every),
+    "## Cells\n",
+    _missing(preset, found),
+  ]
+  return "\n".join(parts)
+
+
+def _arms(preset: Preset) -> str:
+  return "".join(f"- `{arm}`: {ARMS[arm]}\n" for arm in preset.arms)
+
+
+def _results(preset: Preset, every: list[Group]) -> str:
+  names = ["model, text, arm", "seeds", "exact or bound", "chain rule"]
+  names += ["best", "read", "rise"]
+  rows = []
+  for group in every:
+    curve = group.curve
+    best, lowest = min(curve, key=lambda point: point[1])
+    bound = "<= " if group.runs[0]["is_bound"] else ""
+    rows.append(
+      [
+        f"{group.size}, {group.runs[0]['characters']:,}, {group.arm}",
+        f"{len(group.runs)} of {preset.seeds}",
+        bound + group.number("bits_per_byte"),
+        group.number("chain_rule"),
+        f"{best:.1f}",
+        f"{curve[-1][0]:.1f}",
+        f"{curve[-1][1] - lowest:.3f}",
+      ]
+    )
+  return tables.as_markdown(names, rows)
+
+
+def _crossings(every: list[Group]) -> str:
+  ar = {(g.size, g.part): g for g in every if g.arm == _AR}
+  rows = []
+  for group in every:
+    other = ar.get((group.size, group.part))
+    if other is None or group.arm == _AR:
+      continue
+    epochs = crossing(other.curve, group.curve)
+    gap = min(y for _, y in group.curve) - min(y for _, y in other.curve)
+    rows.append(
+      [
+        f"{group.size}, {group.runs[0]['characters']:,}, {group.arm}",
+        "-" if epochs is None else f"{epochs:.1f}",
+        f"{gap:+.3f}",
+      ]
+    )
+  if not rows:
+    return "No arm has a finished run beside an autoregressive one.\n"
+  names = ["model, text, arm", "epochs at the crossing", "best minus AR's best"]
+  return tables.as_markdown(names, rows) + (
+    "\nOn validation text, equally often read; - means that it stays behind."
+    " A bound is compared with an exact number here.\n"
+  )
+
+
+def _tuning(preset: Preset, found: Found) -> str:
+  if not preset.grid:
+    return "This study is not tuned.\n"
+  losses = {cell: run["validation"] for cell, run in found.items()}
+  rows = []
+  for arm in preset.arms:
+    best = cells_lib.tuning(preset, arm, losses)
+    tried = [
+      (cell, run)
+      for cell, run in found.items()
+      if (cell.arm, cell.part, cell.seed) == (arm, preset.middle, 0)
+      and cell.size == next(iter(preset.sizes))
+    ]
+    for cell, run in tried:
+      setting = cell.setting
+      mark = " (best so far)" if setting == best.best else ""
+      if mark and best.fields == len(preset.grid):
+        mark = " (chosen)"
+      rows.append(
+        [
+          f"{arm}{mark}",
+          f"{setting.rate:g}",
+          f"{setting.decay:g}",
+          f"{setting.dropout:g}",
+          f"{run['validation']:.3f}",
+        ]
+      )
+  names = ["arm", "learning rate x", "weight decay", "dropout", "validation"]
+  return tables.as_markdown(names, rows) + (
+    "\nOne field after the other, with the best values of those before it, one"
+    f" seed, 1/{preset.middle} of the training text.\n"
+  )
+
+
+def _fits(every: list[Group]) -> str:
+  rows = []
+  for size, arm in dict.fromkeys((g.size, g.arm) for g in every):
+    points = [
+      (float(group.runs[0]["characters"]), epochs, loss)
+      for group in every
+      if (group.size, group.arm) == (size, arm)
+      for epochs, loss in _falling(group.curve)
+    ]
+    fit = data_reuse.fit(points)
+    if fit is None:
+      rows.append([f"{size}, {arm}", "-", "no fit: too few amounts of text"])
+      continue
+    says = "" if fit.is_decided else "; the data do not decide R*"
+    span = f"{fit.low:.0f} to {fit.high:.0f}, error {fit.error:.3f}{says}"
+    rows.append([f"{size}, {arm}", f"{fit.r_star:.0f}", span])
+  law = "L = floor + scale / D'^exponent, D' = U + U R* (1 - exp(-(E-1)/R*))"
+  table = tables.as_markdown(["model, arm", "R*, epochs", "fits as well"], rows)
+  return (
+    f"{law}, fitted to validation losses up to the best one.\n\n{table}\n"
+    f"Published: {scaling_laws.DIFFUSION_R_STAR:g} for masked diffusion and"
+    f" {scaling_laws.AR_R_STAR:g} for autoregression (Prabhudesai et al. 2025),"
+    " on web text 1,000 times as long and models as many times larger.\n"
+  )
+
+
+def _falling(curve: Curve) -> list[tuple[float, float]]:
+  """Returns a curve's points up to the best, after a whole epoch."""
+  best = min(range(len(curve)), key=lambda i: curve[i][1])
+  return [(x, y) for x, y in curve[: best + 1] if x >= 1]
+
+
+def _missing(preset: Preset, found: Found) -> str:
+  losses = {cell: run["validation"] for cell, run in found.items()}
+  missing = cells_lib.left(preset, losses)
+  lines = [f"Finished: {', '.join(f'`{cell.name}`' for cell in found)}.\n"]
+  if missing:
+    lines.append(
+      f"Not finished: {cells_lib.count(preset) - len(found)}, next"
+      f" `{missing[0].name}`.\n"
+    )
+  return "\n".join(lines)
+
+
+# MARK: the plot
+
+
+def as_png(preset: Preset, found: Found) -> bytes:
+  """Returns the plot: validation over epochs by amount of text, then test."""
+  # Imported here: matplotlib takes longer than the rest of a start.
+  from matplotlib.figure import Figure
+
+  every = groups(preset, found)
+  size = next(iter(preset.sizes))
+  parts = [n for n in preset.parts if any(g.part == n for g in every)]
+  figure = Figure(
+    figsize=(4 * (len(parts) + 1), 4.5), dpi=110, layout="constrained"
+  )
+  total = cells_lib.count(preset)
+  figure.suptitle(
+    f"{len(found)} of {total} cells; the {size} model; dots: best checkpoints",
+    fontsize="medium",
+  )
+  *curves, last = figure.subplots(1, len(parts) + 1, squeeze=False)[0]
+  color = {arm: f"C{i}" for i, arm in enumerate(preset.arms)}
+  for axes, part in zip(curves, parts, strict=True):
+    for group in every:
+      if (group.size, group.part) != (size, part):
+        continue
+      x, y = zip(*group.curve, strict=True)
+      axes.plot(x, y, color=color[group.arm], label=group.arm)
+      best = int(np.argmin(y))
+      axes.plot(x[best], y[best], "o", color=color[group.arm])
+      axes.set_title(f"{group.runs[0]['characters']:,} characters")
+    axes.set_xscale("log")
+    axes.set_xlabel("epochs")
+  curves[0].set_ylabel("validation, bits per byte")
+  curves[0].legend(fontsize="small")
+  _plot_test(last, [g for g in every if g.size == size], preset, color)
+  file = io.BytesIO()
+  figure.savefig(file, format="png")
+  return file.getvalue()
+
+
+def _plot_test(
+  axes: Any, every: list[Group], preset: Preset, color: Mapping[str, str]
+) -> None:
+  for name, style in (("bits_per_byte", "o-"), ("chain_rule", "x--")):
+    for arm in preset.arms:
+      of_arm = [g for g in every if g.arm == arm and name in g.runs[0]]
+      if not of_arm:
+        continue
+      axes.plot(
+        [g.runs[0]["characters"] for g in of_arm],
+        [np.mean([r[name]["value"] for r in g.runs]) for g in of_arm],
+        style,
+        color=color[arm],
+        label=f"{arm}, chain rule" if name == "chain_rule" else arm,
+      )
+  axes.set_xscale("log")
+  axes.set_xlabel("unique characters")
+  axes.set_title("test, best checkpoint")
+  axes.legend(fontsize="small")

@@ -1,0 +1,370 @@
+"""Trains and measures the cells of the study of repeated text.
+
+Each cell is a run in a folder of its own, which can be killed and resumed like
+any other; what was measured is stored there as cell.json.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import random
+import resource
+from typing import Any
+
+from ml_collections import config_dict
+
+from mdm_jax import config as config_lib
+from mdm_jax import evaluate, likelihood
+from mdm_jax.core import strict_json
+from mdm_jax.core.errors import Stopped, UserError
+from mdm_jax.core.progress import console
+from mdm_jax.data import corpora
+from mdm_jax.objectives.measured import BITS, from_json
+from mdm_jax.studies.cells import Cell, Preset, from_plain, plain
+from mdm_jax.training.hooks import Hook
+from mdm_jax.training.state import TrainState
+from mdm_jax.training_loop import train_and_evaluate
+from mdm_jax.workdir import Workdir
+
+_PIECE = 1000  # characters of a document, or a little more
+_HELD_OUT = 0.05  # of the text for validation, and as much for test
+_BITS = "validation/bits_per_byte"
+# A run ends early when its best checkpoint is twice this old or more, counted
+# from the start of the run, but not in this first part of it.
+_PATIENCE, _NEVER_BEFORE = 2.0, 0.3
+_MASKED_INPUTS = (0.0, 0.3)  # range of rates, for the arm that has them
+
+
+# MARK: the text
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """The text of a study, as files of one document a line.
+
+  Attributes:
+    folder: has train_1_N.jsonl for every part N, validation.jsonl, test.jsonl.
+    characters: in each of the files, by the name before the dot.
+    sha256: of the documents that it was made of.
+  """
+
+  folder: pathlib.Path
+  characters: dict[str, int]
+  sha256: str
+
+
+def write_text(
+  corpus: str, preset: Preset, folder: pathlib.Path, most: int | None
+) -> Text:
+  """Divides a corpus into held-out text and nested parts of training text.
+
+  The last 10 % of all characters are held out, half for validation and half for
+  test, whatever the part. The rest is cut at line breaks into documents of some
+  1,000 characters, shuffled with a fixed seed; 1/N of it are the first of them.
+  So every part is a sample of the same text, and a smaller one is in a larger.
+
+  Args:
+    corpus: as in `data.corpus`, or a file.
+    preset: the study, with its parts.
+    folder: where to write.
+    most: use no more than so many characters (None: all).
+
+  Raises:
+    UserError: there is no such text, or too little.
+  """
+  if ":" not in corpus and pathlib.Path(corpus).expanduser().is_file():
+    corpus = f"text:{corpus}"
+  documents = corpora.load(corpus)
+  whole = "\n\n".join(d.text.strip() for d in documents)[:most]
+  train_end = _line_end(whole, round(len(whole) * (1 - 2 * _HELD_OUT)))
+  test_start = _line_end(whole, round(len(whole) * (1 - _HELD_OUT)))
+  pieces = _pieces(whole[:train_end])
+  random.Random(0).shuffle(pieces)
+  if len(pieces) < 2 * max(preset.parts):
+    raise UserError(
+      f"{corpus} has {len(whole):,} characters, too few to train on"
+      f" 1/{max(preset.parts)} of them: give more text"
+    )
+  made = {
+    f"train_1_{n}": pieces[: math.ceil(len(pieces) / n)]
+    for n in dict.fromkeys([1, *preset.parts])
+  }
+  made["validation"] = _pieces(whole[train_end:test_start])
+  made["test"] = _pieces(whole[test_start:])
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, documents_of in made.items():
+    lines = (json.dumps({"text": text}) + "\n" for text in documents_of)
+    (folder / f"{name}.jsonl").write_text("".join(lines))
+  sizes = {name: sum(map(len, texts)) for name, texts in made.items()}
+  return Text(folder, sizes, corpora.fingerprint(documents))
+
+
+def _line_end(text: str, at: int) -> int:
+  """Returns where the line of a character ends, or the text."""
+  found = text.find("\n", at)
+  return len(text) if found < 0 else found + 1
+
+
+def _pieces(text: str) -> list[str]:
+  """Cuts a text at line breaks into pieces, each of `_PIECE` or a bit more."""
+  pieces, start = [], 0
+  while start < len(text):
+    end = _line_end(text, start + _PIECE)
+    pieces.append(text[start:end])
+    start = end
+  return [piece for piece in pieces if piece.strip()]
+
+
+# MARK: the config
+
+
+def config_of(cell: Cell, preset: Preset, text: Text) -> config_dict.ConfigDict:
+  """Returns the config of a cell's run."""
+  config = config_lib.default_config()
+  size, setting = preset.sizes[cell.size], cell.setting
+  config.name, config.seed = cell.name, cell.seed
+  file = lambda name: f"text:{text.folder / name}.jsonl"
+  config.data.update(
+    corpus=file(f"train_1_{cell.part}"),
+    validation_corpus=file("validation"),
+    test_corpus=file("test"),
+    batch_size=preset.batch,
+  )
+  config.tokenizer.kind = "char"
+  config.model.update(
+    num_layers=size.layers,
+    embed_dim=size.width,
+    num_heads=size.heads,
+    dropout=setting.dropout,
+  )
+  # The learning rate stays constant and the parameters are averaged, so every
+  # point of a curve is the end of a run of that length: with a decay, the best
+  # checkpoint of a run that overfits would be one of a high learning rate.
+  config.optimizer.update(
+    learning_rate=preset.rate * setting.rate,
+    warmup_steps=preset.updates // 40,
+    min_lr_ratio=1.0,
+    weight_decay=setting.decay,
+    ema_decay=0.99,
+  )
+  _set_objective(config, cell.arm, preset)
+  every = max(preset.updates // preset.evaluations, 1)
+  # A checkpoint is saved at each evaluation, and else when a signal comes.
+  config.train.update(
+    log_every=every, checkpoint_every=10 * preset.updates, keep_latest=1
+  )
+  config.eval.update(
+    every=every,
+    rows=preset.rows[0],
+    final_rows=preset.rows[1],
+    masks_per_row=4,
+    samples=0,
+  )
+  config.sample.update(num_samples=1, length=8)
+  return config
+
+
+def _set_objective(
+  config: config_dict.ConfigDict, arm: str, preset: Preset
+) -> None:
+  part = lambda share, **more: config_lib.stage(
+    length=preset.length, updates=max(round(preset.updates * share), 1), **more
+  )
+  whole = (part(1.0),)
+  match arm:
+    case "ar":
+      config.objective.name, config.stages = "autoregressive", whole
+    case "ar_masked":
+      config.objective.update(
+        name="autoregressive", input_mask_rate=_MASKED_INPUTS
+      )
+      config.stages = whole
+    case "plain":
+      config.objective.weighting, config.stages = "nelbo", whole
+    case "recipe":
+      # Stages, mask rates and rehearsal are configs/quickstart.py's; so are the
+      # shares of the updates. Limits in words fit rows of characters.
+      words = preset.length // 6
+      config.stages = (
+        part(
+          *(0.12,),
+          unit="sentences",
+          min_words=3,
+          max_words=words,
+          easiest=1 / 3,
+          mask_rate=(0.75, 0.90),
+          rehearsal=0.5,
+        ),
+        part(
+          *(0.09,),
+          unit="pairs",
+          min_words=3,
+          max_words=words,
+          easiest=2 / 3,
+          mask_rate=(0.40, 0.60),
+          rehearsal=0.5,
+        ),
+        part(0.79, mask_rate=(0.05, 0.20), rehearsal=0.8),
+      )
+
+
+# MARK: running a cell
+
+
+def run(
+  cell: Cell, preset: Preset, text: Text, folder: pathlib.Path
+) -> dict[str, Any]:
+  """Trains and measures a cell, or what is left of it; returns cell.json.
+
+  Args:
+    cell: what to run.
+    preset: the study.
+    text: its text.
+    folder: of all cells.
+
+  Raises:
+    Stopped: a signal came; the next call resumes.
+  """
+  workdir = Workdir(folder / cell.name)
+  config = config_lib.from_config_dict(config_of(cell, preset, text))
+  start = _cpu_seconds()
+  stop = _StopWhenOverfitting(workdir, preset.updates, config.eval.every)
+  quiet, console.quiet = console.quiet, True
+  try:
+    try:
+      if stop.reason() is None:
+        results = train_and_evaluate(config, workdir, [stop])
+      else:  # killed between the end of the training and cell.json
+        results = evaluate.evaluate_workdir(config, workdir)
+    except Stopped:
+      if stop.reason() is None:
+        raise
+      results = evaluate.evaluate_workdir(config, workdir)
+    chain = None
+    if config.objective.name == "masked":
+      chain = likelihood.measure_workdir(config, workdir, "chain")
+  finally:
+    console.quiet = quiet
+  measured = _what(cell, preset, text)
+  measured |= _measured(results, chain, workdir, cell, preset, text)
+  measured["cpu_seconds"] = round(_cpu_seconds() - start, 1)
+  workdir.write("cell.json", strict_json.plain(measured))
+  return measured
+
+
+def finished(
+  preset: Preset, text: Text, folder: pathlib.Path
+) -> dict[Cell, dict[str, Any]]:
+  """Returns cell.json of every finished cell in a folder, by cell.
+
+  Raises:
+    UserError: one was run with another text or other settings.
+  """
+  made = {}
+  for path in sorted(folder.glob("*/cell.json"), key=_age):
+    found = json.loads(path.read_text())
+    cell = from_plain(found["cell"])
+    what = _what(cell, preset, text)
+    made[cell] = _checked(found, what, Workdir(path.parent))
+  return made
+
+
+def _age(path: pathlib.Path) -> float:
+  return path.stat().st_mtime
+
+
+def _what(cell: Cell, preset: Preset, text: Text) -> dict[str, Any]:
+  """Returns all that a cell's result depends on."""
+  shared = dataclasses.asdict(preset)
+  kept = "updates", "length", "batch", "rate", "evaluations", "rows"
+  return {
+    "cell": plain(cell),
+    "size": shared["sizes"][cell.size],
+    "run": json.loads(json.dumps({name: shared[name] for name in kept})),
+    "text": text.sha256,
+    "characters": text.characters[f"train_1_{cell.part}"],
+  }
+
+
+def _checked(
+  found: dict[str, Any], what: dict[str, Any], workdir: Workdir
+) -> dict[str, Any]:
+  for name, value in what.items():
+    if found.get(name) != value:
+      raise UserError(
+        f"{workdir.path} was run with another {name}: {found.get(name)}, now"
+        f" {value}; give another --workdir"
+      )
+  return found
+
+
+def _measured(
+  results: dict[str, Any],
+  chain: dict[str, Any] | None,
+  workdir: Workdir,
+  cell: Cell,
+  preset: Preset,
+  text: Text,
+) -> dict[str, Any]:
+  bits = next(iter(from_json(results).with_role(BITS).values()))
+  found = {
+    "updates": results["updates"],
+    "best_update": results["checkpoint"],
+    "bits_per_byte": {"value": bits.value, "stderr": bits.error},
+    "is_bound": bits.bound,
+    "baselines": {
+      name: line["bits_per_byte"] for name, line in results["baselines"].items()
+    },
+  }
+  if chain:
+    found["chain_rule"] = chain["bits_per_byte"]
+  tokens = preset.batch * preset.length
+  read = lambda update: (
+    update * tokens / text.characters[f"train_1_{cell.part}"]
+  )
+  curve = _curve(workdir)
+  found["curve"] = [[read(update), loss] for update, loss in curve]
+  found["validation"] = min(loss for _, loss in curve)
+  return found
+
+
+def _curve(workdir: Workdir) -> list[tuple[int, float]]:
+  """Returns update and bits per byte of each validation."""
+  lines = workdir.read_metrics()
+  return [(line["step"], line[_BITS]) for line in lines if _BITS in line]
+
+
+class _StopWhenOverfitting(Hook):
+  """Ends a run that has long passed its best checkpoint.
+
+  All that it decides by is in the run's log, so a resumed run decides alike.
+  """
+
+  def __init__(self, workdir: Workdir, updates: int, every: int):
+    self._workdir, self._updates, self._every = workdir, updates, every
+    self._reason: str | None = None
+
+  def wants_state(self, done: int) -> bool:
+    return done % self._every == 0
+
+  def on_evaluate(self, done: int, state: TrainState) -> None:
+    self._reason = self.reason()
+
+  def should_stop(self, done: int) -> str | None:
+    return self._reason
+
+  def reason(self) -> str | None:
+    """Returns why to stop, or None, by the validations in the log."""
+    curve = _curve(self._workdir)
+    if not curve:
+      return None
+    done, _ = curve[-1]
+    best, _ = min(curve, key=lambda point: point[1])
+    over = done >= max(_PATIENCE * best, _NEVER_BEFORE * self._updates)
+    return f"overfits since update {best}" if over else None
+
+
+def _cpu_seconds() -> float:
+  used = resource.getrusage(resource.RUSAGE_SELF)
+  return used.ru_utime + used.ru_stime

@@ -1,0 +1,243 @@
+"""Which runs the study of repeated text consists of, and in which order.
+
+A cell is one run: an objective with its way of training (an arm), an amount of
+unique text, a size of the model, a seed, and what was tuned. The order is such
+that a study that is cut short says something: first every arm untuned at the
+middle amount of text, then the tuning there, then other seeds, other amounts,
+and the larger model.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+ARMS = {
+  "ar": "autoregressive",
+  "recipe": "masked diffusion, the recipe's three stages",
+  "plain": "masked diffusion, one stage, weights of the bound (MDLM, MD4)",
+  "ar_masked": "autoregressive with masked inputs",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What is tuned for each arm.
+
+  Attributes:
+    rate: factor of the preset's learning rate.
+    decay: decoupled weight decay.
+    dropout: on the residual branches.
+  """
+
+  rate: float = 1.0
+  decay: float = 0.1
+  dropout: float = 0.0
+
+
+GRID: dict[str, tuple[float, ...]] = {
+  "rate": (0.5, 1.0, 2.0),
+  "decay": (0.1, 0.4, 0.8, 1.6),
+  "dropout": (0.0, 0.1, 0.2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A model: blocks, width and heads."""
+
+  layers: int
+  width: int
+  heads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """What a study varies, and what all of its cells have in common.
+
+  Attributes:
+    arms: names in `ARMS`.
+    parts: 1 / share of the training text that is read, the most text first.
+    sizes: the models; the first is the one that is tuned.
+    seeds: runs of each cell.
+    updates: of each run, unless it overfits before.
+    length: tokens (characters) per row.
+    batch: rows per update.
+    rate: learning rate, constant after the warm-up.
+    grid: values of each field of `Setting` that are tried, in this order.
+    start: the setting that the tuning starts from.
+    evaluations: on validation text, during a run.
+    rows: validation rows, and test rows.
+  """
+
+  arms: Sequence[str]
+  parts: Sequence[int]
+  sizes: Mapping[str, Size]
+  seeds: int
+  updates: int
+  length: int
+  batch: int
+  rate: float = 3e-3
+  grid: Mapping[str, Sequence[float]] = dataclasses.field(
+    default_factory=lambda: GRID
+  )
+  start: Setting = Setting()
+  evaluations: int = 40
+  rows: tuple[int, int] = (64, 128)
+
+  @property
+  def middle(self) -> int:
+    """The amount of text at which everything is tuned."""
+    return self.parts[len(self.parts) // 2]
+
+
+PRESETS = {
+  # 8 to 12 hours of one core, by the sizes of the text; see the estimate that
+  # the program prints.
+  "night": Preset(
+    arms=tuple(ARMS),
+    parts=(4, 16, 64),
+    sizes={"small": Size(2, 64, 2), "medium": Size(3, 96, 3)},
+    seeds=3,
+    updates=3200,
+    length=128,
+    batch=16,
+  ),
+  # Not tuned: a script of ten minutes has no time for it.
+  "gpu": Preset(
+    arms=tuple(ARMS),
+    parts=(1, 4, 16),
+    sizes={"large": Size(6, 256, 4)},
+    seeds=1,
+    updates=4000,
+    length=256,
+    batch=64,
+    rate=1e-3,
+    grid={},
+    start=Setting(decay=0.4, dropout=0.1),
+    rows=(64, 128),
+  ),
+  "quick": Preset(
+    arms=("ar", "plain"),
+    parts=(1, 2),
+    sizes={"tiny": Size(1, 32, 2)},
+    seeds=1,
+    updates=12,
+    length=32,
+    batch=4,
+    grid={},
+    evaluations=3,
+    rows=(4, 4),
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One run of a study."""
+
+  arm: str
+  part: int
+  size: str
+  seed: int
+  setting: Setting = Setting()
+
+  @property
+  def name(self) -> str:
+    """The name of its folder."""
+    tuned = dataclasses.asdict(self.setting)
+    values = (f"{name}{value:g}" for name, value in tuned.items())
+    return "-".join(
+      [self.arm, f"1_{self.part}", self.size, f"seed{self.seed}", *values]
+    )
+
+
+# The validation loss of each cell that is finished.
+Losses = Mapping[Cell, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+  """How far the tuning of an arm has come.
+
+  Attributes:
+    best: the best values of the fields tuned so far, `start`'s of the others.
+    missing: cells that the next field needs; none if all fields are tuned.
+    fields: number of tuned fields.
+  """
+
+  best: Setting
+  missing: list[Cell]
+  fields: int
+
+
+def tuning(preset: Preset, arm: str, losses: Losses) -> Tuning:
+  """Returns how far an arm is tuned: one field after the other.
+
+  Each field is tried with the best values of those before it, with one seed, on
+  the middle amount of text, with the first model.
+
+  Args:
+    preset: the study.
+    arm: whose setting.
+    losses: of the cells so far.
+  """
+  best = preset.start
+  for number, (field, values) in enumerate(preset.grid.items()):
+    tried = [
+      _tuned(preset, arm, dataclasses.replace(best, **{field: value}))
+      for value in values
+    ]
+    missing = [cell for cell in tried if cell not in losses]
+    if missing:
+      return Tuning(best, missing, number)
+    best = min(tried, key=losses.__getitem__).setting
+  return Tuning(best, [], len(preset.grid))
+
+
+def _tuned(preset: Preset, arm: str, setting: Setting) -> Cell:
+  return Cell(arm, preset.middle, next(iter(preset.sizes)), 0, setting)
+
+
+def cells(preset: Preset, losses: Losses) -> Iterator[Cell]:
+  """Yields the cells in their order, as far as is known what was tuned.
+
+  Ask again after every cell: what the tuning has found decides which follow.
+  For an arm that isn't tuned yet, all other cells have the best setting so far;
+  they stand behind the tuning, so they run only when it is finished.
+  """
+  yield from (_tuned(preset, arm, preset.start) for arm in preset.arms)
+  found = {arm: tuning(preset, arm, losses) for arm in preset.arms}
+  # The same field of all arms before the next one.
+  for arm in sorted(preset.arms, key=lambda arm: found[arm].fields):
+    yield from found[arm].missing
+  # The middle first; then little text, which is what the claim is about.
+  parts = sorted(preset.parts, key=lambda part: (part != preset.middle, -part))
+  for size in preset.sizes:
+    for part in parts:
+      for seed in range(preset.seeds):
+        for arm in preset.arms:
+          yield Cell(arm, part, size, seed, found[arm].best)
+
+
+def left(preset: Preset, losses: Losses) -> list[Cell]:
+  """Returns the cells that are not finished yet, each once, in order."""
+  every = dict.fromkeys(cells(preset, losses))
+  return [cell for cell in every if cell not in losses]
+
+
+def count(preset: Preset) -> int:
+  """Returns the number of cells of a whole study."""
+  tuning = 1 + sum(len(values) - 1 for values in preset.grid.values())
+  final = len(preset.parts) * len(preset.sizes) * preset.seeds
+  # The best setting at the middle is one of the tuning's cells.
+  return len(preset.arms) * (tuning + final - 1)
+
+
+def plain(cell: Cell) -> dict[str, Any]:
+  """Returns a cell as plain values; `from_plain` is the inverse."""
+  return dataclasses.asdict(cell)
+
+
+def from_plain(values: Mapping[str, Any]) -> Cell:
+  """Returns the cell of plain values."""
+  return Cell(**values | {"setting": Setting(**values["setting"])})
