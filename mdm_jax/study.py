@@ -79,8 +79,7 @@ def _next(preset: Preset, found: dict[Cell, Any]) -> Cell | None:
 
 
 def _left(preset: Preset, found: dict[Cell, Any]) -> list[Cell]:
-  losses = {cell: run["validation"] for cell, run in found.items()}
-  return cells.left(preset, losses)
+  return cells.left(preset, cells.losses_of(found))
 
 
 def _say_estimate(preset: Preset, text: Text, found: dict[Cell, Any]) -> None:

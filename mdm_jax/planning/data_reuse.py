@@ -13,10 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 
 # What is tried; a best R* at either end means that the data don't decide it.
-_R_STARS = np.geomspace(1.0, 10_000.0, 161)
+_LEAST, _MOST = 1.0, 10_000.0
+_R_STARS = np.geomspace(_LEAST, _MOST, 161)
 _EXPONENTS = np.linspace(0.02, 1.5, 75)
-_FEWEST = 8  # points; the law has four unknowns
+_FEWEST = 8  # points
+_UNKNOWNS = 4
 _ABOUT_AS_GOOD = 1.1  # times the smallest error
+_WIDEST = 4.0  # ratio of the ends of a range that still says something
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,8 @@ class ReuseFit:
 
   Attributes:
     r_star: R*, in epochs.
-    low: the smallest R* that fits about as well, to 10 % of the error.
+    low: the smallest R* that fits about as well: within two standard errors,
+      or 10 % of the smallest error if that is more.
     high: the largest.
     exponent: of the effective tokens.
     floor: the loss with endless text.
@@ -43,8 +47,9 @@ class ReuseFit:
 
   @property
   def is_decided(self) -> bool:
-    """Whether the data bound R* from both sides."""
-    return self.low > _R_STARS[0] and self.high < _R_STARS[-1]
+    """Whether the data bound R* from both sides, to a factor of 4."""
+    inside = self.low > _LEAST and self.high < _MOST
+    return inside and self.high <= _WIDEST * self.low
 
 
 def fit(points: Sequence[tuple[float, float, float]]) -> ReuseFit | None:
@@ -58,11 +63,8 @@ def fit(points: Sequence[tuple[float, float, float]]) -> ReuseFit | None:
     The fit, or None with too few points or with one U only, which can't tell
     the value of repeated text from that of fresh text.
   """
-  unique, epochs, loss = (
-    (np.array(x, np.float64) for x in zip(*points, strict=True))
-    if (points)
-    else (np.zeros(0),) * 3
-  )
+  columns = np.array(points, np.float64).reshape(-1, 3).T
+  unique, epochs, loss = columns
   if len(loss) < _FEWEST or len(np.unique(unique)) < 2:
     return None
   repeats, r = (epochs - 1)[None], _R_STARS[:, None]
@@ -81,7 +83,11 @@ def fit(points: Sequence[tuple[float, float, float]]) -> ReuseFit | None:
   if not np.isfinite(error).any():
     return None
   best = np.unravel_index(error.argmin(), error.shape)
-  good = _R_STARS[error.min(axis=1) <= _ABOUT_AS_GOOD * error.min() + 1e-12]
+  # Two standard errors of one unknown, if the residuals were independent; those
+  # of one curve are not, so the range is never narrower than 10 %.
+  wider = np.sqrt(1 + 4 / (len(loss) - _UNKNOWNS))
+  most = max(wider, _ABOUT_AS_GOOD) * error.min() + 1e-12
+  good = _R_STARS[error.min(axis=1) <= most]
   return ReuseFit(
     r_star=float(_R_STARS[best[0]]),
     low=float(good.min()),

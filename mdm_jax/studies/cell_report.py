@@ -15,10 +15,8 @@ from mdm_jax.core.progress import with_error
 from mdm_jax.core.standard_errors import mean
 from mdm_jax.planning import data_reuse, scaling_laws
 from mdm_jax.studies import cells as cells_lib
-from mdm_jax.studies.cells import ARMS, Cell, Preset
+from mdm_jax.studies.cells import ARMS, Cell, Found, Preset
 
-# By cell: what cell.json has.
-Found = Mapping[Cell, Mapping[str, Any]]
 Curve = Sequence[tuple[float, float]]
 
 _AR = "ar"
@@ -63,7 +61,7 @@ class Group:
 
 def groups(preset: Preset, found: Found) -> list[Group]:
   """Returns the finished runs with the best setting of their arm so far."""
-  losses = {cell: run["validation"] for cell, run in found.items()}
+  losses = cells_lib.losses_of(found)
   made = []
   for size in preset.sizes:
     for part in preset.parts:
@@ -97,12 +95,12 @@ def as_json(
   preset: Preset, found: Found, text: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Returns the content of study.json."""
-  losses = {cell: run["validation"] for cell, run in found.items()}
+  total = cells_lib.count(preset)
   return {
     "text": dict(text),
     "cells": [dict(run) for run in found.values()],
-    "missing": [cell.name for cell in cells_lib.left(preset, losses)],
-    "is_complete": not cells_lib.left(preset, losses),
+    "cells_of_a_whole_study": total,
+    "is_complete": len(found) >= total,
   }
 
 
@@ -200,7 +198,7 @@ def _crossings(every: list[Group]) -> str:
 def _tuning(preset: Preset, found: Found) -> str:
   if not preset.grid:
     return "This study is not tuned.\n"
-  losses = {cell: run["validation"] for cell, run in found.items()}
+  losses = cells_lib.losses_of(found)
   rows = []
   for arm in preset.arms:
     best = cells_lib.tuning(preset, arm, losses)
@@ -264,7 +262,7 @@ def _falling(curve: Curve) -> list[tuple[float, float]]:
 
 
 def _missing(preset: Preset, found: Found) -> str:
-  losses = {cell: run["validation"] for cell, run in found.items()}
+  losses = cells_lib.losses_of(found)
   missing = cells_lib.left(preset, losses)
   lines = [f"Finished: {', '.join(f'`{cell.name}`' for cell in found)}.\n"]
   if missing:

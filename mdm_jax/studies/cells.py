@@ -153,6 +153,13 @@ class Cell:
 
 # The validation loss of each cell that is finished.
 Losses = Mapping[Cell, float]
+# What cell.json has, by cell.
+Found = Mapping[Cell, Mapping[str, Any]]
+
+
+def losses_of(found: Found) -> dict[Cell, float]:
+  """Returns the validation loss of finished cells, by which all is chosen."""
+  return {cell: run["validation"] for cell, run in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,277 @@
+"""The study of repeated text: its cells, their text, and what is reported."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from command_harness import environment
+
+from mdm_jax import config as config_lib
+from mdm_jax.core.errors import UserError
+from mdm_jax.planning import data_reuse, scaling_laws
+from mdm_jax.studies import cell_report, cell_runs, cells
+from mdm_jax.studies.cells import PRESETS, Cell, Setting
+
+NIGHT, QUICK = PRESETS["night"], PRESETS["quick"]
+BEST = Setting(rate=2.0, decay=0.8, dropout=0.1)
+
+
+def _loss(cell):
+  """The lowest at `BEST`."""
+  s = cell.setting
+  wrong = abs(s.rate - 2), abs(s.decay - 0.8), abs(s.dropout - 0.1)
+  return 2.0 + sum(wrong) + cell.seed / 100
+
+
+def _all_losses(preset):
+  losses = {}
+  while todo := cells.left(preset, losses):
+    losses[todo[0]] = _loss(todo[0])
+  return losses
+
+
+def test_every_arm_runs_untuned_first_then_is_tuned_then_compared():
+  losses = _all_losses(NIGHT)
+  order = list(losses)
+  assert len(order) == cells.count(NIGHT) == 100
+  assert [c.arm for c in order[:4]] == list(NIGHT.arms)
+  # 8 settings an arm, all of them at the middle and with one seed; the rate of
+  # every arm is tuned before the decay of any.
+  tuned = order[:32]
+  assert {(c.part, c.size, c.seed) for c in tuned} == {(16, "small", 0)}
+  assert [c.setting.decay for c in order[:12]] == [0.1] * 12
+  assert {c.setting for c in order[32:]} == {BEST}
+  assert [c.part for c in order[32:40]] == [16] * 8  # seeds 1 and 2
+  assert order[40].part == 64 and order[-1].size == "medium"
+
+
+def test_a_tuned_field_is_tried_with_the_best_of_those_before_it():
+  losses = {
+    Cell("ar", 16, "small", 0, Setting(rate=r)): abs(r - 2)
+    for r in (0.5, 1.0, 2.0)
+  }
+  tuning = cells.tuning(NIGHT, "ar", losses)
+  assert tuning.best == Setting(rate=2.0) and tuning.fields == 1
+  settings = [c.setting for c in tuning.missing]
+  assert settings == [Setting(2.0, decay) for decay in (0.4, 0.8, 1.6)]
+
+
+# MARK: the text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("text")
+  return cell_runs.write_text("python_docs", NIGHT, folder, 200_000)
+
+
+def _documents(text, name):
+  lines = (text.folder / f"{name}.jsonl").read_text().splitlines()
+  return [json.loads(line)["text"] for line in lines]
+
+
+def test_parts_of_the_text_are_nested_and_held_out_text_is_none_of_them(text):
+  whole = _documents(text, "train_1_1")
+  small, middle, large = (_documents(text, f"train_1_{n}") for n in (64, 16, 4))
+  assert small == middle[: len(small)] and middle == large[: len(middle)]
+  assert large == whole[: len(large)] and len(small) >= 2
+  assert 3.5 < text.characters["train_1_4"] / text.characters["train_1_16"] < 5
+  held = [*_documents(text, "validation"), *_documents(text, "test")]
+  assert not {*held} & {*whole}
+  assert sum(map(len, [*whole, *held])) == pytest.approx(200_000, abs=1000)
+
+
+def test_all_cells_are_measured_on_the_same_text(text):
+  names = {}
+  for cell in _all_losses(NIGHT):
+    config = cell_runs.config_of(cell, NIGHT, text)
+    config = config_lib.from_config_dict(config)  # all of them are valid
+    data, setting = config.data, cell.setting
+    assert data.corpus.endswith(f"train_1_{cell.part}.jsonl")
+    names[data.validation_corpus, data.test_corpus, config.eval] = cell
+    assert config.optimizer.learning_rate == NIGHT.rate * setting.rate
+    assert config.optimizer.weight_decay == setting.decay
+    assert config.model.dropout == setting.dropout
+    updates = sum(stage.updates for stage in config.stages)
+    assert updates == NIGHT.updates and config.optimizer.min_lr_ratio == 1
+  assert len(names) == 1
+
+
+def test_too_little_text_is_said(tmp_path):
+  (tmp_path / "a.txt").write_text("To be, or not.\n" * 900)
+  with pytest.raises(UserError, match="13,499 characters, too few"):
+    cell_runs.write_text(str(tmp_path / "a.txt"), NIGHT, tmp_path / "w", None)
+
+
+# MARK: runs
+
+
+def _write_log(folder, losses, every=10):
+  lines = [
+    json.dumps({"step": every * (i + 1), "validation/bits_per_byte": loss})
+    for i, loss in enumerate(losses)
+  ]
+  (folder / "metrics.jsonl").write_text("\n".join(["{}", *lines]) + "\n")
+
+
+@pytest.mark.parametrize(
+  "losses, reason",
+  [
+    ([4.0, 3.0, 3.5], None),  # 30 of 60 updates: the best is 20 of 30
+    ([4.0, 3.0, 3.5, 3.6], "overfits since update 20"),
+    ([3.0, 3.1], None),  # twice the best, but in the first third
+    ([3.0, 3.1, 2.9, 2.8, 2.7, 2.6], None),
+  ],
+)
+def test_a_run_ends_when_it_is_twice_as_old_as_its_best(
+  tmp_path, losses, reason
+):
+  _write_log(tmp_path, losses)
+  workdir = cell_runs.Workdir(tmp_path)
+  # Made anew, as at a resume: only the log decides.
+  assert cell_runs._StopWhenOverfitting(workdir, 100, 10).reason() == reason
+
+
+def _cell_json(cell, text, preset=NIGHT, **more):
+  epochs = np.geomspace(1, 50, 12)
+  loss = _loss(cell) + np.abs(np.log(epochs / 20)) / 10
+  bound = cell.arm in ("plain", "recipe")
+  chain = {"chain_rule": {"value": 2.4, "stderr": 0.1}} if bound else {}
+  return {
+    **cell_runs._what(cell, preset, text),
+    "updates": 100,
+    "best_update": 40,
+    "bits_per_byte": {"value": 2.5, "stderr": 0.1},
+    "is_bound": bound,
+    "curve": [[x, y] for x, y in zip(epochs, loss, strict=True)],
+    "validation": float(loss.min()),
+    "cpu_seconds": 60.0,
+    **chain,
+    **more,
+  }
+
+
+def test_finished_cells_are_read_back_and_those_of_another_text_refused(
+  tmp_path, text
+):
+  cell = Cell("plain", 16, "small", 1, BEST)
+  folder = tmp_path / cell.name
+  folder.mkdir()
+  found = _cell_json(cell, text)
+  (folder / "cell.json").write_text(json.dumps(found))
+  read = cell_runs.finished(NIGHT, text, tmp_path)
+  assert read == {cell: found}
+  (folder / "cell.json").write_text(json.dumps(found | {"text": "other"}))
+  with pytest.raises(UserError, match="another text: other, now"):
+    cell_runs.finished(NIGHT, text, tmp_path)
+
+
+# MARK: the report
+
+
+def test_a_partial_study_says_so_and_shows_what_it_has(text):
+  losses = list(_all_losses(NIGHT))[:6]
+  found = {cell: _cell_json(cell, text) for cell in losses}
+  about = {"characters": 200_000, "sha256": text.sha256}
+  page = cell_report.as_markdown(NIGHT, found, about, "the command")
+  assert "a partial result: 6 of 100 cells; 360 CPU seconds" in page
+  assert "next `ar-1_16-small-seed0-rate2-decay0.1-dropout0`" not in page
+  following = cells.left(NIGHT, cells.losses_of(found))[0]
+  assert f"Not finished: 94, next `{following.name}`" in page
+  size = text.characters["train_1_16"]
+  assert f"| small, {size:,}, ar | 1 of 3 | 2.500 ± 0.100 | - |" in page
+  line = f"| small, {size:,}, plain | 1 of 3 | <= 2.500 ± 0.100 | 2.400 ± 0.100"
+  assert line in page
+  assert "no fit: too few amounts of text" in page
+  content = cell_report.as_json(NIGHT, found, about)
+  assert not content["is_complete"] and len(content["cells"]) == 6
+  assert cell_report.as_png(NIGHT, found).startswith(b"\x89PNG")
+
+
+def test_a_complete_study_has_every_seed_and_nothing_left(text):
+  found = {c: _cell_json(c, text) for c in _all_losses(NIGHT)}
+  page = cell_report.as_markdown(
+    NIGHT, found, {"characters": 1, "sha256": ""}, ""
+  )
+  assert "from all 100 of 100 cells" in page and "Not finished" not in page
+  assert len(re.findall(r"\| 3 of 3 \|", page)) == 2 * 3 * 4
+  assert "| ar (chosen) | 2 | 0.8 | 0.1 | 2.0" in page
+
+
+def test_the_crossing_is_the_last_change_of_the_better_best():
+  ar = [(1.0, 4.0), (2.0, 3.0), (3.0, 3.5)]  # ends early, at its best of 3.0
+  behind = [(1.0, 5.0), (2.0, 4.0), (4.0, 3.1)]
+  crosses = [(1.0, 3.9), (2.0, 3.5), (4.0, 2.9), (8.0, 3.5)]
+  assert cell_report.crossing(ar, behind) is None
+  assert cell_report.crossing(ar, crosses) == 4.0
+  assert cell_report.crossing(ar, [(1.0, 3.0)]) is None  # no lower than AR's
+
+
+@pytest.mark.parametrize(
+  "r_star", [scaling_laws.AR_R_STAR, 8.0, 150.0], ids="{:g}".format
+)
+def test_the_fit_finds_the_constants_of_a_known_law(r_star):
+  rng = np.random.default_rng(0)
+  points = []
+  for unique in (16e3, 63e3, 250e3):
+    for epochs in np.geomspace(1, 8 * r_star, 12).tolist():
+      d = scaling_laws.effective_tokens(unique, epochs, r_star)
+      loss = 1.2 + 40 / d**0.4 + rng.normal(scale=1e-3)
+      points.append((unique, epochs, loss))
+  fit = data_reuse.fit(points)
+  assert fit.r_star == pytest.approx(r_star, rel=0.1) and fit.is_decided
+  assert 0.97 * fit.low <= r_star <= 1.03 * fit.high
+  assert fit.exponent == pytest.approx(0.4, abs=0.05)
+  assert fit.floor == pytest.approx(1.2, abs=0.1)
+  assert fit.error == pytest.approx(1e-3, rel=0.5)
+
+
+def test_no_r_star_is_claimed_where_the_data_do_not_decide_it():
+  # Read at most twice: any R* fits.
+  points = [
+    (u, e, 1 + 40 / scaling_laws.effective_tokens(u, e, 30.0) ** 0.4)
+    for u in (16e3, 63e3)
+    for e in (1.0, 1.2, 1.5, 2.0)
+  ]
+  noise = np.random.default_rng(0).normal(scale=0.02, size=len(points))
+  noisy = [(u, e, y + n) for (u, e, y), n in zip(points, noise, strict=True)]
+  assert not data_reuse.fit(noisy).is_decided
+  assert data_reuse.fit(points[:4] * 3) is None  # one amount of text
+
+
+# MARK: the program
+
+
+@pytest.mark.slow
+def test_a_killed_study_continues_with_the_cell_it_was_at(tmp_path):
+  command = [sys.executable, "-m", "mdm_jax.study", "--quick"]
+  command += ["--text=python_docs", "--out=out", "--workdir=w"]
+  env = environment(tmp_path / "cache", PYTHONUNBUFFERED="1")
+  start = {"cwd": tmp_path, "env": env, "text": True}
+  listed = subprocess.run([*command, "--list"], capture_output=True, **start)
+  assert "0 of 4 cells are finished" in listed.stdout
+  running = subprocess.Popen(command, stdout=subprocess.PIPE, **start)
+  for line in running.stdout:
+    if line.startswith("cell 2"):
+      running.send_signal(signal.SIGTERM)
+      break
+  running.communicate()
+  # 42 while it trains, when there is something to save.
+  assert running.returncode in (42, -signal.SIGTERM)
+  content = json.loads((tmp_path / "out/study.json").read_text())
+  assert len(content["cells"]) == 1 and not content["is_complete"]
+  first = {p: p.stat().st_mtime for p in tmp_path.glob("w/quick/*/cell.json")}
+  assert len(first) == 1
+  done = subprocess.run(command, capture_output=True, **start)
+  assert done.returncode == 0, done.stderr
+  assert "1 of 4 cells are finished" in done.stdout
+  assert {p: p.stat().st_mtime for p in first} == first
+  content = json.loads((tmp_path / "out/study.json").read_text())
+  assert len(content["cells"]) == 4 and content["is_complete"]
+  plain = [run for run in content["cells"] if run["cell"]["arm"] == "plain"]
+  assert all(run["is_bound"] and run["chain_rule"]["value"] for run in plain)
+  assert "from all 4 of 4 cells" in (tmp_path / "out/study.md").read_text()
