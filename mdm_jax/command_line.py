@@ -1,5 +1,6 @@
 """Parses flags into a `Config`; a mistake is one line and exit code 2."""
 
+import dataclasses
 import glob
 import io
 import itertools
@@ -17,6 +18,9 @@ from mdm_jax import config as config_lib
 from mdm_jax.config import Config
 from mdm_jax.core import coercion, modules
 from mdm_jax.core.errors import Exit, Failure, UserError, nearest
+from mdm_jax.core.progress import console
+from mdm_jax.huggingface import folder as folders
+from mdm_jax.model.config import ModelConfig
 from mdm_jax.workdir import Workdir
 
 flags.DEFINE_list(
@@ -54,7 +58,42 @@ def read_config(num_samples: int | None = None) -> Config:
   # `config.from_dict` has refused it.
   modules.load(named)
   value.modules = tuple(named)
-  return config_lib.from_config_dict(value)
+  config = config_lib.from_config_dict(value)
+  workdir = flags.FLAGS.workdir or os.path.join("runs", config.name)
+  return with_imported_sizes(config, Workdir(workdir))
+
+
+def with_imported_sizes(config: Config, workdir: Workdir) -> Config:
+  """Returns a config with the sizes of the model in `init_from`, if imported.
+
+  Prints which of the config's sizes it replaces.
+  """
+  source = config.init_from
+  if not folders.is_named(source):
+    return config
+  from mdm_jax import imported_model  # late: it loads JAX
+
+  saved = workdir.read("config.json") and workdir.read_config()
+  if saved and saved.init_from == source:
+    # A run keeps its sizes: the folder may have been deleted since its start.
+    model = imported_model.with_sizes(config.model, saved.model)
+  else:
+    model = imported_model.with_sizes(
+      config.model, imported_model.model_of(source)
+    )
+  given, plain = config_lib.to_dict(config)["model"], ModelConfig()
+  replaced = [
+    f"{name}={value}"
+    for name, value in given.items()
+    if value not in (getattr(plain, name), getattr(model, name))
+  ]
+  if replaced:
+    console.print(
+      f"{source} has its own sizes: not used {', '.join(replaced)}",
+      soft_wrap=True,
+      markup=False,
+    )
+  return dataclasses.replace(config, model=model)
 
 
 def fail(message: Any) -> int:

@@ -55,7 +55,7 @@ class Config:
   )
   init_from: str = field(
     "",
-    "folder of a run to start from: its best parameters and its tokenizer",
+    "a run's folder or hf:FOLDER to start from: its parameters and tokenizer",
     path=True,
   )
   modules: tuple[str, ...] = field(
@@ -91,7 +91,7 @@ class Config:
     if self.init_from and self.tokenizer.path:
       raise UserError(
         f"tokenizer.path={self.tokenizer.path!r} and init_from="
-        f"{self.init_from!r}: the run in init_from already has a tokenizer;"
+        f"{self.init_from!r}: the model in init_from already has a tokenizer;"
         " set only one of the two"
       )
     if self.rows_per_update > _MOST_ROWS:

@@ -22,6 +22,8 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.evaluation.pages import picture
 from mdm_jax.evaluation.pages import samples as samples_page
+from mdm_jax.huggingface import folder as folders
+from mdm_jax.imported_model import load_imported
 from mdm_jax.objectives.measured import LOSS_BY_MASKED_SHARE, Curve, curve_in
 from mdm_jax.sampling import prompts as prompts_lib
 from mdm_jax.sampling import template
@@ -45,10 +47,11 @@ def load(
   config: Config | None = None,
   sampling: str = Which.AUTO,
 ) -> "Model":
-  """Loads a trained model from a run's folder.
+  """Loads a trained model from a run's folder, or from hf:FOLDER.
 
   Args:
-    workdir: the run's folder.
+    workdir: the run's folder; or hf:FOLDER, where Hugging Face's libraries
+      saved a model (docs/huggingface.md).
     step: update of the checkpoint (None: the best checkpoint).
     config: a config with other settings for the same model (None: the run's).
     sampling: without a config, which sampling settings to take: "tuned" for
@@ -58,6 +61,8 @@ def load(
   Raises:
     UserError: there is no run, no such checkpoint, or it can't be read.
   """
+  if isinstance(workdir, str) and folders.is_named(workdir):
+    return Model(load_imported(workdir, config))
   workdir = Workdir(workdir) if isinstance(workdir, str) else workdir
   if config is None:
     config = tuned_sampling.applied(workdir.read_config(), workdir, sampling)

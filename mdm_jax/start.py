@@ -23,6 +23,8 @@ from mdm_jax.config import Config
 from mdm_jax.core import determinism, distributed
 from mdm_jax.core.progress import ProgressLine, console
 from mdm_jax.data.prepared import PreparedData, prepare_on_all
+from mdm_jax.huggingface import folder as folders
+from mdm_jax.imported_model import imported_params
 from mdm_jax.model.placement import training_mesh
 from mdm_jax.resume import Origin, find_origin
 from mdm_jax.runtime.goodput import Cause
@@ -55,7 +57,7 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
   workdir.create()
   # Before the lock is taken: a folder of another version stays as it is.
   for path in (workdir.path, config.init_from):
-    if path:
+    if path and not folders.is_named(str(path)):
       Workdir(path).check_format()
   train = config.train
   with (
@@ -182,6 +184,11 @@ class Run:
     source = self._config.init_from
     if not source:
       return self.trainer.init()
+    if folders.is_named(source):
+      fresh = self._data.tokenizer.fresh
+      params = imported_params(source, self.trainer.denoiser, fresh)
+      console.print(f"starting from the weights of {source}")
+      return self.trainer.init_from(params)
     # Its averaged parameters: those that it was evaluated with.
     with Checkpoints(source) as finished:
       step, params = averaged_params(finished, self.trainer.denoiser)

@@ -38,7 +38,7 @@ class BytePairs:
     Raises:
       UserError: a merge is not of two symbols that are known by then.
     """
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
     ids = {symbol: i for i, symbol in enumerate(symbols)}
     pieces = list(symbols.values())
     self._ranks: dict[tuple[int, int], tuple[int, int]] = {}
@@ -86,7 +86,7 @@ def read_merges(content: str) -> list[str]:
   return [line for line in lines if line and not line.startswith(_HEADER)]
 
 
-def _byte_symbols() -> dict[str, bytes]:
+def byte_symbols() -> dict[str, bytes]:
   """Returns the character that the file writes for each byte, in id order."""
   shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
   hidden = [byte for byte in range(256) if byte not in shown]

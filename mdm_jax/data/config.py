@@ -71,7 +71,8 @@ class TokenizerConfig:
 
   kind: str = fixed(
     "sentencepiece",
-    "sentencepiece is trained on the train split; gpt2 has path's merges",
+    "sentencepiece is trained on the train split; gpt2 and huggingface are"
+    " read from path",
     registry="mdm_jax.data.tokenizer:TOKENIZERS",
   )
   vocab_size: int = fixed(
@@ -80,7 +81,7 @@ class TokenizerConfig:
   path: str = fixed(
     "",
     "SentencePiece .model file to use instead of training one; GPT-2's"
-    " merges.txt for kind=gpt2",
+    " merges.txt for kind=gpt2; tokenizer.json for kind=huggingface",
     path=True,
   )
 
@@ -142,7 +143,7 @@ class RowsConfig:
     data: which text.
     tokenizer: how text becomes ids.
     stages: units, limits and row length of each stage.
-    init_from: workdir of the run whose tokenizer is reused ('': none).
+    init_from: run or hf:FOLDER whose tokenizer is reused ('': none).
     accumulation: microbatches per update; a stage needs rows for one update.
     modules: the user's modules that a process making rows has to import first.
   """

@@ -9,10 +9,11 @@ from absl import logging
 from etils import epath
 
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import blocks, journal
+from mdm_jax.data import blocks, huggingface_tokenizer, journal
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import DataConfig, RowsConfig
 from mdm_jax.data.tokenizer import Tokenizer
+from mdm_jax.huggingface import folder as folders
 
 MANIFEST = "manifest.json"
 # Fields of a stage that shape its rows; others (epochs, ...) may change.
@@ -26,7 +27,7 @@ _NAMES = "corpus", "validation_corpus", "test_corpus"
 def given_tokenizer(
   config: RowsConfig, workdir: epath.PathLike | None
 ) -> Tokenizer | None:
-  """Returns the tokenizer of the run in `init_from`; None if that is not set.
+  """Returns the tokenizer of `init_from`, a run or hf:FOLDER; None if not set.
 
   Args:
     config: what rows depend on.
@@ -38,9 +39,13 @@ def given_tokenizer(
   if not config.init_from:
     return None
   # The run's own copy first: `init_from` may have been deleted since.
-  for folder in (workdir, config.init_from):
+  imported = folders.is_named(config.init_from)
+  for folder in (workdir, None if imported else config.init_from):
     if folder is not None and tokenizers.is_saved_in(folder):
       return tokenizers.load_tokenizer(folder)
+  if imported:
+    folder = folders.open_folder(config.init_from)
+    return huggingface_tokenizer.from_folder(folder)
   raise UserError(
     f"init_from={config.init_from!r} is not a finished run: it has no"
     " tokenizer; give --config.init_from=WORKDIR"

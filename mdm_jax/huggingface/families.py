@@ -1,0 +1,273 @@
+"""Model families of Hugging Face: their config.json and the names of weights.
+
+A family says how its config.json becomes a `ModelConfig`, and which tensor each
+of our parameters comes from. An own one is registered under its `model_type`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mdm_jax.core import fields
+from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.core.registry import Registry
+from mdm_jax.model.config import ModelConfig
+
+_REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """How models of one `model_type` are read.
+
+  Attributes:
+    names: the tensor of each parameter; {} stands for the number of the layer.
+      Parameters are named as in the tree, with slashes; those that a model does
+      not have are ignored.
+    keys: where config.json has other keys than Llama's, the key by Llama's.
+    assumed: keys with the only value that our model computes, which is also
+      assumed if a key is missing.
+    defaults: of keys that config.json may leave out.
+    fields: fields of `ModelConfig` that the whole family has.
+    causal: whether the weights were trained to predict the next token from
+      those before it. `is_causal` in config.json overrides it.
+  """
+
+  names: Mapping[str, str]
+  keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  assumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  causal: bool = True
+
+
+FAMILIES: Registry[Family] = Registry("model_type", "config.json: model_type")
+
+_LLAMA_NAMES = {
+  "embedding": "model.embed_tokens.weight",
+  "final_norm/scale": "model.norm.weight",
+  "head": "lm_head.weight",
+} | {
+  f"blocks/{ours}": f"model.layers.{{}}.{theirs}"
+  for ours, theirs in {
+    "attention_norm/scale": "input_layernorm.weight",
+    "attention/query": "self_attn.q_proj.weight",
+    "attention/key": "self_attn.k_proj.weight",
+    "attention/value": "self_attn.v_proj.weight",
+    "attention/out": "self_attn.o_proj.weight",
+    "attention/query_bias": "self_attn.q_proj.bias",
+    "attention/key_bias": "self_attn.k_proj.bias",
+    "attention/value_bias": "self_attn.v_proj.bias",
+    "attention/query_norm/scale": "self_attn.q_norm.weight",
+    "attention/key_norm/scale": "self_attn.k_norm.weight",
+    "mlp_norm/scale": "post_attention_layernorm.weight",
+    "mlp/gate": "mlp.gate_proj.weight",
+    "mlp/up": "mlp.up_proj.weight",
+    "mlp/down": "mlp.down_proj.weight",
+  }.items()
+}
+_LLAMA_DEFAULTS = {
+  "rms_norm_eps": 1e-6,
+  "tie_word_embeddings": False,
+  "num_key_value_heads": None,
+  "head_dim": None,
+}
+_LLAMA = Family(
+  names=_LLAMA_NAMES,
+  assumed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+  defaults=_LLAMA_DEFAULTS,
+  fields={"qk_norm": False},
+)
+FAMILIES.register("llama", _LLAMA)
+_QWEN2 = Family(
+  names=_LLAMA_NAMES,
+  assumed={"hidden_act": "silu", "use_sliding_window": False},
+  defaults=_LLAMA_DEFAULTS,
+  fields={"qk_norm": False, "qkv_bias": True},
+)
+FAMILIES.register("qwen2", _QWEN2)
+FAMILIES.register(
+  "qwen3",
+  Family(
+    names=_LLAMA_NAMES,
+    assumed=_QWEN2.assumed | {"attention_bias": False},
+    defaults=_LLAMA_DEFAULTS | {"head_dim": 128},
+    fields={"qk_norm": True},
+  ),
+)
+FAMILIES.register(
+  "llada",
+  Family(
+    names={
+      "embedding": "model.transformer.wte.weight",
+      "final_norm/scale": "model.transformer.ln_f.weight",
+      "head": "model.transformer.ff_out.weight",
+    }
+    | {
+      f"blocks/{ours}": f"model.transformer.blocks.{{}}.{theirs}.weight"
+      for ours, theirs in {
+        "attention_norm/scale": "attn_norm",
+        "attention/query": "q_proj",
+        "attention/key": "k_proj",
+        "attention/value": "v_proj",
+        "attention/out": "attn_out",
+        "mlp_norm/scale": "ff_norm",
+        "mlp/gate": "ff_proj",
+        "mlp/up": "up_proj",
+        "mlp/down": "ff_out",
+      }.items()
+    },
+    keys={
+      "hidden_size": "d_model",
+      "num_hidden_layers": "n_layers",
+      "num_attention_heads": "n_heads",
+      "num_key_value_heads": "n_kv_heads",
+      "intermediate_size": "mlp_hidden_size",
+      "tie_word_embeddings": "weight_tying",
+      "vocab_size": "embedding_size",
+      "max_position_embeddings": "max_sequence_length",
+    },
+    assumed={
+      "block_type": "llama",
+      "activation_type": "silu",
+      "layer_norm_type": "rms",
+      "include_bias": False,
+      "include_qkv_bias": False,
+      "attention_layer_norm": False,
+      "input_emb_norm": False,
+      "scale_logits": False,
+      "alibi": False,
+      "rope": True,
+    },
+    defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
+    fields={"qk_norm": False},
+    causal=False,
+  ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """What a config.json describes.
+
+  Attributes:
+    family: how its weights are named.
+    model: the sizes.
+    rows: rows of the embedding.
+    context: tokens that it was trained on at most, None if not said.
+    causal: whether a position attends only to those before it.
+  """
+
+  family: Family
+  model: ModelConfig
+  rows: int
+  context: int | None
+  causal: bool
+
+
+def architecture(config: Mapping[str, Any], where: str) -> Architecture:
+  """Returns what a config.json describes.
+
+  Args:
+    config: its content.
+    where: its path, for messages.
+
+  Raises:
+    UserError: the family is unknown, a size is missing or invalid, or a setting
+      is one that our model does not compute.
+  """
+  kind = config.get("model_type")
+  if kind not in FAMILIES:
+    raise UserError(
+      f"{where}: model_type={kind!r} is not supported;"
+      f" {nearest(str(kind), FAMILIES)}"
+    )
+  family = FAMILIES[kind]
+  read = _Reader(config, family, where)
+  read.check_assumed()
+  heads = read("num_attention_heads", int)
+  width = read("hidden_size", int)
+  head_dim = read("head_dim", int)
+  kv_heads = read("num_key_value_heads", int)
+  model = ModelConfig(
+    num_layers=read("num_hidden_layers", int),
+    embed_dim=width,
+    num_heads=heads,
+    num_kv_heads=None if kv_heads == heads else kv_heads,
+    head_dim=None if head_dim and head_dim * heads == width else head_dim,
+    mlp_dim=read("intermediate_size", int),
+    norm_eps=float(read("rms_norm_eps", float)),
+    rope_theta=float(read.rope_theta()),
+    tie_embeddings=read("tie_word_embeddings", bool),
+    **family.fields,
+  )
+  try:
+    fields.check(model, "model")
+  except UserError as error:
+    raise UserError(f"{where}: {error}") from None
+  return Architecture(
+    family,
+    model,
+    rows=read("vocab_size", int),
+    context=read("max_position_embeddings", int, None),
+    causal=read("is_causal", bool, family.causal),
+  )
+
+
+class _Reader:
+  """Reads keys of a config.json by Llama's names, with their types checked."""
+
+  def __init__(self, config: Mapping[str, Any], family: Family, where: str):
+    self._config, self._family, self._where = config, family, where
+
+  def __call__(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
+    key = self._family.keys.get(name, name)
+    default = self._family.defaults.get(name, default)
+    value = self._config.get(key)
+    if value is None:
+      value = default
+    if value is _REQUIRED:
+      raise UserError(f"{self._where} has no {key}")
+    # A bool is an int, but no size.
+    kinds = (int, float) if kind is float else (kind,)
+    if value is not None and type(value) not in kinds:
+      raise UserError(f"{self._where}: {key}={value!r} is no {kind.__name__}")
+    return value
+
+  def check_assumed(self) -> None:
+    """Raises UserError at a setting that changes what the model computes."""
+    config = self._config
+    for key, wanted in self._family.assumed.items():
+      if config.get(key) not in (None, wanted):
+        raise self._unsupported(key, config[key], wanted)
+    layers = config.get("layer_types") or ()
+    if other := [kind for kind in layers if kind != "full_attention"]:
+      raise self._unsupported("layer_types", other[0], "full_attention")
+    if config.get("quantization_config"):
+      raise UserError(
+        f"{self._where}: quantized weights (quantization_config) are not"
+        " supported; use the model in bfloat16, float16 or float32"
+      )
+
+  def rope_theta(self) -> int | float:
+    """Returns the base of the rotary frequencies, which must not be scaled."""
+    config = self._config
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+      raise UserError(f"{self._where}: rope_parameters is no object")
+    both = scaling | rope
+    kind = both.get("rope_type", both.get("type", "default"))
+    if kind != "default":
+      raise self._unsupported("rope_type", kind, "default")
+    if (share := both.get("partial_rotary_factor", 1.0)) != 1.0:
+      raise self._unsupported("partial_rotary_factor", share, 1.0)
+    theta = both.get("rope_theta", config.get("rope_theta", 10_000.0))
+    if type(theta) not in (int, float):
+      raise UserError(f"{self._where}: rope_theta={theta!r} is no number")
+    return theta
+
+  def _unsupported(self, key: str, value: Any, wanted: Any) -> UserError:
+    return UserError(
+      f"{self._where}: {key}={value!r} is not supported; nearest: {wanted!r}"
+    )

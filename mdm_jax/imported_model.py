@@ -1,0 +1,140 @@
+"""Loads a model that another library trained: hf:FOLDER.
+
+  model = load_imported("hf:~/SmolLM2-135M")
+
+The folder gives the sizes, the weights and the tokenizer; nothing is
+downloaded. docs/huggingface.md lists the families.
+"""
+
+import dataclasses
+
+import jax
+
+from mdm_jax.config import Config
+from mdm_jax.core.errors import UserError
+from mdm_jax.data import huggingface_tokenizer
+from mdm_jax.data.config import StageConfig
+from mdm_jax.huggingface.families import Architecture, architecture
+from mdm_jax.huggingface.folder import Folder, open_folder
+from mdm_jax.huggingface.parameters import read_params
+from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.model.placement import check_vocabulary, mesh_for_use
+from mdm_jax.objectives.config import AutoregressiveConfig, MaskedConfig
+from mdm_jax.trained_model import TrainedModel
+
+_LONGEST = 1024  # tokens per row, where the model would allow more
+# Fields of `ModelConfig` that don't change what the model computes.
+_FREE = frozenset({"dropout", "remat", "layer_loop", "dtype", "attention"})
+_SIZES = [
+  f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE
+]
+
+
+def load_imported(source: str, config: Config | None = None) -> TrainedModel:
+  """Loads a model onto the devices of this machine.
+
+  Args:
+    source: hf:FOLDER.
+    config: settings for it, with the sizes of the folder's model (None: those
+      of `config_of`).
+
+  Raises:
+    UserError: the folder holds no model of a known family, or is damaged.
+  """
+  folder = open_folder(source)
+  config = config or _config_of(folder, source)
+  tokenizer = huggingface_tokenizer.from_folder(folder)
+  denoiser = Denoiser(config.model, tokenizer.vocab)
+  mesh = mesh_for_use(config.mesh, config.model)
+  with jax.set_mesh(mesh):
+    check_vocabulary(tokenizer.vocab.size, mesh)
+    params = imported_params(source, denoiser, tokenizer.fresh)
+  return TrainedModel(config, tokenizer, denoiser, mesh, params, step=0)
+
+
+def imported_params(
+  source: str, denoiser: Denoiser, fresh: tuple[int, ...]
+) -> Params:
+  """Returns a folder's weights as float32 parameters on the current mesh.
+
+  Args:
+    source: hf:FOLDER.
+    denoiser: the model to read them for.
+    fresh: ids that the weights were not trained with.
+
+  Raises:
+    UserError: the model has other sizes, or the folder is damaged.
+  """
+  folder = open_folder(source)
+  found = _architecture(folder)
+  if differs := _difference(denoiser.config, found.model):
+    name, ours, theirs = differs
+    raise UserError(
+      f"model.{name}={ours!r}, but {source} has {theirs!r}; set"
+      f" model.{name}={theirs!r}"
+    )
+  return read_params(folder.tensors(), found, denoiser, fresh)
+
+
+def config_of(source: str) -> Config:
+  """Returns a config for using a folder's model as it was trained.
+
+  A causal model gets the autoregressive objective, any other the masked one;
+  rows are as long as the model allows, up to 1,024 tokens.
+
+  Raises:
+    UserError: the folder holds no model of a known family.
+  """
+  return _config_of(open_folder(source), source)
+
+
+def model_of(source: str) -> ModelConfig:
+  """Returns the sizes of a folder's model.
+
+  Raises:
+    UserError: the folder holds no model of a known family.
+  """
+  return _architecture(open_folder(source)).model
+
+
+def with_sizes(settings: ModelConfig, sizes: ModelConfig) -> ModelConfig:
+  """Returns settings of a model, such as its dtype, with sizes of another."""
+  kept = {name: getattr(settings, name) for name in _FREE}
+  return dataclasses.replace(sizes, **kept)
+
+
+def _config_of(folder: Folder, source: str) -> Config:
+  found = _architecture(folder)
+  return Config(
+    name=folder.path.name or "imported",
+    init_from=source,
+    model=found.model,
+    objective=AutoregressiveConfig(name="autoregressive")
+    if found.causal
+    else MaskedConfig(),
+    stages=(StageConfig(length=min(found.context or _LONGEST, _LONGEST)),),
+  )
+
+
+def _architecture(folder: Folder) -> Architecture:
+  return architecture(folder.config, str(folder.path / "config.json"))
+
+
+def _difference(ours: ModelConfig, theirs: ModelConfig):
+  """Returns (field, ours, theirs) of the first size that differs, or None."""
+  for name in _SIZES:
+    a, b = getattr(_plain(ours), name), getattr(_plain(theirs), name)
+    if a != b:
+      return name, a, b
+  return None
+
+
+def _plain(model: ModelConfig) -> ModelConfig:
+  """Returns a config with the sizes that None stands for."""
+  return dataclasses.replace(
+    model,
+    num_kv_heads=model.num_kv_heads or model.num_heads,
+    head_dim=model.head_size,
+    mlp_dim=model.mlp_size,
+  )

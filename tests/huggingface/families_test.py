@@ -1,0 +1,75 @@
+"""A config.json becomes our sizes, or one line says why not."""
+
+import huggingface_harness as harness
+import pytest
+
+from mdm_jax.core.errors import UserError
+from mdm_jax.huggingface.families import architecture
+from mdm_jax.model.config import ModelConfig
+
+LLADA = {
+  "model_type": "llada",
+  "d_model": 4096,
+  "n_layers": 32,
+  "n_heads": 32,
+  "n_kv_heads": 32,
+  "mlp_hidden_size": 12288,
+  "embedding_size": 126464,
+  "max_sequence_length": 4096,
+  "rope_theta": 500000.0,
+  "weight_tying": False,
+}
+
+
+def test_a_llama_has_its_sizes():
+  found = architecture(harness.CONFIG, "config.json")
+  assert found.model == ModelConfig(
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=24,
+    qk_norm=False,
+    norm_eps=1e-5,
+    rope_theta=500.0,
+    tie_embeddings=False,
+  )
+  assert (found.rows, found.context, found.causal) == (300, 48, True)
+
+
+def test_llada_8b_has_the_published_sizes():
+  found = architecture(LLADA, "config.json")
+  model = found.model
+  assert (model.num_layers, model.embed_dim, model.mlp_dim) == (32, 4096, 12288)
+  assert (model.head_size, model.num_kv_heads) == (128, None)
+  assert (model.norm_eps, model.rope_theta) == (1e-5, 500_000)
+  assert (found.rows, found.context, found.causal) == (126464, 4096, False)
+
+
+WRONG = {
+  "an unknown family": ({"model_type": "quen3"}, "did you mean 'qwen3'"),
+  "no family": ({"model_type": None}, "model_type=None is not supported"),
+  "scaled positions": (
+    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    "rope_type='yarn' is not supported; nearest: 'default'",
+  ),
+  "scaled positions of older files": (
+    {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
+    "rope_type='linear'",
+  ),
+  "biases": ({"attention_bias": True}, "attention_bias=True is not supported"),
+  "a window": ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
+  "quantized": ({"quantization_config": {"bits": 4}}, "quantized weights"),
+  "no size": ({"hidden_size": None}, "has no hidden_size"),
+  "a wrong type": ({"hidden_size": "16"}, "hidden_size='16' is no int"),
+  "a wrong size": ({"num_hidden_layers": 0}, "config.json: model.num_layers=0"),
+  "an odd head": ({"head_dim": 5}, "odd"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_our_model_does_not_compute_is_refused(what):
+  fields, message = WRONG[what]
+  with pytest.raises(UserError, match=message) as error:
+    architecture(harness.CONFIG | fields, "config.json")
+  assert "\n" not in str(error.value)

@@ -1,0 +1,115 @@
+"""A model of hf:FOLDER is used and trained as one of this library."""
+
+import dataclasses
+
+import command_harness as commands
+import huggingface_harness as harness
+import numpy as np
+import prepare_harness
+import pytest
+
+import mdm_jax
+from mdm_jax import command_line, imported_model
+from mdm_jax.config import Config
+from mdm_jax.core.errors import UserError
+from mdm_jax.core.progress import console
+from mdm_jax.model.config import ModelConfig
+from mdm_jax.objectives.config import AutoregressiveConfig
+from mdm_jax.workdir import Workdir
+
+TEXT = "the cat thinks"
+
+
+def test_a_causal_model_scores_text_as_it_was_trained_to(tmp_path):
+  tensors = harness.save(tmp_path, {})
+  model = mdm_jax.load(f"hf:{tmp_path}")
+  assert isinstance(model.config.objective, AutoregressiveConfig)
+  assert model.config.stages[-1].length == 48
+  scores = model.score(TEXT)
+  ids = model.tokenizer.encode(TEXT)
+  # Without a begin id the end of a document stands before a text; it ends one.
+  row = np.array([256, *ids, 256])
+  wanted = harness.logits({}, tensors, row[:-1])
+  possible = model.tokenizer.vocab.is_predictable(np.arange(len(wanted[0])))
+  wanted = np.where(possible, wanted, -np.inf)
+  wanted -= np.log(np.exp(wanted).sum(-1, keepdims=True))
+  by_hand = -wanted[np.arange(len(ids) + 1), row[1:]].sum()
+  assert scores.tokens[0] == len(ids) + 1
+  np.testing.assert_allclose(scores.nats, by_hand, rtol=1e-5)
+
+
+def test_a_bidirectional_model_fills_in(tmp_path):
+  harness.save(tmp_path, harness.QWEN3)
+  model = mdm_jax.load(f"hf:{tmp_path}")
+  drawn = model.generate("the [MASK:3] th", num_steps=3)
+  assert drawn.texts[0].startswith("the") and len(drawn.texts) == 1
+
+
+CONFIG = """
+from mdm_jax.config import default_config, stage
+
+def get_config(arg=""):
+  config = default_config()
+  config.data.update(corpus="text:texts/*", batch_size=2)
+  config.data.update(eval_fraction=0.25, test_fraction=0.25)
+  config.model.num_layers = 5
+  config.stages = (stage(length=48, updates=2),)
+  config.sample.update(num_samples=1, length=16)
+  config.eval.update(judge="", batch_size=2)
+  return config.lock()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_it_and_resumes_without_the_folder(tmp_path):
+  env = commands.environment(tmp_path / "cache")
+  tensors = harness.save(tmp_path / "model", harness.QWEN3)
+  prepare_harness.write_texts(tmp_path / "texts")
+  (tmp_path / "config.py").write_text(CONFIG)
+  call = lambda *args: commands.call(
+    tmp_path,
+    env,
+    "--config=config.py",
+    "--config.init_from=hf:model",
+    "--workdir=run",
+    *args,
+  )
+  done = call("--config.optimizer.learning_rate=1e-9")
+  assert done.returncode == 0, done.stderr
+  assert "hf:model has its own sizes: not used num_layers=5" in done.stdout
+  assert "starting from the weights of hf:model" in done.stdout
+  saved = Workdir(tmp_path / "run").read_config()
+  assert (saved.model.num_layers, saved.model.head_dim) == (2, 6)
+  (tmp_path / "model").rename(tmp_path / "gone")
+  again = call("--config.optimizer.learning_rate=1e-9")
+  assert again.returncode == 0, again.stderr
+  model = mdm_jax.load(str(tmp_path / "run"))
+  up = np.asarray(model._model.params["blocks"]["mlp"]["up"])
+  theirs = tensors["model.layers.0.mlp.up_proj.weight"]
+  np.testing.assert_allclose(up[0], theirs.T, atol=1e-6)
+  fresh = call("--workdir=other")
+  commands.check_mistake(fresh, "hf:model", "config.json")
+
+
+def test_other_sizes_are_refused_by_name(tmp_path, mesh):
+  harness.save(tmp_path, {})
+  config = imported_model.config_of(f"hf:{tmp_path}")
+  model = dataclasses.replace(config.model, num_layers=3)
+  config = dataclasses.replace(config, model=model)
+  with pytest.raises(UserError, match="model.num_layers=3, but .* has 2"):
+    imported_model.load_imported(f"hf:{tmp_path}", config)
+
+
+def test_a_config_takes_the_sizes_and_says_what_it_replaces(tmp_path):
+  harness.save(tmp_path, harness.QWEN3)
+  given = Config(
+    init_from=f"hf:{tmp_path}",
+    model=ModelConfig(num_layers=5, embed_dim=16, num_heads=4, dtype="float32"),
+  )
+  workdir = Workdir(tmp_path / "none")
+  with console.capture() as said:
+    found = command_line.with_imported_sizes(given, workdir)
+  assert found.model.num_layers == 2 and found.model.dtype == "float32"
+  assert "not used num_layers=5\n" in said.get()
+  plain = dataclasses.replace(given, init_from="")
+  assert command_line.with_imported_sizes(plain, workdir) == plain
