@@ -36,11 +36,13 @@ def _measured_table(measured: Measured, results: Mapping[str, Any]) -> Table:
   whose = text["split"] if text["own"] else text["corpus"]
   title = f"{whose} text, update {results['checkpoint']:,}"
   table = for_terminal(["metric", "value"], title=title)
-  for value in measured.values.values():
-    table.add_row(value.heading, _number(value))
-  for found in results["baselines"].values():
-    bits = with_error(found["bits_per_byte"], found["stderr"], ".4f")
-    table.add_row(f"bits per byte, {found['name']}", bits)
+  rows = [(v.heading, _number(v)) for v in measured.values.values()]
+  # The model's own bits say little alone: what to compare them with is next.
+  roles = [v.role for v in measured.values.values()]
+  below = roles.index(BITS) + 1 if BITS in roles else len(rows)
+  rows[below:below] = map(_baseline, results["baselines"].values())
+  for row in rows:
+    table.add_row(*row)
   for curve in measured.curves.values():
     if curve.split == text["split"]:
       for x, y in _some(list(curve.points().items())):
@@ -51,6 +53,11 @@ def _measured_table(measured: Measured, results: Mapping[str, Any]) -> Table:
   table.add_row("tokens seen", f"{results['tokens_seen']:,.0f}")
   table.add_row("wall seconds", f"{results['wall_seconds']:,.0f}")
   return table
+
+
+def _baseline(found: Mapping[str, Any]) -> tuple[str, str]:
+  bits = with_error(found["bits_per_byte"], found["stderr"], ".4f")
+  return f"bits per byte, {found['name']}", bits
 
 
 def in_a_line(measured: Measured) -> str:
