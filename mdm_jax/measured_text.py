@@ -33,6 +33,7 @@ def open_rows(config: Config, workdir: Workdir) -> tuple[PreparedData, Config]:
   # First the run's own rows, with the run's own corpora: only they have hashes
   # to check.
   data = prepare(config.rows, workdir.path, for_training=False)
+  workdir.check_revisions(data.manifest)
   workdir.check_tokenizer(data.tokenizer.sha256)
   workdir.check_data(data.manifest, _advice(saved, config))
   for name, side in named.items():

@@ -13,7 +13,7 @@ from mdm_jax.config import Config
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console, progress_bar
-from mdm_jax.data import coverage, folder, inputs, preparation, splits
+from mdm_jax.data import corpora, coverage, folder, inputs, preparation, splits
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
 from mdm_jax.data.stage_rows import stage_name
@@ -68,6 +68,7 @@ def print_summary(config: Config, manifest: dict[str, Any]) -> None:
   size = manifest["documents"]["bytes"] / 1e6
   lines = [
     f"{size:,.1f} MB in {manifest['blocks']['count']:,} blocks",
+    *corpora.describe_revisions(manifest),
     splits.describe(manifest["split"]),
   ]
   for name, counts in manifest["rows"].items():

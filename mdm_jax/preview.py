@@ -7,7 +7,7 @@ from typing import Any
 
 from mdm_jax.config import Config
 from mdm_jax.core.progress import console
-from mdm_jax.data import coverage, splits
+from mdm_jax.data import corpora, coverage, splits
 from mdm_jax.data.config import StageConfig
 from mdm_jax.data.prepared import PreparedData, prepare
 
@@ -23,6 +23,8 @@ def show_data(config: Config) -> dict[str, Any]:
 
 def show(config: Config, data: PreparedData) -> None:
   """Prints how the text is split and what each stage reads."""
+  for line in corpora.describe_revisions(data.manifest):
+    console.print(line, markup=False, soft_wrap=True)
   console.print(splits.describe(data.manifest["split"]), markup=False)
   console.print()
   for text in describe(config, data).values():

@@ -88,6 +88,7 @@ def open_run(config: Config, workdir: Workdir) -> Iterator["Run"]:
     data = prepare_on_all(config.rows, workdir.path)
     # Without a shared disk each process prepares its own rows.
     distributed.agree("the prepared data", data.manifest["files"])
+    workdir.check_revisions(data.manifest)
     workdir.check_tokenizer(data.tokenizer.sha256)
     if origin.update is not None:
       workdir.check_data(data.manifest)

@@ -133,6 +133,18 @@ class Workdir:
         f" changed since; restore the text, or use another workdir{advice}"
       )
 
+  def check_revisions(self, manifest: dict[str, Any]) -> None:
+    """Raises UserError if the run read its datasets at other revisions."""
+    saved = (self.read("data.json") or {}).get("revisions", {})
+    for side, before in saved.items():
+      now = manifest.get("revisions", {}).get(side, before)
+      # A dataset under another name, or in a folder, is compared by its rows.
+      if now != before and now.partition("@")[0] == before.partition("@")[0]:
+        raise UserError(
+          f"workdir {self.path} was started with hf:{before}, but hf:{now} is"
+          f" read now; give hf:{before} in the config, or use another workdir"
+        )
+
   def read(self, name: str) -> dict[str, Any] | None:
     """Returns the content of a JSON file, or None if it doesn't exist."""
     try:

@@ -11,7 +11,7 @@ import itertools
 import pathlib
 from collections.abc import Iterator
 
-from mdm_jax.data import corpora, records, tfds
+from mdm_jax.data import corpora, huggingface, records, tfds
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.corpora import Document
 from mdm_jax.data.splits import TRAIN
@@ -26,8 +26,8 @@ class Block:
 
   Attributes:
     number: position among the blocks of the same corpus, from 0.
-    root: folder of the files, or `tfds:NAME`.
-    spans: parts of files, or of TFDS splits (examples instead of bytes).
+    root: folder of the files, `tfds:NAME` or `hf:NAME`.
+    spans: parts of files, or of a data set's splits.
     most: read at most this many documents (None: all).
     sha256: hash of the block's documents; empty until they have been counted.
     side: which split the corpus was given for; only `train` is split further.
@@ -53,10 +53,12 @@ def cut(data: DataConfig) -> list[Block]:
     kind, _, name = corpus.partition(":")
     if kind == "tfds" and name:
       root, weighted = corpus, _split_spans(name, size)
+    elif kind == "hf" and name:
+      root, weighted = corpus, huggingface.spans(name, size)
     elif files := corpora.files(corpus):
       root, weighted = str(files[1]), _file_spans(files[0], size, data)
     else:
-      valid = ("sotu", "shakespeare", "text:GLOB", "tfds:NAME")
+      valid = ("sotu", "shakespeare", "text:GLOB", "tfds:NAME", "hf:NAME")
       why = " can't be prepared in blocks"
       raise corpora.unknown(corpus, field, why, valid)
     groups = enumerate(_group(weighted, size))
@@ -81,6 +83,10 @@ def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
     name = block.root.removeprefix("tfds:")
     parts = [tfds.read(name, s.path, s.start, s.end, data) for s in block.spans]
     found = itertools.chain.from_iterable(parts)
+  elif block.root.startswith("hf:"):
+    name = block.root.removeprefix("hf:")
+    parts = [huggingface.read(name, span, data, tally) for span in block.spans]
+    found = corpora.advised(itertools.chain.from_iterable(parts))
   else:
     root = pathlib.Path(block.root)
     found = corpora.read_files(block.spans, root, data, tally)
@@ -98,7 +104,7 @@ def files(blocks: list[Block]) -> str:
   for block in blocks:
     for span in block.spans:
       path = pathlib.Path(span.path)
-      # The path of a TFDS span is the name of a split, not a file.
+      # In a data set it names a split, or a file that is elsewhere.
       size = path.stat().st_size if path.is_file() else 0
       known.add((block.side, _within(path, block.root), size))
   return hashlib.sha256(repr(sorted(known)).encode()).hexdigest()
@@ -122,6 +128,8 @@ def state(blocks: list[Block]) -> str:
 
 def _within(path: pathlib.Path, root: str) -> str:
   """Returns the path relative to `root`, so a moved corpus hashes the same."""
+  if root.startswith("hf:"):
+    root = huggingface.folder(root.removeprefix("hf:"))
   inside = path.is_relative_to(root)
   return str(path.relative_to(root)) if inside else str(path)
 

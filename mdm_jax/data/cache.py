@@ -8,6 +8,7 @@ them), so equal inputs share a folder and different ones never do. It is renamed
 into place when complete, so it is never seen half-written.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -47,6 +48,7 @@ def folder_of(config: RowsConfig, given: Tokenizer | None) -> pathlib.Path:
   Raises:
     UserError: the corpus can't be read, or the folder can't be written.
   """
+  config = dataclasses.replace(config, data=corpora.settle(config.data))
   found, total = corpora.load_all(config.data), Tally()
   for _, tally in found.values():
     total.add(tally)
@@ -57,6 +59,10 @@ def folder_of(config: RowsConfig, given: Tokenizer | None) -> pathlib.Path:
     # The manifest states it, so another count needs another folder.
     "bad_records": total.bad,
   } | row_inputs(config, given)
+  # Two revisions with the same text have rows of their own: the manifest says
+  # which one was read.
+  if revisions := corpora.revisions(config.data):
+    inputs["revisions"] = revisions
   key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
   folder = _cache_dir(config) / key.hexdigest()[:16]
   if not (folder / MANIFEST).exists():
@@ -70,6 +76,7 @@ def training_texts(config: RowsConfig) -> list[str]:
 
   The corpus is read and split again: the cache keeps only ids.
   """
+  config = dataclasses.replace(config, data=corpora.settle(config.data))
   store = InMemory(corpora.load_all(config.data))
   counted = preparation.count(Job(config, store), store.blocks, run_here)
   return preparation.sample(counted, run_here)[0]
@@ -107,7 +114,8 @@ def _write(
 
       made = preparation.make(Job(config, store), store.blocks, given, run)
     files = {p.name: file_sha256(p) for p in sorted(partial.iterdir())}
-    manifest = {"inputs": inputs, **made.manifest, "files": files}
+    read = {"revisions": corpora.revisions(config.data)}
+    manifest = {"inputs": inputs, **read, **made.manifest, "files": files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
     try:
       partial.rename(folder)

@@ -13,7 +13,8 @@ class DataConfig:
   """Which text is read, and how it is split."""
 
   corpus: str = field(  # not fixed: a resume may find it elsewhere
-    "sotu", "`sotu`, `python_docs`, `shakespeare`, `text:GLOB` or `tfds:NAME`"
+    "sotu",
+    "`sotu`, `python_docs`, `shakespeare`, `text:GLOB`, `tfds:NAME`, `hf:NAME`",
   )
   batch_size: int = fixed(8, "rows per microbatch, over all devices", SIZE)
   eval_fraction: float = fixed(
@@ -23,10 +24,11 @@ class DataConfig:
     0.05, "fraction held out for test, only for final results", "[0, 0.5]"
   )
   validation_corpus: str = field(
-    "", "corpus used for validation ('': a fraction of `corpus`)"
+    "",
+    "corpus used for validation ('': `hf:`'s own split, or a part of `corpus`)",
   )
   test_corpus: str = field(
-    "", "corpus used for test ('': a fraction of `corpus`)"
+    "", "corpus used for test ('': `hf:`'s own split, or a part of `corpus`)"
   )
   language: str = fixed(
     "en", "ISO 639-1 code of the text; for splitting sentences and readability"
@@ -35,7 +37,8 @@ class DataConfig:
     "auto", "one document per text file or per line of it (auto: file)"
   )
   text_key: str = field(
-    "text", "key or column of the text in .jsonl, .csv, .parquet, `tfds:NAME`"
+    "text",
+    "key or column of the text in .jsonl, .csv, .parquet, `tfds:` and `hf:`",
   )
   max_documents: int | None = fixed(
     None, "read only the first N documents (None: all)", MANY

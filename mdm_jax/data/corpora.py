@@ -1,4 +1,4 @@
-"""Reads corpora: packaged ones, the user's files, and TensorFlow Datasets.
+"""Reads corpora: packaged ones, the user's files, and public data sets.
 
 Text is kept verbatim, line breaks included. Only blank documents are dropped.
 """
@@ -17,7 +17,7 @@ from absl import logging
 from mdm_jax.core import modules
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.registry import Registry
-from mdm_jax.data import records, splits, text_files, tfds
+from mdm_jax.data import huggingface, records, splits, text_files, tfds
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import BadRecord, Document, Files, Span, Tally
 
@@ -38,6 +38,12 @@ class Corpus:
   argument: str = ""
 
 
+# The config fields that name the corpora, by what they are given for.
+_FIELDS = {
+  splits.TRAIN: "data.corpus",
+  splits.VALIDATION: "data.validation_corpus",
+  splits.TEST: "data.test_corpus",
+}
 CORPORA: Registry[Corpus] = Registry("corpus", "data.corpus")
 
 
@@ -138,11 +144,52 @@ def load_all(data: DataConfig) -> dict[str, tuple[list[Document], Tally]]:
 def sources(data: DataConfig) -> dict[str, tuple[str, str]]:
   """Returns {split: (config field, corpus)} of the corpora that are set."""
   named = {
-    splits.TRAIN: ("data.corpus", data.corpus),
-    splits.VALIDATION: ("data.validation_corpus", data.validation_corpus),
-    splits.TEST: ("data.test_corpus", data.test_corpus),
+    side: (field, getattr(data, field.removeprefix("data.")))
+    for side, field in _FIELDS.items()
   }
   return {side: source for side, source in named.items() if source[1]}
+
+
+def settle(data: DataConfig) -> DataConfig:
+  """Returns the config with each `hf:` corpus at a commit and at a split.
+
+  The held-out splits that such a dataset has become the corpora for validation
+  and test, unless the config names others.
+
+  Raises:
+    UserError: a dataset can't be found, or it isn't clear what to read of it.
+  """
+  found: dict[str, str] = {}
+  for side, (field, corpus) in sources(data).items():
+    kind, _, rest = corpus.partition(":")
+    own = {field: corpus}
+    if kind == "hf" and rest:
+      settled = huggingface.settle(rest, side)
+      own = {_FIELDS[s]: f"hf:{text}" for s, text in settled.items()}
+    # The corpora that the config names replace a dataset's own splits.
+    found |= own
+  named = {field.removeprefix("data."): text for field, text in found.items()}
+  return dataclasses.replace(data, **named)
+
+
+def revisions(data: DataConfig) -> dict[str, str]:
+  """Returns {split: NAME@COMMIT} of the corpora that are on the hub.
+
+  Args:
+    data: from `settle`.
+  """
+  found = {}
+  for side, (_, corpus) in sources(data).items():
+    kind, _, rest = corpus.partition(":")
+    if kind == "hf" and (pinned := huggingface.pinned(rest)):
+      found[side] = pinned
+  return found
+
+
+def describe_revisions(manifest: dict[str, Any]) -> list[str]:
+  """Returns a line for each split that is read from the hub."""
+  found = manifest.get("revisions", {})
+  return [f"{side} is read from hf:{at}" for side, at in found.items()]
 
 
 def fingerprint(documents: list[Document]) -> str:
@@ -182,8 +229,13 @@ def read_files(
   spans: Iterable[Span], root: pathlib.Path, data: DataConfig, tally: Tally
 ) -> Iterator[Document]:
   """Yields the documents of spans, or says how to skip a bad record."""
+  return advised(records.read_all(spans, root, data, tally))
+
+
+def advised(found: Iterable[Document]) -> Iterator[Document]:
+  """Yields documents; if a record is bad, the error says how to skip it."""
   try:
-    yield from records.read_all(spans, root, data, tally)
+    yield from found
   except BadRecord as error:
     raise UserError(
       f"{error}; data.on_bad_record=skip leaves such records out"
@@ -213,3 +265,6 @@ CORPORA.register("python_docs", Corpus(_python_docs))
 _register_files("shakespeare")
 _register_files("text", "GLOB")
 CORPORA.register("tfds", Corpus(tfds.read_all, "NAME"))
+CORPORA.register(
+  "hf", Corpus(lambda *args: advised(huggingface.read_all(*args)), "NAME")
+)

@@ -1,6 +1,7 @@
 """Prepares a folder of sharded rows block by block, and can be resumed."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import pathlib
@@ -75,9 +76,10 @@ def prepare_folder(
     OnDisk(folder, config.data),
   )
   if not (folder / MANIFEST).exists():
-    job = Job(config, store)
+    settled = corpora.settle(config.data)
+    job = Job(dataclasses.replace(config, data=settled), store)
     with _locked(store.work):
-      found = blocks.cut(config.data)
+      found = blocks.cut(settled)
       _begin(job, wanted, found)
       _fill(job, wanted, given, found, run)
   inputs.check_made(folder, wanted, config.data)
@@ -167,6 +169,7 @@ def _fill(
     },
     # Recognises the corpus after a move (`inputs.check_made`).
     "from": blocks.files(blocks.cut(job.config.data)),
+    "revisions": corpora.revisions(job.config.data),
     **made.manifest,
     "files": dict(sorted(files.items())),
   }

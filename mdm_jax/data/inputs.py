@@ -9,7 +9,7 @@ from absl import logging
 from etils import epath
 
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import blocks, huggingface_tokenizer, journal
+from mdm_jax.data import blocks, corpora, huggingface_tokenizer, journal
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import DataConfig, RowsConfig
 from mdm_jax.data.tokenizer import Tokenizer
@@ -161,7 +161,8 @@ def renamed(made: Any, wanted: dict[str, Any]) -> Any:
 def _is_there(manifest: dict[str, Any], data: DataConfig) -> bool:
   """Whether the corpora have the same files that the folder was made from."""
   try:
-    return blocks.files(blocks.cut(data)) == manifest.get("from")
+    found = blocks.cut(corpora.settle(data))
+    return blocks.files(found) == manifest.get("from")
   except UserError:
     return False
 

@@ -5,15 +5,11 @@ TensorFlow is needed only to prepare a data set of the catalogue, once.
 
 import importlib.util
 import os
-import socket
-import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from mdm_jax.core import modules
+from mdm_jax.core import modules, network
 from mdm_jax.core.errors import UserError, first_line, nearest
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.records import decode
@@ -79,7 +75,7 @@ def _prepared(name: str, folder: str | None) -> Any:
     )
   except (ValueError, AssertionError, ImportError) as e:
     raise UserError(f"tfds:{name}: {_unknown(name, e)}") from e
-  if not _online():
+  if not network.reaches("https://www.tensorflow.org"):
     raise UserError(
       f"tfds:{name} is not prepared in {builder.data_path.parent}, and there is"
       " no network to download it; set TFDS_DATA_DIR to where it is"
@@ -127,22 +123,3 @@ def _text_feature(name: str, features: Any, key: str) -> str:
 
 def _has_tensorflow() -> bool:
   return importlib.util.find_spec("tensorflow") is not None
-
-
-def _online(seconds: float = 3.0) -> bool:
-  """Whether a download can work; without a network TFDS retries for minutes."""
-  proxy = urllib.parse.urlsplit(urllib.request.getproxies().get("https", ""))
-  host = proxy.hostname or "www.tensorflow.org"
-  reached = threading.Event()
-
-  def connect() -> None:
-    try:
-      socket.create_connection((host, proxy.port or 443), seconds).close()
-      reached.set()
-    except OSError:
-      pass
-
-  # DNS look-ups have no timeout, so the thread may have to be abandoned.
-  thread = threading.Thread(target=connect, daemon=True)
-  thread.start()
-  return reached.wait(seconds)

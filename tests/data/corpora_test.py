@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
+from mdm_jax.core import network
 from mdm_jax.core.errors import UserError
 from mdm_jax.data import blocks, corpora
 from mdm_jax.data import tfds as tfds_corpus
@@ -386,16 +387,16 @@ def test_tfds_in_another_format_is_refused(tmp_path, monkeypatch):
 def test_tfds_unprepared_says_what_is_missing(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   monkeypatch.setattr(tfds_corpus, "_has_tensorflow", lambda: False)
-  monkeypatch.setattr(tfds_corpus, "_online", lambda: False)
+  monkeypatch.setattr(network, "reaches", lambda url: False)
   assert "there is no network" in _error("tfds:tiny_shakespeare")
-  monkeypatch.setattr(tfds_corpus, "_online", lambda: True)
+  monkeypatch.setattr(network, "reaches", lambda url: True)
   assert "pip install -e '.[tf]'" in _error("tfds:tiny_shakespeare")
 
 
 def test_tfds_reports_a_failed_preparation(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   monkeypatch.setattr(tfds_corpus, "_has_tensorflow", lambda: True)
-  monkeypatch.setattr(tfds_corpus, "_online", lambda: True)
+  monkeypatch.setattr(network, "reaches", lambda url: True)
 
   def fail(self):
     raise OSError("disk full\nmore")
@@ -412,9 +413,18 @@ def test_tfds_names_the_nearest_data_set(tmp_path, monkeypatch):
   assert "knows no such data set" in _error("tfds:qqqq")
 
 
-def test_tfds_without_its_package_says_how_to_install_it(monkeypatch):
-  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-  assert "pip install -e '.[tfds]'" in _error("tfds:tiny_shakespeare")
+@pytest.mark.parametrize(
+  "corpus, package, extra",
+  [
+    ("tfds:tiny_shakespeare", "tensorflow_datasets", "tfds"),
+    ("hf:me/tiny", "datasets", "huggingface"),
+  ],
+)
+def test_without_its_package_it_says_how_to_install_it(
+  corpus, package, extra, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, package, None)
+  assert f"pip install -e '.[{extra}]'" in _error(corpus)
 
 
 # MARK: fingerprint
