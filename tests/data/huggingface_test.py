@@ -193,6 +193,15 @@ def test_a_dataset_without_a_train_split_asks_which(tmp_path):
   assert "did you mean 'test'" in _error(f"{tmp_path},split=tset")
 
 
+def test_a_saved_dataset_has_its_own_splits(tmp_path):
+  parts = {n: datasets.Dataset.from_dict({"text": [n]}) for n in ("en", "de")}
+  datasets.DatasetDict(parts).save_to_disk(tmp_path)
+  assert "choose: split=en, split=de" in _error(tmp_path)
+  data = DataConfig(corpus=f"hf:{tmp_path},split=de")
+  assert _texts(data)["train"] == "de"
+  assert "without subsets" in _error(f"{tmp_path},subset=de")
+
+
 def test_subsets(tmp_path):
   of = lambda name: f"- config_name: {name}\n  data_files: {name}/*.jsonl\n"
   card = f"---\nconfigs:\n{of('en')}{of('de')}---\n"
