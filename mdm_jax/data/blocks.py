@@ -11,7 +11,7 @@ import itertools
 import pathlib
 from collections.abc import Iterator
 
-from mdm_jax.data import corpora, huggingface, records, tfds
+from mdm_jax.data import corpora, huggingface_datasets, records, tfds
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.corpora import Document
 from mdm_jax.data.splits import TRAIN
@@ -54,7 +54,7 @@ def cut(data: DataConfig) -> list[Block]:
     if kind == "tfds" and name:
       root, weighted = corpus, _split_spans(name, size)
     elif kind == "hf" and name:
-      root, weighted = corpus, huggingface.spans(name, size)
+      root, weighted = corpus, huggingface_datasets.spans(name, size)
     elif files := corpora.files(corpus):
       root, weighted = str(files[1]), _file_spans(files[0], size, data)
     else:
@@ -85,7 +85,9 @@ def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
     found = itertools.chain.from_iterable(parts)
   elif block.root.startswith("hf:"):
     name = block.root.removeprefix("hf:")
-    parts = [huggingface.read(name, span, data, tally) for span in block.spans]
+    parts = [
+      huggingface_datasets.read(name, span, data, tally) for span in block.spans
+    ]
     found = corpora.advised(itertools.chain.from_iterable(parts))
   else:
     root = pathlib.Path(block.root)
@@ -129,7 +131,7 @@ def state(blocks: list[Block]) -> str:
 def _within(path: pathlib.Path, root: str) -> str:
   """Returns the path relative to `root`, so a moved corpus hashes the same."""
   if root.startswith("hf:"):
-    root = huggingface.folder(root.removeprefix("hf:"))
+    root = huggingface_datasets.folder(root.removeprefix("hf:"))
   inside = path.is_relative_to(root)
   return str(path.relative_to(root)) if inside else str(path)
 

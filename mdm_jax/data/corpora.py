@@ -17,7 +17,7 @@ from absl import logging
 from mdm_jax.core import modules
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.registry import Registry
-from mdm_jax.data import huggingface, records, splits, text_files, tfds
+from mdm_jax.data import huggingface_datasets, records, splits, text_files, tfds
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import BadRecord, Document, Files, Span, Tally
 
@@ -164,7 +164,7 @@ def settle(data: DataConfig) -> DataConfig:
     kind, _, rest = corpus.partition(":")
     own = {field: corpus}
     if kind == "hf" and rest:
-      settled = huggingface.settle(rest, side)
+      settled = huggingface_datasets.settle(rest, side)
       own = {_FIELDS[s]: f"hf:{text}" for s, text in settled.items()}
     # The corpora that the config names replace a dataset's own splits.
     found |= own
@@ -181,7 +181,7 @@ def revisions(data: DataConfig) -> dict[str, str]:
   found = {}
   for side, (_, corpus) in sources(data).items():
     kind, _, rest = corpus.partition(":")
-    if kind == "hf" and (pinned := huggingface.pinned(rest)):
+    if kind == "hf" and (pinned := huggingface_datasets.pinned(rest)):
       found[side] = pinned
   return found
 
@@ -266,5 +266,6 @@ _register_files("shakespeare")
 _register_files("text", "GLOB")
 CORPORA.register("tfds", Corpus(tfds.read_all, "NAME"))
 CORPORA.register(
-  "hf", Corpus(lambda *args: advised(huggingface.read_all(*args)), "NAME")
+  "hf",
+  Corpus(lambda *args: advised(huggingface_datasets.read_all(*args)), "NAME"),
 )
