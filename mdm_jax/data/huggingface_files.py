@@ -103,6 +103,7 @@ def parse(text: str) -> Source:
 
 
 def split(source: Source, columns: tuple[str, ...] = ()) -> Any:
+  """Returns the stream of the split that a source names; arguments as below."""
   found = splits(source, columns)
   if source.split not in found:
     advice = nearest(source.split, found)
