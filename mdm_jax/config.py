@@ -13,6 +13,7 @@ and refuses those of others.
 """
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -183,14 +184,18 @@ def form() -> type:
 
   It has the fields of all registered objectives, None where not given.
   """
-  # Made anew on every call: modules may have registered more objectives.
+  # By what is registered now: modules may have added objectives.
   kinds = {name: OBJECTIVES[name] for name in OBJECTIVES}
+  return _form(tuple((n, k.config, k.stage) for n, k in kinds.items()))
+
+
+@functools.lru_cache(maxsize=4)
+def _form(kinds: tuple[tuple[str, type, type], ...]) -> type:
+  # Kept: making the classes takes twice as long as filling them.
   objective = coercion.union(
-    ObjectiveConfig, {name: kind.config for name, kind in kinds.items()}
+    ObjectiveConfig, {name: config for name, config, _ in kinds}
   )
-  part = coercion.union(
-    StageConfig, {name: kind.stage for name, kind in kinds.items()}
-  )
+  part = coercion.union(StageConfig, {name: stage for name, _, stage in kinds})
   types = {
     "objective": (objective, objective()),
     "stages": (tuple[part, ...], (part(),)),

@@ -9,6 +9,7 @@ checkpoints are measured on the same masks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -77,8 +78,7 @@ class MaskedBound(Objective):
         key = rng.stream(SEED, "curve")
     which = np.repeat(np.arange(rows), rates.shape[1])
     rates = rates.reshape(-1)
-    lengths = jnp.asarray(row_lengths(held)[which])
-    asked = corruption.num_masked(jnp.asarray(rates), lengths)
+    asked = _num_masked(rates, row_lengths(held)[which])
     numbers = np.arange(len(which))
     return Jobs(key, which, numbers, np.asarray(asked), {"rate": rates})
 
@@ -140,11 +140,21 @@ def row_rates(rows: int, draws: int) -> Float32[np.ndarray, "N K"]:
   Each row has one random offset, so a row's rates do not depend on how many
   rows there are.
   """
+  return np.asarray(_row_rates(rows, draws))
+
+
+# Compiled whole, as `_num_masked`: one by one, these operations take longer to
+# compile than the first evaluation takes to run.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _row_rates(rows: int, draws: int) -> Float[Array, "N K"]:
   keys = rng.per_row(rng.stream(SEED, "row_rates"), jnp.arange(rows))
   # From [0, 1) to (0, 1]: a rate of 0 would mask nothing.
   offset = 1 - jax.vmap(jax.random.uniform)(keys)
   strata = jnp.arange(draws, dtype=offset.dtype)[None]
-  return np.asarray((strata + offset[:, None]) / draws)
+  return (strata + offset[:, None]) / draws
+
+
+_num_masked = jax.jit(corruption.num_masked)
 
 
 def row_lengths(held: HeldOut) -> Int[np.ndarray, "N"]:

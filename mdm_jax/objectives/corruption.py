@@ -106,14 +106,19 @@ def max_masked(
       microbatch is padded if it doesn't divide.
     microbatches: microbatches per update.
   """
-  # Runs on the host, also when planning for a mesh whose devices don't exist.
-  with jax.sharding.use_abstract_mesh(_NO_MESH):
+
+  # One program: compiled one by one, these operations took a second.
+  @jax.jit
+  def counts() -> Int[Array, "I N"]:
     edges = jnp.linspace(0, 1, _INTERVALS + 1)
     offsets = jax.vmap(lambda offset: _offsets(offset, rows))(edges)
     stratum = strata(rows).astype(np.float32)[None]
     upper = (stratum + jnp.maximum(offsets[:-1], offsets[1:])) / rows
-    counts = num_masked(rates.rate(upper), jnp.full(upper.shape, length))
-  grid = np.asarray(counts).reshape(_INTERVALS, microbatches, -1)
+    return num_masked(rates.rate(upper), jnp.full(upper.shape, length))
+
+  # Runs on the host, also when planning for a mesh whose devices don't exist.
+  with jax.sharding.use_abstract_mesh(_NO_MESH):
+    grid = np.asarray(counts()).reshape(_INTERVALS, microbatches, -1)
   grid = np.pad(grid, ((0, 0), (0, 0), (0, -grid.shape[2] % shards)))
   by_shard = grid.reshape(_INTERVALS, microbatches * shards, -1).sum(axis=-1)
   return int(by_shard.max())

@@ -103,6 +103,9 @@ class Trainer(Recipe):
     # Jitted functions are made once: new ones would be compiled again.
     self._init = jax.jit(lambda key: self.init_from(self.denoiser.init(key)))
     self.init_from = jax.jit(self.initial_state)
+    self._objectives = functools.cache(
+      lambda index: super(Trainer, self).objective(stages[index])
+    )
     self._steps = functools.cache(lambda index: self.step(stages[index]))
     self._diagnoses = functools.cache(self._make_diagnosis)
 
@@ -115,6 +118,10 @@ class Trainer(Recipe):
       most_asked=most_asked(counts, length),
       most_segments=most_segments(counts, length),
     )
+
+  def objective(self, stage: StagePlan) -> Objective:
+    """Returns a stage's objective, made once."""
+    return self._objectives(stage.index)
 
   def init(self) -> TrainState:
     """Returns the initial state with random parameters."""
