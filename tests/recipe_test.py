@@ -249,8 +249,13 @@ def read_epochs(config: Config, stage: int) -> float:
 def read_mask_rate(config: Config, stage: int) -> tuple[float, float]:
   """Where rows are masked more often than by rates from all of (0, 1)."""
   rates = stage_rates(config.stages[stage].objective, config.noise)
-  u = corruption.stratified_uniforms(rng.stream(0, "rate"), MASKED_ROWS)
-  masked = np.asarray(draw_masks(rates.rate(u), MASKED_LENGTH)).sum(axis=1)
+
+  @jax.jit
+  def drawn_rates():
+    key = rng.stream(0, "rate")
+    return rates.rate(corruption.stratified_uniforms(key, MASKED_ROWS))
+
+  masked = np.asarray(draw_masks(drawn_rates(), MASKED_LENGTH)).sum(axis=1)
   rows = np.bincount(masked, minlength=MASKED_LENGTH + 1)
   (often,) = np.nonzero(rows > MASKED_ROWS / MASKED_LENGTH)
   return (often[0] - 1) / MASKED_LENGTH, often[-1] / MASKED_LENGTH
@@ -353,11 +358,13 @@ def read_label_smoothing(config: Config) -> float:
   """The gradient by the logits is softmax - target."""
   num_real, token = 5, 2
   vocab = Vocabulary(8, forbidden=((num_real, 8),))
-  logits = jnp.where(jnp.arange(8) < num_real, jnp.arange(8) * 0.3, -jnp.inf)
+  logits = np.where(np.arange(8) < num_real, np.arange(8) * 0.3, -np.inf)
+  logits = logits.astype(np.float32)
   loss = lambda logits: cross_entropy.cross_entropy(
     logits[None], jnp.array([token]), vocab, config.objective.label_smoothing
   ).sum()
-  target = np.asarray(jax.nn.softmax(logits) - jax.grad(loss)(logits))
+  error = lambda logits: jax.nn.softmax(logits) - jax.grad(loss)(logits)
+  target = np.asarray(jax.jit(error)(logits))
   smoothing = float(target[0]) * num_real
   want = np.where(np.arange(8) < num_real, smoothing / num_real, 0)
   want[token] += 1 - smoothing
@@ -366,12 +373,14 @@ def read_label_smoothing(config: Config) -> float:
 
 
 class Sampled:
-  """What a sampler draws from, given logits at every position."""
+  """What a sampler draws from, given logits at every position.
+
+  The program is that of a config; temperature and top-p are its arguments.
+  """
 
   ROWS, LENGTH, VOCAB = 8, 128, 100
 
   def __init__(self, config: SampleConfig):
-    self._config = config
     self._sample = make_sampler(config, self, Vocabulary.after_text(self.VOCAB))
     self._calls: list[None] = []
     self._drawn: list[np.ndarray] = []
@@ -383,7 +392,9 @@ class Sampled:
   def logits(self, params, hidden):
     return hidden
 
-  def __call__(self, logits) -> tuple[np.ndarray, int]:
+  def __call__(
+    self, config: SampleConfig, logits: np.ndarray
+  ) -> tuple[np.ndarray, int]:
     """Returns a draw's logits (the best has 0) a row, and denoiser calls."""
     self._calls.clear()
     self._drawn.clear()
@@ -395,7 +406,7 @@ class Sampled:
     )
     keys = rng.per_row(rng.stream(0, "sample"), jnp.arange(self.ROWS))
     params = np.broadcast_to(logits, (*shape, self.VOCAB)).astype(np.float32)
-    pace = schedule.pace(self._config, self.LENGTH)
+    pace = schedule.pace(config, self.LENGTH)
     mesh = make_mesh("1x1")
     place = lambda a: jax.device_put(a, batch_sharding(mesh, a.ndim))
     pace = jax.device_put(pace, NamedSharding(mesh, PartitionSpec()))
@@ -406,7 +417,7 @@ class Sampled:
       )
       canvas = jax.tree.map(place, canvas)
       with jax.set_mesh(mesh):
-        settings = tokens.effective_settings(self._config)
+        settings = tokens.effective_settings(config)
         self._sample(place(params), canvas, pace, settings, place(keys))
     jax.effects_barrier()
     return np.stack(self._drawn), len(self._calls)
@@ -416,7 +427,17 @@ class Sampled:
     return draw(key, logits, **options)
 
 
-sampled = functools.cache(Sampled)
+_sampled = functools.cache(Sampled)
+
+
+def sampled(config: SampleConfig):
+  """Returns the call of its program."""
+  top_p = None if config.top_p is None else 1.0
+  values = {"temperature": 1.0, "temperature_range": None, "top_p": top_p}
+  program = _sampled(dataclasses.replace(config, **values))
+  return functools.partial(program, config)
+
+
 # So flat that top-p, whatever it is, keeps the second token too.
 SLOPE = -0.01 * np.arange(Sampled.VOCAB, dtype=np.float32)
 

@@ -1,5 +1,6 @@
 """Visibility of positions, against a rule spelled out pair by pair."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ SEGMENTS = np.array(
   [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2, 2, 3]]
 )
 S = 3  # tokens of a block
+_positions = jax.jit(segment_positions)
 
 
 def sees(kind, p, noisy_query, q, noisy_key) -> bool:
@@ -54,50 +56,64 @@ def by_pairs(kind, segments, positions, noisy):
 def test_the_one_rule_is_that_of_every_pair_on_packed_rows(kind):
   """For `dual`, a row is its corrupted copy and then itself."""
   segments = np.tile(SEGMENTS, (1, 2)) if kind == "dual" else SEGMENTS
-  positions = np.asarray(segment_positions(jnp.asarray(SEGMENTS)))
+  positions = np.asarray(_positions(SEGMENTS))
   if kind == "dual":
     positions = np.tile(positions, (1, 2))
   noisy = np.arange(segments.shape[1])[None] < SEGMENTS.shape[1]
   noisy = np.broadcast_to(noisy, segments.shape)
-  context = Context(
-    *map(jnp.asarray, (segments, positions)),
-    visibility=Visibility(kind, S),
-    noisy=jnp.asarray(noisy) if kind == "dual" else None,
-  )
+
+  @jax.jit
+  def pairs(segments, positions, noisy):
+    noisy = noisy if kind == "dual" else None
+    visibility = Visibility(kind, S)
+    side = Context(segments, positions, visibility=visibility, noisy=noisy).side
+    return visible(side, side)
+
   np.testing.assert_array_equal(
-    visible(context.side, context.side),
+    pairs(segments, positions, noisy),
     by_pairs(kind, segments, positions, noisy),
   )
 
 
 def test_noisy_queries_see_clean_blocks_before_them():
   """A corrupted row against the keys of the clean one, as in two passes."""
-  segments = jnp.asarray(SEGMENTS)
-  positions = segment_positions(segments)
-  q = make_side(Visibility("noisy", S), segments, positions)
-  k = make_side(Visibility("blocks", S), segments, positions)
-  both = np.tile(SEGMENTS, (1, 2)), np.tile(np.asarray(positions), (1, 2))
+  positions = np.asarray(_positions(SEGMENTS))
+
+  @jax.jit
+  def pairs(segments, positions):
+    q = make_side(Visibility("noisy", S), segments, positions)
+    k = make_side(Visibility("blocks", S), segments, positions)
+    return visible(q, k)
+
+  both = np.tile(SEGMENTS, (1, 2)), np.tile(positions, (1, 2))
   noisy = np.repeat([[True, False]], SEGMENTS.shape[1], axis=1)
   noisy = np.broadcast_to(noisy, both[0].shape)
   length = SEGMENTS.shape[1]
   want = by_pairs("dual", *both, noisy)[:, :length, length:]
-  np.testing.assert_array_equal(visible(q, k), want)
+  np.testing.assert_array_equal(pairs(SEGMENTS, positions), want)
 
 
 def test_an_empty_slot_is_seen_by_nobody():
-  empty = jnp.full((1, 3), -1)
-  segments = jnp.array([[0, 1, 1]])
-  for kind in (FULL, CAUSAL, Visibility("blocks", S)):
-    q = make_side(kind, segments, segment_positions(segments))
-    k = make_side(kind, empty, jnp.zeros_like(empty))
-    assert not visible(q, k).any()
+
+  @jax.jit
+  def pairs():
+    empty = jnp.full((1, 3), -1)
+    segments = jnp.array([[0, 1, 1]])
+    found = []
+    for kind in (FULL, CAUSAL, Visibility("blocks", S)):
+      q = make_side(kind, segments, segment_positions(segments))
+      k = make_side(kind, empty, jnp.zeros_like(empty))
+      found.append(visible(q, k))
+    return jnp.stack(found)
+
+  assert not pairs().any()
 
 
 def test_positions_restart_in_each_segment():
-  segments = jnp.array([[1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 2]])
+  segments = np.array([[1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 2]])
   want = [[0, 1, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 0]]
-  np.testing.assert_array_equal(segment_positions(segments), want)
-  of_calls = row_context(segments[None]).positions
+  np.testing.assert_array_equal(_positions(segments), want)
+  of_calls = jax.jit(lambda x: row_context(x).positions)(segments[None])
   np.testing.assert_array_equal(of_calls, np.array(want)[None])
 
 

@@ -36,10 +36,15 @@ def _build(config, _mesh):
 
 
 def run(denoiser, params, xt=XT, segments=None, rate=0.5, row_keys=None):
+  return _run(denoiser, params, xt, segments, rate, row_keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(denoiser, params, xt, segments, rate, row_keys):
   segments = jnp.ones_like(xt) if segments is None else segments
   rates = jnp.full(len(xt), rate, jnp.float32)
   context = row_context(segments, condition=rates, keys=row_keys)
-  return hidden(denoiser, params, xt, context)
+  return denoiser.hidden(params, xt, context)
 
 
 def test_packed_segments_do_not_see_each_other(mesh):
@@ -115,7 +120,8 @@ def test_attention_is_bidirectional(mesh):
 
 def test_unreal_ids_are_never_predicted(mesh):
   denoiser, params = build()
-  logits = denoiser.logits(params, run(denoiser, params)[0])
+  logits = jax.jit(denoiser.logits)(params, run(denoiser, params)[0])
+  logits = np.asarray(logits)
   assert np.isneginf(logits[:, 12:]).all()
   assert np.isfinite(logits[:, :12]).all()
 
@@ -178,8 +184,9 @@ def test_found_C10_a_batch_of_one_row_works_however_it_is_split(
 def test_rotation_depends_on_relative_positions_only():
   q, k = jax.random.normal(rng.stream(0, "qk"), (2, 1, 1, 1, 8))
 
+  @jax.jit
   def score(m, n):
-    at = lambda p: layers.rotary(jnp.array([[p]]), 8, 10_000.0)
+    at = lambda p: layers.rotary(jnp.reshape(p, (1, 1)), 8, 10_000.0)
     return (layers.rotate(q, *at(m)) * layers.rotate(k, *at(n))).sum()
 
   np.testing.assert_allclose(score(3, 1), score(13, 11), rtol=1e-4)

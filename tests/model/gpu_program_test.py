@@ -173,8 +173,10 @@ def test_one_pass_gives_the_same_losses_and_gradients(smoothing):
   logits = jnp.where(possible, logits, -jnp.inf)
   targets, weight = jnp.array([0, 3, 27, 5, 5]), jnp.arange(1.0, 6)
   results = [
-    jax.value_and_grad(
-      lambda x, f=f: (weight * f(x, targets, VOCAB, smoothing)).sum()
+    jax.jit(
+      jax.value_and_grad(
+        lambda x, f=f: (weight * f(x, targets, VOCAB, smoothing)).sum()
+      )
     )(logits)
     for f in (one_pass.cross_entropy, cross_entropy.cross_entropy)
   ]
@@ -186,29 +188,39 @@ def test_one_pass_gives_the_same_losses_and_gradients(smoothing):
 def test_the_fused_norm_and_rotation_are_the_two_functions(size, length):
   shape = 2, length, 3, size
   draw = lambda name, *shape: jax.random.normal(rng.stream(0, name), shape)
-  x, cotangent = draw("x", *shape), draw("g", *shape)
-  scale = 1 + 0.1 * draw("scale", size)
-  positions = jnp.stack([jnp.arange(length), jnp.arange(length)[::-1]])
-  cos, sin = layers.rotary(positions, size, 1e4)
 
-  def plain(x, scale):
-    heads = layers.rms_norm(jnp.swapaxes(x, 1, 2), scale, 1e-6)
-    return jnp.swapaxes(layers.rotate(heads, cos, sin), 1, 2)
+  @jax.jit
+  def both():
+    x, cotangent = draw("x", *shape), draw("g", *shape)
+    scale = 1 + 0.1 * draw("scale", size)
+    positions = jnp.stack([jnp.arange(length), jnp.arange(length)[::-1]])
+    cos, sin = layers.rotary(positions, size, 1e4)
 
-  fused = lambda x, scale: gpu_kernels.norm_rotate(x, scale, cos, sin, 1e-6)
-  got, got_grad = jax.vjp(fused, x, scale)
-  want, want_grad = jax.vjp(plain, x, scale)
+    def plain(x, scale):
+      heads = layers.rms_norm(jnp.swapaxes(x, 1, 2), scale, 1e-6)
+      return jnp.swapaxes(layers.rotate(heads, cos, sin), 1, 2)
+
+    fused = lambda x, scale: gpu_kernels.norm_rotate(x, scale, cos, sin, 1e-6)
+    results = [jax.vjp(f, x, scale) for f in (fused, plain)]
+    return [(out, gradient(cotangent)) for out, gradient in results]
+
+  (got, got_grad), (want, want_grad) = both()
   np.testing.assert_allclose(got, want, atol=1e-5)
-  for one, other in zip(got_grad(cotangent), want_grad(cotangent), strict=True):
+  for one, other in zip(got_grad, want_grad, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_drops_at_its_rate_independently(rate):
   """Against the binomial; by entry, by neighbours, by rows and by keys."""
-  keys = rng.per_row(rng.stream(0, "dropout"), jnp.arange(4))
-  out = layers.dropout(jnp.ones((4, 256, 128)), rate, keys)
-  kept = np.asarray(out > 0)
+
+  @jax.jit
+  def dropped():
+    keys = rng.per_row(rng.stream(0, "dropout"), jnp.arange(4))
+    return layers.dropout(jnp.ones((4, 256, 128)), rate, keys)
+
+  out = np.asarray(dropped())
+  kept = out > 0
   np.testing.assert_allclose(np.unique(out[kept]), [1 / (1 - rate)], rtol=1e-6)
 
   def close(share, expected, count):
@@ -272,16 +284,18 @@ def test_split_parameters_are_gathered_in_a_loop(any_mesh):
   assert layer_loop.choose(MODEL, GPU).unrolled == (not split)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_unrolled_layers_give_the_loops_gradient(mesh, remat):
-  results = []
-  for loop in ("scan", "unrolled"):
+def test_unrolled_layers_give_the_loops_gradient(mesh):
+  """Whatever is computed again in the backward pass."""
+  params = jax.jit(Denoiser(MODEL, VOCAB).init)(rng.stream(0, "init"))
+
+  def gradient(loop, remat):
     config = dataclasses.replace(MODEL, layer_loop=loop, remat=remat)
-    run, denoiser = loss_and_gradient(config)
-    params = jax.jit(denoiser.init)(rng.stream(0, "init"))
-    results.append(jax.jit(run)(params))
-  for one, other in zip(*map(jax.tree.leaves, results), strict=True):
-    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+    return jax.tree.leaves(jax.jit(loss_and_gradient(config)[0])(params))
+
+  want = gradient("scan", "dots")
+  for remat in ("none", "dots", "full"):
+    for one, other in zip(gradient("unrolled", remat), want, strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_the_target_follows_the_mesh(mesh):

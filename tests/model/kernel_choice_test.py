@@ -1,6 +1,7 @@
 """Which kernel `model.attention=auto` chooses where; this needs no GPU."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def test_a_kernel_of_your_own_is_taken_by_its_name(mesh, tiny_model, slow):
     atol=1e-5,
   )
   with pytest.raises(UserError, match="slow has no full; nearest valid: auto"):
-    denoiser.hidden(params, tokens, row_context(segments))
+    jax.eval_shape(denoiser.hidden, params, tokens, row_context(segments))
 
 
 # MARK: what is prepared
@@ -173,17 +174,29 @@ def test_queries_and_keys_may_differ_in_number(any_mesh, name, kind):
 
 def test_cudnn_gets_lengths_where_they_describe_the_mask():
   """JAX's own takes the same arguments: where real, what the mask gives."""
-  segments = jnp.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-  draw = lambda name: jax.random.normal(rng.stream(0, name), (2, 6, 3, 4))
-  query, key, value = map(draw, "qkv")
-  attend = jax.nn.dot_product_attention
-  for visibility in (FULL, CAUSAL):
-    side = row_context(segments, visibility=visibility, most_segments=1).side
-    told = kernels.CuDNN().prepare(visibility, side, side)
-    assert "mask" not in told
+  segments = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def both(visibility):
+    draw = lambda name: jax.random.normal(rng.stream(0, name), (2, 6, 3, 4))
+    heads, attend = map(draw, "qkv"), jax.nn.dot_product_attention
+    query, key, value = heads
+    context = row_context(
+      jnp.asarray(segments), visibility=visibility, most_segments=1
+    )
+    side = context.side
+    given = kernels.CuDNN().prepare(visibility, side, side)
+    assert "mask" not in given
     want = attend(query, key, value, mask=visible(side, side)[:, None])
-    got = attend(query, key, value, **told)
-    real = np.asarray(segments > 0)
+    return attend(query, key, value, **given), want
+
+  for visibility in (FULL, CAUSAL):
+    got, want = map(np.asarray, both(visibility))
+    real = segments > 0
     np.testing.assert_allclose(got[real], want[real], rtol=1e-4, atol=1e-5)
-  packed = row_context(segments).side
-  assert "mask" in kernels.CuDNN().prepare(FULL, packed, packed)
+
+  def prepare(segments):
+    packed = row_context(segments).side
+    return kernels.CuDNN().prepare(FULL, packed, packed)["mask"]
+
+  assert jax.eval_shape(prepare, segments).shape[-2:] == (6, 6)

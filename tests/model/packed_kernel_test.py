@@ -19,8 +19,9 @@ CASE = Case("bfloat16", 64, 512, 512, most_segments=4)
 
 
 def test_spans_are_the_texts_and_the_padding():
-  segments = jnp.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0] * 6])
-  lengths, offsets = packed_kernel.spans(segments, 2)
+  segments = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0] * 6])
+  spans = jax.jit(packed_kernel.spans, static_argnums=1)
+  lengths, offsets = spans(segments, 2)
   np.testing.assert_array_equal(lengths, [[3, 2, 1], [6, -1, -1], [6, -1, -1]])
   np.testing.assert_array_equal(
     offsets, [[0, 3, 5, 6], [0, 6, -1, -1], [0, 6, -1, -1]]
@@ -42,15 +43,20 @@ def test_it_is_attention_within_the_spans(monkeypatch, visibility):
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
   monkeypatch.setattr(jax_internals, "packed_attention", lambda: attend)
-  segments = jnp.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
-  side = row_context(segments, visibility=visibility, most_segments=2).side
-  draw = lambda name, *shape: jax.random.normal(rng.stream(0, name), shape)
-  query = draw("q", 2, 2, 3, 6, 8)
-  key, value = draw("k", 2, 2, 6, 8), draw("v", 2, 2, 6, 8)
-  got, want = (
-    kernel.attend(query, key, value, kernel.prepare(visibility, side, side))
-    for kernel in (KERNELS["cudnn_packed"](), KERNELS["reference"]())
-  )
+
+  @jax.jit
+  def both():
+    segments = jnp.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+    side = row_context(segments, visibility=visibility, most_segments=2).side
+    draw = lambda name, *shape: jax.random.normal(rng.stream(0, name), shape)
+    query = draw("q", 2, 2, 3, 6, 8)
+    key, value = draw("k", 2, 2, 6, 8), draw("v", 2, 2, 6, 8)
+    return [
+      kernel.attend(query, key, value, kernel.prepare(visibility, side, side))
+      for kernel in (KERNELS["cudnn_packed"](), KERNELS["reference"]())
+    ]
+
+  got, want = both()
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

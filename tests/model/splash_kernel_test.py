@@ -48,23 +48,24 @@ def segments():
 
 def results(name, visibility):
   """Returns an output and the gradients of query, key and value."""
-  side = row_context(segments(), visibility=visibility, most_segments=3).side
   heads = {"q": (2, 2), "k": (2,), "v": (2,), "g": (2, 2)}
-  draw = lambda name, n: jax.device_put(
+  draw = lambda name, n: jax.reshard(
     jax.random.normal(rng.stream(0, name), (ROWS, *n, LENGTH, 8)),
     split("tensor", *[None] * (len(n) + 1)),
   )
-  *arrays, cotangent = (draw(name, n) for name, n in heads.items())
   kernel = KERNELS[name]()
 
   @jax.jit
-  def run(arrays):
+  def run(segments):
+    context = row_context(segments, visibility=visibility, most_segments=3)
+    side = context.side
+    *arrays, cotangent = (draw(name, n) for name, n in heads.items())
     prepared = kernel.prepare(visibility, side, side)
     attend = lambda *arrays: kernel.attend(*arrays, prepared)
     mixed, gradient = jax.vjp(attend, *arrays)
     return mixed, *gradient(cotangent)
 
-  return run(arrays)
+  return run(segments())
 
 
 KINDS = [("1x1", k) for k in ("full", "causal", "blocks", "noisy")]
@@ -88,12 +89,17 @@ def test_a_block_of_the_whole_row_is_full_visibility():
 
 
 def test_a_tokens_block_ends_where_its_text_does():
-  ids = jnp.array([[1, 1, 1, 1, 1, 2, 2, 0, 0, 0]])
-  side = row_context(ids, visibility=Visibility("blocks", 3)).side
-  last = (
-    splash_kernel.Splash().prepare(Visibility("blocks", 3), side, side).last
+  ids, visibility = (
+    np.array([[1] * 5 + [2] * 2 + [0] * 3]),
+    Visibility("blocks", 3),
   )
-  np.testing.assert_array_equal(last, [[2, 2, 2, 4, 4, 6, 6, 9, 9, 9]])
+
+  @jax.jit
+  def last():
+    side = row_context(jnp.asarray(ids), visibility=visibility).side
+    return splash_kernel.Splash().prepare(visibility, side, side).last
+
+  np.testing.assert_array_equal(last(), [[2, 2, 2, 4, 4, 6, 6, 9, 9, 9]])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +116,7 @@ def test_a_tokens_block_ends_where_its_text_does():
     ({"visibility": Visibility("blocks")}, "any number of texts"),
   ],
 )
-def test_what_it_lacks_is_told(changed, lacking):
+def test_what_it_lacks_is_named(changed, lacking):
   case = Case(
     **{"dtype": "bfloat16", "head": 64, "queries": 128, "keys": 128} | changed
   )

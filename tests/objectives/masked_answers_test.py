@@ -158,7 +158,7 @@ def test_meshes_agree_on_the_loss_of_answers(any_mesh):
   jax.tree.map(close, one, other)
 
 
-def test_a_vocabulary_without_a_mask_is_told():
+def test_a_vocabulary_without_a_mask_is_reported():
   plan = Plan(1, 8, LENGTH, 1, LENGTH, LENGTH)
   args = MaskedConfig(), MaskedStage(), NoiseConfig()
   with pytest.raises(UserError, match="no mask id"):

@@ -35,7 +35,7 @@ def _measured():
   return Measured(_likelihood() | values, {"f": curve}, "nelbo_per_token")
 
 
-def test_a_likelihood_is_told_per_token_per_byte_and_as_a_perplexity():
+def test_a_likelihood_is_reported_per_token_per_byte_and_as_a_perplexity():
   found = _likelihood()
   assert list(found) == ["nelbo_per_token", "ppl_bound", "bits_per_byte"]
   nats = 8 * math.log(2) / 16
