@@ -172,7 +172,7 @@ def test_other_fields_can_not_be_none():
     ({"data": {"on_bad_record": "skp"}}, "data.on_bad_record", "skip"),
   ],
 )
-def test_a_typo_is_told_with_the_nearest_name(raw, wrong, right):
+def test_a_typo_is_reported_with_the_nearest_name(raw, wrong, right):
   message = _error(config_lib.from_dict, raw)
   assert wrong in message and f"did you mean {right!r}?" in message
 
@@ -187,7 +187,7 @@ def test_a_typo_is_told_with_the_nearest_name(raw, wrong, right):
     ("data.batch_size.x", "data.batch_size.x", None),
   ],
 )
-def test_a_flag_for_no_field_is_told(path, wrong, nearest):
+def test_a_flag_for_no_field_is_reported(path, wrong, nearest):
   message = _error(coercion.check_field, path, config_lib.form())
   assert f"unknown field {wrong};" in message
   assert nearest is None or repr(nearest) in message
@@ -224,7 +224,7 @@ def test_a_name_far_from_any_lists_them_all():
     ("stages", 3),
   ],
 )
-def test_a_wrong_type_is_told_with_its_field(path, value):
+def test_a_wrong_type_is_reported_with_its_field(path, value):
   assert path in _error(config_lib.from_dict, _nested(path, value))
 
 
@@ -325,7 +325,7 @@ def test_bounds(bounds, inside, outside):
   assert not any(fields.allows(bounds, value) for value in outside)
 
 
-def test_bounds_are_told():
+def test_bounds_are_reported():
   assert fields.in_words("[0, 1)") == "in [0, 1)"
   assert fields.in_words("-1 or [1, 64]") == "-1 or in [1, 64]"
 
@@ -636,7 +636,7 @@ def test_the_reference_says_whose_a_field_is(toy):
     "import mdm_jax.core.config",
   ],
 )
-def test_a_module_that_has_moved_is_told(tmp_path, capsys, line):
+def test_a_module_that_has_moved_is_reported(tmp_path, capsys, line):
   file = tmp_path / "old.py"
   file.write_text(f"import math\n{line}\n")
   with pytest.raises(SystemExit, match="2"):

@@ -257,7 +257,7 @@ ocp.AsyncCheckpointer.save = save
 
 
 @pytest.mark.slow
-def test_fault_09_a_hang_in_the_loop_is_told(place, half):
+def test_fault_09_a_hang_in_the_loop_is_reported(place, half):
   patch = RAISE.format(at=25, what="import time; time.sleep(600)")
   # Longer than a compilation on a busy machine takes.
   ended = place.run(
@@ -418,7 +418,7 @@ def test_fault_20_21_another_run_s_settings_are_refused(place, half):
 
 
 @pytest.mark.slow
-def test_fault_21_harmless_settings_are_told_and_kept(place, half):
+def test_fault_21_harmless_settings_are_reported_and_kept(place, half):
   args = [*MOST, "--config.optimizer.learning_rate=1e-3"]
   ended = place.run(half.name, *args)
   assert ended.code == 0, ended.err

@@ -497,7 +497,7 @@ def test_ways_to_draw_are_compared(trained, copied):
 # MARK: before a training, and after it
 
 
-def test_the_plan_is_told_without_training(env, tmp_path):
+def test_the_plan_is_printed_without_training(env, tmp_path):
   done = call(tmp_path, env, QUICK, "--json", module="mdm_jax.plan")
   plan = _last_json(done)
   assert [s["updates"] for s in plan["stages"]] == [12, 12, 12]
@@ -510,7 +510,7 @@ def test_the_plan_is_told_without_training(env, tmp_path):
   assert not (tmp_path / "runs").exists()
 
 
-def test_the_data_is_told_without_training(env, trained, tmp_path):
+def test_the_data_is_printed_without_training(env, trained, tmp_path):
   done = call(tmp_path, env, "--mode=data", QUICK, "--json")
   kept = json.loads((trained.workdir / "data.json").read_text())
   assert _last_json(done) == kept

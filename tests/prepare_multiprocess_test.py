@@ -75,7 +75,7 @@ def test_a_batch_maps_the_shards_of_its_own_rows(children):
   assert len(first["rows"]) == 2 and first["rows"] != second["rows"]
 
 
-def test_what_one_finds_is_told_to_both(children):
+def test_what_one_finds_is_reported_to_both(children):
   (first, second), _ = children
   for result in (first, second):
     assert "stage_2.000003.tokens.npy" in result["told"]

@@ -171,7 +171,9 @@ def test_a_bucket_that_is_not_there_ends_a_training(place, scheme):
   assert ended.err.count("\n") == 1
 
 
-def test_a_store_that_does_not_answer_is_told_in_a_line(place, scheme, run):
+def test_a_store_that_does_not_answer_is_reported_in_one_line(
+  place, scheme, run
+):
   gone = remote_harness.environment(scheme, "http://127.0.0.1:9")
   ended = place.start(run, **gone).end()
   assert ended.code == 4, ended.err

@@ -301,7 +301,7 @@ def test_safety_S3_rows_without_a_hash_are_not_read(config, change):
 
 
 @pytest.mark.parametrize("content", ["[" * 10**5, "[]", "3", "null", "\xff"])
-def test_safety_S3_a_strange_manifest_is_told(config, content):
+def test_safety_S3_a_strange_manifest_is_reported(config, content):
   manifest = _folder(config) / "manifest.json"
   manifest.write_bytes(content.encode("latin1"))
   message = _message(prepare, config.rows)

@@ -486,7 +486,9 @@ def test_found_C9_any_number_of_texts_is_drawn_in_parts(workdir, monkeypatch):
 
 
 @pytest.mark.parametrize("length, have", [(10**6, 2**34), (100, 2**16)])
-def test_a_length_that_does_not_fit_is_told(model, monkeypatch, length, have):
+def test_a_length_that_does_not_fit_is_reported(
+  model, monkeypatch, length, have
+):
   monkeypatch.setattr(memory, "of_device", lambda: have)
   with pytest.raises(UserError, match=f"sample.length={length}") as caught:
     model.generate("", length=length)
@@ -497,7 +499,7 @@ def test_a_length_that_does_not_fit_is_told(model, monkeypatch, length, have):
     assert drawn.path.shape[2] == int(valid)
 
 
-def test_more_texts_than_can_be_kept_are_told(model):
+def test_more_texts_than_can_be_kept_are_reported(model):
   with pytest.raises(UserError, match="1,000,000,000 texts") as caught:
     model.generate("", 10**9)
   assert "nearest valid: " in str(caught.value)

@@ -154,7 +154,9 @@ def test_an_update_is_dispatched_before_the_last_ones_numbers_are_read(
   assert order == [*expected, ("read", 8)]
 
 
-def test_an_update_that_was_not_applied_is_told(trainer, tmp_path, monkeypatch):
+def test_an_update_that_was_not_applied_is_reported(
+  trainer, tmp_path, monkeypatch
+):
   told = []
   monkeypatch.setattr(
     run_log.logging,

@@ -34,7 +34,7 @@ MOST_SECONDS_TO_DRAW = 1.03 * 0.2819
 
 
 @pytest.mark.parametrize("name", ["h100", "h100:0", "h100:12", "h200:x"])
-def test_a_number_of_gpus_that_hosts_do_not_have_is_told(name):
+def test_a_number_of_gpus_that_hosts_do_not_have_is_reported(name):
   with pytest.raises(UserError, match=re.escape(repr(name))) as told:
     topology.devices(name)
   assert "a multiple of 8" in str(told.value)

@@ -232,7 +232,7 @@ def test_a_peer_steps_when_it_is_its_turn(monkeypatch, tmp_path):
   assert peer._process.returncode == 0
 
 
-def test_a_peer_that_ends_is_told_in_a_line(monkeypatch, tmp_path):
+def test_a_peer_that_ends_is_reported_in_one_line(monkeypatch, tmp_path):
   _plays(monkeypatch, tmp_path, "raise SystemExit(3)")
   with pytest.raises(UserError, match="peer ended with exit code 3"):
     torch_mdlm.Peer(TINY)
@@ -243,7 +243,7 @@ def test_a_peer_that_ends_is_told_in_a_line(monkeypatch, tmp_path):
       jax.block_until_ready(peer())
 
 
-def test_a_missing_torch_is_told_with_its_extra(monkeypatch):
+def test_a_missing_torch_is_reported_with_its_extra(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError) as error:
     torch_mdlm.Peer(TINY)

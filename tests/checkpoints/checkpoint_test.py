@@ -336,7 +336,9 @@ def test_fault_13_the_loop_hears_of_it_soon(tmp_path, monkeypatch):
       time.sleep(0.01)
 
 
-def test_fault_13_an_error_that_is_told_is_not_replaced(tmp_path, monkeypatch):
+def test_fault_13_an_error_that_is_reported_is_not_replaced(
+  tmp_path, monkeypatch
+):
   monkeypatch.setattr(manifest, "write", _failing)
   with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(2, _state(2), {})

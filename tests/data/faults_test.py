@@ -97,7 +97,7 @@ def _message(call, *args, **kwargs):
 # MARK: 30 no text
 
 
-def test_fault_30_no_file_matches_is_told_with_what_is_there(tmp_path):
+def test_fault_30_no_file_matches_is_reported_with_what_is_there(tmp_path):
   for name in ("a.csv", "b.csv", "c.md", "d"):
     (tmp_path / name).write_text("text")
   (tmp_path / "sub").mkdir()
@@ -113,7 +113,7 @@ def test_fault_30_no_file_matches_is_told_with_what_is_there(tmp_path):
   assert len(corpora.load(corpus)) == 1
 
 
-def test_fault_30_no_text_in_files_is_told_with_their_number(tmp_path):
+def test_fault_30_no_text_in_files_is_reported_with_their_number(tmp_path):
   (tmp_path / "a.txt").write_text(" \n")
   (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": "\\n"}\n')
   corpus = f"text:{tmp_path}/*"

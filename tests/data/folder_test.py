@@ -311,7 +311,7 @@ def test_another_size_of_blocks_does_not_go_on(place, tmp_path):
 
 
 @pytest.mark.parametrize("seen", [True, False])
-def test_a_text_that_changes_meanwhile_is_told(tmp_path, seen):
+def test_a_text_that_changes_meanwhile_is_reported(tmp_path, seen):
   texts = harness.write_texts(tmp_path / "texts")
   config = harness.make_config(texts, tmp_path / "rows", **ALL)
   path = texts / "a03.txt"
@@ -358,7 +358,7 @@ def test_two_at_once_are_refused(place, tmp_path):
     ({"data__corpus": "sotu"}, "data.corpus is 'text:"),
   ],
 )
-def test_a_config_that_does_not_fit_is_told(place, changes, told):
+def test_a_config_that_does_not_fit_is_reported(place, changes, told):
   before = harness.contents(place / "rows")
   config = harness.make_config(place / "texts", place / "rows", **changes)
   assert told in _error(prepare, config.rows)
@@ -385,7 +385,7 @@ def test_a_corpus_that_moved_is_the_same(tmp_path, monkeypatch, when):
     assert "data.corpus is 'text:" in _error(prepare, config.rows)
 
 
-def test_rows_of_another_format_are_told(place, tmp_path):
+def test_rows_of_another_format_are_reported(place, tmp_path):
   config, folder = _copy(place, tmp_path)
   manifest = json.loads((folder / "manifest.json").read_text())
   manifest["inputs"]["format"] = 1
@@ -436,7 +436,7 @@ def test_a_corpus_without_files_is_refused(place, tmp_path):
   assert "can't be prepared in blocks" in _error(harness.fill, config)
 
 
-def test_a_bad_record_is_told_with_its_line(tmp_path):
+def test_a_bad_record_is_reported_with_its_line(tmp_path):
   texts = harness.write_texts(tmp_path / "texts")
   lines = (texts / "b.jsonl").read_text().splitlines()
   lines[9] = '{"text": 3}'
@@ -500,7 +500,9 @@ def test_damage_is_found(place, tmp_path, name, damage):
     ('{"inputs": {"format": 3}}', "with another config"),
   ],
 )
-def test_a_manifest_of_something_else_is_told(place, tmp_path, content, told):
+def test_a_manifest_of_something_else_is_reported(
+  place, tmp_path, content, told
+):
   config, folder = _copy(place, tmp_path)
   (folder / "manifest.json").write_text(content)
   assert told in _error(prepare, config.rows)
@@ -508,7 +510,7 @@ def test_a_manifest_of_something_else_is_told(place, tmp_path, content, told):
 
 
 @pytest.mark.parametrize("content", ["[]", '{"length": 64}', '{"length": 1}x'])
-def test_an_index_of_something_else_is_told(place, tmp_path, content):
+def test_an_index_of_something_else_is_reported(place, tmp_path, content):
   config, folder = _copy(place, tmp_path)
   path = folder / "stage_2.shards.json"
   path.write_text(content)

@@ -267,7 +267,7 @@ def test_a_faster_process_wins(config, cache, monkeypatch):
   assert len(_folders(cache)) == 1
 
 
-def test_a_cache_that_can_not_be_made_is_told(config, tmp_path):
+def test_a_cache_that_can_not_be_made_is_reported(config, tmp_path):
   (tmp_path / "file").write_text("")
   message = _error(_change(config, "data", cache_dir=f"{tmp_path}/file/x"))
   assert "data.cache_dir" in message

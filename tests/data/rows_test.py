@@ -200,7 +200,7 @@ def test_a_further_field_goes_to_disk_and_to_the_devices(
 
 
 @pytest.mark.parametrize("where", ["memory", "blocks"])
-def test_what_a_row_holds_at_most_is_told(config, tmp_path, fields, where):
+def test_what_a_row_holds_at_most_is_reported(config, tmp_path, fields, where):
   fields(answer=half)
   config = stored(config, tmp_path, where)
   data = prepare(config.rows)

@@ -211,7 +211,7 @@ def test_found_B1_a_stage_without_rows_says_what_keeps_the_text(tmp_path):
     assert error.value.code == 2
 
 
-def test_lines_as_documents_have_no_pairs_and_are_told_so(tmp_path):
+def test_lines_as_documents_have_no_pairs_and_a_line_says_so(tmp_path):
   names = "".join(f"Priya {c}. Zhang\n" for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
   (tmp_path / "names.txt").write_text(names)
   corpus = f"text:{tmp_path}/*.txt"

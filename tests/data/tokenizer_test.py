@@ -196,7 +196,7 @@ def test_a_vocabulary_too_small_is_refused():
   _check(_build("sentencepiece", vocab_size=320), TEXTS[0])
 
 
-def test_no_text_to_train_on_is_told():
+def test_no_text_to_train_on_is_reported():
   with pytest.raises(UserError, match="can't train on 0 lines"):
     _build("sentencepiece", ["\n \n"])
 
@@ -223,7 +223,7 @@ def test_hashes_tell_tokenizers_apart(built):
   assert len(hashes) == 5
 
 
-def test_a_folder_without_tokenizer_is_told(tmp_path):
+def test_a_folder_without_tokenizer_is_reported(tmp_path):
   with pytest.raises(UserError, match="contains neither tokenizer.model"):
     tokenizers.load_tokenizer(tmp_path)
 
@@ -233,7 +233,7 @@ def test_a_folder_without_tokenizer_is_told(tmp_path):
   ["", "{", "[]", '{"kind": "byte"}']
   + [json.dumps({"kind": "char", "characters": 3})],
 )
-def test_a_damaged_file_is_told(tmp_path, content):
+def test_a_damaged_file_is_reported(tmp_path, content):
   (tmp_path / "tokenizer.json").write_text(content)
   with pytest.raises(UserError, match="tokenizer.json is not a tokenizer"):
     tokenizers.load_tokenizer(tmp_path)
@@ -299,7 +299,7 @@ def test_no_warning_about_a_lossless_model(tmp_path, monkeypatch):
     _check(tokenizer, text)
 
 
-def test_found_B7_words_that_take_long_are_told_before(monkeypatch):
+def test_found_B7_words_that_take_long_are_announced(monkeypatch):
   said, train = [], sentencepiece_training._train_on
   monkeypatch.setattr(logging, "warning", lambda m, *a: said.append(m % a))
   monkeypatch.setattr(
@@ -356,7 +356,7 @@ def test_a_kind_of_your_own_is_built_saved_and_loaded(tmp_path, monkeypatch):
   assert loaded.decode(loaded.encode("dabc")) == "dabc"
 
 
-def test_a_saved_kind_that_nobody_registered_is_told(tmp_path):
+def test_a_saved_kind_that_nobody_registered_is_reported(tmp_path):
   Letters("ab").save(tmp_path)
   with pytest.raises(UserError, match="'letters': unknown kind of tokenizer"):
     tokenizers.load_tokenizer(tmp_path)
@@ -399,12 +399,12 @@ def test_gpt2s_ids_are_its_bytes_then_its_merges(tmp_path):
   "merges, told",
   [(("a b c",), "merge 1, 'a b c',"), (("a b", "ab cd"), "merge 2, 'ab cd',")],
 )
-def test_a_file_that_is_not_of_merges_is_told(tmp_path, merges, told):
+def test_a_file_that_is_not_of_merges_is_reported(tmp_path, merges, told):
   with pytest.raises(UserError, match=f"merges.txt: {told}"):
     _gpt2(tmp_path, *merges)
 
 
 @pytest.mark.parametrize("path", ["", "none/merges.txt"])
-def test_gpt2_without_its_file_is_told(path):
+def test_gpt2_without_its_file_is_reported(path):
   with pytest.raises(UserError, match=f"tokenizer.path={path}: .*merges.txt"):
     _build("gpt2", path=path)

@@ -246,7 +246,7 @@ def test_no_folder_means_the_ngram_judge():
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty"])
-def test_what_is_no_model_is_told_in_a_line(tmp_path, kind):
+def test_what_is_no_model_is_reported_in_one_line(tmp_path, kind):
   path = tmp_path / "model"
   if kind == "file":
     path.write_text("{}")
@@ -258,7 +258,7 @@ def test_what_is_no_model_is_told_in_a_line(tmp_path, kind):
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers"])
-def test_a_missing_package_is_told_with_its_extra(
+def test_a_missing_package_is_reported_with_its_extra(
   tmp_path, monkeypatch, package
 ):
   (tmp_path / "config.json").write_text("{}")
@@ -437,7 +437,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["no weights", "cut weights", "config"])
-def test_a_damaged_folder_is_told_in_a_line(tmp_path, damage):
+def test_a_damaged_folder_is_reported_in_one_line(tmp_path, damage):
   _save(tmp_path, **GPT2)
   weights = tmp_path / "model.safetensors"
   if damage == "no weights":

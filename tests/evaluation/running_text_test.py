@@ -60,7 +60,7 @@ def test_found_A6_reference_texts_run_on_for_exactly_so_many_tokens(length):
   assert 0 < np.median(sizes[sizes > 0]) < 32  # a piece alone is shorter
 
 
-def test_too_little_held_out_text_is_told():
+def test_too_little_held_out_text_is_reported():
   found = running_text.running_texts(_hold([_book("A", 8)], 32), BYTES, 8, 32)
   assert 0 < len(found.texts) < 8
   assert found.description.endswith("from 1 documents; not enough text for 8")

@@ -132,7 +132,7 @@ def test_starts_are_unique_or_as_the_texts(ours, own, passed):
   assert _line(measure, **{measure: (ours, own, 0.1)}).passed == passed
 
 
-def test_without_samples_only_perplexity_is_told():
+def test_without_samples_only_perplexity_is_reported():
   results = _results()
   del results["text_metrics"]
   assert len(_check(results)) == 3

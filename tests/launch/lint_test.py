@@ -140,7 +140,7 @@ def test_the_example_has_all_names_and_no_values():
   [p for p in SCRIPTS if re.search(r"^need ", p.read_text(), re.M)],
   ids=lambda path: path.name,
 )
-def test_a_missing_variable_is_told_before_anything_runs(path, tmp_path):
+def test_a_missing_variable_is_reported_before_anything_runs(path, tmp_path):
   stage = Stage(tmp_path)
   for name in ("gcloud", "git", "kubectl", "xpk"):
     stage.fake(name)

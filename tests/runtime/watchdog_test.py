@@ -40,7 +40,7 @@ def _exit(folder):
   return json.loads((folder / "exit.json").read_text())
 
 
-def test_fault_09_a_hang_is_told_with_all_stacks(tmp_path):
+def test_fault_09_a_hang_is_reported_with_all_stacks(tmp_path):
   done, seconds = _run(tmp_path)
   assert done.returncode == 134
   assert seconds < 40

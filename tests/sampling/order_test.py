@@ -118,7 +118,7 @@ def test_scores_tell_positions_apart_differently(mesh):
   assert best == {"confidence": 0, "margin": 0, "entropy": 1}
 
 
-def test_an_unknown_order_is_told_with_the_nearest():
+def test_an_unknown_order_is_reported_with_the_nearest():
   with pytest.raises(UserError, match="sample.order='margins'.*'margin'"):
     order.reads_logits("margins")
 

@@ -257,7 +257,7 @@ def test_the_rest_is_at_the_end_only(built, text):
   "text, takes, by",
   [("abcdef", 6, 3), ("ab[MASK:3]", 5, 1), ("a[MASK:4][MASK:*]", 5, 1)],
 )
-def test_too_long_a_text_is_told_by_how_much(built, text, takes, by):
+def test_too_long_a_text_says_by_how_much(built, text, takes, by):
   tokenizer = built["byte"]
   told = f"prompt has {takes} tokens and a sample only 4; shorten it by {by} "
   with pytest.raises(UserError, match=told):
@@ -269,7 +269,7 @@ def test_too_long_a_text_is_told_by_how_much(built, text, takes, by):
 
 
 @pytest.mark.parametrize("text", ["abcd", "abcd[MASK:*]"])
-def test_a_text_that_leaves_nothing_to_draw_is_told(built, text):
+def test_a_text_that_leaves_nothing_to_draw_is_reported(built, text):
   with pytest.raises(UserError, match="all 4 tokens .* nothing to draw"):
     canvas([text], built["byte"], 4)
 

@@ -355,7 +355,7 @@ def test_a_crash_leaves_the_old_files(samples, tmp_path, monkeypatch):
   )
 
 
-def test_files_that_are_not_there_or_damaged_are_told(samples, tmp_path):
+def test_files_that_are_not_there_or_damaged_are_reported(samples, tmp_path):
   with pytest.raises(UserError, match="holds no samples.npz"):
     load(tmp_path)
   save(samples, BYTES, SETTINGS, tmp_path)
@@ -424,7 +424,7 @@ def test_the_pages_data_is_the_samples(kind):
       ]
 
 
-def test_numbers_and_settings_are_told(samples):
+def test_numbers_and_settings_are_printed(samples):
   told = visible_text(render_page(samples, BYTES, SETTINGS))
   for name, value in SETTINGS.items():
     assert f"{name} {value}" in told

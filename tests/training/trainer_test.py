@@ -142,7 +142,7 @@ def test_fault_29_an_update_made_twice_is_that_update(trainer, monkeypatch):
 
 @pytest.mark.parametrize("part", ["params", "ema_params"])
 @pytest.mark.parametrize("which", [1, 2])
-def test_fault_29_one_wrong_bit_is_told(trainer, monkeypatch, part, which):
+def test_fault_29_one_wrong_bit_is_reported(trainer, monkeypatch, part, which):
   _perturbed(trainer, monkeypatch, part, which)
   with pytest.raises(NumericsError, match="update 1, computed twice"):
     _twice(trainer, monkeypatch)

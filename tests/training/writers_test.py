@@ -100,7 +100,7 @@ def test_fault_14_a_writer_that_fails_is_left_out(tmp_path, monkeypatch):
   ]
 
 
-def test_a_folder_that_can_not_be_made_is_told(tmp_path, monkeypatch):
+def test_a_folder_that_can_not_be_made_is_reported(tmp_path, monkeypatch):
   told = []
   monkeypatch.setattr(
     writers_lib.logging, "warning", lambda *args: told.append(args)

@@ -198,7 +198,7 @@ def report():
 # MARK: what it says
 
 
-def test_every_number_of_the_results_is_told(report):
+def test_every_number_of_the_results_is_printed(report):
   told = visible_text(render(report))
   expected = "2.2951 0.0051 4.9572 0.0109 1,142.19 319 35,266 895,799 5,558"
   for number in expected.split():
@@ -276,7 +276,7 @@ def test_targets_pass_or_miss_in_words(report):
   assert len({shape for _, shape in shapes}) == 2
 
 
-def test_data_of_every_stage_is_told(report):
+def test_data_of_every_stage_is_reported(report):
   told = visible_text(render(report))
   assert "units found 9,033 4,321 9,033 9,033 9,033" in told
   assert "rows 1,201 1,201 1,201 777 778" in told
