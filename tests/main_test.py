@@ -552,8 +552,10 @@ def test_the_frontier_is_a_table_and_a_plot(trained, copied):
 def test_a_quick_fix_starts_from_a_finished_run(trained, env, tmp_path):
   config = f"--config={CONFIGS / 'quick_fix.py'}:quick"
   check_mistake(call(tmp_path, env, config), "init_from", "runs/baseline")
-  given = f"--config.init_from={trained.workdir}"
-  done = call(tmp_path, env, config, given, "--config.train.log_every=1")
+  given = [f"--config.init_from={trained.workdir}"]
+  # What the quickstart's model has and the guide's hasn't.
+  given += ["--config.model.qkv_bias=True", "--config.model.rope_theta=100"]
+  done = call(tmp_path, env, config, *given, "--config.train.log_every=1")
   assert done.returncode == 0, done.stderr
   assert "starting from the parameters of" in done.stdout
   losses = _series(tmp_path / "runs" / "quick_fix_quick", float)["train/loss"]
