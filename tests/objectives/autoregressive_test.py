@@ -164,7 +164,8 @@ def test_only_answers_are_asked_for(mesh):
   inside = np.asarray(rows.segments) > 0
   asked = inside & (np.arange(PLAN.length)[None] >= 4)
   half = Rows(rows.tokens, rows.segments, answer=asked.astype(np.uint8))
-  examples = pose(make(), PLAN, 0, make_batch(mesh, rows=half))
+  posed = jax.jit(pose, static_argnums=(0, 1))
+  examples = posed(make(), PLAN, 0, make_batch(mesh, rows=half))
   got = np.asarray(examples.asked).reshape(asked.shape)
   np.testing.assert_array_equal(got, asked)
   assert float(examples.weights[0, 0, 0]) == pytest.approx(1 / asked.sum())
