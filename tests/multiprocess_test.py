@@ -38,13 +38,11 @@ print(json.dumps({
 """
 
 ALONE = """
-import json, jax, processes_harness as harness
-from mdm_jax.core.sharding import AXES
+import json, processes_harness as harness
+from mdm_jax.config import MeshConfig
+from mdm_jax.core.sharding import make_mesh
 
-for devices in (4, 1):
-  used = jax.devices()[:devices]
-  mesh = jax.make_mesh((1, devices, 1), AXES, devices=used)
-  print(json.dumps(harness.measure(mesh)))
+print(json.dumps(harness.measure(make_mesh(MeshConfig(fsdp=4)))))
 """
 
 STOPPED = """
@@ -115,31 +113,29 @@ harness.join(initialization_timeout=5)
 
 @pytest.fixture(scope="module")
 def runs():
-  """What two processes, and one with four devices and with one, measure."""
+  """What two processes of two devices, and one with all four, measure."""
   with running(python(PAIR, 2), devices=2) as pair:
     with running([[sys.executable, "-c", ALONE]], devices=4) as alone:
       assert [child.wait() for child in pair] == [0, 0], pair[0].output
       assert alone[0].wait() == 0, alone[0].output
-      lines = alone[0].output.splitlines()
-      one = [json.loads(line) for line in lines if line.startswith("{")]
-      yield [child.result for child in pair], one
+      yield [child.result for child in pair], alone[0].result
 
 
 @pytest.mark.parametrize("what", ["tokens", "masks"])
 def test_fault_38_every_update_sees_the_same_rows_and_masks(runs, what):
   pair, alone = runs
-  expected = alone[0][what]
+  expected = alone[what]
   assert len(set(expected)) == len(expected) == 4
-  for result in (*alone, *(child[mesh] for child in pair for mesh in child)):
+  for result in (child[mesh] for child in pair for mesh in child):
     if isinstance(result, dict):
       assert result[what] == expected
 
 
 def test_losses_agree(runs):
   pair, alone = runs
-  for result in (alone[1], *(child["fsdp"] for child in pair)):
+  for child in pair:
     np.testing.assert_allclose(
-      result["losses"], alone[0]["losses"], rtol=0, atol=1e-5
+      child["fsdp"]["losses"], alone["losses"], rtol=0, atol=1e-5
     )
   assert pair[0]["fsdp"]["losses"] == pair[1]["fsdp"]["losses"]
 
@@ -151,17 +147,17 @@ def test_where_devices_share_rows_processes_do(runs):
 
 def test_the_likelihood_agrees(runs):
   pair, alone = runs
-  for result in (alone[1], *(child["fsdp"] for child in pair)):
+  for child in pair:
     np.testing.assert_allclose(
-      result["likelihood"], alone[0]["likelihood"], rtol=0, atol=1e-5
+      child["fsdp"]["likelihood"], alone["likelihood"], rtol=0, atol=1e-5
     )
 
 
 def test_samples_are_whole_everywhere_and_the_same(runs):
   pair, alone = runs
-  assert alone[0]["samples"]["shape"] == [5, 3, 16]
-  for result in (alone[1], *(child["fsdp"] for child in pair)):
-    assert result["samples"] == alone[0]["samples"]
+  assert alone["samples"]["shape"] == [5, 3, 16]
+  for child in pair:
+    assert child["fsdp"]["samples"] == alone["samples"]
 
 
 def test_each_process_has_a_run_of_the_rows(runs):
@@ -250,7 +246,7 @@ def test_values_go_from_the_first_process_to_all(stopped):
   assert [r["first_alone"] for r in results] == [0, 1]
 
 
-def test_a_broken_agreement_is_told_to_all(stopped):
+def test_a_broken_agreement_is_reported_to_all(stopped):
   results, _ = stopped[0]
   assert [r["agree"] for r in results] == [None, None]
   told = 'the config differs between processes: "abc0" in process 0, but "abc1"'
@@ -263,7 +259,7 @@ def test_what_fails_in_the_first_process_fails_in_all(stopped):
   assert second["full"] == ["process 0: no space", 4]
 
 
-def test_what_can_not_be_is_told(stopped):
+def test_what_is_impossible_is_an_error(stopped):
   for result in stopped[0][0]:
     assert result["mesh"][1] == 2 and "tensor=3" in result["mesh"][0]
     assert result["watch"][1] == 2 and "--trace" in result["watch"][0]
@@ -300,7 +296,7 @@ def test_fault_10_without_a_coordinator_it_tells_what_it_waits_for(lonely):
     (("h:1", 2, -1), "it must be from 0 to 1"),
   ],
 )
-def test_arguments_that_do_not_fit_are_told(given, told):
+def test_arguments_that_do_not_fit_are_reported(given, told):
   with pytest.raises(UserError, match=told) as error:
     distributed.initialize(*given)
   assert "\n" not in str(error.value)

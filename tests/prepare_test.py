@@ -88,9 +88,9 @@ def test_it_prints_what_it_does(undisturbed):
   assert not (place / "rows" / "work").exists()
 
 
-def test_four_workers_write_the_same_bytes(undisturbed, tmp_path, env):
+def test_two_workers_write_the_same_bytes(undisturbed, tmp_path, env):
   place = _place(tmp_path / "place", COPIES)
-  done = commands.call(place, env, *_arguments("--workers=4"))
+  done = commands.call(place, env, *_arguments("--workers=2"))
   assert done.returncode == 0, done.stderr
   assert harness.contents(place / "rows") == harness.contents(
     undisturbed[0] / "rows"
@@ -157,7 +157,7 @@ def _times(place):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_42_and_one_line(tmp_path, env, number):
   place = _place(tmp_path / "place", COPIES)
-  process = _start(place, env, "--workers=2")
+  process = _start(place, env, "--workers=1")
   _wait_for(process, place, "work/sample.*", 1)
   process.send_signal(number)
   told, errors = process.communicate(timeout=60)
@@ -167,7 +167,7 @@ def test_a_signal_ends_it_with_42_and_one_line(tmp_path, env, number):
   _wait_for_orphans(place)
 
 
-def test_a_dead_worker_is_told(tmp_path, env):
+def test_a_dead_worker_is_reported(tmp_path, env):
   place = _place(tmp_path / "place", COPIES)
   process = _start(place, env, "--workers=1")
   _wait_for(process, place, "work/count.*", 1)
