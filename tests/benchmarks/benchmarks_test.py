@@ -157,7 +157,8 @@ def test_plain_loss_is_the_librarys_on_the_same_masks(any_mesh):
   real = by_row(jnp.ones((8, 16), bool))
   rate = by_row((jnp.arange(8) % 4 + 1) / 4)  # of 16 tokens: whole numbers
   inverse_density = 0.5 + rate  # any
-  masked = corruption.corrupt(keys, x0, real, rate, 102).masked
+  corrupt = jax.jit(corruption.corrupt, static_argnums=4)
+  masked = corrupt(keys, x0, real, rate, 102).masked
 
   def library(params, hidden):
     weight = row_weights("nelbo", masked, real, inverse_density)
@@ -186,12 +187,17 @@ def test_plain_weights_are_unbiased(mesh, rates):
   """A loss of 1 at every masked token is a bound of 1 a token."""
   work = _work(TINY, rates)
   draws, length = 4000, 16
-  u = (jnp.arange(draws) + 0.5) / draws
-  rate = work.rates.rate(u)
-  x0 = jnp.zeros((draws, length), jnp.int32)
-  xt = plain.mask_tokens(jax.random.key(0), x0, rate, 5)
-  weight = work.rates.inverse_density(u) / rate
-  bound = np.asarray((xt == 5).sum(axis=1) * weight) / length
+
+  @jax.jit
+  def bounds():
+    u = (jnp.arange(draws) + 0.5) / draws
+    rate = work.rates.rate(u)
+    x0 = jnp.zeros((draws, length), jnp.int32)
+    xt = plain.mask_tokens(jax.random.key(0), x0, rate, 5)
+    weight = work.rates.inverse_density(u) / rate
+    return (xt == 5).sum(axis=1) * weight / length
+
+  bound = np.asarray(bounds())
   assert abs(bound.mean() - 1) < 4 * bound.std() / draws**0.5
 
 
@@ -208,6 +214,8 @@ def test_plain_step_learns(mesh):
 
 
 # MARK: MD4
+
+_init = jax.jit(md4.init, static_argnums=(1, 2))
 
 
 @pytest.mark.parametrize("preset", [TWO_LAYERS, workload.PRESETS["char"]])
@@ -228,7 +236,7 @@ def test_md4_has_the_weights_that_are_counted(preset):
 def test_md4_begins_with_any_token_as_likely_as_another(mesh, rate, tolerance):
   """Whatever the rate, the bound is of all tokens; at 1 all are masked."""
   model = workload.make_config(TWO_LAYERS).model
-  params = md4.init(jax.random.key(0), model, 29)
+  params = _init(jax.random.key(0), model, 29)
   x0 = jax.random.randint(jax.random.key(1), (64, 64), 0, 29)
   rates = RateRange(rate - 1e-6, rate)
   # All are arguments: with arrays that it closes over, jaxlib 0.12.0.1 compiles
@@ -253,7 +261,7 @@ def test_md4_overfits_a_batch(any_mesh):
   rates = RateRange(0.3, 0.5)
   optimizer = optax.adamw(1e-2)
   step = md4.make_train_step(model, optimizer, lambda _: 1e-2, rates)
-  state = initial_state(md4.init(jax.random.key(0), model, 29), optimizer)
+  state = initial_state(_init(jax.random.key(0), model, 29), optimizer)
   losses = []
   for _ in range(40):
     state, metrics = step(state, batch)
