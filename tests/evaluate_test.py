@@ -11,16 +11,24 @@ import jax
 import numpy as np
 import pytest
 
-from mdm_jax import evaluate, likelihood, report, training_loop
+from mdm_jax import (
+  evaluate,
+  likelihood,
+  report,
+  sampled_texts,
+  training_loop,
+)
 from mdm_jax.config import Config
 from mdm_jax.core import files
 from mdm_jax.core.errors import Exit, StorageError, UserError
 from mdm_jax.core.progress import console
 from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
 from mdm_jax.evaluation.config import EvalConfig
+from mdm_jax.evaluation.evaluator import Evaluator
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.sampling import chain_calls
 from mdm_jax.sampling.config import SampleConfig
+from mdm_jax.sampling.generate import TextSampler
 from mdm_jax.studies import compare, frontier, search, tune
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
 from mdm_jax.workdir import Workdir
@@ -34,6 +42,30 @@ WORDS = (
 @pytest.fixture(autouse=True)
 def _optax_promotes():
   with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_shared():
+  """Makes samplers and evaluators of one model once, for all runs here."""
+  samplers, evaluators = {}, {}
+
+  def sampler(denoiser, tokenizer, mesh, length, *, decoding):
+    key = denoiser, tokenizer.sha256, mesh, length, decoding
+    if key not in samplers:
+      samplers[key] = TextSampler(
+        *(denoiser, tokenizer, mesh, length), decoding=decoding
+      )
+    return samplers[key]
+
+  def evaluator(config, objective, denoiser, mesh, poll):
+    del poll  # of the run that came first
+    key = config, objective, denoiser, mesh
+    return evaluators.setdefault(key, Evaluator(*key))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sampled_texts, "TextSampler", sampler)
+    patch.setattr(evaluate, "Evaluator", evaluator)
     yield
 
 
