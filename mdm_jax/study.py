@@ -141,6 +141,8 @@ def _write(
     "sha256": text.sha256,
   }
   given = [f"--{name}" for name in ("quick", "gpu") if flags.FLAGS[name].value]
+  # A stranger has another path, or another text.
+  given += ["--text=FILE"] if flags.FLAGS["text"].present else []
   command = shlex.join(["python", "-m", "mdm_jax.study", *given])
   out.mkdir(parents=True, exist_ok=True)
   content = cell_report.as_json(preset, found, described)

@@ -124,7 +124,7 @@ def as_markdown(
     f" tokens, {preset.batch} an update, at most {preset.updates:,} updates;"
     " a run that overfits ends early, and its best checkpoint by validation"
     " text is measured. Everything is in bits per byte; less is better.\n",
-    _arms(preset),
+    _arms(preset, found),
     "## Test text\n",
     _results(preset, every),
     "An autoregressive number is exact, a bound is an upper bound, and the"
@@ -144,8 +144,18 @@ def as_markdown(
   return "\n".join(parts)
 
 
-def _arms(preset: Preset) -> str:
-  return "".join(f"- `{arm}`: {ARMS[arm]}\n" for arm in preset.arms)
+def _arms(preset: Preset, found: Found) -> str:
+  """Returns a line for every arm: what it is, its setting, whether tuned."""
+  losses, lines = cells_lib.losses_of(found), []
+  for arm in preset.arms:
+    tuning = cells_lib.tuning(preset, arm, losses)
+    best = tuning.best
+    lines.append(
+      f"- `{arm}`: {ARMS[arm]}; learning rate x {best.rate:g}, weight decay"
+      f" {best.decay:g}, dropout {best.dropout:g} ({tuning.fields} of"
+      f" {len(preset.grid)} tuned)\n"
+    )
+  return "".join(lines)
 
 
 def _results(preset: Preset, every: list[Group]) -> str:
@@ -167,6 +177,11 @@ def _results(preset: Preset, every: list[Group]) -> str:
         f"{curve[-1][1] - lowest:.3f}",
       ]
     )
+  # The same for every arm: n-gram models of the text that they have read.
+  for run in {g.part: g.runs[0] for g in every}.values():
+    for name, bits in run["baselines"].items():
+      row = [f"{run['characters']:,}, {name}", "", f"{bits:.3f}"]
+      rows.append(row + [""] * (len(names) - len(row)))
   return tables.as_markdown(names, rows)
 
 
@@ -245,13 +260,14 @@ def _fits(every: list[Group]) -> str:
     says = "" if fit.is_decided else "; the data do not decide R*"
     span = f"{fit.low:.0f} to {fit.high:.0f}, error {fit.error:.3f}{says}"
     rows.append([f"{size}, {arm}", f"{fit.r_star:.0f}", span])
+  low, high = scaling_laws.FITTED_UNIQUE_TOKENS
   law = "L = floor + scale / D'^exponent, D' = U + U R* (1 - exp(-(E-1)/R*))"
   table = tables.as_markdown(["model, arm", "R*, epochs", "fits as well"], rows)
   return (
     f"{law}, fitted to validation losses up to the best one.\n\n{table}\n"
     f"Published: {scaling_laws.DIFFUSION_R_STAR:g} for masked diffusion and"
     f" {scaling_laws.AR_R_STAR:g} for autoregression (Prabhudesai et al. 2025),"
-    " on web text 1,000 times as long and models as many times larger.\n"
+    f" from {low / 1e6:g} to {high / 1e6:g} million unique subword tokens.\n"
   )
 
 

@@ -147,6 +147,7 @@ def _cell_json(cell, text, preset=NIGHT, **more):
     "best_update": 40,
     "bits_per_byte": {"value": 2.5, "stderr": 0.1},
     "is_bound": bound,
+    "baselines": {"ngram": 2.7},
     "curve": [[x, y] for x, y in zip(epochs, loss, strict=True)],
     "validation": float(loss.min()),
     "cpu_seconds": 60.0,
@@ -185,7 +186,8 @@ def test_a_partial_study_says_so_and_shows_what_it_has(text):
   size = text.characters["train_1_16"]
   assert f"| small, {size:,}, ar | 1 of 3 | 2.500 ± 0.100 | - |" in page
   line = f"| small, {size:,}, plain | 1 of 3 | <= 2.500 ± 0.100 | 2.400 ± 0.100"
-  assert line in page
+  assert line in page and f"| {size:,}, ngram |  | 2.700 |" in page
+  assert "decay 0.1, dropout 0 (0 of 3 tuned)" in page
   assert "no fit: too few amounts of text" in page
   content = cell_report.as_json(NIGHT, found, about)
   assert not content["is_complete"] and len(content["cells"]) == 6
@@ -199,6 +201,9 @@ def test_a_complete_study_has_every_seed_and_nothing_left(text):
   )
   assert "from all 100 of 100 cells" in page and "Not finished" not in page
   assert len(re.findall(r"\| 3 of 3 \|", page)) == 2 * 3 * 4
+  assert (
+    page.count("rate x 2, weight decay 0.8, dropout 0.1 (3 of 3 tuned)") == 4
+  )
   assert "| ar (chosen) | 2 | 0.8 | 0.1 | 2.0" in page
 
 
