@@ -148,9 +148,10 @@ def _write(
   content = cell_report.as_json(preset, found, described)
   (out / "study.json").write_text(strict_json.dumps(content) + "\n")
   page = cell_report.as_markdown(preset, found, described, command)
-  (out / "study.md").write_text(page)
   if modules.has("matplotlib"):
     (out / "study.png").write_bytes(cell_report.as_png(preset, found))
+    page += "\n![Loss over epochs, and on test text](study.png)\n"
+  (out / "study.md").write_text(page)
 
 
 def _define_flags() -> None:

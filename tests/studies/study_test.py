@@ -279,4 +279,5 @@ def test_a_killed_study_continues_with_the_cell_it_was_at(tmp_path):
   assert len(content["cells"]) == 4 and content["is_complete"]
   plain = [run for run in content["cells"] if run["cell"]["arm"] == "plain"]
   assert all(run["is_bound"] and run["chain_rule"]["value"] for run in plain)
-  assert "from all 4 of 4 cells" in (tmp_path / "out/study.md").read_text()
+  page = (tmp_path / "out/study.md").read_text()
+  assert "from all 4 of 4 cells" in page and "](study.png)" in page
