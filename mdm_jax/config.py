@@ -104,6 +104,7 @@ class Config:
     if not self.stages:
       raise UserError("stages is empty; at least one is needed")
     self._check_mask_rates()
+    self._check_shift()
     for i, part in enumerate(self.stages):
       self._check_rates(part, f"stages[{i}]")
       self._check_objective(part, f"stages[{i}]")
@@ -124,6 +125,15 @@ class Config:
           f"{path}={value!r} has no effect: rows have no mask rate with"
           f" objective.name={name}; set {path}={default!r}"
         )
+
+  def _check_shift(self) -> None:
+    """Raises UserError if outputs are shifted that have shifted inputs."""
+    name = self.objective.name
+    if self.model.shift_outputs and not OBJECTIVES[name].mask_rates:
+      raise UserError(
+        f"model.shift_outputs=True with objective.name={name}, which shifts the"
+        " inputs already; set model.shift_outputs=False"
+      )
 
   def _check_rates(self, part: StageConfig, path: str) -> None:
     """Raises UserError if a learning rate, or its decay, exceeds 1."""

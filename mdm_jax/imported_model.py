@@ -101,7 +101,10 @@ def model_of(source: str) -> ModelConfig:
 def with_sizes(settings: ModelConfig, sizes: ModelConfig) -> ModelConfig:
   """Returns settings of a model, such as its dtype, with sizes of another."""
   kept = {name: getattr(settings, name) for name in _FREE}
-  return dataclasses.replace(sizes, **kept)
+  # A model of next tokens may be trained on with shifted outputs; one that was
+  # trained with them has no other way.
+  shift = settings.shift_outputs or sizes.shift_outputs
+  return dataclasses.replace(sizes, **kept, shift_outputs=shift)
 
 
 def _config_of(folder: Folder, source: str) -> Config:
@@ -123,9 +126,11 @@ def _architecture(folder: Folder) -> Architecture:
 
 def _difference(ours: ModelConfig, theirs: ModelConfig):
   """Returns (field, ours, theirs) of the first size that differs, or None."""
+  ours, theirs = _plain(ours), _plain(theirs)
   for name in _SIZES:
-    a, b = getattr(_plain(ours), name), getattr(_plain(theirs), name)
-    if a != b:
+    a, b = getattr(ours, name), getattr(theirs, name)
+    # Outputs of any model may be shifted: see `with_sizes`.
+    if a != b and (name, b) != ("shift_outputs", False):
       return name, a, b
   return None
 

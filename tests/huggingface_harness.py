@@ -55,7 +55,7 @@ def weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
   }
   if config["model_type"] == "qwen3":
     of_layer |= {f"self_attn.{n}_norm.weight": (k,) for n in "qk"}
-  if config["model_type"] == "qwen2":
+  if config["model_type"] in ("qwen2", "Dream"):
     sizes = {"q": q, "k": kv, "v": kv}
     of_layer |= {f"self_attn.{n}_proj.bias": (sizes[n],) for n in sizes}
   for i in range(config["num_hidden_layers"]):

@@ -113,3 +113,13 @@ def test_a_config_takes_the_sizes_and_says_what_it_replaces(tmp_path):
   assert "not used num_layers=5\n" in said.get()
   plain = dataclasses.replace(given, init_from="")
   assert command_line.with_imported_sizes(plain, workdir) == plain
+
+
+def test_outputs_are_shifted_if_either_side_says_so():
+  plain, shifted = ModelConfig(), ModelConfig(shift_outputs=True)
+  merge = imported_model.with_sizes
+  assert merge(shifted, plain).shift_outputs
+  assert merge(plain, shifted).shift_outputs
+  assert not merge(plain, plain).shift_outputs
+  with pytest.raises(UserError, match="set model.shift_outputs=False"):
+    Config(model=shifted, objective=AutoregressiveConfig(name="autoregressive"))

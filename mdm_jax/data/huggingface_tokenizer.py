@@ -182,8 +182,8 @@ def _vocabulary(
 def _ids(folder: Folder, tokens: Any, name: str) -> list[int]:
   """Returns the ids of a special token, the most telling first."""
   found = []
-  for file in ("config.json", "generation_config.json"):
-    given = (folder.json(file) or {}).get(f"{name}_token_id")
+  for config in (folder.config, folder.json("generation_config.json") or {}):
+    given = config.get(f"{name}_token_id")
     found += given if isinstance(given, list) else [given]
   token = (folder.json("tokenizer_config.json") or {}).get(f"{name}_token")
   token = token.get("content") if isinstance(token, dict) else token
@@ -253,7 +253,8 @@ def _build(
       " tokenizer.json"
     )
   # Special ids are in the files beside it.
-  return _from_files(Folder(path.parent, {}), rows=None)
+  config = Folder(path.parent, {}).json("config.json") or {}
+  return _from_files(Folder(path.parent, config), rows=None)
 
 
 KIND = Kind(

@@ -87,6 +87,14 @@ _QWEN2 = Family(
 )
 FAMILIES.register("qwen2", _QWEN2)
 FAMILIES.register(
+  "Dream",
+  dataclasses.replace(
+    _QWEN2,
+    fields=_QWEN2.fields | {"shift_outputs": True},
+    causal=False,
+  ),
+)
+FAMILIES.register(
   "qwen3",
   Family(
     names=_LLAMA_NAMES,

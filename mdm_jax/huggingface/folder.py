@@ -1,10 +1,11 @@
-"""Opens a model that Hugging Face's libraries saved: hf:FOLDER.
+"""Opens a model that another library saved: hf:FOLDER or hf:FILE.gguf.
 
-with config.json, weights as safetensors, and tokenizer.json. Nothing is
-downloaded and no code of the folder is run.
+A folder has config.json, weights as safetensors, and tokenizer.json; a GGUF
+file is opened in the same form. Nothing is downloaded, no code is run.
 """
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from mdm_jax.core import safe_files
 from mdm_jax.core.errors import UserError
 from mdm_jax.huggingface import safetensors
+from mdm_jax.huggingface.gguf_file import GGUF, SUFFIX
 
 _PREFIX = "hf:"
 
@@ -23,23 +25,25 @@ def is_named(source: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """A saved model.
+  """A saved model: a folder, or a file in the form of one.
 
   Attributes:
-    path: the folder.
+    path: the folder, or the GGUF file.
     config: what config.json says.
+    gguf: what is read in place of a folder's files.
   """
 
   path: pathlib.Path
   config: dict[str, Any]
+  gguf: GGUF | None = None
 
   def tensors(self) -> Mapping[str, Any]:
-    """Returns the weights by name, memory-mapped.
+    """Returns the weights by name, arrays that are read when they are used.
 
     Raises:
       UserError: there are none, or a file is damaged.
     """
-    return safetensors.read(self.path)
+    return self.gguf.tensors if self.gguf else safetensors.read(self.path)
 
   def json(self, name: str) -> dict[str, Any] | None:
     """Returns the object in a JSON file, or None if there is no such file.
@@ -47,6 +51,8 @@ class Folder:
     Raises:
       UserError: the file is damaged.
     """
+    if self.gguf:
+      return json.loads(self.gguf.files.get(name, "null"))
     return _read_object(self.path / name)
 
   def text(self, name: str) -> str | None:
@@ -55,6 +61,8 @@ class Folder:
     Raises:
       UserError: it can't be read, or is not UTF-8.
     """
+    if self.gguf:
+      return self.gguf.files.get(name)
     path = self.path / name
     if not path.exists():
       return None
@@ -65,12 +73,16 @@ class Folder:
 
 
 def open_folder(source: str) -> Folder:
-  """Opens hf:FOLDER, or a folder without the prefix.
+  """Opens hf:FOLDER or hf:FILE.gguf.
 
   Raises:
-    UserError: there is no such folder, or its config.json is damaged.
+    UserError: there is no such folder, or its config.json or the file is
+      damaged.
   """
   path = pathlib.Path(source.removeprefix(_PREFIX)).expanduser()
+  if path.suffix == SUFFIX:
+    gguf = GGUF(path)
+    return Folder(path, gguf.config, gguf)
   config = _read_object(path / "config.json")
   if config is None:
     raise UserError(

@@ -40,6 +40,9 @@ class ModelConfig:
   rope_theta: float = fixed(
     10_000.0, "base of the rotary frequencies", "[1, 1e12]"
   )
+  shift_outputs: bool = fixed(
+    False, "a position is predicted by the output before it, as in Dream"
+  )
   remat: Literal["auto", "none", "dots", "full"] = field(
     "auto",
     "what the backward pass recomputes: nothing, all but matmuls, all (auto:"

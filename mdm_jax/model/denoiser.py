@@ -97,7 +97,7 @@ class Network(nnx.Module):
     # `at` is set only for a decoding cache, which is updated in place.
     run = self._stacked if shared.at is None else self._in_place
     x, kept = run(x, shared, context)
-    if context.shift:
+    if context.shift or self.config.shift_outputs:
       x = _shifted(x, context.segments)
     return (x, KVCache(*kept, side, shared.at)) if context.keep else x
 

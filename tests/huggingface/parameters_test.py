@@ -45,6 +45,16 @@ def test_logits_are_the_models(tmp_path, mesh, kind):
   assert np.abs(wanted).max() > 2
 
 
+def test_dreams_output_predicts_the_next_position(tmp_path, mesh):
+  tensors = harness.save(tmp_path, harness.QWEN2 | {"model_type": "Dream"})
+  bidirectional = harness.QWEN2 | {"is_causal": False}
+  wanted = harness.logits(bidirectional, tensors, IDS)[
+    [0, *range(len(IDS) - 1)]
+  ]
+  got = logits(*read(tmp_path), rows=1)
+  np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
 def test_shards_over_a_mesh_hold_the_same_values(tmp_path, any_mesh):
   tensors = harness.save(tmp_path, harness.QWEN3)
   harness.save_shards(tmp_path, tensors)

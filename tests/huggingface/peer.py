@@ -1,0 +1,100 @@
+"""Saves small random models of transformers, and what they compute.
+
+  python peer.py FOLDER
+
+runs in an environment with torch and transformers. Each model's folder gets
+expected.npz: rows of ids, their texts and positions, and the logits.
+"""
+
+import json
+import pathlib
+import sys
+
+import torch
+import transformers
+
+ROWS, LENGTH = 64, 12
+SIZES = {
+  "vocab_size": ROWS,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "initializer_range": 0.2,
+}
+BOTH_WAYS = {"is_causal": False}
+MODELS = {
+  "llama": ("Llama", {}),
+  "llama_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 16}),
+  "llama_both_ways": ("Llama", BOTH_WAYS),
+  "qwen2": ("Qwen2", {}),
+  "qwen2_both_ways": ("Qwen2", BOTH_WAYS),
+  "qwen3": ("Qwen3", {"head_dim": 10}),
+  "qwen3_both_ways": ("Qwen3", BOTH_WAYS | {"tie_word_embeddings": True}),
+}
+# Texts of each row: two packed, one alone, one before padding.
+SEGMENTS = torch.tensor(
+  [[1] * 5 + [2] * 7, [1] * LENGTH, [1] * 8 + [0] * (LENGTH - 8)]
+)
+
+
+def make(kind, fields):
+  torch.manual_seed(0)
+  config = getattr(transformers, f"{kind}Config")(**SIZES | fields)
+  model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+  for name, value in model.named_parameters():
+    if "norm" in name or "bias" in name:
+      torch.nn.init.normal_(value, float("norm" in name), 0.3)
+  return model
+
+
+def logits(model, ids):
+  """Logits of packed and padded rows, by a mask of all pairs."""
+  causal = getattr(model.config, "is_causal", True)
+  allowed = SEGMENTS[:, :, None] == SEGMENTS[:, None]
+  if causal:
+    allowed &= torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+  mask = torch.zeros(allowed.shape).masked_fill(~allowed, -1e30)[:, None]
+  # Counted from the start of each text.
+  places = lambda row: [row[:i].count(row[i]) for i in range(LENGTH)]
+  positions = torch.tensor([places(row) for row in SEGMENTS.tolist()])
+  with torch.no_grad():
+    return model(ids, attention_mask=mask, position_ids=positions).logits
+
+
+def save(folder, model, shards=False):
+  model.save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
+  ids = torch.randint(0, ROWS, SEGMENTS.shape)
+  expected = {"ids": ids, "segments": SEGMENTS, "logits": logits(model, ids)}
+  import numpy as np
+
+  arrays = {name: value.numpy() for name, value in expected.items()}
+  np.savez(folder / "expected.npz", **arrays)
+
+
+def passage(file, ids):
+  """Writes logits of a GGUF file's model for one row of ids."""
+  import numpy as np
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    file.parent, gguf_file=file.name, dtype=torch.float32
+  ).eval()
+  with torch.no_grad():
+    found = model(torch.tensor(np.load(ids)).long()[None]).logits[0]
+  np.save(ids.with_name("logits.npy"), found.numpy())
+
+
+def main(folder):
+  for name, (kind, fields) in MODELS.items():
+    save(folder / name, make(kind, fields))
+  save(folder / "shards", make("Qwen3", {}), shards=True)
+  assert (folder / "shards" / "model.safetensors.index.json").exists()
+  print(json.dumps({"transformers": transformers.__version__}))
+
+
+if __name__ == "__main__":
+  if len(sys.argv) == 3:
+    passage(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
+  else:
+    main(pathlib.Path(sys.argv[1]))
