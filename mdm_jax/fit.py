@@ -22,7 +22,9 @@ from mdm_jax.core.accelerators import GIB, Accelerator
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data.inputs import given_tokenizer
 from mdm_jax.data.tokenizer import planned_vocabulary
+from mdm_jax.huggingface import folder as folders
 from mdm_jax.model import kernel_choice, layer_loop, placement
 from mdm_jax.model.kernels import Case, Place
 from mdm_jax.planning import larger_batches
@@ -102,6 +104,8 @@ def blueprint(
   model = dataclasses.replace(config.model, **chosen)
   config = dataclasses.replace(config, model=model)
   placement.check_model(config.model, mesh)
+  if vocab is None and folders.is_named(config.init_from):
+    vocab = given_tokenizer(config.rows, None).vocab
   vocab = vocab or planned_vocabulary(config.tokenizer)
   placement.check_vocabulary(vocab.size, mesh)
   # The number of rows decides how long a stage takes, not what it holds: those

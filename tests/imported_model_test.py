@@ -9,10 +9,11 @@ import prepare_harness
 import pytest
 
 import mdm_jax
-from mdm_jax import command_line, imported_model
+from mdm_jax import command_line, fit, imported_model
 from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
+from mdm_jax.core.sharding import MeshConfig, planned_mesh
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.objectives.config import AutoregressiveConfig
 from mdm_jax.workdir import Workdir
@@ -123,3 +124,10 @@ def test_outputs_are_shifted_if_either_side_says_so():
   assert not merge(plain, plain).shift_outputs
   with pytest.raises(UserError, match="set model.shift_outputs=False"):
     Config(model=shifted, objective=AutoregressiveConfig(name="autoregressive"))
+
+
+def test_a_plan_has_the_rows_of_its_vocabulary(tmp_path):
+  harness.save(tmp_path, {})
+  config = imported_model.config_of(f"hf:{tmp_path}")
+  mesh = planned_mesh(MeshConfig(fsdp=2))
+  assert fit.blueprint(config, mesh).vocab.size == harness.ROWS
