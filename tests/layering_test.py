@@ -76,6 +76,7 @@ SIDEWAYS = {
   ("evaluation", "sampling"): "samples that are measured have settings",
   ("prepare_beam.py", "prepare.py"): "both fill a folder and describe it",
   ("sample.py", "scoring.py"): "a model samples and scores",
+  ("lm_eval.py", "sample.py"): "it scores and draws as a user does",
   ("interactive.py", "sample.py"): "it draws as a user of the library does",
 }
 TOO_LONG = {}
