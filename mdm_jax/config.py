@@ -103,37 +103,23 @@ class Config:
       )
     if not self.stages:
       raise UserError("stages is empty; at least one is needed")
-    self._check_mask_rates()
-    self._check_shift()
+    self._check_unused()
     for i, part in enumerate(self.stages):
       self._check_rates(part, f"stages[{i}]")
       self._check_objective(part, f"stages[{i}]")
 
-  def _check_mask_rates(self) -> None:
-    """Raises UserError if a setting needs mask rates that rows don't have."""
+  def _check_unused(self) -> None:
+    """Raises UserError if a setting has no meaning with the objective."""
     name = self.objective.name
-    if OBJECTIVES[name].mask_rates:
-      return
-    plain = NoiseConfig()
-    given = {
-      f"noise.{n}": (getattr(self.noise, n), getattr(plain, n))
-      for n in ("schedule", "exponent")
-    } | {"model.time_conditioning": (self.model.time_conditioning, False)}
-    for path, (value, default) in given.items():
+    for path in OBJECTIVES[name].unused:
+      section, field_name = path.split(".")
+      part = getattr(self, section)
+      value, default = (getattr(x, field_name) for x in (part, type(part)()))
       if value != default:
         raise UserError(
-          f"{path}={value!r} has no effect: rows have no mask rate with"
-          f" objective.name={name}; set {path}={default!r}"
+          f"{path}={value!r} has no meaning with objective.name={name}; set"
+          f" {path}={default!r}"
         )
-
-  def _check_shift(self) -> None:
-    """Raises UserError if outputs are shifted that have shifted inputs."""
-    name = self.objective.name
-    if self.model.shift_outputs and not OBJECTIVES[name].mask_rates:
-      raise UserError(
-        f"model.shift_outputs=True with objective.name={name}, which shifts the"
-        " inputs already; set model.shift_outputs=False"
-      )
 
   def _check_rates(self, part: StageConfig, path: str) -> None:
     """Raises UserError if a learning rate, or its decay, exceeds 1."""

@@ -61,22 +61,32 @@ class Evaluator:
       functools.partial(_nats, objective, model),
       static_argnames=("capacity", "num_texts"),
     )
+    self._others = {
+      name: Evaluator(config, other, model, mesh, poll)
+      for name, other in objective.also_measured().items()
+    }
 
   def measure(
     self, params: Params, held: HeldOut, part: Part = "likelihood"
   ) -> Measured:
     """Returns one part of the objective's measurements on held-out rows.
 
+    Those of `Objective.also_measured` follow its own.
+
     Args:
       params: parameters of the model.
       held: held-out rows.
       part: which part; the result is empty if the objective has none.
     """
-    jobs = self._objective.jobs(held, part, self._config.masks_per_row)
-    if jobs is None:
-      return Measured(headline=self._objective.headline)
-    nats = self.run(params, held.rows, jobs)
-    return self._objective.values(part, jobs, nats, held)
+    objective = self._objective
+    found = Measured(headline=objective.headline)
+    jobs = objective.jobs(held, part, self._config.masks_per_row)
+    if jobs is not None:
+      nats = self.run(params, held.rows, jobs)
+      found = objective.values(part, jobs, nats, held)
+    for name, other in self._others.items():
+      found = found.joined(other.measure(params, held, part).beside(name))
+    return found
 
   def run(self, params: Params, rows: Rows, jobs: Jobs) -> Nats:
     """Returns the loss of all jobs in nats, by row and by text of a row.

@@ -341,6 +341,13 @@ class Objective(abc.ABC):
       held: the rows.
     """
 
+  def also_measured(self) -> Mapping[str, "Objective"]:
+    """Returns other objectives to evaluate the same model with, by name.
+
+    Their metrics stand beside this one's, as NAME/METRIC.
+    """
+    return {}
+
   @abc.abstractmethod
   def decoding(self) -> Decoding:
     """Returns how to sample from a model trained with this objective."""

@@ -76,15 +76,15 @@ class Kind:
     build: `(config, stage, noise, vocabulary, plan) -> Objective`, called once
       per stage; see `masked.build`. Also "module:function", imported on use.
     charts: the logged metrics that the report plots, by name.
-    mask_rates: whether rows have mask rates. Without them the section `noise`
-      and `model.time_conditioning` have no meaning, and are refused.
+    unused: paths of config fields outside `objective` that have no meaning
+      with it: any value but the default is refused.
   """
 
   config: type[ObjectiveConfig]
   stage: type[ObjectiveStage]
   build: str | Callable[..., Any]
   charts: Mapping[str, Chart] = dataclasses.field(default_factory=dict)
-  mask_rates: bool = True
+  unused: tuple[str, ...] = ()
 
 
 OBJECTIVES: Registry[Kind] = Registry("objective", "objective.name")
@@ -245,8 +245,6 @@ class AutoregressiveStage(ObjectiveStage):
     return "next token"
 
 
-_INPUT_MASK_RATE = Chart("Masked inputs", "share of the input tokens", low=0)
-
 OBJECTIVES.register(
   "autoregressive",
   Kind(
@@ -258,8 +256,54 @@ OBJECTIVES.register(
       "validation/nll_per_token": Chart(
         "Validation NLL", "nats per token", "validation/nll_stderr"
       ),
-      "train/input_mask_rate": _INPUT_MASK_RATE,
     },
-    mask_rates=False,
+    unused=(
+      *("noise.schedule", "noise.exponent", "model.time_conditioning"),
+      # Inputs are shifted already.
+      "model.shift_outputs",
+    ),
+  ),
+)
+
+
+# MARK: joint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointConfig(MaskedConfig, AutoregressiveConfig):
+  """A weighted sum of the masked and the autoregressive loss."""
+
+  alpha: float = fixed(
+    0.3, "weight of the autoregressive loss; the masked one has the rest", SHARE
+  )
+  primary: Literal["masked", "autoregressive"] = fixed(
+    "masked", "which of the two selects the best checkpoint and draws samples"
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointStage(MaskedStage):
+  """The mask rates of the masked loss."""
+
+  def describe(self) -> str:
+    """Returns the mask rates and what else is predicted, for tables."""
+    return f"{super().describe()} + next token"
+
+
+OBJECTIVES.register(
+  "joint",
+  Kind(
+    JointConfig,
+    JointStage,
+    "mdm_jax.objectives.joint:build",
+    {
+      "train/loss": Chart("Training loss", "nats, weighted sum of both"),
+      "train/masked_loss": Chart("Masked loss", "nats per masked token"),
+      "train/autoregressive_loss": Chart(
+        "Autoregressive loss", "nats per token"
+      ),
+    },
+    # The rows of the autoregressive loss have no mask rate, and shifted inputs.
+    unused=("model.time_conditioning", "model.shift_outputs"),
   ),
 )

@@ -174,11 +174,23 @@ class Measured:
       other.headline or self.headline,
     )
 
+  def beside(self, name: str) -> "Measured":
+    """Returns the same metrics under NAME/, without roles or a headline.
+
+    So code that looks for e.g. "the perplexity" finds one only.
+    """
+    told = lambda x: dataclasses.replace(x, title=f"{name}: {x.title}", role="")
+    return Measured(
+      {f"{name}/{key}": told(value) for key, value in self.values.items()},
+      {f"{name}/{key}": told(curve) for key, curve in self.curves.items()},
+    )
+
   def scalars(self) -> dict[str, float]:
     """Returns all numbers by name, with NAME_stderr for each NAME_per_token."""
     errors = {
       f"{name.removesuffix('_per_token')}_stderr": value.error
-      for name, value in self.with_role(NATS).items()
+      for name, value in self.values.items()
+      if name.endswith("_per_token")
     }
     return {name: v.value for name, v in self.values.items()} | errors
 

@@ -266,8 +266,8 @@ def test_the_range_of_masked_inputs_is_checked():
 @pytest.mark.parametrize(
   "fields, words",
   [
-    ({"noise": {"schedule": "cosine"}}, "noise.schedule='cosine' has no eff"),
-    ({"noise": {"exponent": 3.0}}, "noise.exponent=3.0 has no effect"),
+    ({"noise": {"schedule": "cosine"}}, "noise.schedule='cosine' has no mea"),
+    ({"noise": {"exponent": 3.0}}, "noise.exponent=3.0 has no meaning"),
     ({"model": {"time_conditioning": True}}, "model.time_conditioning=True"),
     ({"stages": [{"rehearsal": 0.5}]}, "belongs to objective.name=masked"),
     ({"objective": {"weighting": "nelbo"}}, "belongs to objective.name=masked"),
