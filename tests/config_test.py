@@ -571,8 +571,8 @@ def test_without_a_name_the_objective_is_masked(toy):
   [
     (
       {"objective": {"name": "toy", "weighting": "nelbo"}},
-      "objective.weighting='nelbo' belongs to objective.name=masked or joint; this"
-      " run has toy",
+      "objective.weighting='nelbo' belongs to objective.name=masked or"
+      " joint; this run has toy",
     ),
     (
       {"stages": [{}, {"block": 4}]},
