@@ -59,7 +59,9 @@ def read_config(num_samples: int | None = None) -> Config:
   modules.load(named)
   value.modules = tuple(named)
   config = config_lib.from_config_dict(value)
-  workdir = flags.FLAGS.workdir or os.path.join("runs", config.name)
+  # A program that only prepares rows has no --workdir.
+  workdir = flags.FLAGS.get_flag_value("workdir", None)
+  workdir = workdir or os.path.join("runs", config.name)
   return with_imported_sizes(config, Workdir(workdir))
 
 

@@ -18,15 +18,20 @@ from jaxtyping import Float
 
 from mdm_jax.blueprint import held_out_objective
 from mdm_jax.config import Config
-from mdm_jax.core import rng, strict_json, tables
+from mdm_jax.core import strict_json, tables
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console, progress_bar, with_error
 from mdm_jax.core.standard_errors import ratio
 from mdm_jax.data import splits
 from mdm_jax.data.held_out import DOCUMENT
 from mdm_jax.measured_text import describe, open_rows
-from mdm_jax.objectives.measured import SEED, likelihood
-from mdm_jax.sampling.chain_calls import ChainCalls, Passage, passages
+from mdm_jax.objectives.measured import likelihood
+from mdm_jax.sampling.chain_calls import (
+  ChainCalls,
+  Passage,
+  key_of_orders,
+  passages,
+)
 from mdm_jax.sampling.chain_rule import Likelihood, bound_of_orders, read
 from mdm_jax.trained_model import TrainedModel, load_model
 from mdm_jax.workdir import Workdir
@@ -134,7 +139,7 @@ def _nats(
     bar.advance(task, left.size - left.sum())
     for number in range(which.orders):
       todo = np.flatnonzero(left[number])
-      key = rng.stream(SEED, "chain_rule", number)
+      key = key_of_orders(number)
       few = [texts[n] for n in todo]
       for index, found in calls(model.params, few, key, todo):
         nats[number, todo[index]] = found

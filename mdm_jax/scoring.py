@@ -19,15 +19,19 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mdm_jax.blueprint import held_out_objective
-from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.data.held_out import DOCUMENT, ROW, HeldOut
 from mdm_jax.data.rows import Rows
 from mdm_jax.data.stage_rows import make_held_out
 from mdm_jax.evaluation.evaluator import Evaluator
-from mdm_jax.objectives.measured import NATS, PERPLEXITY, SEED
+from mdm_jax.objectives.measured import NATS, PERPLEXITY
 from mdm_jax.sampling import chain_rule, template
-from mdm_jax.sampling.chain_calls import ChainCalls, passages, row_length
+from mdm_jax.sampling.chain_calls import (
+  ChainCalls,
+  key_of_orders,
+  passages,
+  row_length,
+)
 from mdm_jax.sampling.chain_rule import Likelihood, bound_of_orders
 from mdm_jax.trained_model import TrainedModel
 
@@ -228,7 +232,7 @@ class Scorer:
     numbers = np.concatenate([np.arange(0), *map(np.arange, map(len, parts))])
     nats = np.zeros((which.orders, len(texts)))
     for k in range(which.orders):
-      key = rng.stream(SEED, "chain_rule", k)
+      key = key_of_orders(k)
       run = self._calls[which.order]
       for index, found in run(model.params, texts, key, numbers):
         nats[k, index] = found

@@ -18,6 +18,7 @@ from mdm_jax.core import distributed, rng
 from mdm_jax.core.sharding import batch_sharding, padded_rows, put
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.held_out import ROW, SEGMENT, HeldOut
+from mdm_jax.objectives.measured import SEED
 from mdm_jax.sampling import order as orders
 from mdm_jax.sampling.call import Canvas, Predictor
 from mdm_jax.sampling.chain_rule import (
@@ -63,6 +64,11 @@ def row_length(tokens: int, longest: int) -> int:
     longest: of all rows.
   """
   return min(1 << (max(tokens, _SHORTEST) - 1).bit_length(), longest)
+
+
+def key_of_orders(number: int) -> Key[Array, ""]:
+  """Returns the key of the orders with this number, the same for all models."""
+  return rng.stream(SEED, "chain_rule", number)
 
 
 class ChainCalls:

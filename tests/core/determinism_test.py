@@ -5,7 +5,7 @@ import pytest
 
 from mdm_jax import main
 from mdm_jax.config import Config
-from mdm_jax.core import determinism
+from mdm_jax.core import compilation_cache, determinism
 from mdm_jax.core.errors import Failure, UserError
 from mdm_jax.training.config import TrainConfig
 from mdm_jax.workdir import Workdir
@@ -68,7 +68,7 @@ def test_main_asks_before_anything_else(flags):
     assert asked == [True]
     raise Failure("far enough")
 
-  flags.setattr(main, "_keep_compiled_programs", start)
+  flags.setattr(compilation_cache, "turn_on", start)
   with pytest.raises(Failure, match="far enough"):
     main._run(EXACT, Workdir("nowhere"))
 

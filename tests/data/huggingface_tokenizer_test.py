@@ -1,6 +1,7 @@
 """A tokenizer.json gives its own ids, and every special id a place."""
 
 import json
+import sys
 
 import huggingface_harness as harness
 import pytest
@@ -150,6 +151,6 @@ def test_without_the_package_one_line_says_what_to_install(
   tmp_path, monkeypatch
 ):
   load(tmp_path)
-  monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+  monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(UserError, match=r"pip install -e '.\[huggingface\]'"):
     huggingface_tokenizer.from_folder(open_folder(f"hf:{tmp_path}"))

@@ -81,7 +81,8 @@ def passage(file, ids):
     file.parent, gguf_file=file.name, dtype=torch.float32
   ).eval()
   with torch.no_grad():
-    found = model(torch.tensor(np.load(ids)).long()[None]).logits[0]
+    read = torch.tensor(np.load(ids, allow_pickle=False)).long()
+    found = model(read[None]).logits[0]
   np.save(ids.with_name("logits.npy"), found.numpy())
 
 
