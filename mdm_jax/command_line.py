@@ -118,7 +118,7 @@ def parse(argv: list[str]) -> list[str]:
     modules.load(flags.FLAGS.modules)  # they may add fields
     # Before the config flags exist: this check suggests the nearest field.
     _check_overrides(argv)
-    _define_config(path)
+    _define_config(path, argv)
     flags.FLAGS.unparse_flags()
     return _parse_all(argv)
   except Failure as error:
@@ -178,8 +178,13 @@ def _check_overrides(argv: list[str]) -> None:
       coercion.check_field(field[1], config_lib.form())
 
 
-def _define_config(path: str | None) -> None:
-  """Defines --config, from its file or else from the workdir's saved config."""
+def _define_config(path: str | None, argv: list[str]) -> None:
+  """Defines --config, from its file or else from the workdir's saved config.
+
+  Args:
+    path: the config file, if one is given.
+    argv: arguments, which decide the --config.FIELD flags that there are.
+  """
   # absl's own parsers refuse None, which many fields allow.
   for kind, parser in (
     (int, flags.IntegerParser()),
@@ -189,14 +194,18 @@ def _define_config(path: str | None) -> None:
     config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
   if path is None and flags.FLAGS.workdir is not None:
     saved = Workdir(flags.FLAGS.workdir).read_config()
-    config_flags.DEFINE_config_dict("config", config_lib.to_config_dict(saved))
+    config_flags.DEFINE_config_dict(
+      "config", config_lib.to_config_dict(saved), sys_argv=argv
+    )
     return
   if path and not os.path.isfile(path):
     others = glob.glob(os.path.join(os.path.dirname(path), "*.py"))
     hint = f"; {nearest(path, others)}" if others else ""
     raise UserError(f"config file {path} does not exist{hint}")
   config_flags.DEFINE_config_file(
-    "config", help_string="Config file, as FILE or FILE:ARGUMENT."
+    "config",
+    help_string="Config file, as FILE or FILE:ARGUMENT.",
+    sys_argv=argv,
   )
 
 

@@ -511,7 +511,8 @@ def test_the_plan_is_printed_without_training(env, tmp_path):
 
 
 def test_the_data_is_printed_without_training(env, trained, tmp_path):
-  done = call(tmp_path, env, "--mode=data", QUICK, "--json")
+  short = "--config.objective=masked"  # for objective.name
+  done = call(tmp_path, env, "--mode=data", QUICK, short, "--json")
   kept = json.loads((trained.workdir / "data.json").read_text())
   assert _last_json(done) == kept
   assert "cut at" in done.stdout
