@@ -60,7 +60,7 @@ def read_config(num_samples: int | None = None) -> Config:
   value.modules = tuple(named)
   config = config_lib.from_config_dict(value)
   # A program that only prepares rows has no --workdir.
-  workdir = flags.FLAGS.get_flag_value("workdir", None)
+  workdir = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
   workdir = workdir or os.path.join("runs", config.name)
   return with_imported_sizes(config, Workdir(workdir))
 
