@@ -133,8 +133,8 @@ class SampledTexts:
   @functools.cached_property
   def judge(self) -> Judge:
     """The judge of texts: an n-gram model unless another one is given."""
-    path = self._config.eval.judge
-    return make_judge(path, []) if path else self.ngrams
+    source, mesh = self._config.eval.judge, self._config.mesh
+    return make_judge(source, [], mesh) if source else self.ngrams
 
   def of_texts(
     self, texts: Sequence[str], documents: Clusters = None

@@ -615,7 +615,7 @@ MISTAKES = {
   "extra": ([QUICK, "extra"], "'extra'"),
   "corpus": ([QUICK, "--config.data.corpus=sotv"], "data.corpus|'sotu'"),
   "text": ([QUICK, "--config.data.corpus=text:none/*.txt"], "none|not exist"),
-  "judge": ([QUICK, "--config.eval.judge=none"], "eval.judge|config.json"),
+  "judge": ([QUICK, "--config.eval.judge=hf:none"], "eval.judge|config.json"),
   "mesh": ([QUICK, "--config.mesh.fsdp=3"], "fsdp=3|1 device"),
   "no_run": (["--mode=eval", "--workdir=none"], "none|config.json"),
   "empty_run": (["--mode=sample", "--workdir=."], "config.json"),

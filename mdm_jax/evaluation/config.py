@@ -31,7 +31,7 @@ class EvalConfig:
   )
   judge: str = field(
     "",
-    "folder of a Hugging Face causal LM that scores samples ('': an n-gram"
-    " model of the training text)",
+    "hf:FOLDER of a causal model that scores samples ('': an n-gram model of"
+    " the training text)",
     path=True,
   )

@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float64, Int64, UInt8, UInt64
 
+from mdm_jax.core.sharding import MeshConfig
 from mdm_jax.core.standard_errors import Clusters, Estimate, ratio
 from mdm_jax.evaluation.huggingface_judge import HuggingFaceJudge
 
@@ -28,22 +29,25 @@ class Judge(Protocol):
 
   name: str
 
-  def nats(self, text: str) -> float:
-    """Returns the total negative log-likelihood of a text, in nats."""
+  def nats_of(self, texts: Sequence[str]) -> Float64[np.ndarray, "N"]:
+    """Returns the total negative log-likelihood of each text, in nats."""
     ...
 
 
-def make_judge(path: str, train_texts: Sequence[str]) -> Judge:
-  """Returns a Hugging Face judge, or an n-gram model of the training text.
+def make_judge(
+  source: str, train_texts: Sequence[str], mesh: MeshConfig | None = None
+) -> Judge:
+  """Returns an imported judge, or an n-gram model of the training text.
 
   Args:
-    path: folder of a Hugging Face causal LM; "" for the n-gram model.
+    source: hf:FOLDER of a causal model; "" for the n-gram model.
     train_texts: text to fit the n-gram model to.
+    mesh: sizes of the mesh axes that an imported judge is split over.
 
   Raises:
     UserError: the folder holds no such model, or a package is missing.
   """
-  return HuggingFaceJudge(path) if path else NgramJudge(train_texts)
+  return HuggingFaceJudge(source, mesh) if source else NgramJudge(train_texts)
 
 
 def nll_per_byte(
@@ -59,7 +63,7 @@ def nll_per_byte(
   Returns:
     The ratio with its standard error; NaN if all texts are empty.
   """
-  nats = [judge.nats(text) for text in texts]
+  nats = judge.nats_of(texts)
   return ratio(nats, [len(text.encode()) for text in texts], documents)
 
 
@@ -109,6 +113,10 @@ class NgramJudge:
       raise ValueError(f"order {order} is not from 1 to 8")
     self.name = f"{order}-gram model of bytes (Kneser-Ney)"
     self._levels = _levels(_first([text.encode() for text in texts]), order)
+
+  def nats_of(self, texts: Sequence[str]) -> Float64[np.ndarray, "N"]:
+    """Returns the total negative log-likelihood of each text, in nats."""
+    return np.array([self.nats(text) for text in texts], np.float64)
 
   def nats(self, text: str) -> float:
     """Returns the total negative log-likelihood of a text, in nats."""

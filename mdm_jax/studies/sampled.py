@@ -85,7 +85,9 @@ def sample_each(
     UserError: there is no checkpoint, or the run had other data.
   """
   data, config = open_rows(config, workdir)
-  judge = make_judge(config.eval.judge, training_texts(config.rows))
+  judge = make_judge(
+    config.eval.judge, training_texts(config.rows), config.mesh
+  )
   model = sample.load(workdir, config=config)
   count = max(config.eval.samples, config.sample.num_samples)
   found = []

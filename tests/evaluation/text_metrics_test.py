@@ -428,8 +428,8 @@ def test_metrics_without_what_they_need_are_left_out():
   class Judge:
     name = "a judge"
 
-    def nats(self, text):
-      return 2.0 * len(text)
+    def nats_of(self, texts):
+      return [2.0 * len(text) for text in texts]
 
   assert list(measure(["a b"])) == NAMES
   found = measure(["a b"], judge=Judge(), copies=ngrams.of(["a b c"]))

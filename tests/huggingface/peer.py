@@ -14,6 +14,8 @@ import torch
 import transformers
 
 ROWS, LENGTH = 64, 12
+CONTEXT = 24
+TEXTS = "a cat", "the cat sat on the mat", "12 dogs and a cat. " * 5
 SIZES = {
   "vocab_size": ROWS,
   "hidden_size": 32,
@@ -73,6 +75,39 @@ def save(folder, model, shards=False):
   np.savez(folder / "expected.npz", **arrays)
 
 
+def judged(folder):
+  """Saves a model with its tokenizer, and the nats of some texts."""
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, "<end>"])}
+  tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens(["<end>"])
+  end = vocabulary["<end>"]
+  sizes = {"vocab_size": 300, "eos_token_id": end, "bos_token_id": None}
+  model = make("Llama", sizes | {"max_position_embeddings": CONTEXT})
+  model.save_pretrained(folder)
+  tokenizer.save(str(folder / "tokenizer.json"))
+  nats = {}
+  for text in TEXTS:
+    ids = [end, *tokenizer.encode(text).ids]
+    start = 0
+    nats[text] = 0.0
+    while start < len(ids) - 1:
+      new = CONTEXT if start == 0 else CONTEXT // 2
+      stop = min(start + new, len(ids) - 1)
+      window = torch.tensor([ids[max(stop - CONTEXT, 0) : stop]])
+      with torch.no_grad():
+        logits = model(window).logits[0, start - stop :].double()
+      nats[text] += torch.nn.functional.cross_entropy(
+        logits, torch.tensor(ids[start + 1 : stop + 1]), reduction="sum"
+      ).item()
+      start = stop
+  (folder / "nats.json").write_text(json.dumps(nats))
+
+
 def passage(file, ids):
   """Writes logits of a GGUF file's model for one row of ids."""
   import numpy as np
@@ -91,6 +126,7 @@ def main(folder):
     save(folder / name, make(kind, fields))
   save(folder / "shards", make("Qwen3", {}), shards=True)
   assert (folder / "shards" / "model.safetensors.index.json").exists()
+  judged(folder / "judged")
   print(json.dumps({"transformers": transformers.__version__}))
 
 

@@ -18,6 +18,7 @@ from apart_harness import python_with
 
 import mdm_jax
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.evaluation.huggingface_judge import HuggingFaceJudge
 from mdm_jax.huggingface import safetensors
 from mdm_jax.huggingface.families import architecture
 from mdm_jax.huggingface.folder import open_folder
@@ -180,3 +181,13 @@ def test_real_weights_give_the_perplexity_of_transformers(python, tmp_path):
   print(f"perplexity {perplexity(ours):.5f}, {perplexity(theirs):.5f}")
   assert perplexity(ours) == pytest.approx(perplexity(theirs), abs=1e-3)
   assert perplexity(ours) < 10
+
+
+@pytest.mark.slow
+def test_a_judge_costs_what_transformers_says(models):
+  """Of texts in one row, in two calls, and longer than a window."""
+  folder = models / "judged"
+  judge = HuggingFaceJudge(f"hf:{folder}")
+  expected = json.loads((folder / "nats.json").read_text())
+  found = judge.nats_of(list(expected))
+  np.testing.assert_allclose(found, list(expected.values()), rtol=1e-4)
