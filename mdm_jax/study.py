@@ -21,14 +21,15 @@ from mdm_jax.core import compilation_cache, log_lines, modules, strict_json
 from mdm_jax.core.errors import Exit, Failure, Stopped, StorageError
 from mdm_jax.core.progress import console, with_error
 from mdm_jax.planning import scaling_laws
-from mdm_jax.studies import cell_report, cell_runs, cells
+from mdm_jax.studies import cell_plot, cell_report, cell_runs, cells
 from mdm_jax.studies.cell_runs import Text
 from mdm_jax.studies.cells import Cell, Preset
 
 _WHOLE = "train_1_1", "validation", "test"  # together all of the text
 # Assumed before the first cell has said how fast this machine is: operations
-# per CPU second, and seconds a cell takes besides its updates.
-_SPEED, _FIXED = 30e9, 30.0
+# per CPU second, and seconds a cell takes besides its updates. Autoregression
+# overfits early, and its run ends then.
+_SPEED, _FIXED, _AR_SHARE = 22e9, 60.0, 0.2
 
 
 def main(_: list[str]) -> int:
@@ -85,34 +86,41 @@ def _left(preset: Preset, found: dict[Cell, Any]) -> list[Cell]:
 def _say_estimate(preset: Preset, text: Text, found: dict[Cell, Any]) -> None:
   """Prints what is left, and about how many CPU seconds that takes."""
   todo = _left(preset, found)
-  sizes = {name: _seconds(preset, name, found) for name in preset.sizes}
-  known = sum(sizes[cell.size] for cell in todo)
+  seconds = {cell: _seconds(preset, cell, found) for cell in todo}
   # What is tuned next decides what follows: only so many cells are known.
-  unknown = cells.count(preset) - len(found) - len(todo)
-  total = known + max(unknown, 0) * sizes[next(iter(sizes))]
-  each = ", ".join(f"{name} {s:,.0f}" for name, s in sizes.items())
+  unknown = max(cells.count(preset) - len(found) - len(todo), 0)
+  total = sum(seconds.values()) * (1 + unknown / max(len(todo), 1))
   console.print(
     f"{len(found)} of {cells.count(preset)} cells are finished; the others take"
-    f" at most about {total / 3600:.1f} CPU hours (CPU seconds a cell, by"
-    f" model: {each})",
+    f" about {total / 3600:.1f} CPU hours",
     soft_wrap=True,
   )
   parts = ", ".join(f"{n} {size:,}" for n, size in text.characters.items())
   console.print(f"characters: {parts}", soft_wrap=True)
   if flags.FLAGS.list:
-    for cell in todo:
-      console.print(cell.name, soft_wrap=True)
+    for cell, each in seconds.items():
+      console.print(f"{cell.name}: {each:,.0f} CPU seconds", soft_wrap=True)
+    if unknown:
+      console.print(
+        f"and {unknown} more of the tuning; the cells after it will have the"
+        " settings that it finds",
+        soft_wrap=True,
+      )
 
 
-def _seconds(preset: Preset, name: str, found: dict[Cell, Any]) -> float:
-  """Returns about how many CPU seconds a cell of a model takes."""
-  known = [run["cpu_seconds"] for c, run in found.items() if c.size == name]
+def _seconds(preset: Preset, cell: Cell, found: dict[Cell, Any]) -> float:
+  """Returns about how many CPU seconds a cell takes."""
+  alike = cell.size, cell.arm
+  known = [
+    r["cpu_seconds"] for c, r in found.items() if (c.size, c.arm) == alike
+  ]
   if known:
     return sum(known) / len(known)
-  size = preset.sizes[name]
+  size = preset.sizes[cell.size]
   params = 12 * size.layers * size.width**2
   tokens = preset.updates * preset.batch * preset.length
-  return scaling_laws.training_flops(params, tokens) / _SPEED + _FIXED
+  share = _AR_SHARE if cell.arm in cells.IS_AR else 1.0
+  return share * scaling_laws.training_flops(params, tokens) / _SPEED + _FIXED
 
 
 def _say(run: dict[str, Any]) -> None:
@@ -149,7 +157,7 @@ def _write(
   (out / "study.json").write_text(strict_json.dumps(content) + "\n")
   page = cell_report.as_markdown(preset, found, described, command)
   if modules.has("matplotlib"):
-    (out / "study.png").write_bytes(cell_report.as_png(preset, found))
+    (out / "study.png").write_bytes(cell_plot.as_png(preset, found))
     page += "\n![Loss over epochs, and on test text](study.png)\n"
   (out / "study.md").write_text(page)
 

@@ -1,10 +1,9 @@
 """The results of the study of repeated text, from the cells that are finished.
 
-study.json has every cell, study.md the tables, study.png the plot.
+study.json has every cell, study.md the tables; `cell_plot.py` draws them.
 """
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,8 @@ from mdm_jax.studies.cells import ARMS, Cell, Found, Preset
 Curve = Sequence[tuple[float, float]]
 
 _AR = "ar"
+_AT_THE_END = 0.95  # of the updates: a best checkpoint this late is no best one
+_SHARES = (0.25, 0.5, 1.0)  # of the updates, at which two arms are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +133,11 @@ def as_markdown(
     " seeds; with one seed, over documents. `best` is the best checkpoint's"
     " epochs, `read` the run's, `rise` the validation loss at its end above"
     " the best one.\n",
+    _falling_still(preset, every),
     "## Where the curves cross\n",
     _crossings(every),
+    "## The recipe against the plain objective\n",
+    _recipe(every),
     "## Tuning\n",
     _tuning(preset, found),
     "## What repeated text is worth\n",
@@ -141,6 +145,8 @@ def as_markdown(
     "## Cells\n",
     _missing(preset, found),
   ]
+  if preset.left_out:
+    parts.insert(4, f"Left out, for lack of time: {preset.left_out}.\n")
   return "\n".join(parts)
 
 
@@ -185,6 +191,24 @@ def _results(preset: Preset, every: list[Group]) -> str:
   return tables.as_markdown(names, rows)
 
 
+def _falling_still(preset: Preset, every: list[Group]) -> str:
+  """Returns which groups were better with every update until the last."""
+  tokens = preset.updates * preset.batch * preset.length
+  names = []
+  for group in every:
+    curve, chars = group.curve, group.runs[0]["characters"]
+    best, _ = min(curve, key=lambda point: point[1])
+    if best >= _AT_THE_END * tokens / chars:
+      names.append(f"{group.size}, {chars:,}, {group.arm}")
+  if not names:
+    return "Every one of these passed its best checkpoint before its end.\n"
+  return (
+    f"Not converged: {'; '.join(names)}. The best checkpoint is among the last"
+    f" {1 - _AT_THE_END:.0%} of all updates, so more of them would give a lower"
+    " number.\n"
+  )
+
+
 def _crossings(every: list[Group]) -> str:
   ar = {(g.size, g.part): g for g in every if g.arm == _AR}
   rows = []
@@ -207,6 +231,33 @@ def _crossings(every: list[Group]) -> str:
   return tables.as_markdown(names, rows) + (
     "\nOn validation text, equally often read; - means that it stays behind."
     " A bound is compared with an exact number here.\n"
+  )
+
+
+def _recipe(every: list[Group]) -> str:
+  """Returns the recipe's validation loss minus the plain objective's."""
+  by_arm = {(g.size, g.part, g.arm): g.curve for g in every}
+  rows = []
+  for group in every:
+    other = by_arm.get((group.size, group.part, "plain"))
+    if group.arm != "recipe" or other is None:
+      continue
+    # A run that has ended early keeps the loss of its best checkpoint.
+    lowest = lambda curve, upto: min(y for x, y in curve if x <= upto)
+    last = max(group.curve[-1][0], other[-1][0])
+    gaps = [
+      lowest(group.curve, last * share) - lowest(other, last * share)
+      for share in _SHARES
+    ]
+    name = f"{group.size}, {group.runs[0]['characters']:,}"
+    rows.append([name, *(f"{gap:+.3f}" for gap in gaps)])
+  if not rows:
+    return "Neither has a finished run beside the other.\n"
+  names = ["model, text", *(f"after {share:.0%}" for share in _SHARES)]
+  return tables.as_markdown(names, rows) + (
+    "\nThe recipe's best validation loss so far minus the plain objective's,"
+    " after a share of the longer run's updates; negative where the recipe is"
+    " ahead.\n"
   )
 
 
@@ -287,64 +338,3 @@ def _missing(preset: Preset, found: Found) -> str:
       f" `{missing[0].name}`.\n"
     )
   return "\n".join(lines)
-
-
-# MARK: the plot
-
-
-def as_png(preset: Preset, found: Found) -> bytes:
-  """Returns the plot: validation over epochs by amount of text, then test."""
-  # Imported here: matplotlib takes longer than the rest of a start.
-  from matplotlib.figure import Figure
-
-  every = groups(preset, found)
-  size = next(iter(preset.sizes))
-  parts = [n for n in preset.parts if any(g.part == n for g in every)]
-  figure = Figure(
-    figsize=(4 * (len(parts) + 1), 4.5), dpi=110, layout="constrained"
-  )
-  total = cells_lib.count(preset)
-  figure.suptitle(
-    f"{len(found)} of {total} cells; the {size} model; dots: best checkpoints",
-    fontsize="medium",
-  )
-  *curves, last = figure.subplots(1, len(parts) + 1, squeeze=False)[0]
-  color = {arm: f"C{i}" for i, arm in enumerate(preset.arms)}
-  for axes, part in zip(curves, parts, strict=True):
-    for group in every:
-      if (group.size, group.part) != (size, part):
-        continue
-      x, y = zip(*group.curve, strict=True)
-      axes.plot(x, y, color=color[group.arm], label=group.arm)
-      best = int(np.argmin(y))
-      axes.plot(x[best], y[best], "o", color=color[group.arm])
-      axes.set_title(f"{group.runs[0]['characters']:,} characters")
-    axes.set_xscale("log")
-    axes.set_xlabel("epochs")
-  curves[0].set_ylabel("validation, bits per byte")
-  curves[0].legend(fontsize="small")
-  _plot_test(last, [g for g in every if g.size == size], preset, color)
-  file = io.BytesIO()
-  figure.savefig(file, format="png")
-  return file.getvalue()
-
-
-def _plot_test(
-  axes: Any, every: list[Group], preset: Preset, color: Mapping[str, str]
-) -> None:
-  for name, style in (("bits_per_byte", "o-"), ("chain_rule", "x--")):
-    for arm in preset.arms:
-      of_arm = [g for g in every if g.arm == arm and name in g.runs[0]]
-      if not of_arm:
-        continue
-      axes.plot(
-        [g.runs[0]["characters"] for g in of_arm],
-        [np.mean([r[name]["value"] for r in g.runs]) for g in of_arm],
-        style,
-        color=color[arm],
-        label=f"{arm}, chain rule" if name == "chain_rule" else arm,
-      )
-  axes.set_xscale("log")
-  axes.set_xlabel("unique characters")
-  axes.set_title("test, best checkpoint")
-  axes.legend(fontsize="small")

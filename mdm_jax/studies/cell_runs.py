@@ -30,9 +30,14 @@ from mdm_jax.workdir import Workdir
 _PIECE = 1000  # characters of a document, or a little more
 _HELD_OUT = 0.05  # of the text for validation, and as much for test
 _BITS = "validation/bits_per_byte"
-# A run ends early when its best checkpoint is twice this old or more, counted
-# from the start of the run, but not in this first part of it.
-_PATIENCE, _NEVER_BEFORE = 2.0, 0.3
+# A run ends early when it has made this many times the updates of its best
+# checkpoint, but not in this share of its updates after the last stage began:
+# in the recipe's first stages the loss on whole text may rise.
+_PATIENCE, _NEVER_BEFORE = 2.0, 0.1
+# Autoregressive runs are best many updates sooner, so they are evaluated more
+# often: else their best checkpoint would be missed.
+_AR_EVALUATIONS = 4
+_SPENT = "cpu_seconds.json"
 _MASKED_INPUTS = (0.0, 0.3)  # range of rates, for the arm that has them
 
 
@@ -143,13 +148,15 @@ def config_of(cell: Cell, preset: Preset, text: Text) -> config_dict.ConfigDict:
   # checkpoint of a run that overfits would be one of a high learning rate.
   config.optimizer.update(
     learning_rate=preset.rate * setting.rate,
-    warmup_steps=preset.updates // 40,
+    warmup_steps=preset.warmup,
     min_lr_ratio=1.0,
     weight_decay=setting.decay,
-    ema_decay=0.99,
+    ema_decay=preset.ema,
   )
   _set_objective(config, cell.arm, preset)
-  every = max(preset.updates // preset.evaluations, 1)
+  is_ar = config.objective.name == "autoregressive"
+  evaluations = preset.evaluations * (_AR_EVALUATIONS if is_ar else 1)
+  every = max(preset.updates // evaluations, 1)
   # A checkpoint is saved at each evaluation, and else when a signal comes.
   config.train.update(
     log_every=every, checkpoint_every=10 * preset.updates, keep_latest=1
@@ -228,8 +235,8 @@ def run(
   """
   workdir = Workdir(folder / cell.name)
   config = config_lib.from_config_dict(config_of(cell, preset, text))
-  start = _cpu_seconds()
-  stop = _StopWhenOverfitting(workdir, preset.updates, config.eval.every)
+  start = _cpu_seconds() - (workdir.read(_SPENT) or {"seconds": 0.0})["seconds"]
+  stop = _StopWhenOverfitting(workdir, _least(config), config.eval.every)
   quiet, console.quiet = console.quiet, True
   try:
     try:
@@ -246,11 +253,19 @@ def run(
       chain = likelihood.measure_workdir(config, workdir, "chain")
   finally:
     console.quiet = quiet
+    if workdir.path.is_dir():  # not where the config was refused
+      workdir.write(_SPENT, {"seconds": _cpu_seconds() - start})
   measured = _what(cell, preset, text)
   measured |= _measured(results, chain, workdir, cell, preset, text)
   measured["cpu_seconds"] = round(_cpu_seconds() - start, 1)
   workdir.write("cell.json", strict_json.plain(measured))
   return measured
+
+
+def _least(config: config_lib.Config) -> float:
+  """Returns the updates before which a run doesn't end."""
+  updates = [stage.updates for stage in config.stages]
+  return sum(updates[:-1]) + _NEVER_BEFORE * sum(updates)
 
 
 def finished(
@@ -278,6 +293,7 @@ def _what(cell: Cell, preset: Preset, text: Text) -> dict[str, Any]:
   """Returns all that a cell's result depends on."""
   shared = dataclasses.asdict(preset)
   kept = "updates", "length", "batch", "rate", "evaluations", "rows"
+  kept += "warmup", "ema"
   return {
     "cell": plain(cell),
     "size": shared["sizes"][cell.size],
@@ -341,8 +357,8 @@ class _StopWhenOverfitting(Hook):
   All that it decides by is in the run's log, so a resumed run decides alike.
   """
 
-  def __init__(self, workdir: Workdir, updates: int, every: int):
-    self._workdir, self._updates, self._every = workdir, updates, every
+  def __init__(self, workdir: Workdir, least: float, every: int):
+    self._workdir, self._least, self._every = workdir, least, every
     self._reason: str | None = None
 
   def wants_state(self, done: int) -> bool:
@@ -361,7 +377,7 @@ class _StopWhenOverfitting(Hook):
       return None
     done, _ = curve[-1]
     best, _ = min(curve, key=lambda point: point[1])
-    over = done >= max(_PATIENCE * best, _NEVER_BEFORE * self._updates)
+    over = done >= max(_PATIENCE * best, self._least)
     return f"overfits since update {best}" if over else None
 
 

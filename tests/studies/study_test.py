@@ -1,5 +1,6 @@
 """The study of repeated text: its cells, their text, and what is reported."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -11,9 +12,9 @@ import pytest
 from command_harness import environment
 
 from mdm_jax import config as config_lib
-from mdm_jax.core.errors import UserError
+from mdm_jax.core.errors import Stopped, UserError
 from mdm_jax.planning import data_reuse, scaling_laws
-from mdm_jax.studies import cell_report, cell_runs, cells
+from mdm_jax.studies import cell_plot, cell_report, cell_runs, cells
 from mdm_jax.studies.cells import PRESETS, Cell, Setting
 
 NIGHT, QUICK = PRESETS["night"], PRESETS["quick"]
@@ -37,21 +38,25 @@ def _all_losses(preset):
 def test_every_arm_runs_untuned_first_then_is_tuned_then_compared():
   losses = _all_losses(NIGHT)
   order = list(losses)
-  assert len(order) == cells.count(NIGHT) == 100
+  assert len(order) == cells.count(NIGHT) == 64
   assert [c.arm for c in order[:4]] == list(NIGHT.arms)
   # 8 settings an arm, all of them at the middle and with one seed; the rate of
   # every arm is tuned before the decay of any.
   tuned = order[:32]
-  assert {(c.part, c.size, c.seed) for c in tuned} == {(16, "small", 0)}
+  assert {(c.part, c.size, c.seed) for c in tuned} == {(32, "small", 0)}
   assert [c.setting.decay for c in order[:12]] == [0.1] * 12
   assert {c.setting for c in order[32:]} == {BEST}
-  assert [c.part for c in order[32:40]] == [16] * 8  # seeds 1 and 2
-  assert order[40].part == 64 and order[-1].size == "medium"
+  # Seed 0 for the other amounts, the least first; then all for other seeds.
+  assert [(c.part, c.seed) for c in order[32::4]] == [
+    *((128, 0), (8, 0)),
+    *((32, 1), (128, 1), (8, 1)),
+    *((32, 2), (128, 2), (8, 2)),
+  ]
 
 
 def test_a_tuned_field_is_tried_with_the_best_of_those_before_it():
   losses = {
-    Cell("ar", 16, "small", 0, Setting(rate=r)): abs(r - 2)
+    Cell("ar", 32, "small", 0, Setting(rate=r)): abs(r - 2)
     for r in (0.5, 1.0, 2.0)
   }
   tuning = cells.tuning(NIGHT, "ar", losses)
@@ -66,7 +71,7 @@ def test_a_tuned_field_is_tried_with_the_best_of_those_before_it():
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
   folder = tmp_path_factory.mktemp("text")
-  return cell_runs.write_text("python_docs", NIGHT, folder, 200_000)
+  return cell_runs.write_text("python_docs", NIGHT, folder, 400_000)
 
 
 def _documents(text, name):
@@ -76,13 +81,15 @@ def _documents(text, name):
 
 def test_parts_of_the_text_are_nested_and_held_out_text_is_none_of_them(text):
   whole = _documents(text, "train_1_1")
-  small, middle, large = (_documents(text, f"train_1_{n}") for n in (64, 16, 4))
+  small, middle, large = (
+    _documents(text, f"train_1_{n}") for n in (128, 32, 8)
+  )
   assert small == middle[: len(small)] and middle == large[: len(middle)]
   assert large == whole[: len(large)] and len(small) >= 2
-  assert 3.5 < text.characters["train_1_4"] / text.characters["train_1_16"] < 5
+  assert 3.5 < text.characters["train_1_8"] / text.characters["train_1_32"] < 5
   held = [*_documents(text, "validation"), *_documents(text, "test")]
   assert not {*held} & {*whole}
-  assert sum(map(len, [*whole, *held])) == pytest.approx(200_000, abs=1000)
+  assert sum(map(len, [*whole, *held])) == pytest.approx(400_000, abs=1000)
 
 
 def test_all_cells_are_measured_on_the_same_text(text):
@@ -92,7 +99,10 @@ def test_all_cells_are_measured_on_the_same_text(text):
     config = config_lib.from_config_dict(config)  # all of them are valid
     data, setting = config.data, cell.setting
     assert data.corpus.endswith(f"train_1_{cell.part}.jsonl")
-    names[data.validation_corpus, data.test_corpus, config.eval] = cell
+    # Only how often differs: the curve of autoregression has a sharp minimum.
+    assert config.eval.every == (50 if cell.arm in cells.IS_AR else 200)
+    measured = dataclasses.replace(config.eval, every=1)
+    names[data.validation_corpus, data.test_corpus, measured] = cell
     assert config.optimizer.learning_rate == NIGHT.rate * setting.rate
     assert config.optimizer.weight_decay == setting.decay
     assert config.model.dropout == setting.dropout
@@ -123,7 +133,7 @@ def _write_log(folder, losses, every=10):
   [
     ([4.0, 3.0, 3.5], None),  # 30 of 60 updates: the best is 20 of 30
     ([4.0, 3.0, 3.5, 3.6], "overfits since update 20"),
-    ([3.0, 3.1], None),  # twice the best, but in the first third
+    ([3.0, 3.1], None),  # twice the best, but in the first 30 updates
     ([3.0, 3.1, 2.9, 2.8, 2.7, 2.6], None),
   ],
 )
@@ -133,7 +143,35 @@ def test_a_run_ends_when_it_is_twice_as_old_as_its_best(
   _write_log(tmp_path, losses)
   workdir = cell_runs.Workdir(tmp_path)
   # Made anew, as at a resume: only the log decides.
-  assert cell_runs._StopWhenOverfitting(workdir, 100, 10).reason() == reason
+  assert cell_runs._StopWhenOverfitting(workdir, 30.0, 10).reason() == reason
+
+
+def test_the_recipe_does_not_end_in_its_first_stages(text):
+  least = {}
+  for arm in NIGHT.arms:
+    config = cell_runs.config_of(Cell(arm, 32, "small", 0), NIGHT, text)
+    least[arm] = cell_runs._least(config_lib.from_config_dict(config))
+  assert least == {"ar": 1600, "plain": 1600, "ar_masked": 1600} | {
+    "recipe": 1600 + round(0.21 * 16_000)
+  }
+
+
+def test_the_seconds_of_a_stopped_cell_are_added_up(
+  tmp_path, text, monkeypatch
+):
+  def train(config, workdir, hooks):
+    workdir.create()
+    raise Stopped("a signal")
+
+  clock = iter([0.0, 30.0, 100.0, 112.0])
+  monkeypatch.setattr(cell_runs, "_cpu_seconds", lambda: next(clock))
+  monkeypatch.setattr(cell_runs, "train_and_evaluate", train)
+  cell = Cell("ar", 32, "small", 0)
+  for _ in range(2):
+    with pytest.raises(Stopped):
+      cell_runs.run(cell, NIGHT, text, tmp_path)
+  spent = json.loads((tmp_path / cell.name / "cpu_seconds.json").read_text())
+  assert spent == {"seconds": 42.0}
 
 
 def _cell_json(cell, text, preset=NIGHT, **more):
@@ -159,7 +197,7 @@ def _cell_json(cell, text, preset=NIGHT, **more):
 def test_finished_cells_are_read_back_and_those_of_another_text_refused(
   tmp_path, text
 ):
-  cell = Cell("plain", 16, "small", 1, BEST)
+  cell = Cell("plain", 32, "small", 1, BEST)
   folder = tmp_path / cell.name
   folder.mkdir()
   found = _cell_json(cell, text)
@@ -177,13 +215,13 @@ def test_finished_cells_are_read_back_and_those_of_another_text_refused(
 def test_a_partial_study_says_so_and_shows_what_it_has(text):
   losses = list(_all_losses(NIGHT))[:6]
   found = {cell: _cell_json(cell, text) for cell in losses}
-  about = {"characters": 200_000, "sha256": text.sha256}
+  about = {"characters": 400_000, "sha256": text.sha256}
   page = cell_report.as_markdown(NIGHT, found, about, "the command")
-  assert "a partial result: 6 of 100 cells; 360 CPU seconds" in page
-  assert "next `ar-1_16-small-seed0-rate2-decay0.1-dropout0`" not in page
+  assert "a partial result: 6 of 64 cells; 360 CPU seconds" in page
+  assert "next `ar-1_32-small-seed0-rate2-decay0.1-dropout0`" not in page
   following = cells.left(NIGHT, cells.losses_of(found))[0]
-  assert f"Not finished: 94, next `{following.name}`" in page
-  size = text.characters["train_1_16"]
+  assert f"Not finished: 58, next `{following.name}`" in page
+  size = text.characters["train_1_32"]
   assert f"| small, {size:,}, ar | 1 of 3 | 2.500 ± 0.100 | - |" in page
   line = f"| small, {size:,}, plain | 1 of 3 | <= 2.500 ± 0.100 | 2.400 ± 0.100"
   assert line in page and f"| {size:,}, ngram |  | 2.700 |" in page
@@ -191,7 +229,7 @@ def test_a_partial_study_says_so_and_shows_what_it_has(text):
   assert "no fit: too few amounts of text" in page
   content = cell_report.as_json(NIGHT, found, about)
   assert not content["is_complete"] and len(content["cells"]) == 6
-  assert cell_report.as_png(NIGHT, found).startswith(b"\x89PNG")
+  assert cell_plot.as_png(NIGHT, found).startswith(b"\x89PNG")
 
 
 def test_a_complete_study_has_every_seed_and_nothing_left(text):
@@ -199,12 +237,35 @@ def test_a_complete_study_has_every_seed_and_nothing_left(text):
   page = cell_report.as_markdown(
     NIGHT, found, {"characters": 1, "sha256": ""}, ""
   )
-  assert "from all 100 of 100 cells" in page and "Not finished" not in page
-  assert len(re.findall(r"\| 3 of 3 \|", page)) == 2 * 3 * 4
+  assert "from all 64 of 64 cells" in page and "Not finished" not in page
+  assert len(re.findall(r"\| 3 of 3 \|", page)) == 3 * 4
   assert (
     page.count("rate x 2, weight decay 0.8, dropout 0.1 (3 of 3 tuned)") == 4
   )
   assert "| ar (chosen) | 2 | 0.8 | 0.1 | 2.0" in page
+
+
+def test_the_recipe_is_compared_at_equal_updates_and_slow_runs_are_named(text):
+  def run(arm, losses):
+    cell = Cell(arm, 32, "small", 0, NIGHT.start)
+    all_epochs = NIGHT.updates * 1024 / text.characters["train_1_32"]
+    epochs = np.linspace(0.25, 1, 4) * all_epochs
+    curve = [[x, y] for x, y in zip(epochs.tolist(), losses, strict=True)]
+    return {cell: _cell_json(cell, text, curve=curve, validation=min(losses))}
+
+  recipe = run("recipe", [3.5, 3.0, 2.8, 2.9])
+  found = recipe | run("plain", [3.4, 3.3, 3.2, 3.1])
+  page = cell_report.as_markdown(
+    NIGHT, found, {"characters": 1, "sha256": ""}, ""
+  )
+  size = text.characters["train_1_32"]
+  assert f"| small, {size:,} | +0.100 | -0.300 | -0.300 |" in page
+  assert f"Not converged: small, {size:,}, plain." in page
+  page = cell_report.as_markdown(
+    NIGHT, recipe, {"characters": 1, "sha256": ""}, ""
+  )
+  assert "Every one of these passed its best" in page
+  assert "Neither has a finished run" in page
 
 
 def test_the_crossing_is_the_last_change_of_the_better_best():
