@@ -83,11 +83,12 @@ def with_imported_sizes(config: Config, workdir: Workdir) -> Config:
     model = imported_model.with_sizes(
       config.model, imported_model.model_of(source)
     )
-  given, plain = config_lib.to_dict(config)["model"], ModelConfig()
+  given, plain = config.model, ModelConfig()
   replaced = [
-    f"{name}={value}"
-    for name, value in given.items()
-    if value not in (getattr(plain, name), getattr(model, name))
+    f"{f.name}={value}"
+    for f in dataclasses.fields(ModelConfig)
+    if (value := getattr(given, f.name))
+    not in (getattr(plain, f.name), getattr(model, f.name))
   ]
   if replaced:
     console.print(

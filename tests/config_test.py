@@ -65,7 +65,7 @@ def _nested(path, value):
   section, _, name = path.rpartition(".")
   if section == "stages[0]":
     return {"stages": [{name: value}]}
-  return {section: {name: value}} if section else {name: value}
+  return _nested(section, {name: value}) if section else {name: value}
 
 
 def _section(config, path):
@@ -73,7 +73,7 @@ def _section(config, path):
   if section == "stages[0]":
     stage = config.stages[0]
     return (stage if hasattr(stage, name) else stage.objective), name
-  return getattr(config, section), name
+  return operator.attrgetter(section)(config), name
 
 
 # MARK: round trips

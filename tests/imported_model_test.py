@@ -4,6 +4,7 @@ import dataclasses
 
 import command_harness as commands
 import huggingface_harness as harness
+import jax
 import numpy as np
 import prepare_harness
 import pytest
@@ -126,8 +127,15 @@ def test_outputs_are_shifted_if_either_side_says_so():
     Config(model=shifted, objective=AutoregressiveConfig(name="autoregressive"))
 
 
-def test_a_plan_has_the_rows_of_its_vocabulary(tmp_path):
+def test_a_plan_has_the_rows_of_its_vocabulary_and_reads_no_weights(tmp_path):
   harness.save(tmp_path, {})
+  (tmp_path / "model.safetensors").unlink()
   config = imported_model.config_of(f"hf:{tmp_path}")
   mesh = planned_mesh(MeshConfig(fsdp=2))
   assert fit.blueprint(config, mesh).vocab.size == harness.ROWS
+  # JAX's own attention mixes dtypes.
+  with console.capture() as said, jax.numpy_dtype_promotion("standard"):
+    held = fit.plan_mesh(config, "2", None)["held"]
+  # Every number thrice, for Adam, and in the average: on one of two devices.
+  assert sum(held.values()) > 13_520 * 4 * 4 / 2
+  assert "13,520 parameters" in said.get()

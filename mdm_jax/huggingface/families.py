@@ -12,8 +12,10 @@ from mdm_jax.core import fields
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.registry import Registry
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.rope_scaling import RopeScaling, grown
 
 _REQUIRED = object()
+_SCALINGS = "default", "linear", "llama3", "yarn"  # of rotary frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +199,7 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
   width = read("hidden_size", int)
   head_dim = read("head_dim", int)
   kv_heads = read("num_key_value_heads", int)
+  theta, scaling = read.rope()
   model = ModelConfig(
     num_layers=read("num_hidden_layers", int),
     embed_dim=width,
@@ -205,7 +208,8 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     head_dim=None if head_dim and head_dim * heads == width else head_dim,
     mlp_dim=read("intermediate_size", int),
     norm_eps=float(read("rms_norm_eps", float)),
-    rope_theta=float(read.rope_theta()),
+    rope_theta=float(theta),
+    rope_scaling=scaling,
     tie_embeddings=read("tie_word_embeddings", bool),
     **family.fields,
   )
@@ -257,23 +261,68 @@ class _Reader:
         " supported; use the model in bfloat16, float16 or float32"
       )
 
-  def rope_theta(self) -> int | float:
-    """Returns the base of the rotary frequencies, which must not be scaled."""
+  def rope(self) -> tuple[int | float, RopeScaling]:
+    """Returns the base of the rotary frequencies, and how they are scaled."""
     config = self._config
     rope = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
     if not isinstance(rope, dict) or not isinstance(scaling, dict):
       raise UserError(f"{self._where}: rope_parameters is no object")
     both = scaling | rope
-    kind = both.get("rope_type", both.get("type", "default"))
-    if kind != "default":
-      raise self._unsupported("rope_type", kind, "default")
     if (share := both.get("partial_rotary_factor", 1.0)) != 1.0:
       raise self._unsupported("partial_rotary_factor", share, 1.0)
     theta = both.get("rope_theta", config.get("rope_theta", 10_000.0))
     if type(theta) not in (int, float):
       raise UserError(f"{self._where}: rope_theta={theta!r} is no number")
-    return theta
+    return theta, self._scaling(both)
+
+  def _scaling(self, given: dict[str, Any]) -> RopeScaling:
+    """Returns how frequencies are scaled, with the keys of transformers."""
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in _SCALINGS:
+      valid = "', '".join(_SCALINGS)
+      raise UserError(
+        f"{self._where}: rope_type={kind!r} is not supported; valid: '{valid}'"
+      )
+
+    def read(name: str, default: Any) -> float:
+      value = given.get(name)
+      value = default if value is None else value
+      if type(value) not in (int, float):
+        raise UserError(
+          f"{self._where}: rope_type={kind!r} needs a number {name}"
+        )
+      return float(value)
+
+    context = self("max_position_embeddings", int, None)
+    before = kind in ("llama3", "yarn") and int(
+      read("original_max_position_embeddings", context)
+    )
+    found: dict[str, Any] = {"original_length": before} if before else {}
+    if kind != "default":
+      # YaRN may leave it out: then the context says how far it has grown.
+      ratio = context / before if kind == "yarn" and context else None
+      found["factor"] = read("factor", ratio)
+    if kind == "llama3":
+      names = "low_freq_factor", "high_freq_factor"
+      found |= {name: read(name, None) for name in names}
+    if kind == "yarn":
+      # Zero stands for the default there.
+      found |= {
+        "beta_fast": read("beta_fast", 32) or 32.0,
+        "beta_slow": read("beta_slow", 1) or 1.0,
+        "truncate": bool(given.get("truncate", True)),
+        "attention_factor": self._attention_factor(given, found["factor"]),
+      }
+    return RopeScaling(kind=kind, **found)
+
+  def _attention_factor(self, given: dict[str, Any], factor: float) -> float:
+    scales = given.get("mscale"), given.get("mscale_all_dim")
+    default = grown(factor)
+    if all(scales):
+      default = grown(factor, scales[0]) / grown(factor, scales[1])
+    value = given.get("attention_factor")
+    return float(default if value is None else value)
 
   def _unsupported(self, key: str, value: Any, wanted: Any) -> UserError:
     return UserError(

@@ -5,6 +5,7 @@ from typing import Literal
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import SIZE, field, fixed
+from mdm_jax.model.rope_scaling import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class ModelConfig:
   rope_theta: float = fixed(
     10_000.0, "base of the rotary frequencies", "[1, 1e12]"
   )
+  rope_scaling: RopeScaling = RopeScaling()
   shift_outputs: bool = fixed(
     False, "a position is predicted by the output before it, as in Dream"
   )
@@ -80,6 +82,11 @@ class ModelConfig:
 
   def check(self, path: str) -> None:
     """Raises UserError if the numbers and sizes of heads are inconsistent."""
+    if self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+      raise UserError(
+        f"{path}.rope_theta={self.rope_theta:g} must exceed 1 with"
+        f" {path}.rope_scaling.kind=yarn; nearest: 10000"
+      )
     if self.head_dim is None and self.embed_dim % self.num_heads:
       raise UserError(
         f"{path}.num_heads={self.num_heads} does not divide"

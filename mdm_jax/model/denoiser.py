@@ -151,7 +151,9 @@ class Network(nnx.Module):
   def _shared(self, context: Context) -> tuple[Shared, Side]:
     """Returns the inputs that all blocks share, and the keys' `Side`."""
     c, cache = self.config, context.cache
-    cos, sin = layers.rotary(context.positions, c.head_size, c.rope_theta)
+    cos, sin = layers.rotary(
+      context.positions, c.head_size, c.rope_theta, c.rope_scaling
+    )
     condition = None
     if c.time_conditioning:
       if context.condition is None:

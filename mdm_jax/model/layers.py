@@ -19,6 +19,7 @@ from mdm_jax.core import hardware
 from mdm_jax.core.sharding import RULES
 from mdm_jax.model import cpu_gradients, gpu_kernels
 from mdm_jax.model.kernels import parsed
+from mdm_jax.model.rope_scaling import UNSCALED, RopeScaling, frequencies
 
 
 def normal(
@@ -252,7 +253,10 @@ def _has_kernel(head_size: int) -> bool:
 
 
 def rotary(
-  positions: Int[Array, "B L"], head_size: int, theta: float
+  positions: Int[Array, "B L"],
+  head_size: int,
+  theta: float,
+  scaling: RopeScaling = UNSCALED,
 ) -> tuple[Float[Array, "B L K"], Float[Array, "B L K"]]:
   """Returns the cosines and signed sines that `rotate` takes.
 
@@ -263,12 +267,18 @@ def rotary(
     positions: position of every token in its segment.
     head_size: K, even.
     theta: base of the frequencies, `model.rope_theta`.
+    scaling: how they are scaled.
   """
-  powers = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
-  angles = (
-    positions[..., None].astype(jnp.float32) * theta ** -powers[None, None]
-  )
+  size = 1.0
+  if scaling.kind == "default":
+    powers = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
+    frequency = theta**-powers
+  else:
+    frequency, size = frequencies(scaling, head_size, theta)
+  angles = positions[..., None].astype(jnp.float32) * frequency[None, None]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
+  if size != 1:
+    cos, sin = cos * size, sin * size
   both = lambda left, right: jnp.concatenate([left, right], axis=-1)
   return both(cos, cos), both(-sin, sin)
 

@@ -39,6 +39,8 @@ _SMALL = 2**24  # logits
 # On a GPU every chunk is some launches and a pass over the head's gradient, and
 # 1 GiB of logits is little.
 _SMALL_ON_A_GPU = 2**28
+# Without a gradient a chunk need not pay for a pass over the head.
+_ROWS_WITHOUT_GRADIENT = 256
 
 
 def cross_entropy(
@@ -106,7 +108,8 @@ def masked_cross_entropy(
     label_smoothing: see `cross_entropy`.
   """
   losses = _losses(head, vocab, label_smoothing)
-  chunks = num_chunks(capacity, hidden.shape[-1], vocab)
+  rows = max(_ROWS_WITHOUT_GRADIENT, _small() // vocab.predictable)
+  chunks = -(-capacity // rows)
   states, targets, _, slot = masked_positions.pack(
     hidden, x0, masked, capacity, chunks
   )
@@ -165,16 +168,19 @@ def _losses(head: Head, vocab: Vocabulary, label_smoothing: float) -> _Losses:
 
 
 def num_chunks(capacity: int, width: int, vocab: Vocabulary) -> int:
-  """Returns the number of chunks that a buffer is projected in.
+  """Returns the number of chunks that training projects a buffer in.
 
   Args:
     capacity: size of the buffer, in tokens.
     width: embedding size.
     vocab: the vocabulary.
   """
-  small = _SMALL_ON_A_GPU if hardware.on_gpu() else _SMALL
-  rows = max(_ROWS_PER_WIDTH * width, small // vocab.predictable)
+  rows = max(_ROWS_PER_WIDTH * width, _small() // vocab.predictable)
   return -(-capacity // rows)
+
+
+def _small() -> int:
+  return _SMALL_ON_A_GPU if hardware.on_gpu() else _SMALL
 
 
 # MARK: the sum, and its gradient along with it

@@ -1,11 +1,14 @@
 """A config.json becomes our sizes, or one line says why not."""
 
+import math
+
 import huggingface_harness as harness
 import pytest
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.huggingface.families import architecture
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.rope_scaling import RopeScaling
 
 LLADA = {
   "model_type": "llada",
@@ -46,16 +49,50 @@ def test_llada_8b_has_the_published_sizes():
   assert (found.rows, found.context, found.causal) == (126464, 4096, False)
 
 
+def _scaling(**keys):
+  return architecture(harness.CONFIG | keys, "config.json").model.rope_scaling
+
+
+def test_scaled_positions_are_read_in_both_forms():
+  llama3 = {"factor": 32, "low_freq_factor": 1, "high_freq_factor": 4}
+  llama3["original_max_position_embeddings"] = 8192
+  new = _scaling(rope_parameters={"rope_type": "llama3", **llama3})
+  old = {"rope_parameters": None, "rope_scaling": {"type": "llama3", **llama3}}
+  assert _scaling(**old) == new == RopeScaling(kind="llama3", factor=32.0)
+  linear = {"rope_type": "linear", "factor": 2}
+  assert _scaling(rope_parameters=linear).factor == 2
+  yarn = {"rope_type": "yarn", "original_max_position_embeddings": 12}
+  found = _scaling(rope_parameters=yarn)
+  # The context of 48 tokens says how far it has grown.
+  assert (found.factor, found.original_length) == (4, 12)
+  assert found.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+  scales = {"mscale": 2.0, "mscale_all_dim": 1.0}
+  found = _scaling(rope_parameters=yarn | scales).attention_factor
+  by_hand = (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)
+  assert found == pytest.approx(by_hand)
+
+
 WRONG = {
   "an unknown family": ({"model_type": "quen3"}, "did you mean 'qwen3'"),
   "no family": ({"model_type": None}, "model_type=None is not supported"),
-  "scaled positions": (
-    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-    "rope_type='yarn' is not supported; nearest: 'default'",
+  "positions scaled by the length": (
+    {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+    "rope_type='dynamic' is not supported; valid: 'default', 'linear'",
   ),
-  "scaled positions of older files": (
-    {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
-    "rope_type='linear'",
+  "no factor": (
+    {"rope_parameters": {"rope_type": "linear"}},
+    "rope_type='linear' needs a number factor",
+  ),
+  "nothing between": (
+    {
+      "rope_parameters": {
+        "rope_type": "llama3",
+        "factor": 2,
+        "low_freq_factor": 4,
+        "high_freq_factor": 4,
+      }
+    },
+    "model.rope_scaling.high_freq_factor=4 must exceed 4",
   ),
   "biases": ({"attention_bias": True}, "attention_bias=True is not supported"),
   "a window": ({"layer_types": ["sliding_attention"]}, "sliding_attention"),

@@ -26,6 +26,8 @@ SIZES = {
   "initializer_range": 0.2,
 }
 BOTH_WAYS = {"is_causal": False}
+# Wavelengths of 6 to 200 tokens: scaling divides some and keeps others.
+ROPE = {"rope_theta": 100.0, "factor": 3.0}
 MODELS = {
   "llama": ("Llama", {}),
   "llama_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 16}),
@@ -33,6 +35,31 @@ MODELS = {
   "qwen2": ("Qwen2", {}),
   "qwen2_both_ways": ("Qwen2", BOTH_WAYS),
   "qwen3": ("Qwen3", {"head_dim": 10}),
+  "linear": ("Llama", {"rope_parameters": ROPE | {"rope_type": "linear"}}),
+  "llama3": (
+    "Llama",
+    {
+      "rope_parameters": ROPE
+      | {
+        "rope_type": "llama3",
+        "original_max_position_embeddings": 32,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+      }
+    },
+  ),
+  "yarn": (
+    "Qwen2",
+    {
+      "rope_parameters": ROPE
+      | {
+        "rope_type": "yarn",
+        "original_max_position_embeddings": 32,
+        "beta_fast": 4,
+        "truncate": False,
+      }
+    },
+  ),
   "qwen3_both_ways": ("Qwen3", BOTH_WAYS | {"tie_word_embeddings": True}),
 }
 # Texts of each row: two packed, one alone, one before padding.

@@ -119,6 +119,7 @@ NAMES = (
   *("llama", "llama_tied", "llama_both_ways", "llada"),
   *("qwen2", "qwen2_both_ways", "dream"),
   *("qwen3", "qwen3_both_ways", "shards"),
+  *("linear", "llama3", "yarn"),
 )
 
 

@@ -296,3 +296,38 @@ def test_half_precision_logits_are_refused():
     cross_entropy.cross_entropy(
       jnp.zeros((1, V), jnp.bfloat16), jnp.zeros(1, int), VOCAB
     )
+
+
+def test_an_evaluation_with_150_000_ids_never_holds_their_logits(mesh):
+  """Of all positions: in wide models a chunk has no more than 256 rows."""
+  vocab, rows, length, width = Vocabulary(151_936), 8, 2048, 1024
+  model = ModelConfig(num_layers=1, embed_dim=width, num_heads=8)
+  denoiser = Denoiser(model, vocab)
+
+  def evaluate(params, hidden, x0):
+    masked = x0 >= 0
+    return cross_entropy.masked_cross_entropy(
+      denoiser.logits, params, hidden, x0, masked, length, vocab
+    )
+
+  def shape(*sizes, dtype):
+    place = batch_sharding(mesh, len(sizes))
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+  program = jax.make_jaxpr(evaluate)(
+    denoiser.head(jax.eval_shape(denoiser.init, jax.random.key(0))),
+    shape(rows, length, width, dtype=jnp.float32),
+    shape(rows, length, dtype=jnp.int32),
+  )
+  shapes = set(_shapes(program.jaxpr))
+  logits = {s for s in shapes if len(s) > 1 and s[-1] == vocab.size}
+  assert logits and max(s[0] for s in logits) == 256
+
+
+def _shapes(jaxpr):
+  for equation in jaxpr.eqns:
+    yield from (v.aval.shape for v in equation.outvars)
+    for value in equation.params.values():
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from _shapes(inner)
