@@ -76,23 +76,26 @@ def _network(model, _mesh):
 def answer(objective, batch, plan=PLAN, model=MODEL, step=0):
   """Returns an update's loss, what comes beside it, and its gradient."""
   denoiser, params = network(model)
+  found = jax.jit(
+    functools.partial(trace_update, objective, denoiser, plan, step)
+  )
+  return jax.device_get(found(params, batch))
 
-  @jax.jit
-  def update(params, batch):
-    examples = pose(objective, plan, jnp.asarray(step), batch)
 
-    def add(total, part):
-      def loss(params):
-        return objective.loss(denoiser, params, part)
+def trace_update(objective, denoiser, plan, step, params, batch):
+  """Does the same inside a program that is compiled."""
+  examples = pose(objective, plan, jnp.asarray(step), batch)
 
-      (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
-      return jax.tree.map(jnp.add, total, (value, grads)), aux
+  def add(total, part):
+    def loss(params):
+      return objective.loss(denoiser, params, part)
 
-    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    (total, grads), aux = jax.lax.scan(add, start, examples)
-    return total, aux, grads
+    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return jax.tree.map(jnp.add, total, (value, grads)), aux
 
-  return jax.device_get(update(params, batch))
+  start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+  (total, grads), aux = jax.lax.scan(add, start, examples)
+  return total, aux, grads
 
 
 # MARK: the objectives
