@@ -91,10 +91,10 @@ def told(monkeypatch):
   return lines
 
 
-def requests(*args, doc=None):
+def requests(*args, doc=None, task="t"):
   ids = range(len(args)) if doc is None else doc
   return [
-    types.SimpleNamespace(args=each, task_name="t", doc_id=i)
+    types.SimpleNamespace(args=each, task_name=task, doc_id=i)
     for i, each in zip(ids, args, strict=True)
   ]
 
@@ -103,14 +103,17 @@ def test_all_answers_to_a_question_are_scored_in_one_way(model, told):
   long = "x" * 17
   given = ("Q", " a"), ("Q", long), ("P", " a"), ("P", " b"), ("P", "")
   harness = lm_eval.Harness(model, draws=8)
-  found = harness.loglikelihood(requests(*given, doc=[0, 0, 1, 1, 1]))
+  asked = requests(*given, doc=[0, 0, 1, 1, 1])
+  # Another task's question with the number of the first one.
+  asked += requests(("P", " a"), doc=[0], task="u")
+  found = harness.loglikelihood(asked)
   bounds = model.score([" a", long], "Q", draws=8).nats
   exact = model.score([" a", " b"], "P", "chain").nats
-  expected = [*-bounds, *-exact, 0.0]
+  expected = [*-bounds, *-exact, 0.0, -exact[0]]
   assert [value for value, _ in found] == expected
   assert not any(greedy for _, greedy in found)
   assert any("2 continuations by likelihood=nelbo, upper" in x for x in told)
-  assert any("2 continuations by likelihood=chain, exact" in x for x in told)
+  assert any("3 continuations by likelihood=chain, exact" in x for x in told)
   chosen = lm_eval.Harness(model, likelihood="chain:spread")
   (found,) = chosen.loglikelihood(requests(("Q", long)))
   assert found[0] == -model.score(long, "Q", "chain:spread").nats[0]
