@@ -5,6 +5,7 @@ of our parameters comes from. An own one is registered under its `model_type`.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -286,11 +287,12 @@ class _Reader:
       )
 
     def read(name: str, default: Any) -> float:
-      value = given.get(name)
-      value = default if value is None else value
-      if type(value) not in (int, float):
+      # Zero stands for the default, as in transformers.
+      value = given.get(name) or default
+      number = type(value) in (int, float)
+      if not number or not math.isfinite(value) or value <= 0:
         raise UserError(
-          f"{self._where}: rope_type={kind!r} needs a number {name}"
+          f"{self._where}: rope_type={kind!r} needs a number {name} above 0"
         )
       return float(value)
 
@@ -307,22 +309,18 @@ class _Reader:
       names = "low_freq_factor", "high_freq_factor"
       found |= {name: read(name, None) for name in names}
     if kind == "yarn":
-      # Zero stands for the default there.
+      growth = grown(found["factor"])
+      if given.get("mscale") and given.get("mscale_all_dim"):
+        growth = grown(found["factor"], read("mscale", None)) / grown(
+          found["factor"], read("mscale_all_dim", None)
+        )
       found |= {
-        "beta_fast": read("beta_fast", 32) or 32.0,
-        "beta_slow": read("beta_slow", 1) or 1.0,
+        "beta_fast": read("beta_fast", 32),
+        "beta_slow": read("beta_slow", 1),
         "truncate": bool(given.get("truncate", True)),
-        "attention_factor": self._attention_factor(given, found["factor"]),
+        "attention_factor": read("attention_factor", growth),
       }
     return RopeScaling(kind=kind, **found)
-
-  def _attention_factor(self, given: dict[str, Any], factor: float) -> float:
-    scales = given.get("mscale"), given.get("mscale_all_dim")
-    default = grown(factor)
-    if all(scales):
-      default = grown(factor, scales[0]) / grown(factor, scales[1])
-    value = given.get("attention_factor")
-    return float(default if value is None else value)
 
   def _unsupported(self, key: str, value: Any, wanted: Any) -> UserError:
     return UserError(

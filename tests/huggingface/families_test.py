@@ -81,7 +81,41 @@ WRONG = {
   ),
   "no factor": (
     {"rope_parameters": {"rope_type": "linear"}},
-    "rope_type='linear' needs a number factor",
+    "rope_type='linear' needs a number factor above 0",
+  ),
+  "a factor that is no number": (
+    {"rope_parameters": {"rope_type": "linear", "factor": math.nan}},
+    "needs a number factor above 0",
+  ),
+  "a length that is no number": (
+    {
+      "rope_parameters": {
+        "rope_type": "yarn",
+        "original_max_position_embeddings": math.inf,
+      }
+    },
+    "needs a number original_max_position_embeddings above 0",
+  ),
+  "a scale that is text": (
+    {
+      "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 2,
+        "mscale": "x",
+        "mscale_all_dim": 1,
+      }
+    },
+    "needs a number mscale above 0",
+  ),
+  "a factor on rotations that is text": (
+    {
+      "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 2,
+        "attention_factor": "x",
+      }
+    },
+    "needs a number attention_factor above 0",
   ),
   "nothing between": (
     {
