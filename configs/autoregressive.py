@@ -15,7 +15,7 @@ def get_config(arg: str = ""):
   config = config_lib.default_config()
   config.name = "autoregressive"
   config.data.update(corpus="sotu", batch_size=8)
-  config.tokenizer.vocab_size = 4096
+  config.tokenizer.vocab_size = 8192
   config.model.update(num_layers=2, embed_dim=192, num_heads=3)
   config.model.update(qkv_bias=True, rope_theta=100.0)
   config.objective.name = "autoregressive"
@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
       name="III refinement",
       unit="paragraphs",
       length=128,
-      updates=2150,
+      updates=2450,
     ),
   )
   config.optimizer.update(

@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
   config = config_lib.default_config()
   config.name = "mdlm"
   config.data.update(corpus="sotu", batch_size=8)
-  config.tokenizer.vocab_size = 4096
+  config.tokenizer.vocab_size = 8192
   config.model.update(num_layers=2, embed_dim=192, num_heads=3)
   config.model.update(qkv_bias=True, rope_theta=100.0)
   config.objective.weighting = "nelbo"
@@ -34,7 +34,7 @@ def get_config(arg: str = ""):
       name="train",
       unit="paragraphs",
       length=128,
-      updates=2700,
+      updates=3000,
       mask_rate=None,  # by the noise schedule
     ),
   )

@@ -22,9 +22,9 @@ def test_the_quickstart_learns_what_its_page_says(tmp_path):
   assert done.returncode == 0, done.stderr
   results = json.loads((tmp_path / "results.json").read_text())
   assert json.loads(done.stdout.splitlines()[-1]) == results
-  assert results["updates"] == 2700
-  # 1.83 in docs/quickstart.md.
-  assert results["bits_per_byte"] < 1.90
+  assert results["updates"] == 3000
+  # 1.68 in docs/quickstart.md.
+  assert results["bits_per_byte"] < 1.74
   assert results["nelbo_stderr"] < 0.15  # over 12 documents
   curve = list(results["ce_by_mask_rate"].values())
   assert curve[0] < curve[-1] - 0.8  # it reads what is visible
