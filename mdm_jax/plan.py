@@ -23,6 +23,7 @@ from mdm_jax.core.sharding import data_shards, padded_rows
 from mdm_jax.data.prepared import prepare
 from mdm_jax.data.stage_rows import stage_name
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.model.kernel_choice import Choice
 from mdm_jax.model.placement import training_mesh
 from mdm_jax.planning import (
   calibration,
@@ -170,11 +171,9 @@ def _shapes(denoiser: Denoiser):
 
 def _notes(config: Config, trainer: Trainer) -> list[str]:
   """Returns sentences on kernels, padding, batches and determinism."""
-  lengths = sorted({s.config.length for s in trainer.curriculum.stages})
   by_choice: dict[str, list[str]] = {}
-  for length in lengths:
-    choice = str(trainer.denoiser.attention(length))
-    by_choice.setdefault(choice, []).append(str(length))
+  for length, choice in _attention(trainer):
+    by_choice.setdefault(str(choice), []).append(str(length))
   lines = [
     choice + (f" (length {', '.join(at)})" if len(by_choice) > 1 else "")
     for choice, at in by_choice.items()
@@ -193,16 +192,23 @@ def _notes(config: Config, trainer: Trainer) -> list[str]:
   return [*lines, determinism.promise(jax.default_backend())]
 
 
+def _attention(trainer: Trainer) -> list[tuple[int, Choice]]:
+  """Returns the rows' lengths in all stages, each with its kernel."""
+  found = {
+    (s.config.length, trainer.objective(s).cost().visibility)
+    for s in trainer.curriculum.stages
+  }
+  kinds = sorted(found, key=lambda pair: (pair[0], pair[1].kind))
+  return [(n, trainer.denoiser.attention(n, kind)) for n, kind in kinds]
+
+
 def _larger_batches(trainer: Trainer) -> list[str]:
   """Describes larger batches that fit; nothing where memory is not known."""
   memory = _memory()
   if memory is None:
     return []
-  mesh, denoiser = trainer.mesh.abstract_mesh, trainer.denoiser
-  lengths = {stage.config.length for stage in trainer.curriculum.stages}
-  with_scores = footprint.hold_scores(
-    denoiser.attention(n).name for n in lengths
-  )
+  mesh = trainer.mesh.abstract_mesh
+  with_scores = footprint.hold_scores(c.name for _, c in _attention(trainer))
   total = lambda run: footprint.footprint(run, mesh, with_scores).total
   most = min(stage.rows for stage in trainer.curriculum.stages)
   found = larger_batches.fitting(trainer, memory, total, most)

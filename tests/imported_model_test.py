@@ -1,6 +1,7 @@
 """A model of hf:FOLDER is used and trained as one of this library."""
 
 import dataclasses
+import json
 
 import command_harness as commands
 import huggingface_harness as harness
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import prepare_harness
 import pytest
+from paths import ROOT
 
 import mdm_jax
 from mdm_jax import command_line, fit, imported_model
@@ -20,6 +22,7 @@ from mdm_jax.objectives.config import AutoregressiveConfig
 from mdm_jax.workdir import Workdir
 
 TEXT = "the cat thinks"
+OPENED = "train/attention_opened"
 
 
 def test_a_causal_model_scores_text_as_it_was_trained_to(tmp_path):
@@ -91,6 +94,29 @@ def test_a_run_starts_from_it_and_resumes_without_the_folder(tmp_path):
   np.testing.assert_allclose(up[0], theirs.T, atol=1e-6)
   fresh = call("--workdir=other")
   commands.check_mistake(fresh, "hf:model", "config.json")
+
+
+@pytest.mark.slow
+def test_a_causal_model_becomes_a_masked_one(tmp_path):
+  env = commands.environment(tmp_path / "cache")
+  harness.save(tmp_path / "model", {})
+  config = f"--config={ROOT / 'configs' / 'from_causal.py'}:quick"
+  call = lambda *args: commands.call(tmp_path, env, *args)
+  missing = call(config)
+  commands.check_mistake(missing, "models/SmolLM2-135M", "config.json")
+  given = "--config.init_from=hf:model", "--workdir=run"
+  done = call(f"{config},gradual,shifted", *given, "--config.train.log_every=1")
+  assert done.returncode == 0, done.stderr
+  assert "starting from the weights of hf:model" in done.stdout
+  assert "attention opens during 10%" in done.stdout
+  saved = Workdir(tmp_path / "run").read_config()
+  assert saved.model.shift_outputs and saved.model.num_layers == 2
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  logged = [json.loads(line) for line in lines]
+  opened = [x[OPENED] for x in logged if OPENED in x]
+  assert opened == pytest.approx([0, 1 / 1.2, *[1] * 10])
+  model = mdm_jax.load(str(tmp_path / "run"))
+  assert model.generate("the [MASK:3] th", num_steps=3).texts
 
 
 def test_other_sizes_are_refused_by_name(tmp_path, mesh):

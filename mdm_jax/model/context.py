@@ -11,10 +11,13 @@ equals the query's label (`visible`):
   blocks   p // S          p // S       its block and all blocks before it
   noisy    p // S + 2^24   p // S - 1   its noisy block, and earlier clean ones
   dual     like noisy where `Context.noisy` is set, else like blocks
+  opening  p               p            like causal, and a random share of the
+                                        later positions (`Context.opening`)
 
 Here p is the position and S the block length. `noisy` and `dual` are for block
 diffusion, where corrupted blocks attend to clean ones (Arriola et al. 2025,
-arXiv 2503.09573).
+arXiv 2503.09573). `opening` turns a causal model into a bidirectional one step
+by step (Gong et al. 2024, arXiv 2410.17891).
 """
 
 import dataclasses
@@ -24,9 +27,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
 
-Kind = Literal["full", "causal", "blocks", "noisy", "dual"]
+Kind = Literal["full", "causal", "blocks", "noisy", "dual", "opening"]
 
 # Above any block index, so that noisy and clean blocks never share a label.
 _NOISY = 2**24
@@ -57,6 +61,23 @@ def _static(default: Any) -> Any:
 
 FULL = Visibility("full")
 CAUSAL = Visibility("causal")
+OPENING = Visibility("opening")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Opening:
+  """Which later positions a position attends to, besides the earlier ones.
+
+  Attributes:
+    share: probability of each of them [B]: at 0 attention is causal, at 1
+      bidirectional, both exactly.
+    keys: one random key per row [B]. With the same keys, a larger share only
+      adds pairs.
+  """
+
+  share: Any
+  keys: Any
 
 
 @jax.tree_util.register_dataclass
@@ -72,12 +93,14 @@ class Side:
     label: by which queries find a position [B, M].
     horizon: highest label that a position attends to [B, M].
     most_segments: largest number of segments in a row; None if unknown.
+    opening: see `Context`; only read of the queries.
   """
 
   segments: Any
   label: Any
   horizon: Any
   most_segments: int | None = _static(None)
+  opening: Opening | None = None
 
 
 def visible(q: Side, k: Side) -> Bool[Array, "B Q K"]:
@@ -86,7 +109,17 @@ def visible(q: Side, k: Side) -> Bool[Array, "B Q K"]:
   here, there = pairs(q.segments, k.segments)
   horizon, label = pairs(q.horizon, k.label)
   mine, _ = pairs(q.label, k.label)
-  return (here == there) & ((label <= horizon) | (label == mine))
+  seen = (label <= horizon) | (label == mine)
+  if q.opening is not None:
+    seen |= _opened(q.opening, seen.shape[1:])
+  return (here == there) & seen
+
+
+def _opened(opening: Opening, shape: tuple[int, int]) -> Bool[Array, "B Q K"]:
+  """Returns a random share of all pairs."""
+  # 24 bits, exact in float32: no number rounds up to 1, so a share of 1 is all.
+  u = (rng.words(opening.keys, shape) >> 8).astype(jnp.float32) * 2**-24
+  return u < opening.share[:, None, None]
 
 
 def make_side(
@@ -113,7 +146,7 @@ def make_side(
 def _label_and_horizon(visibility: Visibility, positions, noisy):
   if visibility.kind == "full":
     return jnp.zeros_like(positions), jnp.zeros_like(positions)
-  if visibility.kind == "causal":
+  if visibility.kind in ("causal", "opening"):
     return positions, positions
   block = positions // visibility.block
   if visibility.kind == "blocks":
@@ -160,6 +193,7 @@ class Context:
     positions: position of each token [B, S], for RoPE and visibility.
     visibility: which positions of its segment a position attends to.
     noisy: which tokens are corrupted [B, S]; only read by `dual`.
+    opening: which later positions are visible; only read by `opening`.
     condition: mask rate of each row [B]; only read with time conditioning.
     keys: dropout keys, one per row [B]; None disables dropout.
     cache: keys and values of earlier calls. Pass positions explicitly then:
@@ -178,6 +212,7 @@ class Context:
   positions: Any
   visibility: Visibility = _static(FULL)
   noisy: Any = None
+  opening: Opening | None = None
   condition: Any = None
   keys: Any = None
   cache: KVCache | None = None
@@ -189,7 +224,14 @@ class Context:
   def side(self) -> Side:
     """Segments, labels and horizons of these tokens, as queries or as keys."""
     side = make_side(self.visibility, self.segments, self.positions, self.noisy)
-    return dataclasses.replace(side, most_segments=self.most_segments)
+    opening = None
+    if self.visibility == OPENING:
+      opening = self.opening
+      if opening is None:
+        raise ValueError("visibility opening without Context.opening")
+    return dataclasses.replace(
+      side, most_segments=self.most_segments, opening=opening
+    )
 
 
 def row_context(segments: Int[Array, "*A B S"], **more: Any) -> Context:

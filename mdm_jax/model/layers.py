@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Int
 
-from mdm_jax.core import hardware
+from mdm_jax.core import hardware, rng
 from mdm_jax.core.sharding import RULES
 from mdm_jax.model import cpu_gradients, gpu_kernels
 from mdm_jax.model.kernels import parsed
@@ -311,24 +311,5 @@ def dropout(
   """
   if keys is None or rate == 0:
     return x
-  drop = _random_words(keys, x.shape[1:]) < jnp.uint32(round(rate * 2**32))
+  drop = rng.words(keys, x.shape[1:]) < jnp.uint32(round(rate * 2**32))
   return jnp.where(drop, 0, x / (1 - rate)).astype(x.dtype)
-
-
-def _random_words(
-  keys: Key[Array, "B"], shape: tuple[int, int]
-) -> UInt32[Array, "B L D"]:
-  """Returns 32 random bits per entry: a hash of the row's key and its position.
-
-  JAX's generators would take as long as a tenth of an update on a GPU. This is
-  MurmurHash3's finaliser, with half of the key added before each of its rounds.
-  """
-  data = jax.random.key_data(keys)
-  first, second = (data[:, i, None, None] for i in (0, 1))
-  rows, columns = (
-    jax.lax.broadcasted_iota(jnp.uint32, (1, *shape), axis) for axis in (1, 2)
-  )
-  h = (rows * shape[1] + columns) * jnp.uint32(0x9E3779B9) + first
-  h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B) + second
-  h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-  return h ^ (h >> 16)

@@ -83,8 +83,8 @@ class Splash(Kernel):
       return f"rows of {case.queries} tokens, only multiples of {_LANES}"
     if _library() is None:
       return "module in this version of JAX"
-    if kind == "dual":
-      return "visibility dual"
+    if kind in ("dual", "opening"):
+      return f"visibility {kind}"
     if kind in ("causal", "blocks") and case.most_segments is None:
       # Where a text lies in its row is not known.
       return f"visibility {kind} of rows with any number of texts"

@@ -66,6 +66,8 @@ class Plan:
     shards: data shards per microbatch.
     most_asked: maximum number of tokens per row that may be predicted.
     most_segments: maximum number of texts packed into a row.
+    start: the stage's first update.
+    updates: number of its updates.
   """
 
   accumulation: int
@@ -74,6 +76,8 @@ class Plan:
   shards: int
   most_asked: int
   most_segments: int
+  start: int = 0
+  updates: int = 1
 
   @property
   def rows(self) -> int:
@@ -100,10 +104,13 @@ class Cost:
   Attributes:
     reads: (queries, keys) per row, for each call of the model.
     asked: positions projected to the vocabulary, per data shard and microbatch.
+    visibility: which positions attend to which, where that needs another
+      attention kernel than bidirectional rows.
   """
 
   reads: tuple[tuple[int, int], ...]
   asked: int
+  visibility: Visibility = FULL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +165,12 @@ class Draws:
   def rows(self) -> int:
     """Rows of the update, without padding."""
     return self._plan.rows
+
+  @property
+  def progress(self) -> Float[Array, ""]:
+    """Share of the stage's updates that came before this one."""
+    done = jnp.asarray(self._step - self._plan.start, jnp.float32)
+    return done / self._plan.updates
 
   def key(self, name: str) -> Key[Array, ""]:
     """Returns the update's key for this name."""

@@ -165,6 +165,13 @@ class MaskedStage(ObjectiveStage):
   rehearsal: float = fixed(
     0.0, "fraction of rows whose mask rate is drawn from U(0, 1)", SHARE
   )
+  opening: float = fixed(
+    0.0,
+    "fraction of the stage's updates during which attention opens from causal"
+    " to bidirectional, for weights of a causal model (0: bidirectional from"
+    " the first update)",
+    SHARE,
+  )
 
   def describe(self) -> str:
     """Returns the mask rates, for tables: "mask 0.05-0.2, 10% 0-1".
@@ -173,6 +180,8 @@ class MaskedStage(ObjectiveStage):
     """
     low, high = self.mask_rate or (0, 1)
     more = f", {self.rehearsal:.0%} 0-1" if self.rehearsal else ""
+    if self.opening:
+      more += f", attention opens during {self.opening:.0%}"
     return f"mask {low:g}-{high:g}{more}"
 
   def masked_share(self) -> tuple[float, float]:

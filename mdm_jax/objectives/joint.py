@@ -123,7 +123,8 @@ class Joint(Objective):
     """Returns the calls and the predictions of both."""
     costs = [objective.cost() for objective in self._both.values()]
     reads = tuple(read for cost in costs for read in cost.reads)
-    return Cost(reads, sum(cost.asked for cost in costs))
+    asked = sum(cost.asked for cost in costs)
+    return Cost(reads, asked, self.masked.cost().visibility)
 
   def decoding(self) -> Decoding:
     """Returns how to sample from the primary objective's models."""

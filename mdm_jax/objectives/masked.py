@@ -7,7 +7,7 @@ masks and bounds their number; `noise.py` has the distributions of rates.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.batches import Batch
-from mdm_jax.model.context import row_context
+from mdm_jax.model.context import FULL, OPENING, Opening, row_context
 from mdm_jax.objectives import corruption
 from mdm_jax.objectives.base import Cost, Decoding, Draws, Examples, Plan, Ratio
 from mdm_jax.objectives.bound import MaskedBound
@@ -52,6 +52,7 @@ class Masked(MaskedBound):
     length: tokens per row.
     capacity: maximum number of masked tokens per data shard and microbatch.
     most_segments: largest number of texts in a row; None if unknown.
+    opening: share of the stage's updates during which attention opens.
   """
 
   weighting: str
@@ -59,6 +60,7 @@ class Masked(MaskedBound):
   length: int
   capacity: int
   most_segments: int | None = None
+  opening: float = 0.0
 
   tags: ClassVar[dict[str, tuple[str, ...]]] = {"mask_bins": _BIN_NAMES}
 
@@ -84,6 +86,7 @@ class Masked(MaskedBound):
         condition=rate,
         keys=draws.dropout(),
         most_segments=self.most_segments,
+        **self._attention(draws),
       ),
       targets=x0,
       asked=drawn.masked,
@@ -92,14 +95,35 @@ class Masked(MaskedBound):
       answers=_count(answer),
     )
 
+  def _attention(self, draws: Draws) -> dict[str, Any]:
+    """Returns the fields of the context that say who attends to whom."""
+    if not self.opening:
+      return {}
+    # As in Gong et al. 2024, arXiv 2410.17891: pairs are drawn anew in every
+    # update. The first update is causal.
+    share = jnp.minimum(draws.progress / self.opening, 1.0)
+    return {
+      "visibility": OPENING,
+      "opening": Opening(
+        draws.spread(jnp.broadcast_to(share, draws.rows)),
+        draws.keys("opening"),
+      ),
+    }
+
   def summaries(
     self, examples: MaskedExamples, aux: Float[Array, "A B"]
   ) -> dict[str, Ratio]:
-    """Returns the mask rate, and the mean CE of each bin of mask rates."""
+    """Returns the mask rate, and the mean CE of each bin of mask rates.
+
+    While attention opens, also the share of later positions that are visible.
+    """
     masked = _count(examples.asked)
     share = Ratio(masked.sum(), jnp.maximum(examples.answers.sum(), 1))
     bins = _by_rate(examples.context.condition, aux, masked)
-    return {"mask_rate": share, "mask_bins": bins}
+    found = {"mask_rate": share, "mask_bins": bins}
+    if (opening := examples.context.opening) is not None:
+      found["attention_opened"] = Ratio(opening.share.max(), jnp.ones(()))
+    return found
 
   def by_row(
     self, examples: MaskedExamples, aux: Float[Array, "A B"]
@@ -115,8 +139,12 @@ class Masked(MaskedBound):
     }
 
   def cost(self) -> Cost:
-    """Returns one bidirectional call per row, and the gather's capacity."""
-    return Cost(reads=((self.length, self.length),), asked=self.capacity)
+    """Returns one call per row of full length, and the gather's capacity."""
+    return Cost(
+      reads=((self.length, self.length),),
+      asked=self.capacity,
+      visibility=OPENING if self.opening else FULL,
+    )
 
   def decoding(self) -> Decoding:
     """Returns the order "any_order": any masked token can be drawn next."""
@@ -150,6 +178,7 @@ def build(
     mask=vocabulary.need("mask"),
     length=plan.length,
     most_segments=plan.most_segments,
+    opening=stage.opening,
     # Computed here and not in `examples`: a buffer's size must be a Python int,
     # and under `jit` there are only tracers.
     capacity=corruption.max_masked(

@@ -73,6 +73,8 @@ class Recipe(Parts):
       shards=data_shards(jax.sharding.get_abstract_mesh()),
       most_asked=length,
       most_segments=length,
+      start=stage.start,
+      updates=stage.updates,
     )
 
   def objective(self, stage: StagePlan) -> Objective:

@@ -1,15 +1,20 @@
 """Visibility of positions, against a rule spelled out pair by pair."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.model.context import (
   CAUSAL,
   FULL,
+  OPENING,
   Context,
+  Opening,
   Visibility,
   make_side,
   row_context,
@@ -21,6 +26,7 @@ SEGMENTS = np.array(
   [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2, 2, 3]]
 )
 S = 3  # tokens of a block
+ENDS = "causal", "full"  # of attention that opens
 _positions = jax.jit(segment_positions)
 
 
@@ -73,6 +79,41 @@ def test_the_one_rule_is_that_of_every_pair_on_packed_rows(kind):
     pairs(segments, positions, noisy),
     by_pairs(kind, segments, positions, noisy),
   )
+
+
+def opened(share, segments=SEGMENTS):
+  """Which keys each query sees while attention opens."""
+
+  @jax.jit
+  def pairs(segments, share):
+    keys = rng.per_row(rng.stream(0, "opening"), jnp.arange(len(segments)))
+    opening = Opening(jnp.full(len(segments), share), keys)
+    side = row_context(segments, visibility=OPENING, opening=opening).side
+    return visible(side, side)
+
+  return np.asarray(pairs(segments, jnp.float32(share)))
+
+
+def test_attention_opens_from_causal_to_bidirectional():
+  """On packed rows: no share opens another text, and a larger one only adds."""
+  positions = np.asarray(_positions(SEGMENTS))
+  ends = [by_pairs(k, SEGMENTS, positions, SEGMENTS < 0) for k in ENDS]
+  causal, full = ends
+  stages = [opened(share) for share in (0, 0.25, 0.75, 1)]
+  np.testing.assert_array_equal(stages[0], causal)
+  np.testing.assert_array_equal(stages[-1], full)
+  for before, after in itertools.pairwise(stages):
+    assert (before <= after).all() and (before != after).any()
+
+
+def test_a_share_of_the_later_positions_is_open():
+  """The share itself, in each row by its own draws."""
+  rows = np.ones((2, 256), int)
+  later = np.triu(np.ones((256, 256), bool), 1)
+  found = opened(0.3, rows)[:, later]
+  error = (0.3 * 0.7 / found.shape[1]) ** 0.5
+  assert np.abs(found.mean(axis=1) - 0.3).max() < 5 * error
+  assert np.abs((found[0] & found[1]).mean() - 0.09) < 5 * error
 
 
 def test_noisy_queries_see_clean_blocks_before_them():

@@ -15,7 +15,14 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model import flops, layers, placement
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.context import CAUSAL, Visibility, row_context
+from mdm_jax.model.context import (
+  CAUSAL,
+  OPENING,
+  Opening,
+  Visibility,
+  row_context,
+  visible,
+)
 from mdm_jax.model.denoiser import Denoiser
 
 BASE = ModelConfig(num_layers=2, embed_dim=16, num_heads=4)
@@ -104,6 +111,23 @@ def test_nothing_comes_from_what_is_not_visible(mesh, kind):
   mine, others = set(XT[0, :seen].tolist()), set(XT[0, seen:].tolist())
   assert (grad[list(others - mine)] == 0).all()
   assert (grad[list(mine)] > 0).all()
+
+
+def test_nothing_comes_from_pairs_that_are_still_closed(mesh):
+  """One layer, so that nothing comes through a third position."""
+  denoiser, params = build(num_layers=1)
+  xt = jnp.arange(8)[None]
+  half = Opening(jnp.full(1, 0.5), rng.stream(0, "opening")[None])
+  context = row_context(jnp.ones_like(xt), visibility=OPENING, opening=half)
+
+  def state(embedding):
+    h = hidden(denoiser, params | {"embedding": embedding}, xt, context)
+    return (h[:, 3] ** 2).sum()
+
+  grad = np.abs(jax.jit(jax.grad(state))(params["embedding"])).max(axis=1)
+  seen = np.asarray(visible(context.side, context.side))[0, 3]
+  assert 4 < seen.sum() < 8
+  np.testing.assert_array_equal(grad[:8] > 0, seen)
 
 
 def test_rotary_angles_follow_the_positions_that_are_given(mesh):

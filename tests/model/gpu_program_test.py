@@ -237,7 +237,7 @@ def test_dropout_drops_at_its_rate_independently(rate):
 
 def test_dropouts_bits_are_fair():
   keys = rng.per_row(rng.stream(0, "dropout"), jnp.arange(2))
-  words = np.asarray(layers._random_words(keys, (256, 256)))
+  words = np.asarray(rng.words(keys, (256, 256)))
   bits = (words[..., None] >> np.arange(32, dtype=np.uint32)) & 1
   spread = np.abs(bits.mean(axis=(1, 2)) - 0.5)
   assert spread.max() < 5 * 0.5 / 256

@@ -6,9 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objectives_harness import PLAN, VOCAB, ask, make_batch
+from objectives_harness import (
+  MODEL,
+  PLAN,
+  VOCAB,
+  answer,
+  ask,
+  make_batch,
+  make_rows,
+  network,
+)
 
 from mdm_jax.core import rng
+from mdm_jax.model.context import CAUSAL, FULL, OPENING, row_context
 from mdm_jax.objectives import corruption, masked, noise
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage, NoiseConfig
 
@@ -97,6 +107,50 @@ def test_summaries_are_of_rows_and_rows_of_positions(mesh):
   np.testing.assert_array_equal(
     rows["masked"], np.asarray(found.asked).sum(axis=-1)
   )
+
+
+def test_attention_opens_in_a_share_of_the_stages_updates(mesh):
+  plan = dataclasses.replace(PLAN, start=10, updates=8)
+  objective = build(plan, opening=0.5)
+  assert objective.cost().visibility == OPENING
+  found = [ask(objective, mesh, step, plan) for step in (10, 11, 14, 17)]
+  shares = [np.unique(f.context.opening.share).tolist() for f in found]
+  assert shares == [[0], [0.25], [1], [1]]
+  logged = objective.summaries(found[1], jnp.zeros((2, 8)))
+  assert logged["attention_opened"] == (0.25, 1)
+  keys = np.stack([jax.random.key_data(f.context.opening.keys) for f in found])
+  assert len(np.unique(keys.reshape(-1, 2), axis=0)) == keys[..., 0].size
+  plain = build(plan)
+  assert plain.cost().visibility == FULL
+  assert ask(plain, mesh, 11, plan).context.opening is None
+
+
+def test_before_attention_opens_a_shifted_model_predicts_the_next_token(mesh):
+  """The last token of a row, masked, costs what the causal model says."""
+  rows = make_rows()
+  last = np.arange(PLAN.length) == PLAN.length - 1
+  rows.fields["answer"] = (last & (rows.segments > 0)).astype(np.int8)
+  batch = make_batch(mesh, rows=rows)
+  plan = dataclasses.replace(PLAN, updates=4, most_asked=1)
+  objective = dataclasses.replace(build(plan, opening=1.0), label_smoothing=0.0)
+  model = dataclasses.replace(MODEL, shift_outputs=True)
+  _, costs, _ = answer(objective, batch, plan, model)
+  denoiser, params = network()
+
+  @jax.jit
+  def causal(params, tokens, segments):
+    context = row_context(segments, visibility=CAUSAL)
+    hidden = denoiser.hidden(params, tokens, context)
+    logs = jax.nn.log_softmax(denoiser.logits(params, hidden[:, -2]))
+    target = jnp.arange(logs.shape[1])[None] == tokens[:, -1:]
+    return jnp.where(target, -logs, 0).sum(axis=1)
+
+  wanted = causal(params, batch.tokens[0], batch.segments[0])
+  asked = np.asarray(batch.answer)[0, :, -1] > 0
+  assert asked.sum() > 4
+  np.testing.assert_allclose(costs[0], np.where(asked, wanted, 0), rtol=1e-5)
+  _, later, _ = answer(objective, batch, plan, model, step=2)
+  assert np.abs(later - costs).max() > 1e-3
 
 
 def test_a_trace_can_read_the_cost_but_not_build_the_objective(mesh):
