@@ -51,9 +51,10 @@ def get_config(arg: str = ""):
       length=128,
       updates=24,
       mask_rate=None,  # by the noise schedule
-      opening=0.1 if "gradual" in words else 0.0,
     ),
   )
+  if "gradual" in words:
+    config.stages[0].opening = 0.1
   config.optimizer.update(
     learning_rate=1e-4,
     warmup_steps=2,

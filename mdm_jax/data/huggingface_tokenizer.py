@@ -20,6 +20,7 @@ from mdm_jax.data import byte_pairs
 from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.sentencepiece_training import SPACE
 from mdm_jax.data.tokenizer_base import Kind, Tokenizer
+from mdm_jax.huggingface.families import FAMILIES
 from mdm_jax.huggingface.folder import Folder
 
 _ROUND = 128  # an embedding that grows gets a multiple of this many rows
@@ -153,11 +154,15 @@ def _vocabulary(
   ends = _ids(folder, tokens, "eos")
   begin = next(iter(_ids(folder, tokens, "bos")), None)
   mask = next(iter(_ids(folder, tokens, "mask")), None)
+  family = folder.config.get("model_type")
+  if mask is None and family in FAMILIES and FAMILIES[family].ends_with_mask:
+    mask = rows - 1
   # A padding id that also ends texts must stay predictable.
   others = {*ends, begin, mask}
   pads = [i for i in _ids(folder, tokens, "pad") if i not in others]
   pad = next(iter(pads), None)
-  free, fresh = known, []
+  # A mask can have a row that the tokenizer doesn't know.
+  free, fresh = max(known, rows if mask == (rows or 0) - 1 else 0), []
   if mask is None:
     mask, free = free, free + 1
     fresh.append(mask)

@@ -6,12 +6,13 @@ of our parameters comes from. An own one is registered under its `model_type`.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mdm_jax.core import fields
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.registry import Registry
+from mdm_jax.huggingface import dit
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.rope_scaling import RopeScaling, grown
 
@@ -32,6 +33,10 @@ class Family:
       assumed if a key is missing.
     defaults: of keys that config.json may leave out.
     fields: fields of `ModelConfig` that the whole family has.
+    mlp_ratio: hidden width of the MLP in widths of the model, where config.json
+      does not have it.
+    ends_with_mask: whether the last row of the embedding is the mask's.
+    prepare: makes the tensors of `names` of those in the files.
     causal: whether the weights were trained to predict the next token from
       those before it. `is_causal` in config.json overrides it.
   """
@@ -41,6 +46,9 @@ class Family:
   assumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  mlp_ratio: int | None = None
+  ends_with_mask: bool = False
+  prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
   causal: bool = True
 
 
@@ -157,6 +165,27 @@ FAMILIES.register(
 )
 
 
+FAMILIES.register(
+  "mdlm",
+  Family(
+    names=dit.NAMES,
+    keys={
+      "hidden_size": "hidden_dim",
+      "num_hidden_layers": "n_blocks",
+      "num_attention_heads": "n_heads",
+      "max_position_embeddings": "model_length",
+    },
+    assumed={"time_conditioning": False},
+    defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
+    fields={"block": "gelu", "qk_norm": False},
+    mlp_ratio=4,
+    ends_with_mask=True,
+    prepare=dit.folded,
+    causal=False,
+  ),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
   """What a config.json describes.
@@ -207,7 +236,9 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     num_heads=heads,
     num_kv_heads=None if kv_heads == heads else kv_heads,
     head_dim=None if head_dim and head_dim * heads == width else head_dim,
-    mlp_dim=read("intermediate_size", int),
+    mlp_dim=family.mlp_ratio * width
+    if family.mlp_ratio
+    else read("intermediate_size", int),
     norm_eps=float(read("rms_norm_eps", float)),
     rope_theta=float(theta),
     rope_scaling=scaling,

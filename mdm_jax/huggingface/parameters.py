@@ -27,7 +27,7 @@ _INPUTS = {
   **dict.fromkeys(("query", "key", "value", "gate", "up", "down"), 1),
   "out": 3,
 }
-_TABLES = "embedding", "head"
+_TABLES = "embedding", "head", "head_bias"  # a row for each id
 # Constants that some versions of transformers saved along with the weights.
 _CONSTANTS = re.compile(r"rotary_emb\.inv_freq$")
 _CHUNK = 4096  # rows of a table read at once
@@ -58,6 +58,8 @@ def read_params(
     path: Leaf(path, found.family.names.get(path, path), found)
     for path in trees.by_path(shapes)
   }
+  if found.family.prepare:
+    tensors = found.family.prepare(tensors)
   _check_names(tensors, leaves.values(), found)
   mesh = jax.sharding.get_mesh()
 
@@ -101,7 +103,7 @@ class Leaf:
   def theirs(self, ours: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape of a tensor, given that of the parameter."""
     if self.path in _TABLES:
-      return self.found.rows, ours[1]
+      return self.found.rows, *ours[1:]
     inputs, outputs = self._split(ours)
     sizes = [math.prod(outputs), math.prod(inputs)]
     return tuple(sizes) if inputs else tuple(sizes[:1])
@@ -154,7 +156,7 @@ class Leaf:
 def _table(
   rows: np.ndarray, shape: jax.ShapeDtypeStruct, fresh: Collection[int]
 ):
-  """Returns a function of an index that reads that part of a table [V, D].
+  """Returns a function of an index that reads that part of a table [V, ...].
 
   Rows past the tensor's, and `fresh` ones, are the mean of the others.
   """
@@ -168,13 +170,13 @@ def _table(
 
   def read(index: tuple[slice, ...]) -> np.ndarray:
     first, past, _ = index[0].indices(shape.shape[0])
-    part = rows[first:past, index[1]].astype(shape.dtype)
+    part = rows[first:past, *index[1:]].astype(shape.dtype)
     if mean is None:
       return part
-    width = mean[index[1]].astype(shape.dtype)
-    more = np.broadcast_to(width, (past - first - len(part), len(width)))
+    row = np.asarray(mean[*index[1:]]).astype(shape.dtype)
+    more = np.broadcast_to(row, (past - first - len(part), *row.shape))
     result = np.concatenate([part, more])
-    result[[i - first for i in new if first <= i < past]] = width
+    result[[i - first for i in new if first <= i < past]] = row
     return result
 
   return read

@@ -1,4 +1,4 @@
-"""The transformer block: pre-norm attention and SwiGLU with residuals."""
+"""The transformer block: pre-norm attention and an MLP with residuals."""
 
 import dataclasses
 import functools
@@ -191,15 +191,51 @@ class SwiGLU(nnx.Module):
     )
 
 
+class GELU(nnx.Module):
+  """MLP with biases: gelu(x up + up_bias) down + down_bias, by tanh."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    width, hidden = config.embed_dim, config.mlp_size
+    self.up = layers.normal(
+      rngs(), (width, hidden), "embed", "mlp", fan_in=width
+    )
+    self.up_bias = layers.zeros((hidden,), "mlp")
+    self.down = layers.normal(
+      rngs(),
+      (hidden, width),
+      *("mlp", "embed"),
+      fan_in=hidden,
+      scale=_branch_scale(config),
+    )
+    self.down_bias = layers.zeros((width,), None)
+
+  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    across = lambda bias: bias[...].astype(x.dtype)[None, None]
+    h = layers.project(
+      "up", "bld,df->blf", x, self.up, "batch", "length", "mlp"
+    )
+    h = jax.nn.gelu(h + across(self.up_bias), approximate=True)
+    h = layers.project(
+      "down", "blf,fd->bld", h, self.down, "batch", "length", None
+    )
+    return h + across(self.down_bias)
+
+
+# By `model.block`.
+NORMS = {"swiglu": layers.RMSNorm, "gelu": layers.LayerNorm}
+_MLPS = {"swiglu": SwiGLU, "gelu": GELU}
+
+
 class Block(nnx.Module):
   """A pre-norm block with optional adaLN-zero conditioning on the mask rate."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
-    self.attention_norm = layers.RMSNorm(config.embed_dim, config.norm_eps)
+    norm, mlp = NORMS[config.block], _MLPS[config.block]
+    self.attention_norm = norm(config.embed_dim, config.norm_eps)
     self.attention = Attention(config, rngs)
-    self.mlp_norm = layers.RMSNorm(config.embed_dim, config.norm_eps)
-    self.mlp = SwiGLU(config, rngs)
+    self.mlp_norm = norm(config.embed_dim, config.norm_eps)
+    self.mlp = mlp(config, rngs)
     if config.time_conditioning:
       shape = (config.embed_dim, 6, config.embed_dim)
       # Zeros close both gates, so that every block starts as the identity.

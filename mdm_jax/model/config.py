@@ -26,7 +26,12 @@ class ModelConfig:
     None, "size K of a head, even (None: D / H)", "[2, 65536]"
   )
   mlp_dim: int | None = fixed(
-    None, "SwiGLU hidden width (None: 8/3 D rounded up to 64)", SIZE
+    None, "hidden width of the MLP (None: 8/3 D rounded up to 64)", SIZE
+  )
+  block: Literal["swiglu", "gelu"] = fixed(
+    "swiglu",
+    "swiglu: RMSNorm and SwiGLU, as in Llama; gelu: LayerNorm, GELU, and biases"
+    " in norms, MLP and head, as in MDLM's DiT",
   )
   dropout: float = fixed(
     0.0, "rate on the two residual branches of a block", "[0, 0.9]"
@@ -34,7 +39,7 @@ class ModelConfig:
   qk_norm: bool = fixed(True, "RMSNorm on queries and keys")
   qkv_bias: bool = fixed(False, "biases on queries, keys and values")
   norm_eps: float = fixed(
-    1e-6, "added to RMSNorm's mean square", "[1e-12, 0.1]"
+    1e-6, "added to a norm's mean square or variance", "[1e-12, 0.1]"
   )
   tie_embeddings: bool = fixed(True, "the head is the embedding transposed")
   time_conditioning: bool = fixed(False, "adaLN-zero on the mask rate")

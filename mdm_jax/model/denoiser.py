@@ -1,8 +1,8 @@
 """The denoiser: a pre-norm transformer p(x0 | xt) over a token context.
 
-It uses RMSNorm, rotary positions and SwiGLU, with optional biases on queries,
-keys and values only. Which positions attend to which is an input (`Context`),
-not a property of the model.
+It uses rotary positions, RMSNorm and SwiGLU, with optional biases on queries,
+keys and values; or else LayerNorm and GELU (`model.block`). Which positions
+attend to which is an input (`Context`), not a property of the model.
 
 Blocks are stacked along a leading layer axis and run by one `lax.scan`, so
 compile time does not grow with depth. NNX modules only hold the parameters:
@@ -24,7 +24,7 @@ from mdm_jax.core.sharding import vocab_ids
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model import cache as caching
 from mdm_jax.model import embedding, kernel_choice, layer_loop, layers
-from mdm_jax.model.block import Block, Shared
+from mdm_jax.model.block import NORMS, Block, Shared
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import (
   FULL,
@@ -83,9 +83,11 @@ class Network(nnx.Module):
     keys = jax.random.split(rngs(), config.num_layers)
     # Every parameter of a block gets a leading axis of size num_layers.
     self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
-    self.final_norm = layers.RMSNorm(width, config.norm_eps)
+    self.final_norm = NORMS[config.block](width, config.norm_eps)
     if not config.tie_embeddings:
       self.head = layers.normal(rngs(), table, "vocab", "embed", fan_in=width)
+    if config.block == "gelu":
+      self.head_bias = layers.zeros((vocab_size,), "vocab")
     if config.time_conditioning:
       self.time_in = layers.normal(
         rngs(), (width, width), None, "embed", fan_in=width
@@ -269,7 +271,8 @@ class Denoiser:
   def head(self, params: Params) -> Params:
     """Returns the subset of the parameters that `logits` reads."""
     table = "embedding" if self.config.tie_embeddings else "head"
-    return {name: params[name] for name in ("final_norm", table)}
+    names = "final_norm", table, "head_bias"
+    return {name: params[name] for name in names if name in params}
 
   def logits(
     self, params: Params, hidden: Float[Array, "N D"]
@@ -285,11 +288,15 @@ class Denoiser:
         applied here.
     """
     table = params["embedding" if self.config.tie_embeddings else "head"]
-    h = layers.rms_norm(
-      hidden, params["final_norm"]["scale"], self.config.norm_eps
-    )
+    norm, eps = params["final_norm"], self.config.norm_eps
+    if self.config.block == "gelu":
+      h = layers.layer_norm(hidden, norm["scale"], norm["bias"], eps)
+    else:
+      h = layers.rms_norm(hidden, norm["scale"], eps)
     # The loss and the sampler need float32 logits (see `tokens.draw`).
     logits = layers.head_product(h, table)
+    if self.config.block == "gelu":
+      logits += params["head_bias"][None].astype(jnp.float32)
     possible = self.vocab.is_predictable(vocab_ids(logits.shape[-1]))
     return jnp.where(possible[None], logits, -jnp.inf)
 

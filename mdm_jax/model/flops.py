@@ -28,7 +28,8 @@ def trunk_flops(config: ModelConfig, rows: int, reads: Reads) -> float:
   width, hidden = config.embed_dim, config.mlp_size
   queries = config.head_size * config.num_heads
   keys = config.head_size * (config.num_kv_heads or config.num_heads)
-  weights = 2 * width * queries + 2 * width * keys + 3 * width * hidden
+  mlp = {"swiglu": 3, "gelu": 2}[config.block] * width * hidden
+  weights = 2 * width * queries + 2 * width * keys + mlp
   # Attention: scores and weighted values, 2 K FLOPs each per head and pair.
   row = sum(q * (2 * weights + 4 * k * queries) for q, k in reads)
   return float(config.num_layers * row * rows)

@@ -78,9 +78,11 @@ class Ready:
 
   def _with(self, block: Params) -> Network:
     """Returns the network with the parameters of one block."""
-    # Two slices of one array, which XLA for GPUs takes whole (`swiglu`).
-    both, down = block["mlp"]["gate_up"], block["mlp"]["down"]
-    mlp = {"gate": both[:, 0], "up": both[:, 1], "down": down}
+    mlp = dict(block["mlp"])
+    if "gate_up" in mlp:
+      # Two slices of one array, which XLA for GPUs takes whole (`swiglu`).
+      both = mlp.pop("gate_up")
+      mlp |= {"gate": both[:, 0], "up": both[:, 1]}
     return self.denoiser.bind(self.params | {"blocks": block | {"mlp": mlp}})
 
 
@@ -98,14 +100,15 @@ def ready(denoiser: Denoiser, params: Params) -> Ready | None:
   dtype = compute_dtype(config)
 
   def cast(path, p: Array) -> Array:
-    # Norms compute with their scales in float32.
-    return p if path[-1].key == "scale" else p.astype(dtype)
+    # Norms compute with their scales and biases in float32, the head with its.
+    kept = path[-1].key in ("scale", "bias", "head_bias")
+    return p if kept else p.astype(dtype)
 
   cast_params = jax.tree_util.tree_map_with_path(cast, params)
   stacks = dict(cast_params.pop("blocks"))
-  mlp = stacks["mlp"]
-  gate_up = jnp.stack([mlp["gate"], mlp["up"]], axis=2)
-  stacks["mlp"] = {"gate_up": gate_up, "down": mlp["down"]}
+  mlp = stacks["mlp"] = dict(stacks["mlp"])
+  if "gate" in mlp:
+    mlp["gate_up"] = jnp.stack([mlp.pop("gate"), mlp.pop("up")], axis=2)
   blocks = tuple(
     jax.tree.map(lambda p: p[i], stacks)  # noqa: B023
     for i in range(config.num_layers)

@@ -212,6 +212,41 @@ def rms_norm(
   return (normed * scale).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+  """LayerNorm over the last axis, with a learned scale and bias."""
+
+  def __init__(self, size: int, eps: float):
+    self.scale, self.eps = nnx.Param(jnp.ones(size, jnp.float32)), eps
+    self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    return layer_norm(x, self.scale[...], self.bias[...], self.eps)
+
+
+def layer_norm(
+  x: Float[Array, "*B D"],
+  scale: Float[Array, "D"],
+  bias: Float[Array, "D"],
+  eps: float,
+) -> Float[Array, "*B D"]:
+  """Returns (x - mean) / deviation * scale + bias, computed in float32.
+
+  Source: Ba et al. 2016, arXiv 1607.06450.
+
+  Args:
+    x: activations.
+    scale: learned factor of every entry.
+    bias: learned addition to every entry.
+    eps: added to the variance.
+  """
+  x32 = x.astype(jnp.float32)
+  centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+  variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+  normed = centred * jax.lax.rsqrt(variance + eps)
+  scale, bias = (a.reshape((1,) * (x.ndim - 1) + (-1,)) for a in (scale, bias))
+  return (normed * scale + bias).astype(x.dtype)
+
+
 def norm_and_rotate(
   x: Float[Array, "B *H L K"],
   norm: RMSNorm,

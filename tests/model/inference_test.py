@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mdm_jax.core import rng
 from mdm_jax.core.sharding import RULES
@@ -53,9 +54,10 @@ def inputs(**more):
   return tokens, context, place(where.astype(np.int32))
 
 
-def test_some_positions_get_the_states_that_a_whole_call_gives(any_mesh):
+@pytest.mark.parametrize("block", ["swiglu", "gelu"])
+def test_some_positions_get_the_states_that_a_whole_call_gives(any_mesh, block):
   fields = {"num_heads": 4, "num_kv_heads": 2, "qkv_bias": True}
-  denoiser, params = build(time_conditioning=True, **fields)
+  denoiser, params = build(block=block, time_conditioning=True, **fields)
   tokens, context, where = inputs(visibility=CAUSAL)
 
   @jax.jit
