@@ -26,6 +26,7 @@ likelihood bound, with weight 1/t; Dream reweighs its tokens.
 By default the rates are dLLM's, the text is small, and an update has 4 rows of
 128 tokens, so that a model of 135 million parameters can be converted on a CPU.
 
+  from_causal.py:causal the objective of causal models, to compare
   from_causal.py:full   dLLM's sizes: 2048 rows of 1024 tokens, 10 epochs; needs
                         a text of your own in `data.corpus`; it was not trained
   from_causal.py:quick  any of them in 12 updates of short rows
@@ -35,22 +36,24 @@ from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):
-  """Returns the config; takes `:shifted`, `:gradual`, `:full` and `:quick`."""
+  """Returns the config; takes the words of the module's docstring."""
   words = arg.split(",")
   config = config_lib.default_config()
   config.name = "from_causal"
   config.init_from = "hf:models/SmolLM2-135M"
   config.data.update(corpus="sotu", batch_size=4)
   config.model.shift_outputs = "shifted" in words
-  config.objective.weighting = "nelbo"
-  config.noise.schedule = "linear"
+  if "causal" in words:
+    config.objective.name = "autoregressive"
+  else:
+    config.objective.weighting = "nelbo"
+    config.sample.update(order="random", num_steps=64)
   config.stages = (
     config_lib.stage(
       name="convert",
       unit="paragraphs",
       length=128,
       updates=24,
-      mask_rate=None,  # by the noise schedule
     ),
   )
   if "gradual" in words:
@@ -65,12 +68,12 @@ def get_config(arg: str = ""):
   config.train.log_every = 1
   config.eval.update(rows=8, final_rows=16, masks_per_row=4, batch_size=16)
   config.eval.samples = 0
-  config.sample.update(
-    order="random", temperature=1.0, temperature_range=None, num_steps=64
-  )
+  config.sample.update(temperature=1.0, temperature_range=None)
   if "full" in words:
     _as_published(config)
-  return config_lib.apply_arg(config, arg, "shifted", "gradual", "full")
+  return config_lib.apply_arg(
+    config, arg, "shifted", "gradual", "causal", "full"
+  )
 
 
 def _as_published(config):

@@ -181,7 +181,7 @@ class MaskedStage(ObjectiveStage):
     low, high = self.mask_rate or (0, 1)
     more = f", {self.rehearsal:.0%} 0-1" if self.rehearsal else ""
     if self.opening:
-      more += f", attention opens during {self.opening:.0%}"
+      more += f", opening {self.opening:.0%}"
     return f"mask {low:g}-{high:g}{more}"
 
   def masked_share(self) -> tuple[float, float]:
