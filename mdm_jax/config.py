@@ -26,6 +26,7 @@ from mdm_jax.core.config_arguments import quick as quick
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import field, fixed
 from mdm_jax.core.sharding import MeshConfig
+from mdm_jax.data import chat
 from mdm_jax.data.config import (
   DataConfig,
   RowsConfig,
@@ -158,7 +159,7 @@ class Config:
   def rows(self) -> RowsConfig:
     """Everything that the prepared rows depend on."""
     return RowsConfig(
-      data=self.data,
+      data=chat.settle(self.data, self.tokenizer, self.init_from),
       tokenizer=self.tokenizer,
       stages=self.stages,
       init_from=self.init_from,

@@ -13,7 +13,7 @@ from mdm_jax.blueprint import held_out_objective
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config, to_dict
 from mdm_jax.core import strict_json
-from mdm_jax.data import splits
+from mdm_jax.data import corpora, splits
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.evaluation import baselines, tables, targets
@@ -26,6 +26,7 @@ from mdm_jax.objectives.measured import (
   Measured,
   to_json,
 )
+from mdm_jax.sampled_answers import SampledAnswers
 from mdm_jax.sampled_texts import SampledTexts
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.trained_model import load_model
@@ -48,6 +49,7 @@ class Measures:
     denoiser: the model.
     mesh: the devices.
     texts: draws and measures samples.
+    with_answers: whether its test text is prompts with answers.
   """
 
   def __init__(
@@ -71,7 +73,10 @@ class Measures:
     self.config, self.data = config, data
     self.denoiser, self.mesh = denoiser, mesh
     self._objective = held_out_objective(config, data.tokenizer.vocab, mesh)
-    self.texts = SampledTexts(
+    # Texts with answers are measured by their answers to held-out prompts.
+    self.with_answers = corpora.has_answers(config.data, splits.TEST)
+    kind = SampledAnswers if self.with_answers else SampledTexts
+    self.texts = kind(
       *(config, data, denoiser, mesh, self._sampling_curve, poll),
       decoding=self._objective.decoding(),
     )
@@ -174,7 +179,12 @@ class Measures:
     return _sizes(self._reported)
 
   def baselines(self) -> dict[str, dict[str, Any]]:
-    """Returns what n-gram models and xz need for the same test text."""
+    """Returns what n-gram models and xz need for the same test text.
+
+    Nothing for answers: those models are given no prompt.
+    """
+    if self.with_answers:
+      return {}
     return baselines.baselines(
       self.texts.training,
       self._reported,
@@ -248,7 +258,9 @@ def evaluate_params(
   )
   # Stored in a file of its own.
   unmasking = results.pop("unmasking")
-  table = [dataclasses.asdict(t) for t in targets.check(measured, results)]
+  # The guide's targets are of free text.
+  found = [] if measures.with_answers else targets.check(measured, results)
+  table = [dataclasses.asdict(t) for t in found]
   results["targets"] = strict_json.plain(table)
   tables.show(measured, results)  # before the write, which may fail
   workdir.write("unmasking.json", unmasking)
@@ -260,6 +272,6 @@ def _sizes(held: HeldOut) -> dict[str, int]:
   return {
     "documents": held.documents,
     "rows": len(held),
-    "tokens": int((np.asarray(held.rows.segments[:]) > 0).sum()),
+    "tokens": int(np.asarray(held.rows.answer).sum()),
     "bytes": held.num_bytes,
   }

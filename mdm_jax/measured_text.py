@@ -56,10 +56,16 @@ def _with_other(
 ) -> PreparedData:
   """Returns the data with another corpus as one of its held-out splits."""
   field = f"data.{side}_corpus"
-  documents, tally = corpora.load_and_count(corpus, config.data, field)
+  name = field.removeprefix("data.")
+  changed = dataclasses.replace(config.data, **{name: corpus})
+  rows = dataclasses.replace(config, data=changed).rows
+  documents, tally = corpora.load_and_count(corpus, rows.data, field)
   corpora.log_bad(tally)
   texts = [document.text for document in documents]
-  held, _ = make_held_out(texts, config.rows, data.tokenizer)
+  held, _ = make_held_out(
+    *(texts, rows, data.tokenizer),
+    with_answers=corpora.has_answers(rows.data, side),
+  )
   text = {"corpus": corpus, "sha256": corpora.fingerprint(documents)}
   others = data.manifest.get(_OTHER, {}) | {side: text}
   console.print(

@@ -62,8 +62,8 @@ def _describe(stage: StageConfig, counts: dict[str, Any]) -> str:
 
 def _selection(stage: StageConfig, counts: dict[str, Any]) -> str:
   found, selected = counts["units_found"], counts["units_selected"]
-  if stage.unit == "paragraphs":
-    return f"paragraphs of all {found:,} documents"
+  if stage.reads_all:
+    return f"{stage.unit} of all {found:,} documents"
   longest = "more" if stage.max_words is None else stage.max_words
   return (
     f"the easiest {selected:,} of {found:,} {stage.unit} of {stage.min_words}"

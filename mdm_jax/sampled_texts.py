@@ -18,6 +18,8 @@ from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.base import Decoding
 from mdm_jax.objectives.measured import Curve
+from mdm_jax.sampling import template
+from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import TextSampler, effective
 from mdm_jax.sampling.samples import Samples
@@ -115,10 +117,21 @@ class SampledTexts:
       curve: loss by mask rate, for the schedule `optimal` (None: it is measured
         if needed, which takes a while).
     """
+    tokenizer, length = self._data.tokenizer, self._config.sample_length
+    free = template.canvas([""] * count, tokenizer, length)
+    return self._draw(params, free, settings, curve)
+
+  def _draw(
+    self,
+    params: Params,
+    canvas: Canvas,
+    settings: SampleConfig,
+    curve: Curve | None,
+  ) -> Samples:
     if settings.schedule == "optimal" and curve is None:
       curve = self._measure_curve(params)
     self._poll()
-    return self._sampler(params, [""] * count, settings, curve)
+    return self._sampler.draw(params, canvas, settings, curve)
 
   @functools.cached_property
   def training(self) -> list[str]:

@@ -59,6 +59,7 @@ def cut(data: DataConfig) -> list[Block]:
       root, weighted = str(files[1]), _file_spans(files[0], size, data)
     else:
       valid = ("sotu", "shakespeare", "text:GLOB", "tfds:NAME", "hf:NAME")
+      valid += ("chat:PATH",)
       why = " can't be prepared in blocks"
       raise corpora.unknown(corpus, field, why, valid)
     groups = enumerate(_group(weighted, size))
@@ -91,7 +92,8 @@ def read(data: DataConfig, block: Block, tally: Tally) -> list[Document]:
     found = corpora.advised(itertools.chain.from_iterable(parts))
   else:
     root = pathlib.Path(block.root)
-    found = corpora.read_files(block.spans, root, data, tally)
+    _, corpus = corpora.sources(data)[block.side]
+    found = corpora.read_files(block.spans, root, data, tally, corpus)
   found = (document for document in found if document.text.strip())
   return list(itertools.islice(found, block.most))
 

@@ -14,7 +14,8 @@ class DataConfig:
 
   corpus: str = field(  # not fixed: a resume may find it elsewhere
     "sotu",
-    "`sotu`, `python_docs`, `shakespeare`, `text:GLOB`, `tfds:NAME`, `hf:NAME`",
+    "`sotu`, `python_docs`, `shakespeare`, `text:GLOB`, `tfds:NAME`, `hf:NAME`;"
+    " with answers: `chat:PATH`, `task:NAME`",
   )
   batch_size: int = fixed(8, "rows per microbatch, over all devices", SIZE)
   eval_fraction: float = fixed(
@@ -39,6 +40,18 @@ class DataConfig:
   text_key: str = field(
     "text",
     "key or column of the text in .jsonl, .csv, .parquet, `tfds:` and `hf:`",
+  )
+  chat_template: str = field(
+    "",
+    "folder or file with the template of `chat:` conversations; `plain` for"
+    " none ('': the tokenizer's, if its folder has one)",
+    path=True,
+  )
+  answer_length: int | None = fixed(
+    None,
+    "fill a text's last answer up to N tokens with end-of-text, and predict"
+    " these too (None: one end-of-text, so that its length is known)",
+    SIZE,
   )
   max_documents: int | None = fixed(
     None, "read only the first N documents (None: all)", MANY
@@ -107,9 +120,12 @@ class StageConfig:
   """One stage of the curriculum."""
 
   name: str = field("train", "shown in progress lines and logs")
-  unit: Literal["sentences", "pairs", "lines", "paragraphs"] = fixed(
+  unit: Literal[
+    "sentences", "pairs", "lines", "paragraphs", "conversations"
+  ] = fixed(
     "paragraphs",
-    "text unit: one sentence, two consecutive ones, one line, or running text",
+    "text unit: one sentence, two consecutive ones, one line, running text, or"
+    " prompts with their answers (`chat:`, `task:`)",
   )
   length: int = fixed(512, "tokens per row", SIZE)
   easiest: float = fixed(
@@ -129,8 +145,21 @@ class StageConfig:
     1.0, "multiplies the peak learning rate of the stage", "(0, 1000]"
   )
 
+  @property
+  def reads_all(self) -> bool:
+    """Whether the units are all documents as a whole, without a selection."""
+    return self.unit in ("paragraphs", "conversations")
+
   def check(self, path: str) -> None:
-    """Raises UserError if no text can satisfy both word limits."""
+    """Raises UserError if no text can satisfy the limits."""
+    limits = {"easiest": 1.0, "min_words": 0, "max_words": None}
+    for name, default in limits.items() if self.unit == "conversations" else ():
+      if getattr(self, name) != default:
+        raise UserError(
+          f"{path}.{name}={getattr(self, name)} has no effect on"
+          f" {path}.unit=conversations, which are read as a whole; set"
+          f" {path}.{name}={default}"
+        )
     if self.max_words is not None and self.max_words < self.min_words:
       raise UserError(
         f"{path}.min_words={self.min_words} is more than"

@@ -17,7 +17,15 @@ from absl import logging
 from mdm_jax.core import modules
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.registry import Registry
-from mdm_jax.data import huggingface_datasets, records, splits, text_files, tfds
+from mdm_jax.data import (
+  chat,
+  huggingface_datasets,
+  records,
+  splits,
+  tasks,
+  text_files,
+  tfds,
+)
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import BadRecord, Document, Files, Span, Tally
 
@@ -32,10 +40,13 @@ class Corpus:
       records in the tally; others may ignore both.
     argument: placeholder of what follows the colon, as GLOB in `text:GLOB`; ''
       if nothing does.
+    answers: whether documents are prompts with answers (`answers.py`), of which
+      only the answers are predicted.
   """
 
   read: Callable[[str, Tally, DataConfig], Iterable[Document]]
   argument: str = ""
+  answers: bool = False
 
 
 # The config fields that name the corpora, by what they are given for.
@@ -98,6 +109,13 @@ def load_and_count(
   documents = list(itertools.islice(found, max_documents))
   check(corpus, field, tally, len(documents))
   return documents, tally
+
+
+def has_answers(data: DataConfig, side: str = splits.TRAIN) -> bool:
+  """Returns whether a split's documents are prompts with answers."""
+  named = sources(data)
+  name, _, _ = named.get(side, named[splits.TRAIN])[1].partition(":")
+  return name in CORPORA and CORPORA[name].answers
 
 
 def check(corpus: str, field: str, tally: Tally, documents: int) -> None:
@@ -216,7 +234,8 @@ def files(corpus: str) -> Files | None:
     modules.need(package, extra, f"data.corpus={corpus}")
     root = _package(package) / folder
     return sorted(root.glob(pattern)), root
-  return text_files.find(rest) if rest and kind == "text" else None
+  finders = {"text": text_files.find, "chat": chat.files}
+  return finders[kind](rest) if rest and kind in finders else None
 
 
 def _package(name: str) -> pathlib.Path:
@@ -226,10 +245,15 @@ def _package(name: str) -> pathlib.Path:
 
 
 def read_files(
-  spans: Iterable[Span], root: pathlib.Path, data: DataConfig, tally: Tally
+  spans: Iterable[Span],
+  root: pathlib.Path,
+  data: DataConfig,
+  tally: Tally,
+  corpus: str,
 ) -> Iterator[Document]:
   """Yields the documents of spans, or says how to skip a bad record."""
-  return advised(records.read_all(spans, root, data, tally))
+  of_line = chat.reader(data) if corpus.startswith("chat:") else None
+  return advised(records.read_all(spans, root, data, tally, of_line))
 
 
 def advised(found: Iterable[Document]) -> Iterator[Document]:
@@ -242,12 +266,14 @@ def advised(found: Iterable[Document]) -> Iterator[Document]:
     ) from error
 
 
-def _register_files(name: str, argument: str = "") -> None:
+def _register_files(name: str, argument: str = "", **more: bool) -> None:
   def read(rest: str, tally: Tally, data: DataConfig) -> Iterator[Document]:
-    paths, root = files(f"{name}:{rest}" if rest else name)
-    return read_files((Span(str(path)) for path in paths), root, data, tally)
+    corpus = f"{name}:{rest}" if rest else name
+    paths, root = files(corpus)
+    spans = (Span(str(path)) for path in paths)
+    return read_files(spans, root, data, tally, corpus)
 
-  CORPORA.register(name, Corpus(read, argument))
+  CORPORA.register(name, Corpus(read, argument, **more))
 
 
 def _python_docs(*_: Any) -> Iterator[Document]:
@@ -264,6 +290,8 @@ _register_files("sotu")
 CORPORA.register("python_docs", Corpus(_python_docs))
 _register_files("shakespeare")
 _register_files("text", "GLOB")
+_register_files("chat", "PATH", answers=True)
+CORPORA.register("task", Corpus(tasks.read, "NAME", answers=True))
 CORPORA.register("tfds", Corpus(tfds.read_all, "NAME"))
 CORPORA.register(
   "hf",

@@ -26,7 +26,7 @@ class Coverage:
     """Marks the text of a stage's units as read."""
     for unit in units:
       at = unit.document
-      # Only "paragraphs" have no starts, and they hold the whole document.
+      # Only whole documents have no starts.
       if not unit.starts:
         self._read[at] = None
       elif at not in self._read:
@@ -63,7 +63,9 @@ def unread_text(counts: dict[str, int]) -> str:
 
 def left_out(stage: StageConfig, counts: dict[str, Any]) -> list[str]:
   """Returns lines on how much text a stage leaves out, and for what reasons."""
-  if stage.unit == "paragraphs":
+  if stage.unit == "conversations":
+    return _answers(stage, counts)
+  if stage.reads_all:
     return []
   lines = []
   if counts["without_sentences"]:
@@ -81,4 +83,23 @@ def left_out(stage: StageConfig, counts: dict[str, Any]) -> list[str]:
   ]
   lines.append(f"left out: {share:.1%} of {total:,} characters")
   lines += [f"  {count:,} {reason}" for count, reason in reasons if count]
+  return lines
+
+
+def _answers(stage: StageConfig, counts: dict[str, Any]) -> list[str]:
+  share = counts["answer_tokens"] / max(counts["tokens"], 1)
+  lines = [
+    f"{counts['answer_tokens']:,} tokens of answers ({share:.0%}): only these"
+    " are masked and predicted"
+  ]
+  if count := counts["texts_too_long"]:
+    lines.append(
+      f"left out: {count:,} of {counts['units_found']:,} conversations, longer"
+      f" than {stage.length} tokens"
+    )
+  if count := counts["answers_too_long"]:
+    lines.append(
+      f"{count:,} last answers are longer than data.answer_length: they are"
+      " neither cut nor filled up"
+    )
   return lines

@@ -16,7 +16,7 @@ from jaxtyping import Int32, Integer
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.data import byte_pairs
+from mdm_jax.data import byte_pairs, chat_template
 from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.data.sentencepiece_training import SPACE
 from mdm_jax.data.tokenizer_base import Kind, Tokenizer
@@ -71,6 +71,17 @@ class HuggingFaceTokenizer(Tokenizer):
     )
     return [np.array(one.ids, np.int32) for one in found]
 
+  def encode_with_names(
+    self, texts: Sequence[str]
+  ) -> list[Int32[np.ndarray, "_"]]:
+    """As `encode_batch`, but the name of a special token becomes its id."""
+    # Not a second copy of the tokenizer: it may have 150,000 ids.
+    self._tokens.encode_special_tokens = False
+    try:
+      return self.encode_batch(texts)
+    finally:
+      self._tokens.encode_special_tokens = True
+
   def decode(self, ids: Integer[np.ndarray, "N"] | Sequence[int]) -> str:
     """Returns the text of ids; special ids are left out."""
     if "ByteLevel" in _types(self._rules.get("decoder")):
@@ -106,7 +117,7 @@ def _from_files(folder: Folder, rows: int | None) -> HuggingFaceTokenizer:
       "tokenizer": text,
       "vocabulary": vocabulary,
       "fresh": fresh,
-      "chat_template": _chat_template(folder),
+      "chat_template": chat_template.from_files(folder),
     }
   )
   if not tokenizer.lossless:
@@ -195,16 +206,6 @@ def _ids(folder: Folder, tokens: Any, name: str) -> list[int]:
   if isinstance(token, str):
     found.append(tokens.token_to_id(token))
   return list(dict.fromkeys(i for i in found if type(i) is int))
-
-
-def _chat_template(folder: Folder) -> str:
-  given = (folder.json("tokenizer_config.json") or {}).get("chat_template")
-  given = folder.text("chat_template.jinja") if given is None else given
-  # Several templates are a list of {"name", "template"}.
-  if isinstance(given, list):
-    by_name = {t.get("name"): t.get("template") for t in given}
-    given = by_name.get("default")
-  return given if isinstance(given, str) else ""
 
 
 # MARK: what an id stands for

@@ -67,6 +67,10 @@ def row_inputs(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:
       {name: getattr(stage, name) for name in _UNIT_FIELDS}
       for stage in config.stages
     ],
+    # Only if set: rows made before this field existed stay valid.
+    **(
+      {"answer_length": length} if (length := config.data.answer_length) else {}
+    ),
   }
 
 
@@ -114,12 +118,15 @@ def folder_inputs(
   config: RowsConfig, given: Tokenizer | None
 ) -> dict[str, Any]:
   """Returns the config fields that shape a folder's rows, and a format."""
+  template = config.data.chat_template
+  chat_template = {"chat_template": template} if template else {}
   return {
     "format": FOLDER_FORMAT,
     "data": {
       name: getattr(config.data, name)
       for name in (*_NAMES, "document", "text_key", "max_documents")
-    },
+    }
+    | chat_template,
   } | row_inputs(config, given)
 
 

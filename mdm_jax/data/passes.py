@@ -23,6 +23,7 @@ import numpy as np
 
 from mdm_jax.core import modules
 from mdm_jax.data import (
+  answers,
   corpora,
   ngrams,
   ranking,
@@ -81,7 +82,7 @@ class Job:
     return {
       stage_name(i): stage
       for i, stage in stages
-      if stage.unit != "paragraphs" and stage.easiest < 1
+      if not stage.reads_all and stage.easiest < 1
     }
 
 
@@ -164,7 +165,7 @@ def _train_units(job: Job, block: Block, stage: StageConfig) -> list[Unit]:
 
 def _sample(job: Job, block: Block) -> dict[str, Any]:
   sides = divide(job, block)
-  texts = [document.text for document in sides[TRAIN]]
+  texts = [answers.plain(document.text) for document in sides[TRAIN]]
   characters = set()
   if job.sampled < 1:  # otherwise `texts` has the whole corpus already
     found = ngrams.of(texts, job.copied)
@@ -231,7 +232,7 @@ def _select(
 ) -> Selection | None:
   """Returns the units that a stage keeps; None if it keeps all, unranked."""
   name, stage = stage_name(index), job.config.stages[index]
-  if job.one_block and stage.unit != "paragraphs":
+  if job.one_block and not stage.reads_all:
     return segments.easiest(units, stage.easiest, job.config.data.language)
   if name not in job.ranked:
     return None
@@ -254,13 +255,15 @@ def _rows(job: Job, block: Block) -> dict[str, Any]:
   tokenizer = tokenizers.load_tokenizer(job.store.folder)
   sides = divide(job, block)
   train = [document.text for document in sides[TRAIN]]
-  coverage, language = Coverage(train), job.config.data.language
+  data, coverage = job.config.data, Coverage([*map(answers.plain, train)])
   made = {}
   # Only blocks of `data.corpus` have text to train on.
   for i, stage in enumerate(job.config.stages if block.side == TRAIN else ()):
-    found = segments.find(train, stage, language)
+    found = segments.find(train, stage, data.language)
     selection = _select(job, i, block, found.units)
-    rows, counts, read = make_rows(found, selection, stage, tokenizer)
+    rows, counts, read = make_rows(
+      found, selection, stage, tokenizer, data.answer_length
+    )
     coverage.add(read)
     name = stage_name(i)
     made[name] = _put_rows(job, block, name, rows, counts)
@@ -268,7 +271,9 @@ def _rows(job: Job, block: Block) -> dict[str, Any]:
   # The held-out splits that are taken from this block's corpus.
   for side in job.shares.wanted if block.side == TRAIN else (block.side,):
     texts = [document.text for document in sides[side]]
-    held, counts = make_held_out(texts, job.config, tokenizer)
+    held, counts = make_held_out(
+      texts, job.config, tokenizer, corpora.has_answers(data, block.side)
+    )
     table = {shards.TABLE: held.texts}
     made[side] = _put_rows(job, block, side, held.rows, counts, **table)
   return made

@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import corpora, journal, passes, splits, stage_ranks
+from mdm_jax.data import (
+  corpora,
+  journal,
+  passes,
+  row_checks,
+  splits,
+  stage_ranks,
+)
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.blocks import Block
 from mdm_jax.data.passes import Job, Pass
@@ -242,7 +249,11 @@ def make(
     found: blocks of `data.corpus`, then those of the held-out corpora.
     given: tokenizer to use instead of the one the config describes.
     run: executes a pass over blocks.
+
+  Raises:
+    UserError: the corpus and a stage's unit don't fit, or a pass fails.
   """
+  row_checks.check_units(job.config)
   counted = count(job, found, run)
   job, own = counted.job, counted.corpus
   texts, characters, split = sample(counted, run)

@@ -8,12 +8,13 @@ decompressed, is not UTF-8, or holds no text where text should be.
 
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import json
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from mdm_jax.core import modules
@@ -70,7 +71,11 @@ def parts(path: pathlib.Path, data: DataConfig) -> int | None:
 
 
 def read_all(
-  spans: Iterable[Span], root: pathlib.Path, data: DataConfig, tally: Tally
+  spans: Iterable[Span],
+  root: pathlib.Path,
+  data: DataConfig,
+  tally: Tally,
+  of_line: Callable[[bytes], str] | None = None,
 ) -> Iterator[Document]:
   """Yields the documents of spans; their names are relative to `root`.
 
@@ -80,11 +85,13 @@ def read_all(
     data: how files are read.
     tally: counts files and records; raises the first bad record unless it is
       set to skip them.
+    of_line: the text of a line of a .jsonl, or ValueError with a reason (None:
+      that of `data.text_key`).
   """
   for span in spans:
     tally.files += 1
     name = pathlib.Path(span.path).relative_to(root).as_posix()
-    for record, text in _records(span, name, data):
+    for record, text in _records(span, name, data, of_line):
       tally.records += 1
       if isinstance(text, BadRecord):
         tally.add_bad(text)
@@ -110,7 +117,12 @@ def decode(data: bytes, path: str | pathlib.Path, first_line: int = 1) -> str:
     raise BadRecord(f"{path}, line {line}: not valid UTF-8 ({e.reason})") from e
 
 
-def _records(span: Span, name: str, data: DataConfig) -> Iterator[Record]:
+def _records(
+  span: Span,
+  name: str,
+  data: DataConfig,
+  of_line: Callable[[bytes], str] | None,
+) -> Iterator[Record]:
   """Yields each record's name with its text, or with its error.
 
   Errors are values because a generator that raises is finished: this way the
@@ -126,8 +138,9 @@ def _records(span: Span, name: str, data: DataConfig) -> Iterator[Record]:
     elif kind == "csv":
       yield from _csv_rows(path, name, data.text_key)
     else:
-      key = data.text_key if kind == "jsonl" else None
-      yield from _line_records(span, name, key)
+      of_json = of_line or functools.partial(_from_json, key=data.text_key)
+      of_line = of_json if kind == "jsonl" else _plain
+      yield from _line_records(span, name, of_line)
   except BadRecord as error:  # the whole file is bad: count it as one record
     yield name, error
   except _DAMAGED as error:
@@ -185,8 +198,10 @@ def _check_encoding(data: bytes, where: Any) -> None:
 # MARK: lines
 
 
-def _line_records(span: Span, name: str, key: str | None) -> Iterator[Record]:
-  """Yields the records of a file of lines, or of JSON lines with a key."""
+def _line_records(
+  span: Span, name: str, of_line: Callable[[bytes], str]
+) -> Iterator[Record]:
+  """Yields the records of a file of lines."""
   for number, line in enumerate(_lines(span), 1):
     # Only the first line of a file can have a byte order mark.
     if number == 1 and not span.start:
@@ -194,7 +209,7 @@ def _line_records(span: Span, name: str, key: str | None) -> Iterator[Record]:
       line = line.removeprefix(_MARK)
     if line.strip():
       try:
-        text = _plain(line) if key is None else _from_json(line, key)
+        text = of_line(line)
       except ValueError as reason:
         text = BadRecord(f"{_at(span, number)}: {reason}")
       yield f"{name}:{number}", text

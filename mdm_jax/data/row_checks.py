@@ -12,6 +12,7 @@ import numpy as np
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data import corpora
 from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.rows import Field, Values, field
 
@@ -92,6 +93,23 @@ def find_wrong_texts(segments: np.ndarray, texts: np.ndarray) -> str | None:
   if (texts[:, 0] != row).any() or (texts[:, 1] != segment).any():
     return "row or segment numbers that don't match the rows"
   return "a negative number" if (texts < 0).any() else None
+
+
+def check_units(config: RowsConfig) -> None:
+  """Raises UserError if a stage would lose a corpus' answers, or has none."""
+  corpus, given = config.data.corpus, corpora.has_answers(config.data)
+  for i, stage in enumerate(config.stages):
+    name = f"stages[{i}].unit"
+    if given and stage.unit != "conversations":
+      raise UserError(
+        f"{name}={stage.unit} would read data.corpus={corpus!r} without its"
+        f" answers; set {name}=conversations"
+      )
+    if not given and stage.unit == "conversations":
+      raise UserError(
+        f"{name}=conversations: the documents of data.corpus={corpus!r} have no"
+        f" answers; give chat:PATH or task:NAME, or set {name}=paragraphs"
+      )
 
 
 def check_enough(config: RowsConfig, index: int, rows: int) -> None:

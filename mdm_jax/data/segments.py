@@ -10,7 +10,7 @@ import numpy as np
 import sentencex
 from jaxtyping import Float64, Int64, Num
 
-from mdm_jax.data import pieces, ranking, readability
+from mdm_jax.data import answers, pieces, ranking, readability
 from mdm_jax.data import words as words_lib
 from mdm_jax.data.config import StageConfig
 
@@ -26,8 +26,9 @@ class Unit:
     document: index of its document.
     parts: for "sentences" and "lines" one stripped sentence or line; for
       "pairs" two, to be joined by the separator id; for "paragraphs" all
-      sentences of the document, verbatim, so that they join to the document.
-    starts: where each part begins in the document; empty for "paragraphs".
+      sentences of the document, verbatim, so that they join to the document;
+      for "conversations" its prompts and answers, as from `answers.parts`.
+    starts: where each part begins in the document; empty for whole documents.
   """
 
   document: int
@@ -87,10 +88,15 @@ def find(
   """Returns the units of a stage, and counts of those outside its limits.
 
   Word limits apply to a sentence, a line, or both parts of a pair together;
-  paragraphs have none. The result may be empty.
+  whole documents have none. The result may be empty.
   """
   found = Found(documents=len(texts))
   for i, text in enumerate(texts):
+    if stage.unit == "conversations":
+      parts = answers.parts(text)
+      found.units.append(Unit(i, parts))
+      found.characters += sum(map(len, parts))
+      continue
     if stage.unit == "lines":
       _add(found, i, _counted(text.splitlines(keepends=True)), stage)
       continue

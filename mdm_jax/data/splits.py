@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from mdm_jax.core.errors import UserError
+from mdm_jax.data import answers
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import Document
 
@@ -262,6 +263,8 @@ def _ends(text: str, shares: Shares, least: int) -> dict[str, str]:
   # White space at the end doesn't count, or an end could be blank.
   size = len(text.rstrip())
   parts, rest = {TRAIN: text, VALIDATION: "", TEST: ""}, text
+  if answers.are_in(text):  # an answer without its prompt would say nothing
+    return parts
   # From the end of the text forward: test is last, validation before it.
   for side in (TEST, VALIDATION):
     if side not in shares.wanted:

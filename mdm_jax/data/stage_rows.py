@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.data import held_out, segments
+from mdm_jax.data import answers, held_out, segments
+from mdm_jax.data.answers import Encoded
 from mdm_jax.data.config import RowsConfig, StageConfig
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import Tokens, join_sentences, pack, pack_with_places
@@ -39,6 +40,7 @@ def make_rows(
   selection: Selection | None,
   stage: StageConfig,
   tokenizer: Tokenizer,
+  answer_length: int | None = None,
 ) -> tuple[Rows, dict[str, Any], list[Unit]]:
   """Returns a stage's packed rows, their counts and examples, and their units.
 
@@ -47,16 +49,25 @@ def make_rows(
     selection: units to keep (None: all).
     stage: how units become token sequences.
     tokenizer: makes the ids.
+    answer_length: see `data.answer_length`.
   """
   selected = selection.units if selection else found.units
-  pieces = _encode(selected, stage, tokenizer)
+  if talks := stage.unit == "conversations":
+    texts = _conversations(selected, tokenizer, answer_length)
+    pieces = [text.ids for text in texts]
+  else:
+    pieces = _encode(selected, stage, tokenizer)
   fitting = [p for p in pieces if len(p) <= stage.length]
+  others = {}
+  if talks:
+    texts = [text for text in texts if len(text.ids) <= stage.length]
+    others["answer"] = [text.answer for text in texts]
   # Of paragraphs every token is kept, so all of them are read.
   read = selected
   if stage.unit != "paragraphs":
     both = zip(selected, pieces, strict=True)
     read = [unit for unit, piece in both if len(piece) <= stage.length]
-  rows = pack(fitting, stage.length, tokenizer.vocab)
+  rows = pack(fitting, stage.length, tokenizer.vocab, **others)
   difficulty = None
   if selection:
     bars = selection.histogram(_BINS)
@@ -72,6 +83,7 @@ def make_rows(
     "characters": found.characters,
     "characters_read": sum(len(part) for unit in read for part in unit.parts),
     **_sizes(rows),
+    **(_answers(texts, rows) if talks else {}),
     "difficulty": difficulty,
     "examples": _examples(selection, fitting, tokenizer),
   }
@@ -79,7 +91,10 @@ def make_rows(
 
 
 def make_held_out(
-  texts: Sequence[str], config: RowsConfig, tokenizer: Tokenizer
+  texts: Sequence[str],
+  config: RowsConfig,
+  tokenizer: Tokenizer,
+  with_answers: bool = False,
 ) -> tuple[HeldOut, dict[str, Any]]:
   """Returns held-out rows of the whole texts, with their table and counts.
 
@@ -87,18 +102,30 @@ def make_held_out(
     texts: documents of one split.
     config: what rows depend on.
     tokenizer: makes the ids.
+    with_answers: whether they are prompts with answers. Then only the answers
+      are measured, and texts longer than a row are left out.
   """
   # All of the text, whatever the stages select.
-  stage = StageConfig(unit="paragraphs", length=config.stages[-1].length)
+  unit = "conversations" if with_answers else "paragraphs"
+  stage = StageConfig(unit=unit, length=config.stages[-1].length)
   units = segments.units(texts, stage, config.data.language)
-  widths = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
-  pieces, lines = [], []
-  for unit, encoded in _encoded(units, tokenizer):
-    found = join_sentences(encoded, stage.length, tokenizer.vocab.end)
-    sizes = held_out.original_bytes(unit.parts, encoded, found, widths)
-    pieces += found
-    lines += [(unit.document, size) for size in sizes]
-  rows, places = pack_with_places(pieces, stage.length, tokenizer.vocab)
+  others, counts = {}, {}
+  if with_answers:
+    length = config.data.answer_length
+    found = _conversations(units, tokenizer, length)
+    both = zip(units, found, strict=True)
+    kept = [(u, text) for u, text in both if len(text.ids) <= stage.length]
+    pieces = [text.ids for _, text in kept]
+    others["answer"] = [text.answer for _, text in kept]
+    size = lambda unit: len(answers.plain("".join(unit.parts)).encode())
+    lines = [(unit.document, size(unit)) for unit, _ in kept]
+  else:
+    pieces, lines = _running(units, stage.length, tokenizer)
+  rows, places = pack_with_places(
+    pieces, stage.length, tokenizer.vocab, **others
+  )
+  if with_answers:
+    counts = _answers([text for _, text in kept], rows)
   table = np.array(lines, np.int64).reshape(-1, 2)
   # Number each document's pieces from 0: subtract its first line's index.
   _, first, of = np.unique(table[:, 0], return_index=True, return_inverse=True)
@@ -109,10 +136,43 @@ def make_held_out(
   return HeldOut(rows, table), {
     "units_found": len(units),
     "units_selected": len(units),
-    "texts_too_long": 0,
+    "texts_too_long": len(units) - len(pieces) if with_answers else 0,
     **_sizes(rows),
+    **counts,
     "difficulty": None,
     "examples": _examples(None, pieces, tokenizer),
+  }
+
+
+def _running(
+  units: Sequence[Unit], length: int, tokenizer: Tokenizer
+) -> tuple[list[Tokens], list[tuple[int, int]]]:
+  """Returns pieces of running text; of each its document and its bytes."""
+  widths = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
+  pieces, lines = [], []
+  for unit, encoded in _encoded(units, tokenizer):
+    found = join_sentences(encoded, length, tokenizer.vocab.end)
+    sizes = held_out.original_bytes(unit.parts, encoded, found, widths)
+    pieces += found
+    lines += [(unit.document, size) for size in sizes]
+  return pieces, lines
+
+
+def _conversations(
+  units: Sequence[Unit], tokenizer: Tokenizer, answer_length: int | None
+) -> list[Encoded]:
+  found = []
+  for group in _groups(units):
+    parts = [unit.parts for unit in group]
+    found += answers.encode(parts, tokenizer, answer_length)
+  return found
+
+
+def _answers(texts: Sequence[Encoded], rows: Rows) -> dict[str, int]:
+  """Returns counts of answers, for `coverage.left_out` and a run's start."""
+  return {
+    "answer_tokens": int(rows.answer.sum()),
+    "answers_too_long": sum(not text.fits for text in texts),
   }
 
 
@@ -169,11 +229,16 @@ def _encoded(
   units: list[Unit], tokenizer: Tokenizer
 ) -> Iterator[tuple[Unit, list[Tokens]]]:
   """Yields each unit with the ids of its parts."""
-  sizes = itertools.accumulate(sum(map(len, u.parts)) for u in units)
-  groups = zip(units, (size // _GROUP for size in sizes), strict=True)
-  for _, pairs in itertools.groupby(groups, key=lambda pair: pair[1]):
-    group = [unit for unit, _ in pairs]
+  for group in _groups(units):
     parts = [part for unit in group for part in unit.parts]
     encoded = iter(tokenizer.encode_batch(parts))
     for unit in group:
       yield unit, list(itertools.islice(encoded, len(unit.parts)))
+
+
+def _groups(units: Sequence[Unit]) -> Iterator[list[Unit]]:
+  """Yields consecutive units, about `_GROUP` characters at once."""
+  sizes = itertools.accumulate(sum(map(len, u.parts)) for u in units)
+  groups = zip(units, (size // _GROUP for size in sizes), strict=True)
+  for _, pairs in itertools.groupby(groups, key=lambda pair: pair[1]):
+    yield [unit for unit, _ in pairs]

@@ -62,6 +62,15 @@ class Tokenizer(abc.ABC):
   def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
     """Returns the ids of each text; faster than calling `encode` on each."""
 
+  def encode_with_names(
+    self, texts: Sequence[str]
+  ) -> list[Int32[np.ndarray, "_"]]:
+    """As `encode_batch`, but the name of a special token becomes its id.
+
+    For texts that a chat template wrote. Most tokenizers have no such names.
+    """
+    return self.encode_batch(texts)
+
   def encode(self, text: str) -> Int32[np.ndarray, "N"]:
     """Returns the ids of a text, without special ids."""
     return self.encode_batch([text])[0]

@@ -23,7 +23,10 @@ def show(measured: Measured, results: Mapping[str, Any]) -> None:
   console.print(_measured_table(measured, results))
   if "text_metrics" in results:
     console.print(text_table(results["text_metrics"]))
-  console.print(target_table(results["targets"]))
+  if "answers" in results:
+    console.print(answer_table(results["answers"]))
+  if results["targets"]:
+    console.print(target_table(results["targets"]))
   settings = ", ".join(f"{k} {v}" for k, v in results["sampling"].items())
   console.print(f"samples are drawn with {settings}", soft_wrap=True)
   for i, text in enumerate(results["samples"], start=1):
@@ -82,6 +85,15 @@ def _some(points: list[Any]) -> list[Any]:
   if size <= _POINTS:
     return points
   return [points[i * (size - 1) // (_POINTS - 1)] for i in range(_POINTS)]
+
+
+def answer_table(metrics: Mapping[str, Any]) -> Table:
+  """Returns the metrics of answers in results.json as a table."""
+  count = next(iter(metrics.values()))["n"]
+  table = for_terminal(["answers", "mean"], title=f"{count} held-out prompts")
+  for found in metrics.values():
+    table.add_row(found["title"], _cell(found["value"], found["stderr"]))
+  return table
 
 
 def text_table(metrics: Mapping[str, Any]) -> Table:

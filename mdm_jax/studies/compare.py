@@ -15,7 +15,8 @@ from mdm_jax.config import Config
 from mdm_jax.core import modules, tables
 from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.progress import console
-from mdm_jax.studies import sampled
+from mdm_jax.data import corpora
+from mdm_jax.studies import answered, sampled
 from mdm_jax.workdir import Workdir
 
 _ORDERS = (
@@ -91,15 +92,21 @@ def compare_workdir(
     only: compare only the ways whose names contain this.
 
   Returns:
-    The table's rows as plain values; the last one is validation text.
+    The table's rows as plain values; the last one is validation text. For a
+    run whose texts have answers, a row says how many answers are right.
 
   Raises:
     UserError: no way has such a name, or there is no checkpoint.
   """
-  known = ways(config.sample_length)
+  if with_answers := corpora.has_answers(config.data):
+    known = answered.ways(answered.longest(config, workdir))
+  else:
+    known = ways(config.sample_length)
   chosen = {name: known[name] for name in known if only in name}
   if not chosen:
     raise UserError(f"--ways={only}: {nearest(only, known)}")
+  if with_answers:
+    return _answers(config, workdir, chosen)
   found, title = sampled.sample_each(config, workdir, chosen)
   cells = [row.cells for row in found]
   table = tables.as_markdown(sampled.COLUMNS, cells)
@@ -112,6 +119,16 @@ def compare_workdir(
     workdir.write("ways.png", sampled.as_png(groups, title))
   else:
     console.print("no ways.png: it needs pip install -e '.[plots]'")
+  return [dataclasses.asdict(row) for row in found]
+
+
+def _answers(
+  config: Config, workdir: Workdir, chosen: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+  found, _ = answered.answer_each(config, workdir, chosen)
+  cells = [row.cells for row in found]
+  workdir.write("ways.csv", sampled.as_csv(found))
+  workdir.write("ways.md", tables.as_markdown(answered.COLUMNS, cells))
   return [dataclasses.asdict(row) for row in found]
 
 

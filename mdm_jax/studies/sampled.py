@@ -11,6 +11,7 @@ from mdm_jax.core import tables
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console, with_error
 from mdm_jax.core.standard_errors import Clusters
+from mdm_jax.data import corpora
 from mdm_jax.data.prepared import training_texts
 from mdm_jax.evaluation.judge import Judge, make_judge, nll_per_byte
 from mdm_jax.evaluation.running_text import running_texts
@@ -82,8 +83,14 @@ def sample_each(
     validation text; and the table's title.
 
   Raises:
-    UserError: there is no checkpoint, or the run had other data.
+    UserError: there is no checkpoint, the run had other data, or its texts are
+      prompts with answers.
   """
+  if corpora.has_answers(config.data):
+    raise UserError(
+      "this run answers prompts, and free text is not what it was trained for;"
+      " --mode=compare compares settings by its answers"
+    )
   data, config = open_rows(config, workdir)
   judge = make_judge(
     config.eval.judge, training_texts(config.rows), config.mesh
@@ -91,7 +98,7 @@ def sample_each(
   model = sample.load(workdir, config=config)
   count = max(config.eval.samples, config.sample.num_samples)
   found = []
-  for name, changed in _possible(model, settings).items():
+  for name, changed in possible(model, settings).items():
     drawn = model.generate("", **{**changed, "num_samples": count})
     steps = changed.get("num_steps", config.sample.num_steps)
     calls = float(drawn.calls.mean())
@@ -107,9 +114,9 @@ def sample_each(
   return found, title
 
 
-def as_csv(found: list[Sampled]) -> str:
-  """Returns a CSV table with a column per field of `Sampled`."""
-  names = [field.name for field in dataclasses.fields(Sampled)]
+def as_csv(found: Sequence[Any]) -> str:
+  """Returns a CSV table of dataclasses, with a column per field."""
+  names = [field.name for field in dataclasses.fields(found[0])]
   return tables.as_csv(names, map(dataclasses.astuple, found))
 
 
@@ -151,7 +158,7 @@ def as_png(groups: Mapping[str, Sequence[Sampled]], title: str) -> bytes:
   return file.getvalue()
 
 
-def _possible(
+def possible(
   model: sample.Model, settings: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:
   """Returns the settings that the model can be sampled with; prints the rest.

@@ -76,6 +76,11 @@ def tune_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   curve = curve_in(old, LOSS_BY_MASKED_SHARE, "validation")
   with jax.set_mesh(model.mesh):
     measures = Measures(config, data, model.denoiser, model.mesh)
+    if measures.with_answers:
+      raise UserError(
+        "--mode=tune finds settings for free text, and this run answers"
+        " prompts; --mode=compare compares settings by its answers"
+      )
     if measures.texts.method.unused:
       raise UserError(
         "--mode=tune tries orders and schedules, and this model draws from left"

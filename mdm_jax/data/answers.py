@@ -1,0 +1,166 @@
+"""Documents with answers: which parts a model is given, and which it predicts.
+
+Such a document is one string, so that it is split, hashed and stored like any
+other. Three control characters divide it:
+
+  prompt STX answer ETX prompt STX answer ETX ...
+
+STX begins an answer. ETX ends one, and stands for the end-of-text id, which
+belongs to the answer. ETB ends one without that id: a chat template has an end
+of its own, which is in the answer.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from mdm_jax.data.rows import Rows
+from mdm_jax.data.tokenizer_base import Tokenizer
+
+BEGIN, END, CLOSE = "\x02", "\x03", "\x17"
+_ANSWER = re.compile(f"{BEGIN}([^{BEGIN}{END}{CLOSE}]*)([{END}{CLOSE}])")
+_REMOVED = dict.fromkeys(map(ord, (BEGIN, END, CLOSE)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """The ids of a document.
+
+  Attributes:
+    ids: of prompts and answers.
+    answer: which of them may be masked and predicted.
+    fits: False if its last answer is longer than `data.answer_length`.
+  """
+
+  ids: Int32[np.ndarray, "N"]
+  answer: Bool[np.ndarray, "N"]
+  fits: bool = True
+
+
+def exchange(prompt: str, answer: str) -> str:
+  """Returns a document of a prompt and its answer, with an end-of-text id.
+
+  Example:
+    >>> parts(exchange("2+3=", "5"))
+    ('2+3=', '5\\x03')
+  """
+  return f"{prompt}{BEGIN}{answer}{END}"
+
+
+def has_marks(text: str) -> bool:
+  """Returns whether a text has any of the three control characters."""
+  return any(mark in text for mark in (BEGIN, END, CLOSE))
+
+
+def are_in(text: str) -> bool:
+  """Returns whether a document has an answer."""
+  # The first test is fast, and false for nearly all other text.
+  return BEGIN in text and _ANSWER.search(text) is not None
+
+
+def plain(text: str) -> str:
+  """Returns a document's text without the control characters.
+
+  A text without answers is returned as it is.
+  """
+  return without_marks(text) if are_in(text) else text
+
+
+def without_marks(text: str) -> str:
+  """Returns a text without any of the three control characters."""
+  return text.translate(_REMOVED)
+
+
+def until_last(text: str) -> str:
+  """Returns a document up to the end of its last answer."""
+  return text[: max(text.rfind(END), text.rfind(CLOSE)) + 1]
+
+
+def parts(text: str) -> tuple[str, ...]:
+  """Returns prompts and answers in turn, beginning with a prompt.
+
+  A prompt may be empty; an answer keeps the character that ends it.
+  """
+  found, at = [], 0
+  for answer in _ANSWER.finditer(text):
+    found += [text[at : answer.start()], answer[1] + answer[2]]
+    at = answer.end()
+  return (*found, text[at:]) if text[at:] else tuple(found)
+
+
+def encode(
+  documents: Sequence[Sequence[str]],
+  tokenizer: Tokenizer,
+  answer_length: int | None = None,
+) -> list[Encoded]:
+  """Returns the ids of documents, divided into `parts`.
+
+  Every part is encoded by itself, as a sampler encodes a prompt.
+
+  Args:
+    documents: the parts of each document.
+    tokenizer: makes the ids.
+    answer_length: tokens that the last answer is filled up to with end-of-text
+      ids (None: it isn't).
+  """
+  flat = [part for document in documents for part in document]
+  # Names of special ids count in what a chat template writes. Prompts and
+  # answers of such a document have none: `chat.py` refuses them.
+  named = any(part.endswith(CLOSE) for part in flat)
+  make = tokenizer.encode_with_names if named else tokenizer.encode_batch
+  encoded = iter(make([part.rstrip(END + CLOSE) for part in flat]))
+  vocab = tokenizer.vocab
+  end = vocab.need("end") if answer_length else vocab.end
+  return [_joined(d, encoded, end, answer_length) for d in documents]
+
+
+def _joined(
+  document: Sequence[str],
+  encoded: Iterator[Int32[np.ndarray, "_"]],
+  end: int | None,
+  answer_length: int | None,
+) -> Encoded:
+  ids, flags, size = [], [], 0
+  for number, part in enumerate(document):
+    own, asked = next(encoded), number % 2 == 1
+    if asked and part.endswith(END) and end is not None:
+      own = np.append(own, np.int32(end))
+    ids.append(own)
+    flags.append(np.full(len(own), asked))
+    size = len(own) if asked else size
+  # An answer that something follows has the length that it has.
+  if answer_length is not None and len(document) % 2 == 0:
+    missing = max(answer_length - size, 0)
+    ids.append(np.full(missing, end, np.int32))
+    flags.append(np.ones(missing, bool))
+  return Encoded(
+    np.concatenate(ids).astype(np.int32),
+    np.concatenate(flags),
+    answer_length is None or size <= answer_length,
+  )
+
+
+def last_answers(rows: Rows) -> list[tuple[int, int, int, int, int]]:
+  """Returns the last answer of each text in rows.
+
+  Returns:
+    For each text with an answer: its row, and the positions where the text
+    begins, the answer begins, the answer ends, and the text ends.
+  """
+  found = []
+  segments, answer = np.asarray(rows.segments[:]), np.asarray(rows.answer)
+  for row in range(len(rows)):
+    for segment in range(1, int(segments[row].max(initial=0)) + 1):
+      inside = np.flatnonzero(segments[row] == segment)
+      asked = np.flatnonzero(answer[row, inside])
+      if not len(asked):
+        continue
+      gaps = np.flatnonzero(np.diff(asked) > 1)
+      first = asked[gaps[-1] + 1] if len(gaps) else asked[0]
+      start, past = int(inside[0]), int(asked[-1]) + 1
+      end = start + len(inside)
+      found.append((row, start, start + int(first), start + past, end))
+  return found
