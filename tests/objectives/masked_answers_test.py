@@ -17,8 +17,15 @@ from mdm_jax.data.packing import pack
 from mdm_jax.data.rows import Rows
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.objectives import autoregressive
 from mdm_jax.objectives.base import Draws, Plan
-from mdm_jax.objectives.config import MaskedConfig, MaskedStage, NoiseConfig
+from mdm_jax.objectives.config import (
+  AutoregressiveConfig,
+  AutoregressiveStage,
+  MaskedConfig,
+  MaskedStage,
+  NoiseConfig,
+)
 from mdm_jax.objectives.masked import build
 
 VOCAB = Vocabulary.after_text(26)
@@ -117,13 +124,15 @@ def test_the_buffer_is_as_long_as_answers_need(any_mesh):
 
 
 @functools.cache
-def _gradients(mesh_size):
+def _gradients(mesh_size, name="masked"):
   """Of an update's loss, by the parameters; with the prompts' targets moved."""
   del mesh_size
   mesh = jax.sharding.get_mesh()
   denoiser = Denoiser(MODEL, VOCAB)
   params = jax.jit(denoiser.init)(rng.stream(0, "init"))
   objective, batch, found = pose(mesh, ROWS_WITH_ANSWERS)
+  if name == "autoregressive":
+    objective, found = next_token(mesh, batch)
 
   @jax.jit
   def gradient(targets):
@@ -139,6 +148,28 @@ def _gradients(mesh_size):
 
   other = jnp.where(batch.answer, found.targets, (found.targets + 1) % 26)
   return jax.device_get((gradient(found.targets), gradient(other)))
+
+
+def next_token(mesh, batch):
+  """The autoregressive objective, and its questions of the same batch."""
+  plan = Plan(2, ROWS // 2, LENGTH, data_shards(mesh), LENGTH, LENGTH)
+  objective = autoregressive.build(
+    *(AutoregressiveConfig(), AutoregressiveStage(), NoiseConfig()),
+    *(VOCAB, plan),
+  )
+  draws = Draws(0, 3, plan, batch.tokens.shape[1])
+  return objective, jax.jit(lambda b: objective.examples(b, draws))(batch)
+
+
+def test_the_next_token_is_asked_of_answers_alone(mesh):
+  """The joint objective is the sum of these two, so it needs no test."""
+  with jax.set_mesh(mesh):
+    one, other = _gradients(mesh.size, "autoregressive")
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    batch = make_batch(ROWS_WITH_ANSWERS, np.arange(ROWS), 2, mesh)
+    _, found = next_token(mesh, batch)
+  np.testing.assert_array_equal(found.asked, batch.answer)
+  assert np.isfinite(one[0]) and one[0] > 0
 
 
 def test_what_a_prompt_says_is_no_target(any_mesh):
