@@ -6,19 +6,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from mdm_jax.config import Config
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.standard_errors import Estimate, mean
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import answers, splits, tasks
 from mdm_jax.data.config import DataConfig
 from mdm_jax.data.held_out import HeldOut
+from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.model.denoiser import Params
+from mdm_jax.objectives.base import Decoding
 from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampled_texts import SampledTexts
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import effective
+from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.samples import Samples
 
 Ids = Int[np.ndarray, "_"]
@@ -56,6 +60,23 @@ def questions(held: HeldOut, count: int) -> list[Question]:
     parts = ids[start:first], ids[first:past], ids[past:end]
     result.append(Question(*parts))
   return result
+
+
+def row_length(config: Config, data: PreparedData, open_end: bool) -> int:
+  """Returns the tokens of a row to draw an answer in.
+
+  Held-out texts are packed into rows; alone, they need shorter ones.
+
+  Args:
+    config: `sample.length` comes first.
+    data: the held-out texts.
+    open_end: whether answers may be longer than the true ones.
+  """
+  if config.sample.length or open_end:
+    return config.sample_length
+  held = data.validation.rows, data.test.rows
+  found = [text for rows in held for text in answers.last_answers(rows)]
+  return max((end - start for _, start, *_, end in found), default=1)
 
 
 def canvas(
@@ -189,6 +210,10 @@ class SampledAnswers(SampledTexts):
   It stands in place of `SampledTexts` for a run whose texts have answers.
   """
 
+  def _length(self, decoding: Decoding) -> int:
+    open_end = not SAMPLERS[decoding.order].any_hole
+    return row_length(self._config, self._data, open_end)
+
   def sample(self, params: Params) -> Samples:
     """Draws answers to a few validation prompts, while a run trains."""
     settings = self._config.sample
@@ -247,11 +272,9 @@ class SampledAnswers(SampledTexts):
         "no held-out text has an answer: give more text, or raise"
         " data.eval_fraction and data.test_fraction"
       )
-    vocab, length = self._data.tokenizer.vocab, self._config.sample_length
-    drawn = self._draw(
-      *(params, canvas(asked, length, vocab, not self.method.any_hole)),
-      *(settings, curve),
-    )
+    length, vocab = self._sampler.length, self._data.tokenizer.vocab
+    rows = canvas(asked, length, vocab, not self.method.any_hole)
+    drawn = self._draw(params, rows, settings, curve)
     is_test = held is self._data.test
     side = splits.TEST if is_test else splits.VALIDATION
     task = task_of(self._config.data, side)

@@ -62,12 +62,17 @@ class SampledTexts:
     self._config, self._data, self._poll = config, data, poll
     self._measure_curve = measure_curve
     self._sampler = TextSampler(
-      *(denoiser, data.tokenizer, mesh, config.sample_length),
+      *(denoiser, data.tokenizer, mesh, self._length(decoding)),
       decoding=decoding,
     )
     # Here too, so that a mistake ends the run before the training.
     self.method = self._sampler.method
     self.method.check(config.sample)
+
+  def _length(self, decoding: Decoding) -> int:
+    """Returns the tokens of a row to draw."""
+    del decoding
+    return self._config.sample_length
 
   def sample(self, params: Params) -> Samples:
     """Draws a few texts, to look at while a run trains."""

@@ -12,6 +12,7 @@ of its own, which is in the answer.
 
 import dataclasses
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -95,6 +96,7 @@ def encode(
   documents: Sequence[Sequence[str]],
   tokenizer: Tokenizer,
   answer_length: int | None = None,
+  random: bool = False,
 ) -> list[Encoded]:
   """Returns the ids of documents, divided into `parts`.
 
@@ -105,6 +107,8 @@ def encode(
     tokenizer: makes the ids.
     answer_length: tokens that the last answer is filled up to with end-of-text
       ids (None: it isn't).
+    random: fill it up to a length between its own and `answer_length`, which
+      depends on the document.
   """
   flat = [part for document in documents for part in document]
   # Names of special ids count in what a chat template writes. Prompts and
@@ -114,7 +118,7 @@ def encode(
   encoded = iter(make([part.rstrip(END + CLOSE) for part in flat]))
   vocab = tokenizer.vocab
   end = vocab.need("end") if answer_length else vocab.end
-  return [_joined(d, encoded, end, answer_length) for d in documents]
+  return [_joined(d, encoded, end, answer_length, random) for d in documents]
 
 
 def _joined(
@@ -122,6 +126,7 @@ def _joined(
   encoded: Iterator[Int32[np.ndarray, "_"]],
   end: int | None,
   answer_length: int | None,
+  random: bool,
 ) -> Encoded:
   ids, flags, size = [], [], 0
   for number, part in enumerate(document):
@@ -134,6 +139,9 @@ def _joined(
   # An answer that something follows has the length that it has.
   if answer_length is not None and len(document) % 2 == 0:
     missing = max(answer_length - size, 0)
+    if random:
+      # A hash, so that a document has the same rows in every process.
+      missing = zlib.crc32("".join(document).encode()) % (missing + 1)
     ids.append(np.full(missing, end, np.int32))
     flags.append(np.ones(missing, bool))
   return Encoded(

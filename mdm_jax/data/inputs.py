@@ -67,11 +67,15 @@ def row_inputs(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:
       {name: getattr(stage, name) for name in _UNIT_FIELDS}
       for stage in config.stages
     ],
-    # Only if set: rows made before this field existed stay valid.
-    **(
-      {"answer_length": length} if (length := config.data.answer_length) else {}
-    ),
+    **_answer_inputs(config.data),
   }
+
+
+def _answer_inputs(data: DataConfig) -> dict[str, Any]:
+  # Only if set: rows made before these fields existed stay valid.
+  if data.answer_length is None:
+    return {}
+  return {"answers": [data.answer_length, data.answer_fill]}
 
 
 def difference(made: Any, wanted: Any, path: str = "") -> str | None:

@@ -261,9 +261,7 @@ def _rows(job: Job, block: Block) -> dict[str, Any]:
   for i, stage in enumerate(job.config.stages if block.side == TRAIN else ()):
     found = segments.find(train, stage, data.language)
     selection = _select(job, i, block, found.units)
-    rows, counts, read = make_rows(
-      found, selection, stage, tokenizer, data.answer_length
-    )
+    rows, counts, read = make_rows(found, selection, stage, tokenizer, data)
     coverage.add(read)
     name = stage_name(i)
     made[name] = _put_rows(job, block, name, rows, counts)

@@ -8,7 +8,7 @@ import numpy as np
 
 from mdm_jax.data import answers, held_out, segments
 from mdm_jax.data.answers import Encoded
-from mdm_jax.data.config import RowsConfig, StageConfig
+from mdm_jax.data.config import DataConfig, RowsConfig, StageConfig
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.packing import Tokens, join_sentences, pack, pack_with_places
 from mdm_jax.data.rows import Rows
@@ -40,7 +40,7 @@ def make_rows(
   selection: Selection | None,
   stage: StageConfig,
   tokenizer: Tokenizer,
-  answer_length: int | None = None,
+  data: DataConfig | None = None,
 ) -> tuple[Rows, dict[str, Any], list[Unit]]:
   """Returns a stage's packed rows, their counts and examples, and their units.
 
@@ -49,11 +49,15 @@ def make_rows(
     selection: units to keep (None: all).
     stage: how units become token sequences.
     tokenizer: makes the ids.
-    answer_length: see `data.answer_length`.
+    data: how long answers are.
   """
   selected = selection.units if selection else found.units
   if talks := stage.unit == "conversations":
-    texts = _conversations(selected, tokenizer, answer_length)
+    data = data or DataConfig()
+    texts = _conversations(
+      *(selected, tokenizer, data.answer_length),
+      random=data.answer_fill == "random",
+    )
     pieces = [text.ids for text in texts]
   else:
     pieces = _encode(selected, stage, tokenizer)
@@ -159,12 +163,15 @@ def _running(
 
 
 def _conversations(
-  units: Sequence[Unit], tokenizer: Tokenizer, answer_length: int | None
+  units: Sequence[Unit],
+  tokenizer: Tokenizer,
+  answer_length: int | None,
+  random: bool = False,
 ) -> list[Encoded]:
   found = []
   for group in _groups(units):
     parts = [unit.parts for unit in group]
-    found += answers.encode(parts, tokenizer, answer_length)
+    found += answers.encode(parts, tokenizer, answer_length, random)
   return found
 
 

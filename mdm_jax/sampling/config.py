@@ -22,6 +22,11 @@ class SampleConfig:
     "order in which masked tokens are revealed",
     registry="mdm_jax.sampling.order:ORDERS",
   )
+  end_last: bool = field(
+    False,
+    "with an order by logits: reveal positions whose likeliest token is"
+    " end-of-text after all others",
+  )
   block_length: int | None = field(
     None,
     "tokens per block; blocks are filled from left to right (None: one block)",

@@ -246,8 +246,7 @@ def effective(
   unused = {"num_samples", "length", "temperature_range", *without}
   if config.remasking == "none":
     unused |= {"remasking", "remasking_rate"}
-  if not config.guidance:
-    unused.add("guidance")
+  unused |= {name for name in ("guidance", "end_last") if not used[name]}
   if {config.entropy_bound, config.threshold} != {None}:
     unused.add("schedule")
   return {k: v for k, v in used.items() if k not in unused and v is not None}

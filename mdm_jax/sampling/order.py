@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core.registry import Registry
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.sampling import confidence
 
+_LATE = 1000.0  # more than any score
 _STEPS = 4096.0  # scores are rounded to 1 / 4096 (a probability, or nats)
 
 
@@ -66,6 +68,20 @@ def priority(
   """
   of_row = ORDERS[order]
   return jax.vmap(lambda key: of_row(key, step, length))(row_keys)
+
+
+def ends_last(
+  scores: dict[str, Float[Array, "*N"]],
+  logits: Float[Array, "*N V"],
+  vocab: Vocabulary,
+) -> dict[str, Float[Array, "*N"]]:
+  """Returns scores at which likely ends of text come after all other tokens.
+
+  Where ends fill up answers, a model is sure of them before it has read the
+  answer; an order by confidence then ends answers early.
+  """
+  late = jnp.where(vocab.is_end(logits.argmax(axis=-1)), _LATE, 0.0)
+  return {name: values - late for name, values in scores.items()}
 
 
 def rounded(scores: Float[Array, "*N"]) -> Float[Array, "*N"]:

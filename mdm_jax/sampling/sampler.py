@@ -265,10 +265,10 @@ class Steps:
 
     def body(slots, kept, scores):
       logits = call.logits(slots)
-      return {
-        name: _put(scores[name], slots, kept, order.ORDERS[name](logits))
-        for name in names
-      }
+      found = {name: order.ORDERS[name](logits) for name in names}
+      if config.end_last:
+        found = order.ends_last(found, logits, self.vocab)
+      return {n: _put(scores[n], slots, kept, x) for n, x in found.items()}
 
     start = {name: nothing - jnp.inf for name in names}
     return call.in_chunks(where, count, block_length, body, start)

@@ -86,7 +86,7 @@ SAMPLERS.register(
     make=lambda config, *args: left_to_right.make_sampler(*args),
     steps=lambda config, length: length,
     unused=(
-      *("num_steps", "order", "block_length", "schedule"),
+      *("num_steps", "order", "end_last", "block_length", "schedule"),
       *("entropy_bound", "threshold"),
       *("remasking", "remasking_rate", "guidance"),
     ),

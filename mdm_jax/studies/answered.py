@@ -16,16 +16,22 @@ from mdm_jax.core.progress import console, with_error
 from mdm_jax.core.standard_errors import mean
 from mdm_jax.data import splits
 from mdm_jax.measured_text import open_rows
-from mdm_jax.sampled_answers import canvas, compare, questions, task_of
+from mdm_jax.sampled_answers import (
+  canvas,
+  compare,
+  questions,
+  row_length,
+  task_of,
+)
 from mdm_jax.studies.sampled import possible
 from mdm_jax.workdir import Workdir
 
-COLUMNS = "settings", "calls", "right", "exact", "same length"
+COLUMNS = "settings", "calls", "right", "length", "same length"
 _ORDERS = (
   *("random", "spread", "left_to_right"),
   *("confidence", "margin", "entropy"),
 )
-_BASE = {"schedule": "linear", "remasking": "none"}
+_BASE = {"schedule": "linear", "remasking": "none", "end_last": False}
 _BASE |= dict.fromkeys(("block_length", "entropy_bound", "threshold"))
 
 
@@ -39,7 +45,7 @@ class Row:
     right: share of answers that solve the task, or are the true one if the
       corpus is no task.
     right_stderr: its standard error.
-    exact: share of answers equal to the true one.
+    length: tokens of an answer, with its end, mean.
     same_length: share of answers as long as the true one.
     n: number of prompts.
   """
@@ -48,7 +54,7 @@ class Row:
   calls: float
   right: float
   right_stderr: float
-  exact: float
+  length: float
   same_length: float
   n: int
 
@@ -59,7 +65,7 @@ class Row:
       self.settings,
       f"{self.calls:.1f}",
       with_error(self.right, self.right_stderr),
-      f"{self.exact:.3f}",
+      f"{self.length:.2f}",
       f"{self.same_length:.3f}",
     )
 
@@ -81,6 +87,9 @@ def ways(answer: int) -> dict[str, dict[str, Any]]:
     for order in _ORDERS:
       add(order, f"{steps} steps", steps)
   half = math.ceil(answer / 2)
+  for order in ("confidence", "entropy"):
+    for steps in (answer, half):
+      add(order, f"ends last, {steps} steps", steps, end_last=True)
   for order in ("random", "confidence"):
     add(order, f"cosine, {half} steps", half, schedule="cosine")
   # With a budget, num_steps is only the upper limit.
@@ -110,22 +119,24 @@ def answer_each(
   asked = questions(data.validation, config.eval.samples)
   task = task_of(config.data, splits.VALIDATION)
   model, found = sample.load(workdir, config=config), []
-  rows = canvas(
-    *(asked, config.sample_length, data.tokenizer.vocab),
-    open_end=not model.method.any_hole,
-  )
+  open_end = not model.method.any_hole
+  length = row_length(config, data, open_end)
+  rows = canvas(asked, length, data.tokenizer.vocab, open_end)
   for name, changed in possible(model, settings).items():
     drawn = model.fill(rows.tokens, rows.free, rows.lengths, **changed)
     answered = compare(asked, drawn, data.tokenizer, task)
     metrics = answered.metrics()
     right = metrics.get("right", metrics["exact"])
-    shares = metrics["exact"].value, metrics["same_length"].value
+    shares = metrics["length"].value, metrics["same_length"].value
     calls = mean(answered.calls).value
     found.append(
       Row(name, calls, right.value, right.stderr, *shares, len(asked))
     )
     console.print(f"{len(found)}: {name}", soft_wrap=True)
-  title = f"answers to {len(asked)} validation prompts"
+  title = (
+    f"answers to {len(asked)} validation prompts; true ones have"
+    f" {metrics['true_length'].value:.2f} tokens"
+  )
   cells = [row.cells for row in found]
   console.print(tables.for_terminal(COLUMNS, cells, title))
   return found, title

@@ -51,10 +51,10 @@ TALK = [
 ]
 
 
-def rows_of(texts, length=64, answer_length=None):
+def rows_of(texts, length=64, **config):
   stage = StageConfig(unit="conversations", length=length)
   found = find(texts, stage)
-  return make_rows(found, None, stage, BYTES, answer_length)[:2]
+  return make_rows(found, None, stage, BYTES, DataConfig(**config))[:2]
 
 
 def read(folder, *lines, **config):
@@ -114,6 +114,18 @@ def test_the_last_answer_is_filled_up_with_ends():
   by_text = [rows.tokens[i][rows.answer[i]].tolist() for i in range(len(rows))]
   assert [*b"x", END, *b"yz", END, END, END] in by_text
   assert [*b"12345", END] in by_text and counts["answers_too_long"] == 1
+
+
+def test_random_lengths_are_between_an_answers_own_and_the_most():
+  texts = [answers.exchange(f"{i}=", "x" * (i % 3)) for i in range(300)]
+  make = lambda: rows_of(texts, 12, answer_length=6, answer_fill="random")[0]
+  rows = make()
+  np.testing.assert_array_equal(rows.tokens, make().tokens)
+  found = {}
+  for row, _, first, past, _ in answers.last_answers(rows):
+    ids = rows.tokens[row, first:past].tolist()
+    found.setdefault(ids.index(END), set()).add(len(ids))
+  assert found == {n: {*range(n + 1, 7)} for n in range(3)}
 
 
 def test_what_is_longer_than_a_row_is_left_out_and_counted():

@@ -9,6 +9,7 @@ import pytest
 import sampling_harness as harness
 
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.sampling import order
 
 FROM_LOGITS = "confidence", "margin", "entropy"
@@ -159,3 +160,16 @@ def test_rounding_errors_do_not_order_equal_scores(mesh):
   assert (got == got[:, :1]).all(axis=1).mean() > 0.98
   np.testing.assert_allclose(got, scores, atol=1.3e-4)
   assert order.rounded(jnp.array([-jnp.inf]))[0] == -jnp.inf
+
+
+def test_likely_ends_come_after_everything_else():
+  vocab = Vocabulary(8, end=2)
+  sure_end = jnp.zeros(8).at[2].set(9.0)
+  unsure = jnp.zeros(8).at[1].set(0.1)
+  logits = jnp.stack([sure_end, unsure, sure_end / 3])
+  for name in ("confidence", "margin", "entropy"):
+    scores = order.ORDERS[name](logits)
+    assert scores.argmax() == 0  # an order by itself ends the text
+    found = order.ends_last({name: scores}, logits, vocab)[name]
+    # Among ends, the surest is still first.
+    assert jnp.argsort(-found).tolist() == [1, 0, 2]
