@@ -28,6 +28,7 @@ from mdm_jax.workdir import Workdir
 
 OPTIONAL = {
   "data.max_documents": 7,
+  "data.answer_length": 9,
   "model.num_kv_heads": 4,
   "model.head_dim": 8,
   "model.mlp_dim": 128,
@@ -246,7 +247,7 @@ def test_a_config_can_not_be_changed():
 
 PATHS = {
   *("init_from", "data.cache_dir", "data.prepared", "tokenizer.path"),
-  "eval.judge",
+  *("eval.judge", "data.chat_template"),
 }
 
 

@@ -54,7 +54,7 @@ class DataConfig:
     SIZE,
   )
   answer_fill: Literal["all", "random"] = fixed(
-    "all",
+    "random",
     "fill training answers up to answer_length, or to a random length up to it",
   )
   max_documents: int | None = fixed(
@@ -75,13 +75,8 @@ class DataConfig:
   )
 
   def check(self, path: str) -> None:
-    """Raises UserError on an unknown language or contradicting fields."""
+    """Raises UserError on an unknown language or too little training text."""
     languages.check(f"{path}.language", self.language)
-    if self.answer_fill == "random" and self.answer_length is None:
-      raise UserError(
-        f"{path}.answer_fill=random has no effect: set {path}.answer_length to"
-        " the most tokens of an answer"
-      )
     if self.eval_fraction + self.test_fraction > 0.9:
       raise UserError(
         f"{path}.eval_fraction={self.eval_fraction} and {path}.test_fraction="

@@ -109,7 +109,7 @@ def test_conversations_are_packed_a_segment_each():
 def test_the_last_answer_is_filled_up_with_ends():
   two = answers.exchange("p", "x") + answers.exchange("q", "yz")
   texts = [two, answers.exchange("p", "12345")]
-  rows, counts = rows_of(texts, 15, answer_length=5)
+  rows, counts = rows_of(texts, 15, answer_length=5, answer_fill="all")
   # The first answer is followed by a prompt, so it can't be filled up.
   by_text = [rows.tokens[i][rows.answer[i]].tolist() for i in range(len(rows))]
   assert [*b"x", END, *b"yz", END, END, END] in by_text

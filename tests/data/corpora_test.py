@@ -82,7 +82,7 @@ def test_max_documents_stops_early():
 @pytest.mark.parametrize(
   "corpus, hint",
   [("stou", "'sotu'"), ("text", "'text:GLOB'"), ("tfds:", "'tfds:NAME'")]
-  + [("wikipedia", "valid: hf:NAME")],
+  + [("wikipedia", "valid: chat:PATH, hf:NAME")],
 )
 def test_an_unknown_corpus_names_the_nearest(corpus, hint):
   assert hint in _error(corpus)
