@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.slow
 ARGS = (
   *("--config.data.corpus=chat:talk", "--config.data.answer_length=6"),
-  *("--config.stages[0].unit=conversations", "--config.eval.samples=6"),
+  *("--config.stages[0].unit=conversations", "--config.eval.samples=4"),
   "--config.stages[1].unit=conversations",
   "--config.stages[0].updates=6",
   "--config.stages[1].updates=8",
@@ -54,8 +54,8 @@ def test_a_killed_fine_tuning_resumes_to_the_same_bits(place, objective):
   assert results["measured"] == again["measured"]
   assert results["samples"] == again["samples"]
   assert "true: " in results["samples"][0]
-  assert results["answers"]["exact"]["n"] == 6
-  assert "of answers" in whole.said and "6 held-out prompts" in whole.said
+  assert results["answers"]["exact"]["n"] == 4
+  assert "of answers" in whole.said and "4 held-out prompts" in whole.said
 
 
 def test_a_bad_line_ends_the_run_with_one_line(place):
