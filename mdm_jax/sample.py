@@ -199,15 +199,16 @@ class Model:
     """
     if not len(tokens):
       raise UserError("nothing to draw: tokens has no rows")
-    given = tokens[~free]
+    if lengths is None:
+      lengths = np.full(len(tokens), tokens.shape[1])
+    inside = np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None]
+    given = tokens[~free & inside]
     wrong = given[~self.tokenizer.vocab.may_be_text(given)]
     if wrong.size:
       raise UserError(
         f"tokens has id {wrong[0]}, which is not a text token; use ids of the"
         " tokenizer's text tokens"
       )
-    if lengths is None:
-      lengths = np.full(len(tokens), tokens.shape[1])
     canvas = Canvas(tokens.astype(np.int32), free, lengths.astype(np.int32))
     return self._draw(canvas, self.settings(**settings))
 
