@@ -105,3 +105,13 @@ def test_ways_to_answer_have_at_most_a_step_per_token():
   ways = answered.ways(17)
   assert max(w.get("num_steps", 0) for w in ways.values()) == 17
   assert {"confidence, 9 steps", "entropy, entropy bound 1"} < ways.keys()
+
+
+def test_what_is_behind_an_answer_is_given_and_no_part_of_it():
+  ids = lambda text: np.array([*text], np.int32)
+  one = sampled_answers.Question(ids(b"a"), ids(b"bc"), ids(b"de"))
+  rows = sampled_answers.canvas([one], LENGTH, VOCAB, open_end=False)
+  assert rows.free[0, :5].tolist() == [False, True, True, False, False]
+  assert rows.tokens[0, 3:5].tolist() == [*b"de"] and rows.lengths[0] == 5
+  found = sampled_answers.compare([one], drawn([*b"axyde"]), BYTES)
+  assert (found.drawn, found.true, found.lengths) == (["xy"], ["bc"], [2])
