@@ -106,8 +106,8 @@ def _check(config: Config, model: TrainedModel) -> None:
     order = held_out_objective(config, vocab, model.mesh).decoding().order
   if order != "any_order":
     raise UserError(
-      f"objective.name={config.objective.name} has one order only, and"
-      " --likelihood=nelbo measures it exactly"
+      f"objective.name={config.objective.name} doesn't draw in any order;"
+      " --likelihood=nelbo measures it"
     )
 
 

@@ -266,6 +266,10 @@ class Model:
     raw["sample"] |= settings
     return config_lib.from_dict(raw).sample
 
+  def most_steps(self, length: int) -> int:
+    """Returns the largest number of steps of a text of `length` tokens."""
+    return self.method.steps(self.config.sample, length, self._decoding)
+
   def _sampler(self, length: int) -> TextSampler:
     # The length is compiled into a sampler.
     if length not in self._samplers:
@@ -339,7 +343,7 @@ def _draw_all(
   # texts are printed as they come.
   if not trace and not page:
     return _print_all(model.stream(prompts, count), names, keep)
-  steps = model.method.steps(config.sample, config.sample_length)
+  steps = model.most_steps(config.sample_length)
   view = LiveView(model.tokenizer, steps)
   model.watch = view.show if trace else None
   with view if trace else contextlib.nullcontext():

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mdm_jax.blueprint import held_out_objective
 from mdm_jax.core.errors import UserError
@@ -137,8 +137,8 @@ class Scorer:
       return None  # what the objective measures is the same, in one call
     if order != "any_order":
       raise UserError(
-        f"likelihood={likelihood}: objective.name={name.name} has one order"
-        " only; likelihood=nelbo measures it"
+        f"likelihood={likelihood}: objective.name={name.name} doesn't draw in"
+        " any order; likelihood=nelbo measures it"
       )
     return which
 
@@ -160,10 +160,10 @@ class Scorer:
       )
     if not found.free.any():
       raise UserError("the tokenizer makes no token of it")
-    if self._one_order and not found.free[-1]:
+    if self._hides(found.free):
       raise UserError(
-        "given has text behind the hole, but this model draws from left to"
-        " right; end given at the hole"
+        "given has text behind the hole that this model doesn't read when it"
+        " draws there; end given at the hole"
       )
     behind = 0, row_length(size, self._longest) - size
     padded = lambda values, pad: np.pad(values, behind, constant_values=pad)
@@ -174,6 +174,14 @@ class Scorer:
     )
     line = np.array([[0, 1, 0, found.bytes, 0]], np.int64)
     return HeldOut(rows, line), found.bytes
+
+  def _hides(self, free: Bool[np.ndarray, "L"]) -> bool:
+    """Returns whether text is given that tokens in the hole don't attend to."""
+    decoding = self._objective.decoding()
+    if decoding.order == "any_order":
+      return False
+    number = np.arange(len(free)) // (decoding.block or 1)
+    return bool((number[~free] > number[free].min(initial=len(free))).any())
 
   def _measured(
     self, rows: list[HeldOut], draws: int

@@ -626,7 +626,7 @@ def test_the_reference_says_whose_a_field_is(toy):
   assert (
     "| `objective.strength` | `float` | [0, 1] | `0.5` | toy: of the" in page
   )
-  assert "masked, autoregressive, joint, toy" in page
+  assert "masked, autoregressive, joint, block, toy" in page
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,8 @@ def test_a_mistake_is_one_line(score, call, message):
   "call, message",
   [
     (lambda s: s("a", "b[MASK]c"), "text behind the hole"),
-    (lambda s: s("a", "b", "orders:2"), "has one order only"),
-    (lambda s: s("a", "b", "chain:random"), "has one order only"),
+    (lambda s: s("a", "b", "orders:2"), "draw in any order"),
+    (lambda s: s("a", "b", "chain:random"), "draw in any order"),
   ],
 )
 def test_an_autoregressive_model_has_one_order(causal, call, message):

@@ -258,8 +258,22 @@ class Objective(abc.ABC):
       `summaries` and `by_row`. Keep that small, e.g. sums per row: it is kept
       for all microbatches.
     """
-    hidden = model.hidden(params, part.tokens, part.context)
+    hidden = self.hidden(model, params, part)
     return score(model, params, part, hidden, self.label_smoothing)
+
+  def hidden(
+    self, model: Denoiser, params: Params, part: Any
+  ) -> Float[Array, "B S D"]:
+    """Returns the model's output for `Examples`, before the head.
+
+    `loss` and `nats` score it. The default is one call of the model.
+
+    Args:
+      model: the denoiser.
+      params: its parameters.
+      part: one microbatch, or the result of `pose`.
+    """
+    return model.hidden(params, part.tokens, part.context)
 
   def summaries(self, examples: Any, aux: Any) -> dict[str, Ratio]:
     """Returns the metrics to log for an update, by name.
@@ -328,7 +342,7 @@ class Objective(abc.ABC):
       params: its parameters.
       part: the result of `pose`.
     """
-    hidden = model.hidden(params, part.tokens, part.context)
+    hidden = self.hidden(model, params, part)
     losses = cross_entropy.masked_cross_entropy(
       model.logits,
       model.head(params),

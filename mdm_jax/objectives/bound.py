@@ -65,22 +65,38 @@ class MaskedBound(Objective):
     and are `CURVE_RATES` for the curve.
     """
     rows = len(held)
-    match part:
-      case "likelihood":
-        rates, key = row_rates(rows, draws), rng.stream(SEED, "nelbo")
-      case "values":
-        # The stage's own range, without its rehearsal.
-        low, high = self._range()
-        rates = low + (high - low) * row_rates(rows, draws)
-        key = rng.stream(SEED, "range")
-      case "curves":
-        rates = np.tile(CURVE_RATES.astype(np.float32), (rows, 1))
-        key = rng.stream(SEED, "curve")
+    u, key = self._uniforms(part, rows, draws)
+    rates = self._rates(part, u)
     which = np.repeat(np.arange(rows), rates.shape[1])
     rates = rates.reshape(-1)
     asked = _num_masked(rates, row_lengths(held)[which])
     numbers = np.arange(len(which))
     return Jobs(key, which, numbers, np.asarray(asked), {"rate": rates})
+
+  def _uniforms(
+    self, part: Part, rows: int, draws: int
+  ) -> tuple[Float32[np.ndarray, "N K"], Key[Array, ""]]:
+    """Returns stratified uniforms, or the curve's rates; and the jobs' key."""
+    if part == "curves":
+      rates = np.tile(CURVE_RATES.astype(np.float32), (rows, 1))
+      return rates, rng.stream(SEED, "curve")
+    name = {"likelihood": "nelbo", "values": "range"}[part]
+    return row_rates(rows, draws), rng.stream(SEED, name)
+
+  def _rates(
+    self, part: Part, u: Float32[np.ndarray, "*N"]
+  ) -> Float32[np.ndarray, "*N"]:
+    """Returns mask rates for uniforms."""
+    if part != "values":
+      return u
+    # The stage's own range, without its rehearsal.
+    low, high = self._range()
+    return low + (high - low) * u
+
+  def _counts(self, jobs: Jobs, held: HeldOut) -> Int[np.ndarray, "N"]:
+    """Returns by which number each job's costs are divided for a mean."""
+    del held
+    return jobs.asked
 
   def pose(
     self,
@@ -106,7 +122,7 @@ class MaskedBound(Objective):
   ) -> Measured:
     """Returns the NELBO, the CE over the stage's mask rates, or the curve."""
     # A row without tokens to predict costs 0 nats: the divisor only avoids 0/0.
-    count = np.maximum(jobs.asked, 1).astype(nats.by_row.dtype)
+    count = np.maximum(self._counts(jobs, held), 1).astype(nats.by_row.dtype)
     by_row = (nats.by_row / count).reshape(len(held), -1)
     by_text = nats.by_text * (1 / count)[:, None]
     lengths = row_lengths(held)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from mdm_jax.core.errors import UserError
-from mdm_jax.core.fields import SHARE, field, fixed
+from mdm_jax.core.fields import SHARE, SIZE, field, fixed
 from mdm_jax.core.registry import Registry
 from mdm_jax.data.config import ObjectiveStage
 from mdm_jax.objectives.measured import Chart
@@ -313,6 +313,55 @@ OBJECTIVES.register(
       ),
     },
     # The rows of the autoregressive loss have no mask rate, and shifted inputs.
+    unused=("model.time_conditioning", "model.shift_outputs"),
+  ),
+)
+
+
+# MARK: block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig(MaskedConfig):
+  """Block diffusion: predict a block's masked tokens after clean blocks."""
+
+  block_length: int = fixed(
+    16,
+    "tokens per block, counted from the start of each text; 1: autoregression;"
+    " a row or more: masked diffusion",
+    SIZE,
+  )
+  passes: Literal["two", "one"] = field(
+    "two",
+    "two: clean text is read first, and masked blocks attend to its keys and"
+    " values; one: both are read side by side, in rows of twice the length",
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockStage(MaskedStage):
+  """How much of a block the stage masks."""
+
+  def describe(self) -> str:
+    """Returns the mask rates of the blocks, for tables."""
+    return f"{super().describe()} by block"
+
+
+OBJECTIVES.register(
+  "block",
+  Kind(
+    BlockConfig,
+    BlockStage,
+    "mdm_jax.objectives.block:build",
+    {
+      "train/loss": Chart("Training loss", "nats per masked token"),
+      "validation/nelbo_per_token": Chart(
+        "Validation NELBO", "nats per token", "validation/nelbo_stderr"
+      ),
+      "train/mask_rate": Chart("Mask rate", "mean over blocks", low=0),
+    },
+    # A row has a rate for each of its blocks, and a block's first token would
+    # be predicted from the masked block before it.
     unused=("model.time_conditioning", "model.shift_outputs"),
   ),
 )

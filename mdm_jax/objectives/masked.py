@@ -193,12 +193,7 @@ def row_weights(
   answer: Bool[Array, "*B L"],
   inverse_density: Float[Array, "*B"],
 ) -> Float[Array, "*B"]:
-  """Returns the loss weight of each masked token, by row.
-
-  `masked_ce`: the mean over all masked tokens of the update; weights sum to 1.
-  `nelbo`: an unbiased estimate of the NELBO per token. A row with n maskable
-  tokens, k of them masked at a rate r drawn from the density p, contributes
-  n / p(r) times the mean cross-entropy of the k, over the update's total n.
+  """Returns the loss weight of each masked token, by row; see `rate_weights`.
 
   Args:
     weighting: "masked_ce" or "nelbo".
@@ -206,9 +201,32 @@ def row_weights(
     answer: True at tokens that may be masked.
     inverse_density: 1 / p(r) of each row's rate.
   """
+  count, length = _count(masked), _count(answer)
+  return rate_weights(weighting, count, length, inverse_density)
+
+
+def rate_weights(
+  weighting: str,
+  count: Float[Array, "*N"],
+  length: Float[Array, "*N"],
+  inverse_density: Float[Array, "*N"],
+) -> Float[Array, "*N"]:
+  """Returns the loss weight of each token that is masked at a rate, by rate.
+
+  `masked_ce`: the mean over all masked tokens of the update; weights sum to 1.
+  `nelbo`: an unbiased estimate of the NELBO per token. A row, or a block, with
+  n maskable tokens, k of them masked at a rate r drawn from the density p,
+  contributes n / p(r) times the mean cross-entropy of the k, over the update's
+  total n.
+
+  Args:
+    weighting: "masked_ce" or "nelbo".
+    count: masked tokens k of each rate.
+    length: tokens n that may be masked.
+    inverse_density: 1 / p(r).
+  """
   # Divisors of at least 1: padding rows have neither masked tokens nor any that
   # may be, and a whole update may have none.
-  count, length = _count(masked), _count(answer)
   match weighting:
     case "masked_ce":
       return jnp.ones_like(count) / jnp.maximum(count.sum(), 1)

@@ -3,8 +3,8 @@
 Logits are computed in chunks of positions, as many as are needed: a step that
 reveals six tokens projects six positions, and no array has shape [B, L, V].
 
-This is the place for a key/value cache of finished blocks (`model/cache.py`):
-nothing else in the sampler knows how hidden states are computed.
+Nothing else in the sampler knows how hidden states are computed: with a cache
+of finished blocks, `denoiser` is the reader of `blocks.py`.
 """
 
 import dataclasses

@@ -133,7 +133,7 @@ class TextSampler:
     Raises:
       UserError: it would not fit in memory, or the schedule lacks its curve.
     """
-    steps = self.method.steps(config, self.length)
+    steps = self.method.steps(config, self.length, self._decoding)
     room.check_texts(len(canvas.tokens) * repeat, self.length, steps)
     parts = self.stream(params, canvas, config, curve, repeat)
     return join(list(parts))
@@ -156,7 +156,7 @@ class TextSampler:
       repeat: number of texts for each row of the canvas, in the rows' order.
     """
     self.method.check(config)
-    self.method.check_canvas(canvas)
+    self.method.check_canvas(canvas, self._decoding)
     count, size = len(canvas.tokens) * repeat, self.rows_a_call
     pace = schedule.pace(config, self.length, curve)
     pace = put(pace, NamedSharding(self._mesh, P()))

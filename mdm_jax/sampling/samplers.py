@@ -14,7 +14,7 @@ from mdm_jax.core.registry import Registry
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives.base import Decoding
-from mdm_jax.sampling import left_to_right, sampler
+from mdm_jax.sampling import blocks, left_to_right, sampler
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import Sampler, Watch
@@ -31,15 +31,19 @@ class Method:
 
   Attributes:
     make: returns the jitted sampler for a config's static settings.
-    steps: (config, tokens per text) -> the largest number of steps of a text.
+    steps: (config, tokens per text, decoding) -> the largest number of steps of
+      a text.
     unused: fields of `SampleConfig` that have no effect.
-    any_hole: whether given tokens may follow free ones.
+    draws: how it draws, for messages.
+    block: decoding -> the tokens of a block: given tokens may follow free ones
+      in the same block only; None if they may everywhere.
   """
 
   make: _Make
-  steps: Callable[[SampleConfig, int], int]
+  steps: Callable[[SampleConfig, int, Decoding], int]
   unused: tuple[str, ...] = ()
-  any_hole: bool = True
+  draws: str = ""
+  block: Callable[[Decoding], int] | None = None
 
   def check(self, config: SampleConfig) -> None:
     """Raises UserError if a setting has no effect but is not the default."""
@@ -49,23 +53,27 @@ class Method:
       # The name of what happens anyway is no contradiction.
       if value not in (default, "left_to_right"):
         raise UserError(
-          f"sample.{name}={value!r} has no effect: this model draws one token"
-          f" per step, from left to right; set sample.{name}={default!r}"
+          f"sample.{name}={value!r} has no effect: this model draws"
+          f" {self.draws}; set sample.{name}={default!r}"
         )
 
-  def check_canvas(self, canvas: Canvas) -> None:
-    """Raises PromptError if a prompt has text behind a hole."""
-    if self.any_hole:
+  def check_canvas(self, canvas: Canvas, decoding: Decoding) -> None:
+    """Raises PromptError if a prompt has text behind a hole, out of sight."""
+    if self.block is None:
       return
-    places = np.arange(canvas.tokens.shape[1])[None]
+    length = canvas.tokens.shape[1]
+    places = np.arange(length)[None]
+    block = places // self.block(decoding)
     given = ~canvas.free & (places < canvas.lengths[:, None])
+    hole = np.where(canvas.free, block, length).min(axis=1, keepdims=True)
     before = np.cumsum(canvas.free, axis=1) > 0
-    for row in np.flatnonzero((given & before).any(axis=1)):
+    # Blocks of one token are single tokens, from left to right.
+    for row in np.flatnonzero((given & before & (block > hole)).any(axis=1)):
       raise PromptError(
         int(row) + 1,
         len(given),
-        "there is text behind a hole, but this model draws from left to right;"
-        " end the prompt at its first [MASK]",
+        f"there is text behind a hole, but this model draws {self.draws}; end"
+        " the prompt at its first [MASK]",
       )
 
 
@@ -77,19 +85,32 @@ SAMPLERS.register(
     make=lambda config, model, vocab, decoding, watch: sampler.make_sampler(
       config, model, vocab, watch
     ),
-    steps=lambda config, length: config.num_steps,
+    steps=lambda config, length, decoding: config.num_steps,
   ),
 )
 SAMPLERS.register(
   "left_to_right",
   Method(
     make=lambda config, *args: left_to_right.make_sampler(*args),
-    steps=lambda config, length: length,
+    steps=lambda config, length, decoding: length,
     unused=(
       *("num_steps", "order", "end_last", "block_length", "schedule"),
       *("entropy_bound", "threshold"),
       *("remasking", "remasking_rate", "guidance"),
     ),
-    any_hole=False,
+    draws="one token per step, from left to right",
+    block=lambda decoding: 1,
+  ),
+)
+SAMPLERS.register(
+  "blocks",
+  Method(
+    make=blocks.make_sampler,
+    steps=blocks.most_steps,
+    # Without the prompt, blocks before the current one would be masked, which a
+    # model never reads in training.
+    unused=("guidance",),
+    draws="block by block, each from the clean text before it",
+    block=lambda decoding: decoding.block,
   ),
 )

@@ -224,9 +224,9 @@ def test_settings_without_effect_are_refused(fields):
 
 def test_text_behind_a_hole_is_refused():
   method = SAMPLERS["left_to_right"]
-  method.check_canvas(MIXED)
+  method.check_canvas(MIXED, DECODING)
   x = np.array(MIXED.tokens)
   x[2, 6] = 1
   with pytest.raises(PromptError, match="prompt 3 of 8: there is text behind"):
-    method.check_canvas(canvas(x))
-  SAMPLERS["any_order"].check_canvas(canvas(x))
+    method.check_canvas(canvas(x), DECODING)
+  SAMPLERS["any_order"].check_canvas(canvas(x), DECODING)
