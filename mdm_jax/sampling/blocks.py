@@ -104,7 +104,6 @@ def make_sampler(
       f" {decoding.block} tokens (objective.block_length); nearest valid: None"
     )
   in_one_block = sampler.make_sampler(config, model, vocab, watch)
-  see = lambda *args: watch and jax.debug.callback(watch, *args)
   options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
 
   @jax.jit(compiler_options=options)
@@ -116,15 +115,15 @@ def make_sampler(
     row_keys: Key[Array, "B"],
   ) -> Drawn:
     length = canvas.tokens.shape[1]
+    cut = lambda x: x[:, :length] if x.ndim == 2 else x
+    see = lambda i, x: watch and jax.debug.callback(watch, i, cut(x))
     canvas = padded(canvas, vocab.need("pad"))
     canvas = _whole_blocks(canvas, decoding.block, vocab)
     static = config, model, vocab, decoding, see
     loop = _Loop(*static, params, canvas, pace, settings, row_keys)
     state = jax.lax.while_loop(loop.busy, loop.block, loop.start())
-    notes = {name: getattr(state, name) for name in _NOTES}
-    by_token = lambda x: x[:, :length] if x.ndim == 2 else x
-    path = loop.path(state)[:, :, :length]
-    return Drawn(path=path, **jax.tree.map(by_token, notes))
+    notes = {name: cut(getattr(state, name)) for name in _NOTES}
+    return Drawn(path=loop.path(state)[:, :, :length], **notes)
 
   def sample(params, canvas, *args):
     several = canvas.tokens.shape[1] > decoding.block

@@ -17,7 +17,7 @@ from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import batch_sharding
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.context import Visibility, row_context
+from mdm_jax.model.context import Context, Visibility, row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives.base import Decoding
 from mdm_jax.sampling import blocks, sampler, schedule, tokens
@@ -123,7 +123,9 @@ def whole_rows(self, params, x, context):
   row = blocks._put(self.row.x, x, self.start)
   inside = jnp.arange(row.shape[1])[None] < self.row.end[:, None]
   segments = blocks._put(inside.astype(jnp.int32), context.segments, self.start)
-  now = row_context(segments, visibility=self.loop.decoding.visibility)
+  # Not from 0 again behind an end, where later blocks are.
+  positions = 0 * row + jnp.arange(row.shape[1])[None]
+  now = Context(segments, positions, self.loop.decoding.visibility)
   hidden = MODEL.hidden(params, row, now)
   return blocks._window(hidden, self.start, x.shape[1])
 
