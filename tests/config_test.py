@@ -573,7 +573,7 @@ def test_without_a_name_the_objective_is_masked(toy):
     (
       {"objective": {"name": "toy", "weighting": "nelbo"}},
       "objective.weighting='nelbo' belongs to objective.name=masked or"
-      " joint; this run has toy",
+      " joint or block; this run has toy",
     ),
     (
       {"stages": [{}, {"block": 4}]},

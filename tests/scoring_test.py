@@ -17,7 +17,7 @@ from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.objectives.config import AutoregressiveConfig
+from mdm_jax.objectives.config import AutoregressiveConfig, BlockConfig
 from mdm_jax.scoring import Scorer
 from mdm_jax.trained_model import TrainedModel
 
@@ -210,6 +210,18 @@ def test_a_mistake_is_one_line(score, call, message):
 def test_an_autoregressive_model_has_one_order(causal, call, message):
   with pytest.raises(UserError, match=message):
     call(causal)
+
+
+def test_a_block_model_scores_what_its_blocks_read():
+  by_one = scorer_of(BlockConfig(name="block", block_length=1))
+  by_four = scorer_of(BlockConfig(name="block", block_length=4))
+  found = by_one(["abba", "b"], given="ab")
+  np.testing.assert_allclose(found.errors, 0, atol=1e-4)
+  assert by_four("ab", "a[MASK:2]b").bound  # a block by itself
+  with pytest.raises(UserError, match="text behind the hole"):
+    by_four("ab", "aa[MASK:2]b")
+  with pytest.raises(UserError, match="doesn't draw in any order"):
+    by_four("ab", likelihood="chain")
 
 
 def test_no_texts_have_no_scores(score):

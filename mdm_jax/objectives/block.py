@@ -32,7 +32,7 @@ from mdm_jax.objectives import block_masks, corruption
 from mdm_jax.objectives.base import Cost, Decoding, Draws, Examples, Plan, Ratio
 from mdm_jax.objectives.bound import MaskedBound, row_lengths
 from mdm_jax.objectives.config import BlockConfig, BlockStage, NoiseConfig
-from mdm_jax.objectives.masked import rate_weights
+from mdm_jax.objectives.masked import mask_keys, rate_weights
 from mdm_jax.objectives.measured import Jobs, Part
 from mdm_jax.objectives.noise import stage_rates
 
@@ -80,12 +80,13 @@ class Block(MaskedBound):
   def examples(self, batch: Batch, draws: Draws) -> BlockExamples:
     """Masks each block at its own rate; see `Objective.examples`."""
     rows, blocks = draws.rows, self._most_blocks
-    u = block_masks.row_uniforms(draws.key("rate"), rows, blocks)
+    of_rates, keys = mask_keys(draws)
+    u = block_masks.row_uniforms(of_rates, rows, blocks)
     # Padding rows have no answer: no rate masks any of their tokens.
     u = draws.spread(u, padding=1.0)
     u = block_masks.by_block(u, block_masks.lattice(rows, blocks))
     drawn = block_masks.corrupt(
-      draws.keys("mask"), batch, self.rates.rate(u), self.block, self.mask
+      keys, batch, self.rates.rate(u), self.block, self.mask
     )
     weights = rate_weights(
       *(self.weighting, drawn.counts, drawn.lengths),

@@ -77,11 +77,14 @@ class MaskedBound(Objective):
     self, part: Part, rows: int, draws: int
   ) -> tuple[Float32[np.ndarray, "N K"], Key[Array, ""]]:
     """Returns stratified uniforms, or the curve's rates; and the jobs' key."""
-    if part == "curves":
-      rates = np.tile(CURVE_RATES.astype(np.float32), (rows, 1))
-      return rates, rng.stream(SEED, "curve")
-    name = {"likelihood": "nelbo", "values": "range"}[part]
-    return row_rates(rows, draws), rng.stream(SEED, name)
+    match part:
+      case "likelihood":
+        return row_rates(rows, draws), rng.stream(SEED, "nelbo")
+      case "values":
+        return row_rates(rows, draws), rng.stream(SEED, "range")
+      case "curves":
+        rates = np.tile(CURVE_RATES.astype(np.float32), (rows, 1))
+        return rates, rng.stream(SEED, "curve")
 
   def _rates(
     self, part: Part, u: Float32[np.ndarray, "*N"]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.batches import Batch
@@ -70,12 +70,13 @@ class Masked(MaskedBound):
     Only tokens of the row's answer are masked, by default all that are real.
     """
     answer = batch.answer
-    u = corruption.stratified_uniforms(draws.key("rate"), draws.rows)
+    of_rates, keys = mask_keys(draws)
+    u = corruption.stratified_uniforms(of_rates, draws.rows)
     # Padding rows have no answer: no rate masks any of their tokens.
     u = draws.spread(u, padding=1.0)
     rate = self.rates.rate(u)
     x0 = batch.tokens
-    drawn = corruption.corrupt(draws.keys("mask"), x0, answer, rate, self.mask)
+    drawn = corruption.corrupt(keys, x0, answer, rate, self.mask)
     weight = row_weights(
       self.weighting, drawn.masked, answer, self.rates.inverse_density(u)
     )
@@ -185,6 +186,14 @@ def build(
       *(rates, plan.rows, plan.most_asked, plan.shards, plan.accumulation)
     ),
   )
+
+
+def mask_keys(draws: Draws) -> tuple[Key[Array, ""], Key[Array, "A B"]]:
+  """Returns the key of an update's mask rates, and each row's key of its masks.
+
+  Also those of block diffusion, which with one block per row is the same.
+  """
+  return draws.key("rate"), draws.keys("mask")
 
 
 def row_weights(
