@@ -157,6 +157,9 @@ def test_texts_are_those_of_calls_without_a_cache(mesh, block, fields):
   assert not (final == MASK).any() and (final == EOS).any()
   given = ~np.asarray(MIXED.free)
   np.testing.assert_array_equal(final[given], MIXED.tokens[given])
+  ended = np.cumsum(final == EOS, axis=1) - (final == EOS) > 0
+  np.testing.assert_array_equal(final == PAD, ended)
+  assert (ended.sum(axis=1) > block).any()  # blocks behind an end
 
 
 def test_one_block_is_the_masked_sampler(mesh):
@@ -168,21 +171,28 @@ def test_one_block_is_the_masked_sampler(mesh):
     np.testing.assert_array_equal(a, b)
 
 
-def test_texts_have_the_probabilities_of_the_model(mesh):
-  """All texts of two tokens and one, in blocks of two: a chi-square test."""
-  drawn = draw(prompts(*[[]] * 4096, length=3), settings(order="random"), 2)
+@pytest.mark.parametrize("block", [1, 2])
+def test_texts_have_the_probabilities_of_the_model(mesh, block):
+  """All texts of three tokens: a chi-square test."""
+  given = prompts(*[[]] * 4096, length=3)
+  drawn = draw(given, settings(order="random"), block)
   ids = np.arange(PAD)
   texts = np.array(list(itertools.product(ids, repeat=3)), np.int32)
   row = np.arange(len(texts))
 
-  def log_p(hidden, i):
-    x = np.where(np.isin(np.arange(3), hidden), MASK, texts)
-    found = np.asarray(log_probs(params(), jnp.asarray(x), 2))
-    return found[row, i, texts[:, i]].astype(np.float64)
+  def log_p(order):
+    """Of the tokens drawn in this order, each before its block is clean."""
+    total, left = 0, {0, 1, 2}
+    for i in order:
+      x = np.where(np.isin(np.arange(3), list(left)), MASK, texts)
+      found = np.asarray(log_probs(params(), jnp.asarray(x), block))
+      total = total + found[row, i, texts[:, i]].astype(np.float64)
+      left.remove(i)
+    return total
 
-  first = [log_p([0, 1, 2], i) + log_p([j, 2], j) for i, j in ((0, 1), (1, 0))]
-  p = np.mean(np.exp(first), axis=0) * np.exp(log_p([2], 2))
-  # Where nothing has ended, lengths have no part in it.
+  orders = [(0, 1, 2)] if block == 1 else [(0, 1, 2), (1, 0, 2)]
+  p = np.mean([np.exp(log_p(order)) for order in orders], axis=0)
+  # Of texts without an end, which all have three tokens.
   whole = (texts != EOS).all(axis=1)
   x = drawn.path[-1]
   kept = ~(x == EOS).any(axis=1)
