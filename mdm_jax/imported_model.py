@@ -17,6 +17,7 @@ from mdm_jax.data.config import StageConfig
 from mdm_jax.huggingface.families import Architecture, architecture
 from mdm_jax.huggingface.folder import Folder, open_folder
 from mdm_jax.huggingface.parameters import read_params
+from mdm_jax.huggingface.sizes import FREE, differences
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.model.placement import check_vocabulary, mesh_for_use
@@ -24,11 +25,6 @@ from mdm_jax.objectives.config import AutoregressiveConfig, MaskedConfig
 from mdm_jax.trained_model import TrainedModel
 
 _LONGEST = 1024  # tokens per row, where the model would allow more
-# Fields of `ModelConfig` that don't change what the model computes.
-_FREE = frozenset({"dropout", "remat", "layer_loop", "dtype", "attention"})
-_SIZES = [
-  f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE
-]
 
 
 def load_imported(source: str, config: Config | None = None) -> TrainedModel:
@@ -100,7 +96,7 @@ def model_of(source: str) -> ModelConfig:
 
 def with_sizes(settings: ModelConfig, sizes: ModelConfig) -> ModelConfig:
   """Returns settings of a model, such as its dtype, with sizes of another."""
-  kept = {name: getattr(settings, name) for name in _FREE}
+  kept = {name: getattr(settings, name) for name in FREE}
   # A model of next tokens may be trained on with shifted outputs; one that was
   # trained with them has no other way.
   shift = settings.shift_outputs or sizes.shift_outputs
@@ -126,20 +122,8 @@ def _architecture(folder: Folder) -> Architecture:
 
 def _difference(ours: ModelConfig, theirs: ModelConfig):
   """Returns (field, ours, theirs) of the first size that differs, or None."""
-  ours, theirs = _plain(ours), _plain(theirs)
-  for name in _SIZES:
-    a, b = getattr(ours, name), getattr(theirs, name)
+  for name, a, b in differences(ours, theirs):
     # Outputs of any model may be shifted: see `with_sizes`.
-    if a != b and (name, b) != ("shift_outputs", False):
+    if (name, b) != ("shift_outputs", False):
       return name, a, b
   return None
-
-
-def _plain(model: ModelConfig) -> ModelConfig:
-  """Returns a config with the sizes that None stands for."""
-  return dataclasses.replace(
-    model,
-    num_kv_heads=model.num_kv_heads or model.num_heads,
-    head_dim=model.head_size,
-    mlp_dim=model.mlp_size,
-  )

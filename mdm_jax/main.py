@@ -9,10 +9,10 @@
 --mode=data and --mode=plan show what a run would do; prepare writes the rows of
 a corpus too large for memory; train, the default, trains and evaluates; eval,
 sample, tune (finds sampling settings), frontier (a temperature sweep), compare
-(sampling settings, one change at a time) and report (an HTML page) use what was
-trained. Every field of the config is a flag: --config.data.batch_size=4.
-Without --config, the config saved in the workdir is used. Exit codes:
-docs/reliability.md.
+(sampling settings, one change at a time), report (an HTML page) and export (a
+folder for other libraries) use what was trained. Every field of the config is a
+flag: --config.data.batch_size=4. Without --config, the config saved in the
+workdir is used. Exit codes: docs/reliability.md.
 """
 
 import os
@@ -38,7 +38,7 @@ _MODE = flags.DEFINE_enum(
   "train",
   [
     *("data", "plan", "prepare", "train"),
-    *("eval", "sample", "tune", "frontier", "compare", "report"),
+    *("eval", "sample", "tune", "frontier", "compare", "report", "export"),
   ],
   "The program to run.",
 )
@@ -113,6 +113,12 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
   100,
   "Seconds of silence after which a process counts as lost.",
   1,
+)
+_OUT = flags.DEFINE_string("out", None, "The folder that --mode=export makes.")
+_FORMAT = flags.DEFINE_string(
+  "format",
+  "transformers",
+  "Whose names --mode=export writes: transformers or llada.",
 )
 _JSON = flags.DEFINE_bool(
   "json", False, "Print the results as JSON on the last line."
@@ -189,6 +195,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
   # Imported late, so that --help and wrong flags are answered at once.
   from mdm_jax import (
     evaluate,
+    export,
     fit,
     interactive,
     likelihood,
@@ -202,7 +209,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
   )
   from mdm_jax.studies import compare, frontier, tune
 
-  if _MODE.value in ("sample", "compare"):
+  if _MODE.value in ("sample", "compare", "export"):
     config = tuned_sampling.applied(config, workdir, _SAMPLING.value)
 
   match _MODE.value:
@@ -238,6 +245,8 @@ def _run(config: Config, workdir: Workdir) -> Any:
       return compare.compare_workdir(config, workdir, _WAYS.value)
     case "report":
       return report.report_workdir(config, workdir)
+    case "export":
+      return export.export_workdir(config, workdir, _OUT.value, _FORMAT.value)
 
 
 def _prompt_flags() -> list[str]:

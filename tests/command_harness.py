@@ -18,8 +18,15 @@ from paths import ROOT, TESTS
 QUICK = f"--config={ROOT / 'configs' / 'quickstart.py'}:quick"
 # What the program imports late; `mdm_jax.main` itself is run, not imported.
 PROGRAMS = (
-  *("evaluate", "fit", "interactive", "plan", "prepare", "preview", "report"),
-  *("sample", "training_loop", "studies.compare", "studies.frontier"),
+  *("evaluate", "export", "fit", "interactive", "plan", "prepare"),
+  *(
+    "preview",
+    "report",
+    "sample",
+    "training_loop",
+    "studies.compare",
+    "studies.frontier",
+  ),
   *("studies.tune", "tuned_sampling"),
 )
 # Not read while Python starts or JAX is imported.

@@ -45,8 +45,9 @@ class HuggingFaceTokenizer(Tokenizer):
     Args:
       fields: of the saved file; see `from_folder`.
     """
-    self._rules = json.loads(fields["tokenizer"])
-    self._tokens = _parse(fields["tokenizer"], "tokenizer.json")
+    self._file = fields["tokenizer"]
+    self._rules = json.loads(self._file)
+    self._tokens = parsed(fields["tokenizer"], "tokenizer.json")
     given = dict(fields["vocabulary"])
     given["forbidden"] = tuple(map(tuple, given["forbidden"]))
     pieces = tuple(_pieces(self._tokens, self._rules))
@@ -58,8 +59,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
   @property
   def file(self) -> str:
-    """The content of tokenizer.json."""
-    return json.dumps(self._rules, ensure_ascii=False)
+    """The content of tokenizer.json, as it was read."""
+    return self._file
 
   def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
     """Returns the ids of each text, using all cores.
@@ -109,7 +110,7 @@ def _from_files(folder: Folder, rows: int | None) -> HuggingFaceTokenizer:
       f"{folder.path} has no tokenizer.json; load its tokenizer with"
       " transformers' AutoTokenizer, and save it there with save_pretrained"
     )
-  tokens = _parse(text, str(file))
+  tokens = parsed(text, str(file))
   vocabulary, fresh = _vocabulary(folder, tokens, rows)
   tokenizer = HuggingFaceTokenizer(
     {
@@ -129,7 +130,18 @@ def _from_files(folder: Folder, rows: int | None) -> HuggingFaceTokenizer:
   return tokenizer
 
 
-def _parse(text: str, where: str) -> Any:
+def parsed(text: str, where: str) -> Any:
+  """Returns a tokenizer of the package `tokenizers`.
+
+  It encodes the name of a special token as text, and neither pads nor cuts.
+
+  Args:
+    text: the content of a tokenizer.json.
+    where: its path, for messages.
+
+  Raises:
+    UserError: it is no tokenizer, or the package is not installed.
+  """
   try:
     tokenizers = importlib.import_module("tokenizers")
   except ImportError:

@@ -22,14 +22,12 @@ _MAX_LINES = 200_000  # most lines that SentencePiece learns from
 # breaks and before spaces. Short chunks keep the sums of piece scores small
 # enough to be exact in float32, and keep every core busy. The second quantifier
 # bounds a chunk where text has no spaces.
-_CHUNK = re.compile(
-  f"{SPACE}|[^\n{SPACE}]{{1,1000}}[^\n {SPACE}]{{0,1000}}\n*|\n+"
-)
+CHUNK = f"{SPACE}|[^\n{SPACE}]{{1,1000}}[^\n {SPACE}]{{0,1000}}\n*|\n+"
 
 
 def chunks(text: str) -> list[str]:
   """Cuts a text into chunks that no piece crosses; they join to the text."""
-  return _CHUNK.findall(text)
+  return re.findall(CHUNK, text)
 
 
 def train(vocab_size: int, texts: Sequence[str]) -> bytes:

@@ -157,7 +157,9 @@ class SentencePieceTokenizer(Tokenizer):
   def __init__(self, content: bytes):
     self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
     names = [self._model.id_to_piece(i) for i in range(len(self._model))]
-    kept = [i for i in range(len(names)) if not self._is_special(i)]
+    self._kept = kept = [
+      i for i in range(len(names)) if not self._is_special(i)
+    ]
     super().__init__(tuple(self._piece(i, names[i]) for i in kept), content)
     # From the model's ids to ours; -1 for symbols that have none.
     self._ids = np.full(len(names), -1, np.int32)
@@ -178,6 +180,14 @@ class SentencePieceTokenizer(Tokenizer):
       # Byte pieces are named like <0x0A>.
       return bytes([int(name[3:5], 16)])
     return name.replace(SPACE, " ").encode()
+
+  def scores(self) -> list[tuple[bytes, float, bool]]:
+    """Returns each piece, its log-probability, and whether it is a byte."""
+    m = self._model
+    return [
+      (piece, m.get_score(i), m.is_byte(i))
+      for piece, i in zip(self.pieces, self._kept, strict=False)
+    ]
 
   def _is_lossless(self) -> bool:
     # While False, `encode` passes whole texts: chunks are only right for models

@@ -37,6 +37,10 @@ class Family:
       does not have it.
     ends_with_mask: whether the last row of the embedding is the mask's.
     prepare: makes the tensors of `names` of those in the files.
+    flags: keys of config.json that are fields of `ModelConfig`, by field; a
+      missing key means what `fields` says, or else False.
+    zeros: tensors of models with `qkv_bias` that have to be 0, as our model has
+      no such bias; {} stands for the number of the layer.
     causal: whether the weights were trained to predict the next token from
       those before it. `is_causal` in config.json overrides it.
   """
@@ -49,6 +53,11 @@ class Family:
   mlp_ratio: int | None = None
   ends_with_mask: bool = False
   prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+  flags: Mapping[str, str] = dataclasses.field(
+    # Our own key: transformers keeps it, and computes the same without it.
+    default_factory=lambda: {"shift_outputs": "shift_outputs"}
+  )
+  zeros: tuple[str, ...] = ()
   causal: bool = True
 
 
@@ -109,9 +118,11 @@ FAMILIES.register(
   "qwen3",
   Family(
     names=_LLAMA_NAMES,
-    assumed=_QWEN2.assumed | {"attention_bias": False},
+    assumed=_QWEN2.assumed,
     defaults=_LLAMA_DEFAULTS | {"head_dim": 128},
     fields={"qk_norm": True},
+    flags=_QWEN2.flags | {"qkv_bias": "attention_bias"},
+    zeros=("model.layers.{}.self_attn.o_proj.bias",),
   ),
 )
 FAMILIES.register(
@@ -204,6 +215,12 @@ class Architecture:
   context: int | None
   causal: bool
 
+  @property
+  def zeros(self) -> list[str]:
+    """The tensors that have to be 0."""
+    layers = range(self.model.num_layers if self.model.qkv_bias else 0)
+    return [name.format(i) for i in layers for name in self.family.zeros]
+
 
 def architecture(config: Mapping[str, Any], where: str) -> Architecture:
   """Returns what a config.json describes.
@@ -243,7 +260,7 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     rope_theta=float(theta),
     rope_scaling=scaling,
     tie_embeddings=read("tie_word_embeddings", bool),
-    **family.fields,
+    **family.fields | read.flags(),
   )
   try:
     fields.check(model, "model")
@@ -277,6 +294,14 @@ class _Reader:
     if value is not None and type(value) not in kinds:
       raise UserError(f"{self._where}: {key}={value!r} is no {kind.__name__}")
     return value
+
+  def flags(self) -> dict[str, bool]:
+    """Returns the fields of `ModelConfig` that keys switch on or off."""
+    plain = self._family.fields
+    return {
+      name: self(key, bool, plain.get(name, False))
+      for name, key in self._family.flags.items()
+    }
 
   def check_assumed(self) -> None:
     """Raises UserError at a setting that changes what the model computes."""

@@ -116,6 +116,14 @@ class Leaf:
     axes = np.roll(np.arange(len(shape)), len(inputs))
     return tensor.reshape(outputs + inputs).transpose(axes)
 
+  def tensor(self, ours: np.ndarray) -> np.ndarray:
+    """Returns a view of the parameter, or one of its layers, as a tensor."""
+    if self.path in _TABLES:
+      return ours
+    inputs, _ = self._split(ours.shape)
+    axes = np.roll(np.arange(ours.ndim), -len(inputs))
+    return ours.transpose(axes).reshape(self.theirs(ours.shape))
+
   def reader(
     self,
     tensors: Tensors,
@@ -186,7 +194,7 @@ def _check_names(
   tensors: Tensors, leaves: Collection[Leaf], found: Architecture
 ) -> None:
   """Raises UserError unless there is a tensor for each leaf, and no other."""
-  wanted = {name for leaf in leaves for name in leaf.names}
+  wanted = {name for leaf in leaves for name in leaf.names} | {*found.zeros}
   if missing := sorted(wanted - set(tensors)):
     raise UserError(f"{_few(missing)} missing from the weights")
   left = {n for n in tensors if not _CONSTANTS.search(n)} - wanted
@@ -200,6 +208,16 @@ def _check_names(
       f"{_few(sorted(left))} left over: a model of config.json has no such"
       " weights"
     )
+  _check_zeros(tensors, found.zeros)
+
+
+def _check_zeros(tensors: Tensors, names: Collection[str]) -> None:
+  for name in names:
+    if np.any(tensors[name]):
+      raise UserError(
+        f"{name} is not 0, but our attention has biases on queries, keys and"
+        " values only"
+      )
 
 
 def _check_tied(

@@ -6,11 +6,12 @@ Nothing in a file is executed. Format:
 https://github.com/huggingface/safetensors#format
 """
 
+import dataclasses
 import functools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -142,12 +143,31 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return found
 
 
-def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Unread:
+  """A tensor that is made only when it is written.
+
+  Attributes:
+    shape: its shape.
+    dtype: its dtype, one of those supported.
+    read: returns its values.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def write(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
   """Writes a file, one tensor after the other.
 
   Args:
     path: the file.
-    tensors: arrays of a supported dtype, by name.
+    tensors: arrays of a supported dtype or `Unread`, by name.
   """
   names = {dtype: name for name, dtype in _DTYPES.items()}
   header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -162,8 +182,46 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   text += b" " * (-len(text) % 8)  # aligned, as the format recommends
   with path.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
-    for name in tensors:
-      file.write(np.ascontiguousarray(tensors[name]).tobytes())
+    for tensor in tensors.values():
+      values = tensor.read() if isinstance(tensor, Unread) else tensor
+      # As bytes: a bfloat16 array has no buffer of its own.
+      flat = np.ascontiguousarray(values).reshape(-1)
+      file.write(flat.view(np.uint8).data)
+
+
+def write_folder(
+  folder: pathlib.Path, tensors: Mapping[str, Any], most: int
+) -> list[str]:
+  """Writes one file, or several and their index; returns the files' names.
+
+  Args:
+    folder: where to.
+    tensors: see `write`.
+    most: bytes of a file, unless a single tensor has more.
+  """
+  parts, size = [{}], 0
+  for name, tensor in tensors.items():
+    if parts[-1] and size + tensor.nbytes > most:
+      parts.append({})
+      size = 0
+    parts[-1][name] = tensor
+    size += tensor.nbytes
+  if len(parts) == 1:
+    write(folder / FILE, tensors)
+    return [FILE]
+  stem, suffix = FILE.split(".")
+  files = {
+    f"{stem}-{i:05}-of-{len(parts):05}.{suffix}": part
+    for i, part in enumerate(parts, start=1)
+  }
+  for file, part in files.items():
+    write(folder / file, part)
+  index = {
+    "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+    "weight_map": {name: file for file, part in files.items() for name in part},
+  }
+  (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+  return [*files, INDEX]
 
 
 class Shards(Mapping[str, Any]):

@@ -111,6 +111,24 @@ def test_a_head_beside_tied_embeddings_must_be_the_same(tmp_path, mesh):
     read(tmp_path)
 
 
+def test_biases_that_our_attention_lacks_have_to_be_zero(tmp_path, mesh):
+  fields = harness.QWEN3 | {"attention_bias": True}
+  tensors = harness.weights(harness.CONFIG | fields)
+  sizes = {"q": 24, "k": 12, "v": 12, "o": 16}
+  for i in range(2):
+    for name, size in sizes.items():
+      bias = np.full(size, float(name != "o"), np.float32)
+      tensors[f"model.layers.{i}.self_attn.{name}_proj.bias"] = bias
+  harness.save(tmp_path, fields, tensors)
+  _, denoiser, params = read(tmp_path)
+  assert denoiser.config.qkv_bias
+  assert np.all(params["blocks"]["attention"]["query_bias"])
+  tensors["model.layers.1.self_attn.o_proj.bias"][3] = 1
+  harness.save(tmp_path, fields, tensors)
+  with pytest.raises(UserError, match="1.self_attn.o_proj.bias is not 0"):
+    read(tmp_path)
+
+
 def _without(name):
   return lambda tensors: tensors.pop(name)
 
