@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mesh_harness import make_mesh
 
+from mdm_jax import scoring
 from mdm_jax.config import Config
 from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
@@ -18,6 +19,7 @@ from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives.config import AutoregressiveConfig, BlockConfig
+from mdm_jax.sampling.chain_rule import bound_of_orders
 from mdm_jax.scoring import Scorer
 from mdm_jax.trained_model import TrainedModel
 
@@ -138,6 +140,16 @@ def test_bounds_given_a_text_are_means_over_orders(score, table, given, free):
   assert several.bound
   off = abs(several.nats[0] - mixture)
   assert off <= max(4 * several.errors[0], 1e-5)
+
+
+def test_errors_are_as_large_as_the_estimates_are_off(score):
+  texts = [word * 6 for word in WORDS]
+  few, many = (score(texts, "", draws=n) for n in (64, 1024))
+  size = lambda values: np.sqrt(np.mean(np.square(values)))
+  assert 0.4 < size(few.nats - many.nats) / size(few.errors) < 2.5
+  nats = np.random.default_rng(0).normal(10, 1, size=(64, 2000))
+  spread = bound_of_orders(nats).std()
+  assert scoring._errors(nats).mean() == pytest.approx(spread, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -246,12 +246,16 @@ def test_what_a_row_is_given_is_not_masked(mesh):
 
 def test_the_share_of_masked_inputs_is_logged(mesh):
   objective = make(input_mask_rate=(0.5, 0.5))
-  batch = make_batch(mesh, LONG, make_rows(LONG.rows, LONG.length))
+  rows = make_rows(LONG.rows, LONG.length)
+  batch = make_batch(mesh, LONG, rows)
   posed, losses = pose(objective, LONG, 0, batch), jnp.zeros((2, 8))
   assert make().summaries(posed, losses) == {}
   told = objective.summaries(posed, losses)["input_mask_rate"]
   total, count = map(float, told)
   assert total == (np.asarray(posed.tokens) == VOCAB.mask).sum()
+  # The last token of a text is no input, and the begin id is none of it.
+  inner = (rows.segments > 0)[:, 1:] & (np.diff(rows.segments) == 0)
+  assert count == inner.sum()
   assert total / count == pytest.approx(0.5, abs=0.02)
 
 

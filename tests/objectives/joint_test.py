@@ -160,7 +160,7 @@ def test_held_out_text_is_measured_by_both(mesh, primary):
     beside = found.values[f"{other}/{name}"]
     assert beside.value == value.value and not beside.role
     assert beside.title == f"{other}: {value.title}"
-  assert found.headline == own.headline
+  assert found.headline == own.headline == objective.headline
   assert len(found.with_role(NATS)) == len(found.with_role(PERPLEXITY)) == 1
   short = {"masked": "nelbo", "autoregressive": "nll"}[other]
   assert found.scalars()[f"{other}/{short}_stderr"] > 0
