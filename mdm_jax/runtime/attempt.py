@@ -159,10 +159,13 @@ class Attempt:
   def begin(self, update: int) -> None:
     """Sets the update that the attempt starts or resumes from."""
     self.start = self.update = self.committed = update
+    self._renew()
 
   def commit(self, update: int) -> None:
     """Records that a checkpoint is complete. Thread-safe."""
     self.committed = max(self.committed, update)
+    # Now: a kill before the next heartbeat would count as one without progress.
+    self._renew()
 
   def seconds(self) -> dict[str, float]:
     """Returns the seconds of the whole run by cause, over all attempts."""
@@ -190,13 +193,18 @@ class Attempt:
 
   def _keep(self) -> None:
     while not self._over.wait(_BEAT):
-      with contextlib.suppress(OSError):
-        owner = files.read_json(self._folder / "lock.json")
-        if owner and (owner["host"], owner["pid"]) != _me():
-          self._lose(owner)
-        with self._writing:
-          if not self._over.is_set():
-            self._beat()
+      self._renew()
+
+  def _renew(self) -> None:
+    if self._process:
+      return
+    with contextlib.suppress(OSError):
+      owner = files.read_json(self._folder / "lock.json")
+      if owner and (owner["host"], owner["pid"]) != _me():
+        self._lose(owner)
+      with self._writing:
+        if not self._over.is_set():
+          self._beat()
 
   def _lose(self, owner: dict[str, Any]) -> None:
     """Exits at once, because another process has taken the lock over.

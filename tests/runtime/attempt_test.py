@@ -31,7 +31,7 @@ from mdm_jax.runtime.attempt import Attempt
 with Attempt(epath.Path(sys.argv[1]), "config", 3) as attempt:
   attempt.begin(4)
   attempt.update = 9
-  attempt._beat()
+  attempt.commit(8)
   print("held", flush=True)
   time.sleep(600)
 """
@@ -161,7 +161,9 @@ def test_fault_23_a_second_run_is_refused_and_a_killed_one_replaced(
     assert attempt.number == 2
   assert killed["pid"] == holder.pid
   assert (killed["code"], killed["reason"]) == (None, "killed")
+  # Without waiting for a heartbeat, which comes every few seconds.
   assert (killed["start"], killed["update"]) == (4, 9)
+  assert killed["committed"] == 8
 
 
 def test_another_hosts_lock_is_respected_while_it_is_renewed(
