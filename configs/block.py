@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
   config = config_lib.default_config()
   config.name = "block"
   config.data.update(corpus="sotu", batch_size=8)
-  config.tokenizer.vocab_size = 4096
+  config.tokenizer.vocab_size = 8192
   config.model.update(num_layers=2, embed_dim=192, num_heads=3)
   config.model.update(qkv_bias=True, rope_theta=100.0)
   config.objective.name = "block"
@@ -50,7 +50,7 @@ def get_config(arg: str = ""):
       name="III refinement",
       unit="paragraphs",
       length=128,
-      updates=2150,
+      updates=2450,
       mask_rate=(0.05, 0.20),
       rehearsal=0.8,
       lr_factor=1.0,

@@ -12,8 +12,9 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.model.placement import check_vocabulary
-from mdm_jax.objectives.base import Objective, Plan
+from mdm_jax.objectives.base import Objective
 from mdm_jax.objectives.config import build
+from mdm_jax.objectives.draws import Plan
 from mdm_jax.training.curriculum import StagePlan, make_curriculum
 from mdm_jax.training.guard import SpikeGuard
 from mdm_jax.training.learning_rate import learning_rate_schedule

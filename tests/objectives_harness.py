@@ -19,13 +19,12 @@ from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives.base import (
   Cost,
   Decoding,
-  Draws,
   Examples,
   Objective,
-  Plan,
   Ratio,
   score,
 )
+from mdm_jax.objectives.draws import Draws, Plan
 
 VOCAB = Vocabulary(
   8, end=2, begin=5, pad=6, mask=7, forbidden=((5, 8),)

@@ -170,7 +170,7 @@ def measure_data(mesh: Any) -> dict[str, Any]:
   import jax
 
   from mdm_jax.core import distributed
-  from mdm_jax.objectives.base import Draws
+  from mdm_jax.objectives.draws import Draws
 
   trainer = _trainer(mesh)
   stage = trainer.curriculum.stages[0]

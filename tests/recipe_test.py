@@ -42,7 +42,7 @@ from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.rows import Rows
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.objectives import corruption, cross_entropy
-from mdm_jax.objectives.base import Draws
+from mdm_jax.objectives.draws import Draws
 from mdm_jax.objectives.noise import stage_rates
 from mdm_jax.sampling import schedule, tokens
 from mdm_jax.sampling.call import Canvas

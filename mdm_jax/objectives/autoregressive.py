@@ -24,21 +24,14 @@ from mdm_jax.data.batches import Batch
 from mdm_jax.data.held_out import DOCUMENT, ROW, SEGMENT, HeldOut
 from mdm_jax.model.context import CAUSAL, row_context, starts
 from mdm_jax.objectives import corruption
-from mdm_jax.objectives.base import (
-  Cost,
-  Decoding,
-  Draws,
-  Examples,
-  Objective,
-  Plan,
-  Ratio,
-)
+from mdm_jax.objectives.base import Cost, Decoding, Examples, Objective, Ratio
 from mdm_jax.objectives.bound import row_lengths, text_lengths
 from mdm_jax.objectives.config import (
   AutoregressiveConfig,
   AutoregressiveStage,
   NoiseConfig,
 )
+from mdm_jax.objectives.draws import Draws, Plan
 from mdm_jax.objectives.measured import (
   SEED,
   Jobs,

@@ -29,9 +29,10 @@ from mdm_jax.data.held_out import HeldOut
 from mdm_jax.model.context import Context, Visibility, row_context
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives import block_masks, corruption
-from mdm_jax.objectives.base import Cost, Decoding, Draws, Examples, Plan, Ratio
+from mdm_jax.objectives.base import Cost, Decoding, Examples, Ratio
 from mdm_jax.objectives.bound import MaskedBound, row_lengths
 from mdm_jax.objectives.config import BlockConfig, BlockStage, NoiseConfig
+from mdm_jax.objectives.draws import Draws, Plan
 from mdm_jax.objectives.masked import mask_keys, rate_weights
 from mdm_jax.objectives.measured import Jobs, Part
 from mdm_jax.objectives.noise import stage_rates

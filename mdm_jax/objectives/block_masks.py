@@ -17,7 +17,7 @@ from mdm_jax.data.batches import Batch
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.model.context import segment_positions
 from mdm_jax.objectives import corruption
-from mdm_jax.objectives.base import Plan
+from mdm_jax.objectives.draws import Plan
 from mdm_jax.objectives.noise import RateDistribution
 
 # `max_masked` bounds the counts separately for this many ranges of the offset.

@@ -21,21 +21,14 @@ from mdm_jax.data.held_out import HeldOut
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives import autoregressive, masked
 from mdm_jax.objectives.autoregressive import Autoregressive
-from mdm_jax.objectives.base import (
-  Cost,
-  Decoding,
-  Draws,
-  Examples,
-  Objective,
-  Plan,
-  Ratio,
-)
+from mdm_jax.objectives.base import Cost, Decoding, Examples, Objective, Ratio
 from mdm_jax.objectives.config import (
   AutoregressiveStage,
   JointConfig,
   JointStage,
   NoiseConfig,
 )
+from mdm_jax.objectives.draws import Draws, Plan
 from mdm_jax.objectives.masked import Masked
 from mdm_jax.objectives.measured import Jobs, Measured, Nats, Part
 

@@ -17,9 +17,10 @@ from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.batches import Batch
 from mdm_jax.model.context import FULL, OPENING, Opening, row_context
 from mdm_jax.objectives import corruption
-from mdm_jax.objectives.base import Cost, Decoding, Draws, Examples, Plan, Ratio
+from mdm_jax.objectives.base import Cost, Decoding, Examples, Ratio
 from mdm_jax.objectives.bound import MaskedBound
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage, NoiseConfig
+from mdm_jax.objectives.draws import Draws, Plan
 from mdm_jax.objectives.noise import stage_rates
 
 # The log averages cross-entropy over rows in this many equal bins of mask rate.

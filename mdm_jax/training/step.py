@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 from mdm_jax.core.errors import UserError
 from mdm_jax.data.batches import Batch
 from mdm_jax.model.denoiser import Denoiser, Params
-from mdm_jax.objectives.base import Draws, Objective, Plan, Ratio
+from mdm_jax.objectives.base import Objective, Ratio
+from mdm_jax.objectives.draws import Draws, Plan
 from mdm_jax.training import ema
 from mdm_jax.training.gated import accumulated, choose
 from mdm_jax.training.guard import SpikeGuard

@@ -19,7 +19,8 @@ from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.rows import most_asked, most_segments
 from mdm_jax.data.stage_rows import stage_name
 from mdm_jax.model.denoiser import Params
-from mdm_jax.objectives.base import Objective, Plan
+from mdm_jax.objectives.base import Objective
+from mdm_jax.objectives.draws import Plan
 from mdm_jax.training.curriculum import Curriculum, StagePlan
 from mdm_jax.training.state import TrainState, initial_state
 from mdm_jax.training.step import (

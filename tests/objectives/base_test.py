@@ -29,7 +29,8 @@ from mdm_jax.core.sharding import AXES
 from mdm_jax.data.config import StageConfig, TokenizerConfig
 from mdm_jax.data.rows import Rows
 from mdm_jax.objectives import base
-from mdm_jax.objectives.base import Draws, Ratio
+from mdm_jax.objectives.base import Ratio
+from mdm_jax.objectives.draws import Draws
 from mdm_jax.planning.footprint import footprint
 from mdm_jax.training import step as step_lib
 

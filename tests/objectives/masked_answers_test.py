@@ -18,7 +18,6 @@ from mdm_jax.data.rows import Rows
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import autoregressive
-from mdm_jax.objectives.base import Draws, Plan
 from mdm_jax.objectives.config import (
   AutoregressiveConfig,
   AutoregressiveStage,
@@ -26,6 +25,7 @@ from mdm_jax.objectives.config import (
   MaskedStage,
   NoiseConfig,
 )
+from mdm_jax.objectives.draws import Draws, Plan
 from mdm_jax.objectives.masked import build
 
 VOCAB = Vocabulary.after_text(26)

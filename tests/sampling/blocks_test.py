@@ -159,7 +159,7 @@ def test_texts_are_those_of_calls_without_a_cache(mesh, block, fields):
   np.testing.assert_array_equal(final[given], MIXED.tokens[given])
   ended = np.cumsum(final == EOS, axis=1) - (final == EOS) > 0
   np.testing.assert_array_equal(final == PAD, ended)
-  assert (ended.sum(axis=1) > block).any()  # blocks behind an end
+  assert (ended.sum(axis=1) >= block).any()  # a block behind an end
 
 
 def test_one_block_is_the_masked_sampler(mesh):

@@ -24,8 +24,8 @@ from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import cross_entropy
 from mdm_jax.objectives import masked as masked_lib
-from mdm_jax.objectives.base import Draws, Plan
 from mdm_jax.objectives.config import MaskedConfig, MaskedStage
+from mdm_jax.objectives.draws import Draws, Plan
 from mdm_jax.training import optimizer as optimizer_lib
 from mdm_jax.training import step as step_lib
 from mdm_jax.training.config import OptimizerConfig, TrainConfig
