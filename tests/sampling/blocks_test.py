@@ -214,10 +214,13 @@ def test_a_row_depends_on_its_seed_number_and_prompt_only(mesh):
   alone = draw(
     prompts(*[[3] * 6] * 8), SPREAD, rows=np.array([7, *range(20, 27)])
   )
+  # Three blocks are given: what others draw meanwhile leaves its cache alone.
+  late = draw(prompts(*[[4] * 9] * 8), SPREAD, rows=np.array([4, *range(7)]))
   for name in ("step", "confidence", "entropy", "calls"):
     a = getattr(whole, name)
     np.testing.assert_array_equal(a[2], getattr(part, name)[5])
     np.testing.assert_array_equal(a[7], getattr(alone, name)[0])
+    np.testing.assert_array_equal(a[4], getattr(late, name)[0])
   np.testing.assert_array_equal(whole.path[:, 2], part.path[:, 5])
   np.testing.assert_array_equal(whole.path[:, 7], alone.path[:, 0])
   assert (draw(MIXED, SPREAD, seed=1).path[-1] != whole.path[-1]).any()
