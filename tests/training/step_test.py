@@ -24,7 +24,13 @@ from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import cross_entropy
 from mdm_jax.objectives import masked as masked_lib
-from mdm_jax.objectives.config import MaskedConfig, MaskedStage
+from mdm_jax.objectives.config import (
+  BlockConfig,
+  BlockStage,
+  MaskedConfig,
+  MaskedStage,
+  build,
+)
 from mdm_jax.objectives.draws import Draws, Plan
 from mdm_jax.training import optimizer as optimizer_lib
 from mdm_jax.training import step as step_lib
@@ -134,7 +140,7 @@ class Run:
       *(config.optimizer.accumulation, config.data.batch_size, length),
       *(shards, length, length),
     )
-    objective = masked_lib.build(
+    objective = build(
       *(config.objective, stage.objective, config.noise, VOCAB, plan)
     )
     return objective, plan
@@ -305,12 +311,18 @@ GUARDED = dataclasses.replace(
 EVERY_2 = dataclasses.replace(
   CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, every=2)
 )
+# Its dropout has another stream, that of the clean text.
+BLOCKS = dataclasses.replace(
+  CONFIG,
+  objective=BlockConfig(name="block", block_length=4),
+  stages=(StageConfig(length=16, updates=6, objective=BlockStage()),),
+)
 
 
 @pytest.mark.parametrize(
   "config",
-  [CONFIG, pytest.param(GUARDED, marks=pytest.mark.slow), EVERY_2],
-  ids=["plain", "guarded", "accumulating"],
+  [CONFIG, pytest.param(GUARDED, marks=pytest.mark.slow), EVERY_2, BLOCKS],
+  ids=["plain", "guarded", "accumulating", "blocks"],
 )
 def test_six_updates_equal_three_a_resume_and_three(mesh, tmp_path, config):
   run = shared(config, mesh)
