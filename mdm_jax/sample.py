@@ -32,6 +32,7 @@ from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import TextSampler, effective
 from mdm_jax.sampling.live import LiveView
+from mdm_jax.sampling.pieces import Pieces
 from mdm_jax.sampling.sampler import Watch
 from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.samples import Samples
@@ -78,8 +79,7 @@ class Model:
     config: the run's config; `config.sample` has the default settings.
     tokenizer: text to ids and back.
     method: how the model is sampled, and which settings apply.
-    watch: called with (step, token ids [B, L]) during sampling; set it before
-      the first call.
+    watch: called with (step, token ids [B, L]) during sampling.
   """
 
   def __init__(self, model: TrainedModel, curve: Curve | None = None):
@@ -93,7 +93,8 @@ class Model:
     self.watch: Watch | None = None
     self._model, self._mesh = model, model.mesh
     self._curve = curve
-    self._samplers: dict[int, TextSampler] = {}
+    self._pieces = Pieces(self.tokenizer)
+    self._samplers: dict[tuple[int, Watch | None], TextSampler] = {}
     self._scorer: Scorer | None = None
     with jax.set_mesh(self._mesh):
       objective = held_out_objective(
@@ -106,8 +107,9 @@ class Model:
     self,
     prompts: str | Sequence[str] = "",
     num_samples: int = 1,
+    stream: bool = False,
     **settings: Any,
-  ) -> Samples:
+  ) -> Samples | Iterator[str]:
     """Draws `num_samples` texts for each prompt, prompt by prompt.
 
     Row b depends only on its prompt, `seed` and b. A new combination of
@@ -123,6 +125,7 @@ class Model:
         [MASK:5] where tokens are drawn (`mdm_jax.sampling.template`); "" for
         free text.
       num_samples: texts per prompt.
+      stream: yield a single text in pieces, once they are final.
       **settings: fields of `SampleConfig` that differ from the run's.
 
     Returns:
@@ -134,7 +137,12 @@ class Model:
       UserError: a prompt or a setting is invalid.
     """
     canvas, config = self._canvas(prompts, num_samples, settings)
-    return self._draw(canvas, config, num_samples)
+    if not stream:
+      return self._draw(canvas, config, num_samples)
+    if (count := len(canvas.tokens) * num_samples) > 1:
+      raise UserError(f"stream=True yields a single text, not {count}")
+    draw = lambda: self._draw(canvas, config, watch=self._pieces)
+    return self._pieces.of(draw, config, self._decoding)
 
   def stream(
     self,
@@ -142,10 +150,7 @@ class Model:
     num_samples: int = 1,
     **settings: Any,
   ) -> Iterator[Samples]:
-    """Yields what `generate` returns, a few texts at a time.
-
-    Memory does not grow with the number of texts.
-    """
+    """Yields what `generate` returns, in parts that need little memory."""
     canvas, config = self._canvas(prompts, num_samples, settings)
     parts = self._sampler(canvas.tokens.shape[1]).stream(
       self._model.params, canvas, config, self._curve, num_samples
@@ -173,7 +178,7 @@ class Model:
       )
     config = self.settings(**settings)
     length = config.length or self.config.stages[-1].length
-    self._sampler(length)  # raises early where this length can't be sampled
+    self._sampler(length)  # raises where this length can't be sampled
     return template.canvas(prompts, self.tokenizer, length), config
 
   def fill(
@@ -247,9 +252,13 @@ class Model:
     return self._scorer(texts, given, likelihood, draws)
 
   def _draw(
-    self, canvas: Canvas, config: SampleConfig, repeat: int = 1
+    self,
+    canvas: Canvas,
+    config: SampleConfig,
+    repeat: int = 1,
+    watch: Watch | None = None,
   ) -> Samples:
-    sampler = self._sampler(canvas.tokens.shape[1])
+    sampler = self._sampler(canvas.tokens.shape[1], watch)
     with jax.set_mesh(self._mesh):
       return sampler.draw(
         self._model.params, canvas, config, self._curve, repeat
@@ -270,14 +279,15 @@ class Model:
     """Returns the largest number of steps of a text of `length` tokens."""
     return self.method.steps(self.config.sample, length, self._decoding)
 
-  def _sampler(self, length: int) -> TextSampler:
-    # The length is compiled into a sampler.
-    if length not in self._samplers:
-      self._samplers[length] = TextSampler(
-        *(self._model.denoiser, self.tokenizer, self._mesh, length, self.watch),
+  def _sampler(self, length: int, watch: Watch | None = None) -> TextSampler:
+    # Both are compiled into a sampler.
+    key = length, watch or self.watch
+    if key not in self._samplers:
+      self._samplers[key] = TextSampler(
+        *(self._model.denoiser, self.tokenizer, self._mesh, *key),
         decoding=self._decoding,
       )
-    return self._samplers[length]
+    return self._samplers[key]
 
 
 def sample_workdir(

@@ -33,6 +33,7 @@ from mdm_jax.data.config import StageConfig, TokenizerConfig
 from mdm_jax.model import placement
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.objectives.config import BlockConfig
 from mdm_jax.objectives.measured import (
   LOSS_BY_MASKED_SHARE,
   Curve,
@@ -467,6 +468,25 @@ def test_what_is_drawn_can_be_watched(workdir, model):
   for step, x in seen.items():
     np.testing.assert_array_equal(x[:2], drawn.path[step])
   np.testing.assert_array_equal(drawn.path, model.generate("a", 2).path)
+
+
+def test_a_text_is_streamed_block_by_block(workdir):
+  blocks = BlockConfig(name="block", block_length=8)
+  stages = (StageConfig(length=LENGTH),)
+  config = dataclasses.replace(CONFIG, objective=blocks, stages=stages)
+  model = sample.load(str(workdir), config=config)
+  settings = dict(num_steps=3, remasking="cap", order="random", seed=1)
+  (text,) = model.generate("ab", **settings).texts
+  pieces = list(model.generate("ab", stream=True, **settings))
+  assert "".join(pieces) == text
+  # Half a character at a block's end waits for the other half.
+  sizes = np.cumsum([len(piece) for piece in pieces])
+  missing = [8, 16] - sizes[:2]
+  assert (missing >= 0).all() and (missing <= 3).all()
+  with pytest.raises(UserError, match="a single text, not 2"):
+    model.generate("ab", 2, stream=True)
+  with pytest.raises(UserError, match="num_steps"):
+    list(model.generate("ab", stream=True, num_steps=0))
 
 
 def test_found_C9_any_number_of_texts_is_drawn_in_parts(workdir, monkeypatch):

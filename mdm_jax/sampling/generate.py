@@ -8,12 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int
 
 from mdm_jax.core import distributed, memory, rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import batch_sharding, data_shards, padded_rows, put
-from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.base import Decoding
@@ -23,7 +21,13 @@ from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import Sampler, Watch
 from mdm_jax.sampling.samplers import SAMPLERS
-from mdm_jax.sampling.samples import ARRAYS, Drawn, Samples, join
+from mdm_jax.sampling.samples import (
+  ARRAYS,
+  Drawn,
+  Samples,
+  join,
+  until_end,
+)
 
 _ANY_ORDER = Decoding("any_order")
 # Tokens and rows per call of the sampler. They are enough to keep a device
@@ -206,7 +210,7 @@ class TextSampler:
     arrays = {name: getattr(drawn, name)[:count] for name in ARRAYS}
     arrays["path"] = path = drawn.path[:, :count]
     vocab, decode = self._tokenizer.vocab, self._tokenizer.decode
-    texts = [decode(_until_end(row, vocab)) for row in path[-1]]
+    texts = [decode(until_end(row, vocab)) for row in path[-1]]
     return Samples(texts=texts, **arrays)
 
   def _place(self, values):
@@ -250,10 +254,3 @@ def effective(
   if {config.entropy_bound, config.threshold} != {None}:
     unused.add("schedule")
   return {k: v for k, v in used.items() if k not in unused and v is not None}
-
-
-def _until_end(row: Int[np.ndarray, "L"], vocab: Vocabulary):
-  """Cuts a row at its first end-of-text or padding token."""
-  # A row without an end-of-text token may still be shorter: a template's.
-  ends = np.flatnonzero(vocab.is_end(row) | (row == vocab.pad))
-  return row[: ends[0]] if len(ends) else row

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mdm_jax.core.vocabulary import Vocabulary
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,3 +71,10 @@ def join(parts: Sequence[Samples]) -> Samples:
     for name in ARRAYS
   }
   return Samples(texts=[text for p in parts for text in p.texts], **arrays)
+
+
+def until_end(row: Int[np.ndarray, "L"], vocab: Vocabulary):
+  """Returns a row up to its first end-of-text or padding token."""
+  # A row without an end-of-text token may still be shorter: a template's.
+  ends = np.flatnonzero(vocab.is_end(row) | (row == vocab.pad))
+  return row[: ends[0]] if len(ends) else row
