@@ -1,4 +1,4 @@
-"""Turns a model of next tokens into a masked diffusion model.
+"""Turns a model of next tokens into a masked or block diffusion model.
 
   python -m mdm_jax.main --config=configs/from_causal.py
     --config.init_from=hf:FOLDER
@@ -23,6 +23,11 @@ DiffuLLaMA is Gong et al. 2024 (arXiv 2410.17891), Dream Ye et al. 2025 (arXiv
 2508.15487), dLLM the repository ZHZisZZ/dllm. All keep the loss of the
 likelihood bound, with weight 1/t; Dream reweighs its tokens.
 
+With `:blocks` it becomes a block diffusion model (docs/blocks.md), whose blocks
+grow from stage to stage, from 4 to 16 and 32 tokens, as in LLaDA2.0 (arXiv
+2512.15745). With `:blocks,shifted`, blocks of one token would be the
+causal model itself; Fast-dLLM v2 (arXiv 2509.26328) is shifted, SDAR is not.
+
 By default the rates are dLLM's, the text is small, and an update has 4 rows of
 128 tokens, so that a model of 135 million parameters can be converted on a CPU.
 
@@ -31,6 +36,8 @@ By default the rates are dLLM's, the text is small, and an update has 4 rows of
                         a text of your own in `data.corpus`; it was not trained
   from_causal.py:quick  any of them in 12 updates of short rows
 """
+
+import functools
 
 from mdm_jax import config as config_lib
 
@@ -45,17 +52,22 @@ def get_config(arg: str = ""):
   config.model.shift_outputs = "shifted" in words
   if "causal" in words:
     config.objective.name = "autoregressive"
+  elif "blocks" in words:
+    config.objective.update(name="block", block_length=32, weighting="nelbo")
+    config.sample.update(order="confidence", num_steps=16)
   else:
     config.objective.weighting = "nelbo"
     config.sample.update(order="random", num_steps=64)
-  config.stages = (
-    config_lib.stage(
-      name="convert",
-      unit="paragraphs",
-      length=128,
-      updates=24,
-    ),
+  stage = functools.partial(
+    config_lib.stage, unit="paragraphs", length=128, updates=24
   )
+  config.stages = (stage(name="convert"),)
+  if "blocks" in words:
+    grown = (4, 4), (16, 4), (32, 16)  # tokens per block, updates
+    config.stages = tuple(
+      stage(name=f"blocks of {size}", block_length=size, updates=updates)
+      for size, updates in grown
+    )
   if "gradual" in words:
     config.stages[0].opening = 0.1
   config.optimizer.update(
@@ -72,7 +84,7 @@ def get_config(arg: str = ""):
   if "full" in words:
     _as_published(config)
   return config_lib.apply_arg(
-    config, arg, "shifted", "gradual", "causal", "full"
+    config, arg, "shifted", "gradual", "causal", "blocks", "full"
   )
 
 
@@ -81,7 +93,9 @@ def _as_published(config):
   config.data.update(corpus="text:corpus/*.jsonl", batch_size=256)
   # Of so much text, a thousandth is enough to measure.
   config.data.update(eval_fraction=0.001, test_fraction=0.001)
-  config.stages[0].update(length=1024, updates=None, epochs=10.0)
+  for stage in config.stages:
+    stage.update(length=1024, updates=500)
+  config.stages[-1].update(updates=None, epochs=10.0)
   config.optimizer.update(accumulation=8, warmup_steps=1000, ema_decay=0.9999)
   config.train.update(log_every=20, checkpoint_every=500)
   config.eval.update(every=1000, rows=512, final_rows=None, masks_per_row=16)

@@ -119,6 +119,28 @@ def test_a_causal_model_becomes_a_masked_one(tmp_path):
   assert model.generate("the [MASK:3] th", num_steps=3).texts
 
 
+@pytest.mark.slow
+def test_a_causal_model_becomes_one_of_blocks_and_that_one_of_others(tmp_path):
+  env = commands.environment(tmp_path / "cache")
+  harness.save(tmp_path / "model", {})
+  config = f"--config={ROOT / 'configs' / 'from_causal.py'}:blocks,shifted"
+  short = [f"--config.stages[{i}].updates=2" for i in range(3)]
+  short += [f"--config.stages[{i}].length=48" for i in range(3)]
+  call = lambda *args: commands.call(
+    tmp_path, env, config, "--config.data.max_documents=12", *short, *args
+  )
+  done = call("--config.init_from=hf:model", "--workdir=run")
+  assert done.returncode == 0, done.stderr
+  assert "by block of 4" in done.stdout and "by block of 16" in done.stdout
+  last = "--config.stages[2].block_length=8"
+  done = call("--config.init_from=run", "--workdir=other", last)
+  assert done.returncode == 0, done.stderr
+  assert "evaluations and samples have blocks of 8" in done.stdout
+  model = mdm_jax.load(str(tmp_path / "other"))
+  assert model.config.model.shift_outputs
+  assert model.generate("the", num_steps=3).texts
+
+
 def test_other_sizes_are_refused_by_name(tmp_path, mesh):
   harness.save(tmp_path, {})
   config = imported_model.config_of(f"hf:{tmp_path}")

@@ -9,7 +9,9 @@ masked diffusion (Arriola et al. 2025, arXiv 2503.09573):
 where r ~ U(0, 1) is drawn for each block, n_b is the number of its tokens, and
 its masked tokens are predicted from its other tokens and the clean blocks
 before it. With S = 1 this is the exact likelihood of an autoregressive model;
-with a single block it is the bound of masked diffusion.
+with a single block it is the bound of masked diffusion. With shifted outputs
+and S = 1 it is next-token prediction: a causal model as it is. So blocks grow
+from such a model, stage by stage.
 
 Keys and values of clean blocks depend on clean blocks only. So clean text is
 read once, and the masked blocks attend to its keys and values.
@@ -26,7 +28,7 @@ from jaxtyping import Array, Float, Int, Key
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data.batches import Batch
 from mdm_jax.data.held_out import HeldOut
-from mdm_jax.model.context import Context, Visibility, row_context
+from mdm_jax.model.context import Context, Visibility, row_context, starts
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives import block_masks, corruption
 from mdm_jax.objectives.base import Cost, Decoding, Examples, Ratio
@@ -122,12 +124,30 @@ class Block(MaskedBound):
     )
     if self.passes == "two":
       clean = dataclasses.replace(clean, keep=True)
-      _, cache = model.hidden(params, x0, clean)
+      of_clean, cache = model.hidden(params, x0, clean)
       noisy = dataclasses.replace(noisy, cache=cache)
-      return model.hidden(params, part.tokens, noisy)
-    both = jnp.concatenate([part.tokens, x0], axis=1)
-    context = self._side_by_side(noisy)
-    return model.hidden(params, both, context)[:, : x0.shape[1]]
+      of_noisy = model.hidden(params, part.tokens, noisy)
+    else:
+      both = jnp.concatenate([part.tokens, x0], axis=1)
+      both = model.hidden(params, both, self._side_by_side(noisy))
+      of_noisy, of_clean = jnp.split(both, 2, axis=1)
+    if not model.config.shift_outputs:
+      return of_noisy
+    return self._first_from_clean(noisy.segments, of_noisy, of_clean)
+
+  def _first_from_clean(
+    self,
+    segments: Int[Array, "B L"],
+    of_noisy: Float[Array, "B L D"],
+    of_clean: Float[Array, "B L D"],
+  ) -> Float[Array, "B L D"]:
+    """Returns shifted outputs: a block's first token from the clean one before.
+
+    The masked block before it is not what a sampler has there. So blocks of one
+    token are next-token prediction. A text's first token has none before it.
+    """
+    first = block_masks.block_starts(segments, self.block) & ~starts(segments)
+    return jnp.where(first[..., None], of_clean, of_noisy)
 
   def _side_by_side(self, noisy: Context) -> Context:
     """Returns the context of masked blocks followed by the clean text."""
@@ -240,7 +260,8 @@ def build(
 
   Args:
     config: block length, passes, weighting and label smoothing.
-    stage: the range of mask rates, and the share of blocks that rehearse all.
+    stage: the range of mask rates, the share of blocks that rehearse all, and
+      perhaps a block length of its own.
     noise: the noise schedule, used if the stage has no range of mask rates.
     vocabulary: gives the mask id.
     plan: sizes of the stage.
@@ -249,14 +270,15 @@ def build(
     UserError: the vocabulary has no mask token.
   """
   rates = stage_rates(stage, noise)
+  block = stage.block_length or config.block_length
   return Block(
     rates=rates,
-    block=config.block_length,
+    block=block,
     passes=config.passes,
     weighting=config.weighting,
     label_smoothing=config.label_smoothing,
     mask=vocabulary.need("mask"),
     length=plan.length,
     most_segments=plan.most_segments,
-    capacity=block_masks.max_masked(rates, plan, config.block_length),
+    capacity=block_masks.max_masked(rates, plan, block),
   )

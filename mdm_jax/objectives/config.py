@@ -337,14 +337,43 @@ class BlockConfig(MaskedConfig):
     " values; one: both are read side by side, in rows of twice the length",
   )
 
+  def warnings(self, stages: Sequence["BlockStage"]) -> list[str]:
+    """Warns of a last stage that makes the model one of other blocks."""
+    found = super().warnings(stages)
+    last = stages[-1].block_length or self.block_length
+    if last != self.block_length:
+      found.append(
+        f"stages[{len(stages) - 1}].block_length={last} is not"
+        f" objective.block_length={self.block_length}: evaluations and samples"
+        f" have blocks of {last} tokens, as the last stage"
+      )
+    return found
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockStage(MaskedStage):
-  """How much of a block the stage masks."""
+  """How long the stage's blocks are, and how much of a block it masks."""
+
+  block_length: int | None = fixed(
+    None,
+    "tokens per block in this stage, to grow blocks from stage to stage (None:"
+    " objective.block_length)",
+    SIZE,
+  )
 
   def describe(self) -> str:
     """Returns the mask rates of the blocks, for tables."""
-    return f"{super().describe()} by block"
+    size = f" of {self.block_length}" if self.block_length else ""
+    return f"{super().describe()} by block{size}"
+
+  def check(self, path: str) -> None:
+    """Raises UserError at `opening`, besides what the base class refuses."""
+    super().check(path)
+    if self.opening:
+      raise UserError(
+        f"{path}.opening={self.opening} has no effect on block diffusion, whose"
+        f" blocks grow by {path}.block_length; set {path}.opening=0.0"
+      )
 
 
 OBJECTIVES.register(
@@ -360,8 +389,7 @@ OBJECTIVES.register(
       ),
       "train/mask_rate": Chart("Mask rate", "mean over blocks", low=0),
     },
-    # A row has a rate for each of its blocks, and a block's first token would
-    # be predicted from the masked block before it.
-    unused=("model.time_conditioning", "model.shift_outputs"),
+    # A row has a rate for each of its blocks.
+    unused=("model.time_conditioning",),
   ),
 )

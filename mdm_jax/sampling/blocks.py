@@ -20,14 +20,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.model.context import Context, KVCache, row_context
+from mdm_jax.model.context import KVCache, row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives.base import Decoding
 from mdm_jax.sampling import sampler
+from mdm_jax.sampling.block_reader import Reader, put, window
 from mdm_jax.sampling.call import Canvas, padded
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import GPU_OPTIONS, Sampler, State, Steps, Watch
@@ -236,8 +237,9 @@ class _Loop:
     s = dataclasses.replace(steps.start(), **counted)
     # The first block has none before it: with it the second one is read.
     before = jnp.maximum(start - self.size, 0)
-    first = _Reader(self, row, start, before)
-    s, cache = _step(steps, first, jnp.int32(0), s)
+    reader = self._reader(row, start, before)
+    s = dataclasses.replace(steps, denoiser=reader).step(jnp.int32(0), s)
+    cache, first = reader.cache, reader.first
     path, known = self._shown(row, start, jnp.int32(0), s, row.path, row.known)
 
     def more(carry):
@@ -246,22 +248,35 @@ class _Loop:
 
     def step(carry):
       i, s, cache, path, known = carry
-      now = dataclasses.replace(row, cache=cache)
-      s, cache = _step(steps, _Reader(self, now, start), i, s)
+      reader = self._reader(row, start, cache=cache, first=first)
+      s = dataclasses.replace(steps, denoiser=reader).step(i, s)
       path, known = self._shown(row, start, i, s, path, known)
-      return i + 1, s, cache, path, known
+      return i + 1, s, reader.cache, path, known
 
     carry = jnp.int32(1), s, cache, path, known
     if self.steps > 1:
       carry = jax.lax.while_loop(more, step, carry)
     return self._after(row, start, *carry[1:])
 
+  def _reader(
+    self, row: _Row, start: Int[Array, ""], before=None, **more: Any
+  ) -> Reader:
+    given = {
+      "x": row.x,
+      "end": row.end,
+      # Rows that wait keep what the first call wrote.
+      "writing": self.first < start + self.size,
+      "cache": row.cache,
+    }
+    place = {"start": start, "before": before}
+    return Reader(self.model, self.decoding, **given | place | more)
+
   def _within(self, row: _Row, start: Int[Array, ""]) -> Steps:
     """Returns the steps of a block, which know nothing of the others."""
     ends = jnp.clip(row.end - start, 0, self.size)
     canvas = Canvas(
-      _window(row.x, start, self.size),
-      _window(self.canvas.free, start, self.size),
+      window(row.x, start, self.size),
+      window(self.canvas.free, start, self.size),
       ends,
     )
     # Of each block its own: no two draws of a row may share a key.
@@ -280,7 +295,7 @@ class _Loop:
     end = jnp.where(drawn_end, places, row.x.shape[1]).min(axis=1)
     end = jnp.minimum(row.end, end)
     behind = jnp.arange(row.x.shape[1])[None] >= end[:, None]
-    return jnp.where(behind, self.vocab.pad, _put(row.x, s.x, start)), end
+    return jnp.where(behind, self.vocab.pad, put(row.x, s.x, start)), end
 
   def _shown(self, row, start, i, s: State, path, known):
     """Writes the ids after a step to the path, and shows them."""
@@ -303,9 +318,9 @@ class _Loop:
       cache=cache,
       path=path,
       known=known,
-      step=_put(row.step, step, start),
-      confidence=_put(row.confidence, s.confidence, start),
-      entropy=_put(row.entropy, s.entropy, start),
+      step=put(row.step, step, start),
+      confidence=put(row.confidence, s.confidence, start),
+      entropy=put(row.entropy, s.entropy, start),
       calls=s.calls,
       put_back=s.put_back,
     )
@@ -323,78 +338,3 @@ class _Loop:
 
     path = row.path[source]
     return jax.vmap(of_row, in_axes=(1, 0), out_axes=1)(path, waited)
-
-
-@dataclasses.dataclass
-class _Reader:
-  """Calls the model for one block, with the keys and values of those before.
-
-  To a step it looks like a model of rows of one block (`call.Predictor`).
-
-  Attributes:
-    loop: the arguments of the sampler's call.
-    row: the state before the block.
-    start: the block's first position.
-    before: first position of the block to read again, clean; None for none.
-    cache: keys and values after the call.
-  """
-
-  loop: _Loop
-  row: _Row
-  start: Int[Array, ""]
-  before: Int[Array, ""] | None = None
-  cache: KVCache | None = None
-
-  def hidden(
-    self, params: Any, tokens: Int[Array, "B S"], context: Context
-  ) -> Float[Array, "B S D"]:
-    """Returns the block's hidden states; keeps the cache."""
-    size, at, segments = self.loop.size, self.start, context.segments
-    if self.before is not None:
-      at = self.before
-      whole = _put(self.row.x, tokens, self.start)
-      tokens = _window(whole, at, 2 * size)
-      places = at + jnp.arange(2 * size)[None]
-      segments = (places < self.row.end[:, None]).astype(jnp.int32)
-    positions = 0 * segments + at + jnp.arange(segments.shape[1])[None]
-    # Rows that wait keep what the first call wrote.
-    writing = self.loop.first < self.start + size
-    now = Context(
-      segments,
-      positions,
-      self.loop.decoding.visibility,
-      cache=dataclasses.replace(self.row.cache, at=(at, writing)),
-      keep=True,
-      most_segments=1,
-    )
-    hidden, cache = self.loop.model.hidden(params, tokens, now)
-    # The loop's carry must keep its type: `at` and `side` as they were.
-    self.cache = KVCache(cache.keys, cache.values, self.row.cache.side)
-    if self.before is None:
-      return hidden
-    return _window(hidden, self.start - at, size)
-
-  def logits(
-    self, params: Any, hidden: Float[Array, "N D"]
-  ) -> Float[Array, "N V"]:
-    """Returns the model's logits."""
-    return self.loop.model.logits(params, hidden)
-
-
-def _step(
-  steps: Steps, reader: _Reader, i: Int[Array, ""], s: State
-) -> tuple[State, KVCache]:
-  s = dataclasses.replace(steps, denoiser=reader).step(i, s)
-  return s, reader.cache
-
-
-def _window(values: Array, start: Int[Array, ""], size: int) -> Array:
-  """Returns `size` positions of each row."""
-  part = jax.lax.dynamic_slice_in_dim(values, start, size, axis=1)
-  # Newer JAX versions lose the sharding of a one-row batch in this slice.
-  return jax.reshard(part, jax.typeof(values).sharding)
-
-
-def _put(values: Array, part: Array, start: Int[Array, ""]) -> Array:
-  """Returns the rows with some positions replaced."""
-  return jax.lax.dynamic_update_slice_in_dim(values, part, start, axis=1)

@@ -21,7 +21,7 @@ from mdm_jax.data.rows import Rows
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.evaluation.evaluator import Evaluator
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.context import Visibility, row_context
+from mdm_jax.model.context import CAUSAL, Visibility, row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives import block_masks, masked
 from mdm_jax.objectives.block import build
@@ -261,12 +261,13 @@ def test_the_bound_is_that_of_all_orders_and_above_the_likelihood(tables):
 # MARK: what is seen
 
 
+@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("passes", ["two", "one"])
-def test_a_block_sees_clean_blocks_before_it_and_itself(mesh, passes):
+def test_a_block_sees_clean_blocks_before_it_and_itself(mesh, passes, shift):
   """By gradients: of each position's cost, to each token's embedding."""
   # Every token is another, so that an embedding's gradient tells the position.
   vocab = Vocabulary(12, mask=10, pad=11, forbidden=((10, 12),))
-  model, params = make_model(vocab, tie_embeddings=False)
+  model, params = make_model(vocab, tie_embeddings=False, shift_outputs=shift)
   plan = dataclasses.replace(PLAN, length=8, most_asked=8)
   objective = make(2, plan, vocab, passes=passes)
   segments = np.array([[1, 1, 1, 1, 1, 2, 2, 0]], np.int32)
@@ -290,9 +291,40 @@ def test_a_block_sees_clean_blocks_before_it_and_itself(mesh, passes):
   want = np.zeros((8, 8), bool)
   for i, j in itertools.product(range(7), repeat=2):
     same = segments[0, i] == segments[0, j] and asked[i]
-    before = block[j] < block[i]
-    want[i, j] = same and (before or (block[i] == block[j] and not asked[j]))
+    before, own = block[j] < block[i], block[j] == block[i] and not asked[j]
+    # Shifted, a block's first token is read off the clean block before it.
+    if shift and i in (2, 4):
+      own = False
+    want[i, j] = same and (before or own)
   np.testing.assert_array_equal(reads[:, :7], want[:, :7])
+
+
+@pytest.mark.parametrize("passes", ["two", "one"])
+def test_blocks_of_one_token_begin_as_the_causal_model(mesh, passes):
+  """With shifted outputs: its likelihood, but for a text's first token."""
+  model, params = make_model(VOCAB)
+  batch = make_batch(mesh)
+  batch = jax.tree.map(lambda x: x[0], batch)
+  causal = row_context(batch.segments, visibility=CAUSAL)
+  hidden = model.hidden(params, batch.tokens, causal)
+  logits = model.logits(params, hidden.reshape(-1, hidden.shape[-1]))
+  log_p = jax.nn.log_softmax(logits).reshape(*batch.tokens.shape, -1)
+  want = np.take_along_axis(
+    np.asarray(log_p)[:, :-1], np.asarray(batch.tokens)[:, 1:, None], axis=2
+  )[..., 0]
+  sizes = dataclasses.replace(model.config, shift_outputs=True)
+  objective = make(1, passes=passes)
+  rows, length = batch.tokens.shape
+  keys = jax.random.split(jax.random.key(0), rows)
+  posed = objective.pose(
+    batch, keys, {"rate": jnp.ones((rows, length))}, rows * length
+  )
+  shifted = dataclasses.replace(model, config=sizes)
+  nats = np.asarray(objective.nats(shifted, params, posed))
+  segments = np.asarray(batch.segments)
+  later = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+  assert later.sum() > rows
+  np.testing.assert_allclose(nats[:, 1:][later], -want[later], 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("any_mesh", ["1x1", "4x2"], indirect=True)
@@ -322,7 +354,7 @@ def test_one_pass_and_two_give_the_same_update(any_mesh):
   "fields, words",
   [
     ({"model": {"time_conditioning": True}}, "model.time_conditioning=True"),
-    ({"model": {"shift_outputs": True}}, "model.shift_outputs=True"),
+    ({"stages": [{"opening": 0.1}]}, "blocks grow by stages.0..block_length"),
     ({"objective": {"block_length": 0}}, "objective.block_length=0"),
     ({"objective": {"weighting": "nelbo"}}, "never draws the other rates"),
     ({"objective": {"alpha": 0.5}}, "belongs to objective.name=joint"),
@@ -334,3 +366,14 @@ def test_settings_that_it_cannot_follow_are_refused(fields, words):
   with pytest.raises(UserError, match=words) as found:
     config_lib.from_dict(fields | {"objective": objective})
   assert "\n" not in str(found.value)
+
+
+def test_blocks_grow_from_stage_to_stage():
+  stages = BlockStage(block_length=2), BlockStage()
+  sizes = [make(8, stage=stage).decoding().block for stage in stages]
+  assert sizes == [2, 8]
+  assert stages[0].describe() == "mask 0-1 by block of 2"
+  config = BlockConfig(name="block", block_length=8)
+  assert not config.warnings(stages)
+  (said,) = config.warnings(stages[::-1])
+  assert "stages[1].block_length=2 is not objective.block_length=8" in said

@@ -21,6 +21,7 @@ from mdm_jax.model.context import Context, Visibility, row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives.base import Decoding
 from mdm_jax.sampling import blocks, sampler, schedule, tokens
+from mdm_jax.sampling.block_reader import Reader, put, window
 from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.template import PromptError
 
@@ -65,17 +66,17 @@ def place(x):
 
 
 @functools.cache
-def _sampler(config, block, way):
+def _sampler(config, block, way, model=MODEL):
   """A sampler: with the cache, or one that reads whole rows in each step."""
   del way
-  return blocks.make_sampler(config, MODEL, LETTERS, decoding(block))
+  return blocks.make_sampler(config, model, LETTERS, decoding(block))
 
 
-def draw(given, config, block=4, seed=0, rows=None, way="cached", sample=None):
+def draw(given, config, block=4, seed=0, rows=None, way=(), sample=None):
   rows = np.arange(len(given.tokens)) if rows is None else rows
   keys = rng.per_row(rng.stream(seed, "sample"), jnp.asarray(rows))
   pace = schedule.pace(config, given.tokens.shape[1])
-  sample = sample or _sampler(config, block, way)
+  sample = sample or _sampler(config, block, *(way or ["cached"]))
   drawn = sample(
     params(),
     jax.tree.map(place, given),
@@ -118,37 +119,40 @@ def test_a_cached_draw_has_the_probability_of_an_uncached_call(mesh):
 
 
 def whole_rows(self, params, x, context):
-  """What `_Reader.hidden` returns, by a call over the whole row."""
-  self.cache = self.row.cache
-  row = blocks._put(self.row.x, x, self.start)
-  inside = jnp.arange(row.shape[1])[None] < self.row.end[:, None]
-  segments = blocks._put(inside.astype(jnp.int32), context.segments, self.start)
+  """What `Reader.hidden` returns, by a call over the whole row."""
+  row = put(self.x, x, self.start)
+  inside = jnp.arange(row.shape[1])[None] < self.end[:, None]
+  segments = put(inside.astype(jnp.int32), context.segments, self.start)
   # Not from 0 again behind an end, where later blocks are.
   positions = 0 * row + jnp.arange(row.shape[1])[None]
-  now = Context(segments, positions, self.loop.decoding.visibility)
-  hidden = MODEL.hidden(params, row, now)
-  return blocks._window(hidden, self.start, x.shape[1])
+  now = Context(segments, positions, self.decoding.visibility)
+  hidden = self.model.hidden(params, row, now)
+  return window(hidden, self.start, x.shape[1])
 
 
 @pytest.mark.parametrize(
-  "block, fields",
+  "block, fields, shift",
   [
-    (4, {"order": "confidence"}),
-    (4, {"order": "random", "remasking": "cap", "remasking_rate": 0.5}),
-    (4, {"order": "spread", "threshold": 0.3, "top_k": 3}),
-    (4, {"order": "entropy", "entropy_bound": 0.5, "block_length": 2}),
-    (1, {"order": "left_to_right"}),
+    (4, {"order": "confidence"}, False),
+    (4, {"order": "confidence"}, True),
+    (4, {"order": "random", "remasking": "cap", "remasking_rate": 0.5}, False),
+    (4, {"order": "spread", "threshold": 0.3, "top_k": 3}, False),
+    (4, {"order": "entropy", "entropy_bound": 0.5, "block_length": 2}, False),
+    (1, {"order": "left_to_right"}, False),
   ],
   ids=str,
 )
-def test_texts_are_those_of_calls_without_a_cache(mesh, block, fields):
+def test_texts_are_those_of_calls_without_a_cache(mesh, block, fields, shift):
   """To the token; with blocks of one token, those of causal attention."""
   config = settings(**fields)
   if fields.get("remasking"):
     config = dataclasses.replace(config, num_steps=5)
-  cached = draw(MIXED, config, block)
-  with mock.patch.object(blocks._Reader, "hidden", whole_rows):
-    whole = draw(MIXED, config, block, way="whole")
+  sizes = dataclasses.replace(MODEL.config, shift_outputs=shift)
+  model = dataclasses.replace(MODEL, config=sizes)
+  seed = 2 * shift  # some rows end early
+  cached = draw(MIXED, config, block, seed, way=("cached", model))
+  with mock.patch.object(Reader, "hidden", whole_rows):
+    whole = draw(MIXED, config, block, seed, way=("whole", model))
   for name in ("path", "step", "calls", "put_back"):
     np.testing.assert_array_equal(getattr(cached, name), getattr(whole, name))
   np.testing.assert_allclose(cached.confidence, whole.confidence, rtol=1e-4)
