@@ -21,7 +21,12 @@ from mdm_jax.huggingface.sizes import FREE, differences
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.model.placement import check_vocabulary, mesh_for_use
-from mdm_jax.objectives.config import AutoregressiveConfig, MaskedConfig
+from mdm_jax.objectives.config import (
+  AutoregressiveConfig,
+  BlockConfig,
+  MaskedConfig,
+  ObjectiveConfig,
+)
 from mdm_jax.trained_model import TrainedModel
 
 _LONGEST = 1024  # tokens per row, where the model would allow more
@@ -76,8 +81,9 @@ def imported_params(
 def config_of(source: str) -> Config:
   """Returns a config for using a folder's model as it was trained.
 
-  A causal model gets the autoregressive objective, any other the masked one;
-  rows are as long as the model allows, up to 1,024 tokens.
+  A causal model gets the autoregressive objective, one of blocks that of block
+  diffusion with these blocks, any other the masked one; rows are as long as the
+  model allows, up to 1,024 tokens.
 
   Raises:
     UserError: the folder holds no model of a known family.
@@ -109,11 +115,17 @@ def _config_of(folder: Folder, source: str) -> Config:
     name=folder.path.name or "imported",
     init_from=source,
     model=found.model,
-    objective=AutoregressiveConfig(name="autoregressive")
-    if found.causal
-    else MaskedConfig(),
+    objective=_objective(found),
     stages=(StageConfig(length=min(found.context or _LONGEST, _LONGEST)),),
   )
+
+
+def _objective(found: Architecture) -> ObjectiveConfig:
+  if found.block:
+    return BlockConfig(name="block", block_length=found.block)
+  if found.causal:
+    return AutoregressiveConfig(name="autoregressive")
+  return MaskedConfig()
 
 
 def _architecture(folder: Folder) -> Architecture:

@@ -177,9 +177,10 @@ def _vocabulary(
   ends = _ids(folder, tokens, "eos")
   begin = next(iter(_ids(folder, tokens, "bos")), None)
   mask = next(iter(_ids(folder, tokens, "mask")), None)
-  family = folder.config.get("model_type")
-  if mask is None and family in FAMILIES and FAMILIES[family].ends_with_mask:
-    mask = rows - 1
+  kind = folder.config.get("model_type")
+  if mask is None and kind in FAMILIES:
+    family = FAMILIES[kind]
+    mask = rows - 1 if family.ends_with_mask else family.mask
   # A padding id that also ends texts must stay predictable.
   others = {*ends, begin, mask}
   pads = [i for i in _ids(folder, tokens, "pad") if i not in others]

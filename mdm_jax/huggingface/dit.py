@@ -1,9 +1,9 @@
 """MDLM's DiT (Sahoo et al. 2024, arXiv 2406.07524), without its conditioning.
 
-The published models modulate every block by the noise level, which is always
-set to 0. So shift, scale and gate are constants, which `folded` multiplies into
-the weights beside them. What is left is a plain transformer (`model.block`
-"gelu").
+BD3-LM (Arriola et al. 2025, arXiv 2503.09573) has the same. Published models
+modulate every block by the noise level, which is always set to 0, or not at
+all. So shift, scale and gate are constants, which `folded` multiplies into the
+weights beside them. What is left is a plain transformer (`model.block` "gelu").
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ from mdm_jax.core.errors import UserError
 _FEATURES = 256  # of the noise level: cosines, then sines
 _TIME = "backbone.sigma_map.mlp"
 _HEADS = "query", "key", "value"
+_LIMITS = "sampling_eps_min", "sampling_eps_max"
+_UNCHANGED = 0.0, 0.0, 1.0  # shift, scale, gate
 # What a gate multiplies the rows of, and which part of the modulation it is.
 _GATED = {"attn_out.weight": 2, "mlp.2.weight": 5, "mlp.2.bias": 5}
 
@@ -53,14 +55,16 @@ def folded(tensors: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     UserError: one is missing that the others are folded with.
   """
-  left = dict(tensors)
+  # BD3-LM's models have the limits of its mask rates among the weights.
+  left = {n: x for n, x in tensors.items() if not n.endswith(_LIMITS)}
 
   def take(name: str) -> np.ndarray:
     if name not in left:
       raise UserError(f"{name} is missing from the weights")
     return np.asarray(left.pop(name)).astype(np.float32)
 
-  condition = _condition(take)
+  modulated = any("adaLN_modulation" in name for name in left)
+  condition = _condition(take) if modulated else None
   blocks = {n.split(".")[2] for n in left if n.startswith("backbone.blocks.")}
   for i in blocks:
     _fold_block(left, take, f"backbone.blocks.{i}", condition)
@@ -84,13 +88,15 @@ def _silu(x: np.ndarray) -> np.ndarray:
   return x / (1 + np.exp(-x))
 
 
-def _modulation(take, at: str, condition: np.ndarray, parts: int):
+def _modulation(take, at: str, condition: np.ndarray | None, parts: int):
+  if condition is None:  # BD3-LM's `adaln` is off
+    return [np.float32(x) for x in (2 * _UNCHANGED)[:parts]]
   weight = take(f"{at}.adaLN_modulation.weight")
   bias = take(f"{at}.adaLN_modulation.bias")
   return np.split(weight @ condition + bias, parts)
 
 
-def _fold_block(left, take, at: str, condition: np.ndarray) -> None:
+def _fold_block(left, take, at: str, condition: np.ndarray | None) -> None:
   """Folds a block's shifts, scales and gates, and splits its q, k and v."""
   # Shift, scale and gate of attention, then of the MLP.
   parts = _modulation(take, at, condition, 6)
@@ -105,5 +111,6 @@ def _fold_block(left, take, at: str, condition: np.ndarray) -> None:
 
 
 def _fold_norm(left, take, norm: str, shift, scale) -> None:
-  left[f"{norm}.weight"] = take(f"{norm}.weight") * (1 + scale)
-  left[f"{norm}.bias"] = shift
+  weight = take(f"{norm}.weight")
+  left[f"{norm}.weight"] = weight * (1 + scale)
+  left[f"{norm}.bias"] = np.broadcast_to(shift, weight.shape)

@@ -150,3 +150,28 @@ def test_a_tensor_that_is_missing_is_named(mesh):
   del tensors["backbone.blocks.0.mlp.0.bias"]
   with pytest.raises(UserError, match="mlp.0.bias is missing from"):
     read(tensors)
+
+
+def test_a_bd3lm_without_modulation_is_the_same_with_none(mesh):
+  """And is read with one; its limits of mask rates are left out."""
+  bd3lm = CONFIG | {"model_type": "bd3lm", "block_size": 4}
+  found = architecture(bd3lm, "config.json")
+  assert found.block == 4 and found.model == architecture(CONFIG, "").model
+  limits = {"sampling_eps_min": np.float32(0), "sampling_eps_max": np.ones(1)}
+  tensors = weights()
+  plain = {
+    name: tensor
+    for name, tensor in tensors.items()
+    if "adaLN" not in name and "sigma_map" not in name
+  }
+  for name in set(tensors) - set(plain):
+    tensors[name] *= 0
+  for i in range(2):  # gates of 1
+    bias = tensors[f"backbone.blocks.{i}.adaLN_modulation.bias"]
+    bias.reshape(6, D)[[2, 5]] = 1
+  modulated, without = (
+    jax.device_get(read(one | limits)) for one in (tensors, plain)
+  )
+  jax.tree.map(np.testing.assert_array_equal, modulated, without)
+  with pytest.raises(UserError, match="config.json has no block_size"):
+    architecture(bd3lm | {"block_size": None}, "config.json")

@@ -49,6 +49,23 @@ def test_llada_8b_has_the_published_sizes():
   assert (found.rows, found.context, found.causal) == (126464, 4096, False)
 
 
+@pytest.mark.parametrize(
+  "kind, keys, block, shift",
+  [
+    ("Fast_dLLM_Qwen", {}, 32, True),
+    ("Fast_dLLM_Qwen", {"bd_size": 8}, 8, True),
+    ("sdar", {}, 4, False),
+    ("sdar", {"block_size": 16, "head_dim": 128}, 16, False),
+  ],
+)
+def test_models_of_blocks_say_how_long_they_are(kind, keys, block, shift):
+  found = architecture(harness.CONFIG | {"model_type": kind} | keys, "x")
+  assert (found.block, found.causal) == (block, False)
+  assert found.model.shift_outputs == shift
+  assert (found.model.qkv_bias, found.model.qk_norm) == (shift, not shift)
+  assert architecture(harness.CONFIG, "x").block is None
+
+
 def _scaling(**keys):
   return architecture(harness.CONFIG | keys, "config.json").model.rope_scaling
 
