@@ -35,6 +35,7 @@ from mdm_jax.data.config import (
 )
 from mdm_jax.evaluation.config import EvalConfig
 from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.lora import LoraConfig
 from mdm_jax.objectives.config import (
   OBJECTIVES,
   MaskedConfig,
@@ -87,9 +88,19 @@ class Config:
     object.__setattr__(self, "stages", stages)
     fields.check(self)
 
+  def without_lora(self) -> "Config":
+    """Returns the config of the same model with LoRA merged into it."""
+    model = dataclasses.replace(self.model, lora=LoraConfig())
+    return dataclasses.replace(self, model=model)
+
   def check(self, path: str) -> None:
     """Raises UserError if sections contradict each other."""
     del path  # this is the top
+    if self.model.lora.rank and not self.init_from:
+      raise UserError(
+        f"model.lora.rank={self.model.lora.rank} needs init_from, the model"
+        " that LoRA adds to; nearest valid: model.lora.rank=0"
+      )
     if self.init_from and self.tokenizer.path:
       raise UserError(
         f"tokenizer.path={self.tokenizer.path!r} and init_from="

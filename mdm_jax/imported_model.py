@@ -11,15 +11,13 @@ import dataclasses
 import jax
 
 from mdm_jax.config import Config
-from mdm_jax.core.errors import UserError
 from mdm_jax.data import huggingface_tokenizer
 from mdm_jax.data.config import StageConfig
-from mdm_jax.huggingface.families import Architecture, architecture
+from mdm_jax.huggingface.families import Architecture
 from mdm_jax.huggingface.folder import Folder, open_folder
-from mdm_jax.huggingface.parameters import read_params
-from mdm_jax.huggingface.sizes import FREE, differences
+from mdm_jax.huggingface.sizes import FREE
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.model.placement import check_vocabulary, mesh_for_use
 from mdm_jax.objectives.config import (
   AutoregressiveConfig,
@@ -28,6 +26,7 @@ from mdm_jax.objectives.config import (
   ObjectiveConfig,
 )
 from mdm_jax.trained_model import TrainedModel
+from mdm_jax.weights import architecture_of, imported_params
 
 _LONGEST = 1024  # tokens per row, where the model would allow more
 
@@ -54,30 +53,6 @@ def load_imported(source: str, config: Config | None = None) -> TrainedModel:
   return TrainedModel(config, tokenizer, denoiser, mesh, params, step=0)
 
 
-def imported_params(
-  source: str, denoiser: Denoiser, fresh: tuple[int, ...]
-) -> Params:
-  """Returns a folder's weights as float32 parameters on the current mesh.
-
-  Args:
-    source: hf:FOLDER.
-    denoiser: the model to read them for.
-    fresh: ids that the weights were not trained with.
-
-  Raises:
-    UserError: the model has other sizes, or the folder is damaged.
-  """
-  folder = open_folder(source)
-  found = _architecture(folder)
-  if differs := _difference(denoiser.config, found.model):
-    name, ours, theirs = differs
-    raise UserError(
-      f"model.{name}={ours!r}, but {source} has {theirs!r}; set"
-      f" model.{name}={theirs!r}"
-    )
-  return read_params(folder.tensors(), found, denoiser, fresh)
-
-
 def config_of(source: str) -> Config:
   """Returns a config for using a folder's model as it was trained.
 
@@ -97,7 +72,7 @@ def model_of(source: str) -> ModelConfig:
   Raises:
     UserError: the folder holds no model of a known family.
   """
-  return _architecture(open_folder(source)).model
+  return architecture_of(open_folder(source)).model
 
 
 def with_sizes(settings: ModelConfig, sizes: ModelConfig) -> ModelConfig:
@@ -110,7 +85,7 @@ def with_sizes(settings: ModelConfig, sizes: ModelConfig) -> ModelConfig:
 
 
 def _config_of(folder: Folder, source: str) -> Config:
-  found = _architecture(folder)
+  found = architecture_of(folder)
   return Config(
     name=folder.path.name or "imported",
     init_from=source,
@@ -126,16 +101,3 @@ def _objective(found: Architecture) -> ObjectiveConfig:
   if found.causal:
     return AutoregressiveConfig(name="autoregressive")
   return MaskedConfig()
-
-
-def _architecture(folder: Folder) -> Architecture:
-  return architecture(folder.config, str(folder.path / "config.json"))
-
-
-def _difference(ours: ModelConfig, theirs: ModelConfig):
-  """Returns (field, ours, theirs) of the first size that differs, or None."""
-  for name, a, b in differences(ours, theirs):
-    # Outputs of any model may be shifted: see `with_sizes`.
-    if (name, b) != ("shift_outputs", False):
-      return name, a, b
-  return None

@@ -24,12 +24,11 @@ from mdm_jax.core import determinism, distributed
 from mdm_jax.core.progress import ProgressLine, console
 from mdm_jax.data.prepared import PreparedData, prepare_on_all
 from mdm_jax.huggingface import folder as folders
-from mdm_jax.imported_model import imported_params
+from mdm_jax.model.denoiser import Params
 from mdm_jax.model.placement import training_mesh
 from mdm_jax.resume import Origin, find_origin
 from mdm_jax.runtime.goodput import Cause
 from mdm_jax.runtime.session import PEER_SECONDS, Session
-from mdm_jax.trained_model import averaged_params
 from mdm_jax.training.hooks import Hook, Hooks
 from mdm_jax.training.platform_status import PlatformStatus
 from mdm_jax.training.run_log import RunLog
@@ -40,6 +39,12 @@ from mdm_jax.training.supervision import Supervision
 from mdm_jax.training.trainer import Trainer
 from mdm_jax.training.writers import Writers
 from mdm_jax.validation import WRITTEN, Validation, is_evaluated_at
+from mdm_jax.weights import (
+  averaged_params,
+  check_base,
+  start_params,
+  write_base,
+)
 from mdm_jax.workdir import Workdir
 
 
@@ -130,7 +135,7 @@ class Run:
     # Built now, though most of it is used later: a judge that can't be loaded,
     # or a sample length with no room, fails before the training.
     self._measures = evaluate_lib.Measures(
-      *(config, trainer.data, trainer.denoiser, trainer.mesh, session.check)
+      *(config, trainer.data, trainer.plain, trainer.mesh, session.check)
     )
 
   @property
@@ -163,6 +168,10 @@ class Run:
     update = self.origin.update
     if update is not None:
       self._checkpoints.check(update, self.trainer.abstract())
+    if self.trainer.has_base:
+      # Before the trial updates: there may be no memory for two of it.
+      with self._spend(Cause.RESTORE):
+        self._read_base()
     preview.show(self._config, self._data)
     with self._spend(Cause.COMPILE):
       plan_lib.show_plan(self._config, self.trainer, self.origin.done)
@@ -182,21 +191,31 @@ class Run:
     return self._checkpoints.restore(update, self.trainer.abstract())
 
   def _init(self) -> TrainState:
-    source = self._config.init_from
-    if not source:
+    if self.trainer.has_base or not self._config.init_from:
       return self.trainer.init()
-    if folders.is_named(source):
-      fresh = self._data.tokenizer.fresh
-      params = imported_params(source, self.trainer.denoiser, fresh)
-      console.print(f"starting from the weights of {source}")
-      return self.trainer.init_from(params)
-    # Its averaged parameters: those that it was evaluated with.
-    with Checkpoints(source) as finished:
-      step, params = averaged_params(finished, self.trainer.denoiser)
-    console.print(f"starting from the parameters of {source}, update {step}")
+    what, params = self._start_params()
+    console.print(f"starting from {what}")
     return self.trainer.init_from(params)
 
+  def _start_params(self) -> tuple[str, Params]:
+    source = self._config.init_from
+    return start_params(source, self.trainer.plain, self._data.tokenizer)
+
+  def _read_base(self) -> None:
+    """Reads the parameters that LoRA adds to.
+
+    Raises:
+      UserError: they are not those that the run was started with.
+    """
+    what, base = self._start_params()
+    if self.origin.update is not None:
+      check_base(self._workdir, base, self._config.init_from)
+    console.print(f"LoRA adds to {what}, which stay as they are")
+    self.trainer.base = base
+
   def _write_run_files(self) -> None:
+    if self.trainer.has_base and self.origin.update is None:
+      write_base(self._workdir, self.trainer.base, self._config.init_from)
     tokenizer = self._data.tokenizer
     self._workdir.write_config(self._config, tokenizer.sha256)
     self._workdir.write("data.json", self._data.manifest)
@@ -233,7 +252,7 @@ class Run:
           ),
           saving,
           Validation(
-            *(self._measures, self._checkpoints, log),
+            *(self._measures, trainer.whole, self._checkpoints, log),
             *(self.updates, self._config.eval.every),
           ),
           *hooks,
@@ -274,6 +293,7 @@ class Run:
     """Evaluates the best checkpoint; writes and returns the results."""
     with self._spend(Cause.EVAL):
       step, params = averaged_params(self._checkpoints, self.trainer.denoiser)
+      params = self.trainer.whole(params)
       return evaluate_lib.evaluate_params(
         self._workdir, self._measures, self._checkpoints, step, params
       )

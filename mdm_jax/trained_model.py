@@ -18,6 +18,7 @@ from mdm_jax.config import Config
 from mdm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.model.placement import mesh_for_use
+from mdm_jax.weights import run_params
 from mdm_jax.workdir import Workdir
 
 
@@ -63,6 +64,8 @@ def load_model(
   """
   if config is None:
     config = workdir.read_config()
+  # LoRA is merged into the parameters.
+  config = config.without_lora()
   tokenizer = load_tokenizer(workdir.path)
   workdir.check_tokenizer(tokenizer.sha256)
   vocab = tokenizer.vocab
@@ -73,33 +76,7 @@ def load_model(
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     if checkpoints is None:
       checkpoints = stack.enter_context(Checkpoints(workdir.path))
-    step, params = averaged_params(checkpoints, denoiser, step)
+    step, params = run_params(
+      *(workdir, denoiser, tokenizer, step, checkpoints), config.init_from
+    )
   return TrainedModel(config, tokenizer, denoiser, mesh, params, step)
-
-
-def averaged_params(
-  checkpoints: Checkpoints, denoiser: Denoiser, step: int | None = None
-) -> tuple[int, Params]:
-  """Reads averaged parameters (EMA) onto the current mesh.
-
-  Args:
-    checkpoints: the run's checkpoints.
-    denoiser: the model that the parameters belong to.
-    step: update of the checkpoint (None: the best checkpoint).
-
-  Returns:
-    The update of the checkpoint, and its averaged parameters.
-
-  Raises:
-    UserError: there is no such checkpoint, or its model is another.
-    StorageError: what was saved is damaged.
-  """
-  # A partial restore: the raw parameters and the optimizer's state are not
-  # read.
-  like = {"ema_params": jax.eval_shape(denoiser.init, jax.random.key(0))}
-  if step is None:
-    step, found = checkpoints.restore_best_part(like)
-  else:
-    checkpoints.check_has(step)
-    found = checkpoints.restore(step, like, partial=True)
-  return step, found["ema_params"]

@@ -1,9 +1,12 @@
 """Evaluates the state during the training, as a hook of the loop."""
 
+from collections.abc import Callable
+
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.progress import duration
 from mdm_jax.evaluate import Measures
 from mdm_jax.evaluation import tables
+from mdm_jax.model.denoiser import Params
 from mdm_jax.objectives.measured import evaluation
 from mdm_jax.training.hooks import Hook
 from mdm_jax.training.run_log import RunLog
@@ -33,20 +36,23 @@ class Validation(Hook):
   def __init__(
     self,
     measures: Measures,
+    whole: Callable[[Params], Params],
     checkpoints: Checkpoints,
     log: RunLog,
     updates: int,
     every: int,
   ):
     self._measures, self._checkpoints, self._log = measures, checkpoints, log
+    self._whole = whole
     self._updates, self._every = updates, every
 
   def wants_state(self, done: int) -> bool:
     return is_evaluated_at(done, self._updates, self._every)
 
   def on_evaluate(self, done: int, state: TrainState) -> None:
-    measured, sizes = self._measures.validation(state.ema_params)
-    samples = self._measures.texts.sample(state.ema_params)
+    params = self._whole(state.ema_params)
+    measured, sizes = self._measures.validation(params)
+    samples = self._measures.texts.sample(params)
     found = measured.scalars() | sizes
     scalars = {f"validation/{name}": x for name, x in found.items()}
     texts = {f"samples/{i}": text for i, text in enumerate(samples.texts)}

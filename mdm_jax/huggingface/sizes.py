@@ -8,7 +8,9 @@ from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.rope_scaling import RopeScaling, grown
 
 # Fields of `ModelConfig` that don't change what the model computes.
-FREE = frozenset({"dropout", "remat", "layer_loop", "dtype", "attention"})
+FREE = frozenset(
+  {"dropout", "remat", "layer_loop", "dtype", "attention", "lora"}
+)
 _SIZES = [
   field.name
   for field in dataclasses.fields(ModelConfig)

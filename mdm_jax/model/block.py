@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mdm_jax.core import hardware
 from mdm_jax.model import cache as caching
-from mdm_jax.model import layers
+from mdm_jax.model import layers, lora
 from mdm_jax.model.config import ModelConfig
 from mdm_jax.model.kernels import Kernel
 
@@ -30,6 +30,7 @@ class Shared:
     condition: embedded mask rate; None without time conditioning.
     keys: dropout keys, one per row; None disables dropout.
     seen: keys and values to attend to in place of the call's own.
+    lora: keys of this layer for LoRA's dropout, one per row; None disables it.
   """
 
   kernel: Kernel = dataclasses.field(metadata={"static": True})
@@ -40,6 +41,7 @@ class Shared:
   condition: Float[Array, "B D"] | None
   keys: Key[Array, "B"] | None
   seen: caching.Pair | None = None
+  lora: Key[Array, "B"] | None = None
 
 
 # An output, and the keys and values to keep (see `cache.extend`).
@@ -82,6 +84,7 @@ class Attention(nnx.Module):
     if config.qk_norm:
       self.query_norm = layers.RMSNorm(size, config.norm_eps)
       self.key_norm = layers.RMSNorm(size, config.norm_eps)
+    lora.adapt(self, config.lora, rngs)
 
   def __call__(
     self,
@@ -100,7 +103,7 @@ class Attention(nnx.Module):
     out = layers.project(
       "out", "bgrlk,grkd->bld", mixed, self.out, "batch", "length", None
     )
-    return out, kept
+    return lora.added(self, "out", mixed, out, shared.lora), kept
 
   def heads(
     self, x: Float[Array, "B L D"], shared: Shared, *names: str
@@ -109,7 +112,10 @@ class Attention(nnx.Module):
 
     Queries and keys are rotated, and normalised before if the config says so.
     """
-    heads = [self._product(name, x) for name in names]
+    heads = [
+      lora.added(self, name, x, self._product(name, x), shared.lora)
+      for name in names
+    ]
     if self.config.qkv_bias:
       biases = [getattr(self, f"{name}_bias") for name in names]
       pairs = zip(heads, biases, strict=True)
@@ -183,12 +189,28 @@ class SwiGLU(nnx.Module):
       fan_in=hidden,
       scale=_branch_scale(config),
     )
+    self.config = config
+    lora.adapt(self, config.lora, rngs)
 
-  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    hidden = layers.swiglu(x, self.gate, self.up)
-    return layers.project(
+  def __call__(
+    self, x: Float[Array, "B L D"], keys: Key[Array, "B"] | None = None
+  ) -> Float[Array, "B L D"]:
+    """Returns the MLP of x; `keys` are for LoRA's dropout, one per row."""
+    if self.config.lora.rank:
+      hidden = layers.gated(
+        *(self._adapted(name, x, keys) for name in ("gate", "up"))
+      )
+    else:
+      hidden = layers.swiglu(x, self.gate, self.up)
+    out = layers.project(
       "down", "blf,fd->bld", hidden, self.down, "batch", "length", None
     )
+    return lora.added(self, "down", hidden, out, keys)
+
+  def _adapted(self, name: str, x, keys) -> Float[Array, "B L F"]:
+    weight, axes = getattr(self, name), ("batch", "length", "mlp")
+    y = layers.project(name, "bld,df->blf", x, weight, *axes)
+    return lora.added(self, name, x, y, keys)
 
 
 class GELU(nnx.Module):
@@ -208,17 +230,22 @@ class GELU(nnx.Module):
       scale=_branch_scale(config),
     )
     self.down_bias = layers.zeros((width,), None)
+    lora.adapt(self, config.lora, rngs)
 
-  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+  def __call__(
+    self, x: Float[Array, "B L D"], keys: Key[Array, "B"] | None = None
+  ) -> Float[Array, "B L D"]:
+    """Returns the MLP of x; `keys` are for LoRA's dropout, one per row."""
     across = lambda bias: bias[...].astype(x.dtype)[None, None]
     h = layers.project(
       "up", "bld,df->blf", x, self.up, "batch", "length", "mlp"
     )
+    h = lora.added(self, "up", x, h, keys)
     h = jax.nn.gelu(h + across(self.up_bias), approximate=True)
-    h = layers.project(
+    out = layers.project(
       "down", "blf,fd->bld", h, self.down, "batch", "length", None
     )
-    return h + across(self.down_bias)
+    return lora.added(self, "down", h, out, keys) + across(self.down_bias)
 
 
 # By `model.block`.
@@ -250,12 +277,15 @@ class Block(nnx.Module):
   ) -> Kept:
     shift, scale, gate = self._modulation(x, shared)
     keys = self._dropout_keys(layer, shared)
+    if self.config.lora.rank and shared.keys is not None:
+      own = _folded(shared.keys, 2 * self.config.num_layers + layer)
+      shared = dataclasses.replace(shared, lora=own)
     h = self.attention_norm(x) * (1 + scale[0]) + shift[0]
     h, kept = self.attention(h, layer, shared, cached)
     h = layers.dropout(h, self.config.dropout, keys[0])
     x = x + gate[0] * h
     h = self.mlp_norm(x) * (1 + scale[1]) + shift[1]
-    h = layers.dropout(self.mlp(h), self.config.dropout, keys[1])
+    h = layers.dropout(self.mlp(h, shared.lora), self.config.dropout, keys[1])
     return x + gate[1] * h, kept
 
   def keys_and_values(
@@ -289,6 +319,10 @@ class Block(nnx.Module):
   def _dropout_keys(self, layer: Int[Array, ""], shared: Shared):
     if shared.keys is None or self.config.dropout == 0:
       return None, None
-    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     # Distinct numbers for all branches of all layers, so no key is used twice.
-    return fold(shared.keys, 2 * layer), fold(shared.keys, 2 * layer + 1)
+    return _folded(shared.keys, 2 * layer), _folded(shared.keys, 2 * layer + 1)
+
+
+def _folded(keys: Key[Array, "B"], number: Int[Array, ""]) -> Key[Array, "B"]:
+  """Returns a key of each row for a number."""
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)

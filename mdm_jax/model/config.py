@@ -5,6 +5,7 @@ from typing import Literal
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import SIZE, field, fixed
+from mdm_jax.model.lora import LoraConfig
 from mdm_jax.model.rope_scaling import RopeScaling
 
 
@@ -47,6 +48,7 @@ class ModelConfig:
     10_000.0, "base of the rotary frequencies", "[1, 1e12]"
   )
   rope_scaling: RopeScaling = RopeScaling()
+  lora: LoraConfig = LoraConfig()
   shift_outputs: bool = fixed(
     False, "a position is predicted by the output before it, as in Dream"
   )
@@ -92,6 +94,7 @@ class ModelConfig:
         f"{path}.rope_theta={self.rope_theta:g} must exceed 1 with"
         f" {path}.rope_scaling.kind=yarn; nearest: 10000"
       )
+    self._check_lora(f"{path}.lora")
     if self.head_dim is None and self.embed_dim % self.num_heads:
       raise UserError(
         f"{path}.num_heads={self.num_heads} does not divide"
@@ -110,4 +113,16 @@ class ModelConfig:
       raise UserError(
         f"{path}.num_kv_heads={self.num_kv_heads} does not divide"
         f" {path}.num_heads={self.num_heads}"
+      )
+
+  def _check_lora(self, path: str) -> None:
+    if self.lora.rank > self.embed_dim:
+      raise UserError(
+        f"{path}.rank={self.lora.rank} is larger than the rank of any product"
+        f" of a model of width {self.embed_dim}; nearest: {self.embed_dim}"
+      )
+    if self.block == "gelu" and "gate" in self.lora.products:
+      raise UserError(
+        f"{path}.products: an MLP of block=gelu has no product 'gate'; nearest:"
+        " 'up'"
       )

@@ -6,6 +6,7 @@ Explicit mesh requires.
 """
 
 import functools
+import math
 import re
 
 import jax
@@ -157,6 +158,15 @@ def swiglu(
   both = jnp.stack([gate[...], up[...]], axis=1)
   axes = "batch", "length", None, "mlp"
   return _gated(project("gate_up", "bld,dcf->blcf", x, both, *axes))
+
+
+def gated(
+  gate: Float[Array, "B L F"], up: Float[Array, "B L F"]
+) -> Float[Array, "B L F"]:
+  """Returns silu(gate) * up of two products."""
+  if cpu_gradients.wanted():
+    return cpu_gradients.swiglu(gate, up)
+  return jax.nn.silu(gate) * up
 
 
 @jax.custom_vjp
@@ -332,8 +342,8 @@ def rotate(
 
 
 def dropout(
-  x: Float[Array, "B L D"], rate: float, keys: jax.Array | None
-) -> Float[Array, "B L D"]:
+  x: Float[Array, "B *L D"], rate: float, keys: jax.Array | None
+) -> Float[Array, "B *L D"]:
   """Applies inverted dropout, with one key per row.
 
   Keys are per row so that a mask depends neither on the number of devices nor
@@ -346,5 +356,8 @@ def dropout(
   """
   if keys is None or rate == 0:
     return x
-  drop = rng.words(keys, x.shape[1:]) < jnp.uint32(round(rate * 2**32))
+  shape = math.prod(x.shape[1:-1]), x.shape[-1]
+  drop = rng.words(keys, shape) < jnp.uint32(round(rate * 2**32))
+  if x.ndim > 3:
+    drop = drop.reshape(x.shape)
   return jnp.where(drop, 0, x / (1 - rate)).astype(x.dtype)

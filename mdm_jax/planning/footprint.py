@@ -139,6 +139,8 @@ def _of_stage(
     # XLA's attention stands in for cuDNN's, which can't be traced here.
     kept += _kept_by_attention(run, stage, mesh) if loop.remat == "dots" else ()
   total = lambda tree: sum(array.bytes for array in layouts(tree, mesh))
+  base = layouts(run.abstract_base(), mesh)
+  beside = sum(p.bytes for p in base)
   rows = total(abstract_batch(run, stage, mesh))
   # One update is computed and one dispatched.
   updates = 2 + AHEAD
@@ -147,6 +149,7 @@ def _of_stage(
     kept=kept,
     held={
       "parameters": size,
+      **({"parameters beside LoRA's": beside} if beside else {}),
       "averaged parameters (EMA)": total(state.ema_params),
       "optimizer state": total(state.opt_state),
       f"rows of {updates} updates, {AHEAD} of them read ahead": rows * updates,
@@ -156,7 +159,7 @@ def _of_stage(
       "gradients": size * min(run.accumulation, 2),
       KEPT: sum(k.bytes for k in kept),
       "head": _head_bytes(run, stage, mesh),
-      "block": _block_bytes(run, stage, params, mesh, with_scores),
+      "block": _block_bytes(run, stage, base or params, mesh, with_scores),
     },
     unrolled=loop.unrolled,
   )
@@ -209,7 +212,7 @@ def kept_for_backward(
     mesh: axis sizes.
   """
   batch = abstract_batch(run, stage, mesh)
-  traced = run.step(stage).trace(run.abstract(), batch)
+  traced = run.step(stage).trace(run.abstract(), batch, run.abstract_base())
   loops = filter(_is_forward, _equations(traced.jaxpr.jaxpr))
   return tuple(layout for loop in loops for layout in _stacked(loop, mesh))
 

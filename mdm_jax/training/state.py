@@ -42,7 +42,13 @@ def initial_state(
   optimizer: optax.GradientTransformation,
   guard: SpikeGuard = _NO_GUARD,
 ) -> TrainState:
-  """Returns the state before the first update; call it under `jax.jit`."""
+  """Returns the state before the first update; call it under `jax.jit`.
+
+  Args:
+    params: what is trained.
+    optimizer: makes its state.
+    guard: likewise.
+  """
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.data.batches import Batch
+from mdm_jax.model import lora
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.base import Objective, Ratio
 from mdm_jax.objectives.draws import Draws, Plan
@@ -28,9 +29,10 @@ from mdm_jax.training.state import TrainState
 
 # By name: metrics of every update, and the objective's summaries.
 Metrics = Mapping[str, Float[Array, ""] | Ratio]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-# (params, step, batch) -> numbers for an incident report.
-Diagnosis = Callable[[Params, Int[Array, ""], Batch], dict[str, Any]]
+# Called with the parameters beside LoRA's, if there are any.
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+# (params, base, step, batch) -> numbers for an incident report.
+Diagnosis = Callable[[Params, Params, Int[Array, ""], Batch], dict[str, Any]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,8 +74,8 @@ class Pass:
   aux: Any
 
 
-# (params, step, batch) -> Pass.
-_Pass = Callable[[Params, Int[Array, ""], Batch], Pass]
+# (params, base, step, batch) -> Pass.
+_Pass = Callable[[Params, Params, Int[Array, ""], Batch], Pass]
 
 
 def make_pass(parts: Parts, objective: Objective, plan: Plan) -> _Pass:
@@ -83,11 +85,11 @@ def make_pass(parts: Parts, objective: Objective, plan: Plan) -> _Pass:
   and gradients are summed, not averaged: 2 x 8 rows give the update of 1 x 16.
   """
 
-  def loss_fn(params: Params, part: Any):
-    return objective.loss(parts.denoiser, params, part)
+  def loss_fn(params: Params, base: Params, part: Any):
+    return objective.loss(parts.denoiser, lora.joined(base, params), part)
 
   def forward_backward(
-    params: Params, step: Int[Array, ""], batch: Batch
+    params: Params, base: Params, step: Int[Array, ""], batch: Batch
   ) -> Pass:
     draws = Draws(parts.seed, step, plan, batch.tokens.shape[1])
     # For all microbatches at once: the weights depend on the whole update.
@@ -97,7 +99,7 @@ def make_pass(parts: Parts, objective: Objective, plan: Plan) -> _Pass:
     # microbatch, and average them whatever their weights (docs/optimizer.md).
     def add(total, part):
       value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-      (loss, aux), grads = value_and_grad(params, part)
+      (loss, aux), grads = value_and_grad(params, base, part)
       return jax.tree.map(jnp.add, total, (loss, grads)), aux
 
     start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
@@ -124,8 +126,8 @@ def make_train_step(
   optimizer, guard = parts.optimizer, parts.guard
 
   @jax.jit(donate_argnums=0)
-  def train_step(state: TrainState, batch: Batch):
-    found = forward_backward(state.params, state.step, batch)
+  def train_step(state: TrainState, batch: Batch, base: Params | None = None):
+    found = forward_backward(state.params, base or {}, state.step, batch)
     norm = optax.tree.norm(found.grads)
     # One NaN or inf anywhere in the gradient makes its norm NaN or inf.
     finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
@@ -178,8 +180,10 @@ def make_diagnosis(parts: Parts, objective: Objective, plan: Plan) -> Diagnosis:
   forward_backward = make_pass(parts, objective, plan)
 
   @jax.jit
-  def diagnose(params: Params, step: Int[Array, ""], batch: Batch):
-    found = forward_backward(params, step, batch)
+  def diagnose(
+    params: Params, base: Params, step: Int[Array, ""], batch: Batch
+  ):
+    found = forward_backward(params, base, step, batch)
     whole = lambda x: jax.reshard(x, jax.P(*[None] * x.ndim))
     columns = objective.by_row(found.examples, found.aux)
     # Rows that only make the shards equally large are not reported.

@@ -18,7 +18,8 @@ from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.rows import most_asked, most_segments
 from mdm_jax.data.stage_rows import stage_name
-from mdm_jax.model.denoiser import Params
+from mdm_jax.model import lora
+from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.base import Objective
 from mdm_jax.objectives.draws import Plan
 from mdm_jax.training.curriculum import Curriculum, StagePlan
@@ -51,9 +52,28 @@ class Recipe(Parts):
   batch_size: int
   recheck_every: int | None = None
 
+  @property
+  def has_base(self) -> bool:
+    """Whether only LoRA's additions to given parameters are trained."""
+    return self.denoiser.config.lora.rank > 0
+
+  @property
+  def plain(self) -> Denoiser:
+    """The model with LoRA merged into it."""
+    config = dataclasses.replace(self.denoiser.config, lora=lora.LoraConfig())
+    return dataclasses.replace(self.denoiser, config=config)
+
   def initial_state(self, params: Params) -> TrainState:
-    """Returns the state before the first update; call it under `jax.jit`."""
-    return initial_state(params, self.optimizer, self.guard)
+    """Returns the state before the first update; call it under `jax.jit`.
+
+    With LoRA, it has only the additions of these parameters.
+    """
+    return initial_state(lora.split(params)[0], self.optimizer, self.guard)
+
+  def abstract_base(self) -> Params:
+    """Returns shapes of the parameters beside LoRA's; {} without LoRA."""
+    whole = jax.eval_shape(lambda: self.denoiser.init(jax.random.key(0)))
+    return lora.split(whole)[1]
 
   def abstract(self) -> TrainState:
     """Returns shapes, dtypes and shardings of the state."""
@@ -93,7 +113,8 @@ class Trainer(Recipe):
   Attributes:
     data: the prepared rows.
     mesh: the devices.
-    init_from: returns the initial state with given parameters.
+    base: the parameters beside LoRA's, set before the first update; {} without
+      LoRA.
   """
 
   def __init__(
@@ -104,8 +125,12 @@ class Trainer(Recipe):
     self.data, self.mesh = data, mesh
     stages = self.curriculum.stages
     # Jitted functions are made once: new ones would be compiled again.
-    self._init = jax.jit(lambda key: self.init_from(self.denoiser.init(key)))
-    self.init_from = jax.jit(self.initial_state)
+    self._init = jax.jit(lambda key: self._state(self.denoiser.init(key)))
+    self._state = jax.jit(self.initial_state)
+    self._merge = jax.jit(
+      functools.partial(lora.merged, self.denoiser.config.lora)
+    )
+    self.base: Params = {}
     self._objectives = functools.cache(
       lambda index: super(Trainer, self).objective(stages[index])
     )
@@ -127,8 +152,22 @@ class Trainer(Recipe):
     return self._objectives(stage.index)
 
   def init(self) -> TrainState:
-    """Returns the initial state with random parameters."""
-    return self._init(rng.stream(self.seed, "init"))
+    """Returns the initial state with random parameters.
+
+    With LoRA these are its additions; a `base` that isn't set is random, too.
+    """
+    key = rng.stream(self.seed, "init")
+    if self.has_base and not self.base:
+      self.base = jax.jit(self.plain.init)(key)
+    return self._init(key)
+
+  def init_from(self, params: Params) -> TrainState:
+    """Returns the initial state with given parameters; not for LoRA."""
+    return self._state(params)
+
+  def whole(self, params: Params) -> Params:
+    """Returns the plain model's parameters, given those that are trained."""
+    return self._merge(self.base, params) if self.has_base else params
 
   def update(
     self, state: TrainState, update: int, batch: Batch | None = None
@@ -146,7 +185,7 @@ class Trainer(Recipe):
     stage = self.curriculum.stage_at(update)
     if batch is None:
       batch = self.batch(stage, update)
-    return self._steps(stage.index)(state, batch)
+    return self._steps(stage.index)(state, batch, self.base)
 
   def checked_update(
     self, state: TrainState, update: int, batch: Batch
@@ -180,7 +219,8 @@ class Trainer(Recipe):
     """Returns `make_diagnosis`'s results for an update, on the host."""
     stage = self.curriculum.stage_at(update)
     found = self._diagnoses(stage.index)(
-      params, jnp.asarray(update, jnp.int32), self.batch(stage, update)
+      *(params, self.base, jnp.asarray(update, jnp.int32)),
+      self.batch(stage, update),
     )
     return jax.device_get(found)
 

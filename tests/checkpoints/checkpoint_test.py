@@ -19,8 +19,8 @@ from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.core.errors import NumericsError, StorageError, UserError
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.trained_model import averaged_params
 from mdm_jax.training.state import TrainState
+from mdm_jax.weights import averaged_params
 
 pytestmark = pytest.mark.usefixtures("mesh")
 

@@ -128,7 +128,7 @@ class Run:
     diagnose = step_lib.make_diagnosis(self.parts, *self.asks)
     number = jnp.asarray(update, jnp.int32)
     return jax.device_get(
-      diagnose(self.init().params, number, self.batch(update))
+      diagnose(self.init().params, {}, number, self.batch(update))
     )
 
   @functools.cached_property
