@@ -86,7 +86,7 @@ def run_params(
     return step, params
   _, beside = start_params(base or source, denoiser, tokenizer)
   check_base(workdir, beside, base or source)
-  return step, _merged(adapters, beside, params)
+  return step, lora.merged(adapters, beside, params)
 
 
 def _lora_of(workdir: Workdir) -> tuple[lora.LoraConfig, str]:
@@ -96,12 +96,6 @@ def _lora_of(workdir: Workdir) -> tuple[lora.LoraConfig, str]:
   raw = saved.get("model", {}).get("lora", {})
   adapters = coercion.coerce(raw, lora.LoraConfig, "model.lora")
   return adapters, saved.get("init_from", "")
-
-
-@jax.jit(static_argnums=0)
-def _merged(adapters: lora.LoraConfig, base: Params, params: Params) -> Params:
-  """Returns the parameters of the plain model; see `lora.merged`."""
-  return lora.merged(adapters, base, params)
 
 
 def averaged_params(

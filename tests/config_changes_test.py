@@ -73,7 +73,7 @@ def _values(hint):
   if type(None) in args:
     return st.none() | _values(args[0])
   if hint == tuple[str, ...]:
-    return st.sampled_from([[], ["json"], ["json", "typing"]])
+    return st.sampled_from([[], ["json"], ["json", "typing"], ["query"]])
   if typing.get_origin(hint) is tuple:
     return st.sampled_from([[0.1, 0.4], [0.2, 0.9]])
   return {
@@ -147,14 +147,21 @@ def test_the_other_way_round_it_is_as_bad(case):
 def test_every_field_can_be_changed_by_the_tests():
   """Otherwise the properties above would be silent about one."""
   values = (1, 3, 4, 24, 0.3, 1e-5, "x", "de", "3:4", True, False, [0.1, 0.4])
-  values += (["json"],)  # a module that is imported already
+  # A module that is imported already, and a product for LoRA.
+  values += ["json"], ["query"]
   found = {
     path
     for path, (field, _) in LEAVES.items()
     if any(_works(path, value) for value in (*values, *_choices(field)))
   }
   single = {"optimizer.schedule"}  # there is no other value
-  assert found == set(LEAVES) - single
+  needs_more = {"model.lora.rank"}  # see below
+  assert found == set(LEAVES) - single - needs_more
+
+
+def test_another_rank_is_another_run():
+  saved = _set(SAVED, {"init_from": "runs/base", "model.lora.rank": 4})
+  assert "model.lora.rank" in _error(_set(saved, {"model.lora.rank": 8}), saved)
 
 
 def _choices(field):

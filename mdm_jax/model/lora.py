@@ -7,6 +7,7 @@ its axes: stacked over layers, heads apart.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -215,6 +216,7 @@ def joined(base: Params, trained: Params) -> Params:
   return result
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def merged(config: LoraConfig, base: Params, trained: Params) -> Params:
   """Returns the parameters of a plain model that computes the same.
 
@@ -223,6 +225,10 @@ def merged(config: LoraConfig, base: Params, trained: Params) -> Params:
     base: the parameters beside them, stacked over layers.
     trained: the adapters.
   """
+  return _merged(config, base, trained)
+
+
+def _merged(config: LoraConfig, base: Params, trained: Params) -> Params:
   result = dict(base)
   for name, value in trained.items():
     if name.endswith(_SUFFIX):
@@ -230,7 +236,7 @@ def merged(config: LoraConfig, base: Params, trained: Params) -> Params:
       more = _products(value["a"], value["b"]) * config.scale
       result[weight] = base[weight] + more.astype(base[weight].dtype)
     else:
-      result[name] = merged(config, base[name], value)
+      result[name] = _merged(config, base[name], value)
   return result
 
 

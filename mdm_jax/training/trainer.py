@@ -127,9 +127,6 @@ class Trainer(Recipe):
     # Jitted functions are made once: new ones would be compiled again.
     self._init = jax.jit(lambda key: self._state(self.denoiser.init(key)))
     self._state = jax.jit(self.initial_state)
-    self._merge = jax.jit(
-      functools.partial(lora.merged, self.denoiser.config.lora)
-    )
     self.base: Params = {}
     self._objectives = functools.cache(
       lambda index: super(Trainer, self).objective(stages[index])
@@ -167,7 +164,9 @@ class Trainer(Recipe):
 
   def whole(self, params: Params) -> Params:
     """Returns the plain model's parameters, given those that are trained."""
-    return self._merge(self.base, params) if self.has_base else params
+    if not self.has_base:
+      return params
+    return lora.merged(self.denoiser.config.lora, self.base, params)
 
   def update(
     self, state: TrainState, update: int, batch: Batch | None = None
