@@ -34,8 +34,7 @@ from mdm_jax.data.config import (
   TokenizerConfig,
 )
 from mdm_jax.evaluation.config import EvalConfig
-from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.lora import LoraConfig
+from mdm_jax.model.config import LoraConfig, ModelConfig
 from mdm_jax.objectives.config import (
   OBJECTIVES,
   MaskedConfig,

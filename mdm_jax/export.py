@@ -7,12 +7,14 @@ and a model card; a masked model also has a sampler for transformers.
 docs/huggingface.md describes them.
 """
 
+import contextlib
 import dataclasses
 import importlib.resources
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -61,7 +63,7 @@ def export_workdir(
     UserError: the folder is there already, or the model can't be exported.
     StorageError: it can't be written, or what was saved is damaged.
   """
-  _target(out)
+  new_folder(out)
   return export_model(load_model(workdir, config), out, kind)
 
 
@@ -86,25 +88,14 @@ def export_model(
     UserError: the folder is there already, or the model can't be exported.
     StorageError: it can't be written.
   """
-  target = _target(out)
+  target = new_folder(out)
   with jax.set_mesh(model.mesh):
     content = _Content.of(model, kind)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
+    with filling(target) as partial:
       if distributed.is_first():
-        shutil.rmtree(partial, ignore_errors=True)  # a killed export's
-        partial.mkdir(parents=True)
         content.write_texts(partial)
       weights = written.tensors(model.params, content.found)
       names = safetensors.write_folder(partial, weights, most)
-      if distributed.is_first():
-        os.replace(partial, target)
-    except OSError as error:
-      shutil.rmtree(partial, ignore_errors=True)
-      raise StorageError(
-        f"--out={target} can't be written: {error.strerror} (errno"
-        f" {error.errno})"
-      ) from error
   size = sum(tensor.nbytes for tensor in weights.values())
   console.print(
     f"exported update {model.step:,} to {target}: {len(weights)} tensors in"
@@ -121,7 +112,8 @@ def export_model(
   }
 
 
-def _target(out: str | None) -> pathlib.Path:
+def new_folder(out: str | None) -> pathlib.Path:
+  """Returns the path of a folder to make; raises UserError if it is there."""
   if not out:
     raise UserError("--mode=export needs --out=FOLDER")
   if "://" in out or out.startswith("gs:"):
@@ -132,6 +124,33 @@ def _target(out: str | None) -> pathlib.Path:
       f"--out={out} exists already: delete it, or give another folder"
     )
   return path
+
+
+@contextlib.contextmanager
+def filling(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a folder that becomes the target when the block is left.
+
+  Raises:
+    StorageError: it can't be written.
+  """
+  partial = target.with_name(f".{target.name}.partial")
+  try:
+    if distributed.is_first():
+      shutil.rmtree(partial, ignore_errors=True)  # a killed export's
+      partial.mkdir(parents=True)
+    yield partial
+    if distributed.is_first():
+      os.replace(partial, target)
+  except OSError as error:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise StorageError(
+      f"--out={target} can't be written: {error.strerror} (errno {error.errno})"
+    ) from error
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+  """Writes an object as other libraries do: indented, with any letter."""
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,14 +226,14 @@ class _Content:
 
   def write_texts(self, folder: pathlib.Path) -> None:
     """Writes all but the weights."""
-    _write_json(folder / "config.json", self.config)
-    _write_json(folder / "generation_config.json", self._generation())
+    write_json(folder / "config.json", self.config)
+    write_json(folder / "generation_config.json", self._generation())
     if self.tokenizer.why:
       self.model.tokenizer.save(folder / "mdm_jax_tokenizer")
     if self.tokenizer.content is not None:
       text = self.tokenizer.content.encode()
       (folder / "tokenizer.json").write_bytes(text)
-      _write_json(folder / "tokenizer_config.json", self._tokenizer_config())
+      write_json(folder / "tokenizer_config.json", self._tokenizer_config())
     if not self.found.causal:
       (folder / "custom_generate").mkdir()
       code = _resource("custom_generate.py")
@@ -303,10 +322,6 @@ def _left_out(settings: Any, sampler: dict[str, Any]) -> dict[str, Any]:
       found[name] = sampler[name]
       sampler[name] = known[0]
   return found
-
-
-def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _resource(name: str) -> str:

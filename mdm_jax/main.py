@@ -118,7 +118,8 @@ _OUT = flags.DEFINE_string("out", None, "The folder that --mode=export makes.")
 _FORMAT = flags.DEFINE_string(
   "format",
   "transformers",
-  "Whose names --mode=export writes: transformers or llada.",
+  "What --mode=export writes: transformers, llada (its names), or peft (LoRA's"
+  " additions alone).",
 )
 _JSON = flags.DEFINE_bool(
   "json", False, "Print the results as JSON on the last line."
@@ -196,6 +197,7 @@ def _run(config: Config, workdir: Workdir) -> Any:
   from mdm_jax import (
     evaluate,
     export,
+    export_adapter,
     fit,
     interactive,
     likelihood,
@@ -246,6 +248,8 @@ def _run(config: Config, workdir: Workdir) -> Any:
     case "report":
       return report.report_workdir(config, workdir)
     case "export":
+      if _FORMAT.value == "peft":
+        return export_adapter.export_workdir(config, workdir, _OUT.value)
       return export.export_workdir(config, workdir, _OUT.value, _FORMAT.value)
 
 

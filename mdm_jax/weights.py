@@ -17,7 +17,7 @@ from mdm_jax.huggingface.folder import Folder, open_folder
 from mdm_jax.huggingface.parameters import read_params
 from mdm_jax.huggingface.sizes import differences
 from mdm_jax.model import lora
-from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.config import LoraConfig, ModelConfig
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.workdir import Workdir
 
@@ -89,12 +89,12 @@ def run_params(
   return step, lora.merged(adapters, beside, params)
 
 
-def _lora_of(workdir: Workdir) -> tuple[lora.LoraConfig, str]:
+def _lora_of(workdir: Workdir) -> tuple[LoraConfig, str]:
   """Returns a run's LoRA, and the `init_from` that it was started with."""
   # Not `read_config`: that needs the run's own modules, which parameters don't.
   saved = workdir.read("config.json") or {}
   raw = saved.get("model", {}).get("lora", {})
-  adapters = coercion.coerce(raw, lora.LoraConfig, "model.lora")
+  adapters = coercion.coerce(raw, LoraConfig, "model.lora")
   return adapters, saved.get("init_from", "")
 
 

@@ -72,6 +72,7 @@ SIDEWAYS = {
   ("imported_model.py", "config.py"): "an imported model has a config too",
   ("imported_model.py", "trained_model.py"): "it is used as a trained one is",
   ("command_line.py", "imported_model.py"): "an imported model has its sizes",
+  ("export_adapter.py", "export.py"): "both fill a new folder",
   ("data", "huggingface"): "a tokenizer is read out of a folder",
   ("huggingface", "model"): "a folder's weights become a model's parameters",
   ("config_changes.py", "config.py"): "two configs, compared",

@@ -2,24 +2,27 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import faults_harness
 import huggingface_harness
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from mesh_harness import make_mesh
 
+from mdm_jax import export, export_adapter, imported_model
 from mdm_jax.blueprint import make_trainer
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
 from mdm_jax.core import trees
 from mdm_jax.core.errors import UserError
+from mdm_jax.core.progress import console
 from mdm_jax.data.config import DataConfig, StageConfig, TokenizerConfig
 from mdm_jax.data.prepared import prepare
-from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.lora import LoraConfig
+from mdm_jax.model.config import LoraConfig, ModelConfig
 from mdm_jax.trained_model import load_model
 from mdm_jax.training.config import OptimizerConfig
 from mdm_jax.weights import start_params, write_base
@@ -126,22 +129,48 @@ def test_a_run_is_used_with_its_additions_merged(trained):
 def test_the_model_that_it_adds_to_may_move_but_not_change(trained, tmp_path):
   base, run, trainer, _, _ = trained
   moved = tmp_path / "moved"
-  base.path.rename(moved)
-  config = run.read_config()
-  with pytest.raises(UserError, match=str(base.path)):
-    load_model(run)
-  load_model(run, dataclasses.replace(config, init_from=str(moved)))
+  shutil.copytree(base.path, moved)
+  config = dataclasses.replace(run.read_config(), init_from=str(moved))
+  load_model(run, config)
   with Checkpoints(moved) as checkpoints:
-    other = jax.tree.map(lambda x: x + 0, trainer.base)
-    other["final_norm"] = {
-      "scale": other["final_norm"]["scale"].at[3].add(1e-7)
-    }
+    other = jax.tree.map(jnp.copy, trainer.base)
+    scale = other["final_norm"]["scale"].at[3].add(1e-7)
+    other["final_norm"] = {"scale": scale}
     checkpoints.save(BASE_STEP + 1, {"ema_params": other}, {})
-  moved.rename(base.path)
   with pytest.raises(UserError, match="has other parameters") as told:
-    load_model(run)
+    load_model(run, config)
   assert "\n" not in str(told.value)
   assert "--config.init_from=FOLDER" in str(told.value)
+
+
+def test_its_export_is_the_merged_model(trained, tmp_path):
+  _, run, _, _, _ = trained
+  config = run.read_config()
+  export.export_workdir(config, run, str(tmp_path / "out"), "transformers")
+  found = imported_model.load_imported(f"hf:{tmp_path / 'out'}")
+  jax.tree.map(
+    np.testing.assert_array_equal, found.params, load_model(run).params
+  )
+
+
+def test_its_additions_alone_add_to_an_export_of_the_base(trained, tmp_path):
+  base, run, _, _, _ = trained
+  config = run.read_config()
+  out = str(tmp_path / "out")
+  export.export_workdir(base.read_config(), base, out, "transformers")
+  alone = tmp_path / "alone"
+  with console.capture() as said:
+    export_adapter.export_workdir(config, run, str(alone))
+  assert f"an export of {base.path}: name it in" in said.get()
+  written = json.loads((alone / "adapter_config.json").read_text())
+  written["base_model_name_or_path"] = out
+  (alone / "adapter_config.json").write_text(json.dumps(written))
+  found = imported_model.load_imported(f"hf:{alone}").params
+  wanted = _host(load_model(run).params)
+  for path, value in _host(found).items():
+    np.testing.assert_allclose(value, wanted[path], rtol=1e-5, atol=1e-7)
+  with pytest.raises(UserError, match="has none; nearest: --format=trans"):
+    export_adapter.export_workdir(base.read_config(), base, f"{out}2")
 
 
 def test_there_has_to_be_a_model_to_add_to():

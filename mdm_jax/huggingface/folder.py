@@ -1,7 +1,8 @@
 """Opens a model that another library saved: hf:FOLDER or hf:FILE.gguf.
 
 A folder has config.json, weights as safetensors, and tokenizer.json; a GGUF
-file is opened in the same form. Nothing is downloaded, no code is run.
+file is opened in the same form, and so is an adapter of PEFT's, with the model
+that it adds to. Nothing is downloaded, no code is run.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any
 
 from mdm_jax.core import safe_files
 from mdm_jax.core.errors import UserError
-from mdm_jax.huggingface import safetensors
+from mdm_jax.huggingface import peft, safetensors
 from mdm_jax.huggingface.gguf_file import GGUF, SUFFIX
 
 _PREFIX = "hf:"
@@ -31,11 +32,13 @@ class Folder:
     path: the folder, or the GGUF file.
     config: what config.json says.
     gguf: what is read in place of a folder's files.
+    adapters: folders of PEFT's whose products are added to the weights.
   """
 
   path: pathlib.Path
   config: dict[str, Any]
   gguf: GGUF | None = None
+  adapters: tuple[pathlib.Path, ...] = ()
 
   def tensors(self) -> Mapping[str, Any]:
     """Returns the weights by name, arrays that are read when they are used.
@@ -43,7 +46,10 @@ class Folder:
     Raises:
       UserError: there are none, or a file is damaged.
     """
-    return self.gguf.tensors if self.gguf else safetensors.read(self.path)
+    found = self.gguf.tensors if self.gguf else safetensors.read(self.path)
+    for adapter in self.adapters:
+      found = peft.Adapted(found, adapter)
+    return found
 
   def json(self, name: str) -> dict[str, Any] | None:
     """Returns the object in a JSON file, or None if there is no such file.
@@ -73,7 +79,7 @@ class Folder:
 
 
 def open_folder(source: str) -> Folder:
-  """Opens hf:FOLDER or hf:FILE.gguf.
+  """Opens hf:FOLDER or hf:FILE.gguf; the folder may be an adapter of PEFT's.
 
   Raises:
     UserError: there is no such folder, or its config.json or the file is
@@ -84,6 +90,9 @@ def open_folder(source: str) -> Folder:
     gguf = GGUF(path)
     return Folder(path, gguf.config, gguf)
   config = _read_object(path / "config.json")
+  if config is None and (path / peft.CONFIG).exists():
+    base = open_folder(str(peft.base_of(path)))
+    return dataclasses.replace(base, adapters=(*base.adapters, path))
   if config is None:
     raise UserError(
       f"{source} is not the folder of a Hugging Face model: it has no"

@@ -3,10 +3,44 @@
 import dataclasses
 from typing import Literal
 
-from mdm_jax.core.errors import UserError
+from mdm_jax.core.errors import UserError, nearest
 from mdm_jax.core.fields import SIZE, field, fixed
-from mdm_jax.model.lora import LoraConfig
 from mdm_jax.model.rope_scaling import RopeScaling
+
+_PRODUCTS = "query", "key", "value", "out", "gate", "up", "down"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+  """LoRA: train low-rank additions to the model in init_from, not itself."""
+
+  rank: int = fixed(
+    0,
+    "rank of LoRA's additions (0: none, all parameters are trained)",
+    "[0, 65536]",
+  )
+  alpha: float = fixed(
+    16.0, "the additions are multiplied by alpha / rank", "(0, 1e6]"
+  )
+  dropout: float = fixed(
+    0.0, "rate on the additions' inputs, in training", "[0, 0.9]"
+  )
+  products: tuple[str, ...] = fixed(
+    (), f"which products are added to: {', '.join(_PRODUCTS)} (none given: all)"
+  )
+
+  @property
+  def scale(self) -> float:
+    """Factor on the additions."""
+    return self.alpha / self.rank
+
+  def check(self, path: str) -> None:
+    """Raises UserError at a product that there isn't."""
+    for name in self.products:
+      if name not in _PRODUCTS:
+        raise UserError(
+          f"{path}.products: no product {name!r}; {nearest(name, _PRODUCTS)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

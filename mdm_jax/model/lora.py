@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from mdm_jax.core.errors import UserError, nearest
-from mdm_jax.core.fields import fixed
 from mdm_jax.model import layers
+from mdm_jax.model.config import LoraConfig
 
 Params = dict[str, Any]
 
@@ -44,7 +43,7 @@ class Product:
 
 _TOKENS = "length", None
 _HEADS = "heads", None
-PRODUCTS = {
+_PRODUCTS = {
   "query": Product(
     ("embed",),
     (*_HEADS, None),
@@ -85,46 +84,13 @@ PRODUCTS = {
 _SUFFIX = "_lora"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-  """LoRA: train low-rank additions to the model in init_from, not itself."""
-
-  rank: int = fixed(
-    0,
-    "rank of LoRA's additions (0: none, all parameters are trained)",
-    "[0, 65536]",
-  )
-  alpha: float = fixed(
-    16.0, "the additions are multiplied by alpha / rank", "(0, 1e6]"
-  )
-  dropout: float = fixed(
-    0.0, "rate on the additions' inputs, in training", "[0, 0.9]"
-  )
-  products: tuple[str, ...] = fixed(
-    (), f"which products are added to: {', '.join(PRODUCTS)} (none given: all)"
-  )
-
-  @property
-  def scale(self) -> float:
-    """Factor on the additions."""
-    return self.alpha / self.rank
-
-  def check(self, path: str) -> None:
-    """Raises UserError at a product that there isn't."""
-    for name in self.products:
-      if name not in PRODUCTS:
-        raise UserError(
-          f"{path}.products: no product {name!r}; {nearest(name, PRODUCTS)}"
-        )
-
-
 class Adapter(nnx.Module):
   """A and B of one product."""
 
   def __init__(
     self, name: str, config: LoraConfig, weight: nnx.Param, rngs: nnx.Rngs
   ):
-    product, shape = PRODUCTS[name], weight[...].shape
+    product, shape = _PRODUCTS[name], weight[...].shape
     inputs = shape[: len(product.inward)]
     self._name, self._config = name, config
     self.a = layers.normal(
@@ -139,9 +105,9 @@ class Adapter(nnx.Module):
 
   def __call__(self, x: Array, keys: Key[Array, "B"] | None) -> Array:
     """Returns what is added to the product of x."""
-    product = PRODUCTS[self._name]
+    product = _PRODUCTS[self._name]
     if keys is not None:
-      number = list(PRODUCTS).index(self._name)
+      number = list(_PRODUCTS).index(self._name)
       keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
     x = layers.dropout(x, self._config.dropout, keys)
     low = layers.project(
@@ -155,7 +121,7 @@ class Adapter(nnx.Module):
 
 def adapt(module: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
   """Gives a module adapters beside those of its weights that shall have one."""
-  for name in (config.products or PRODUCTS) if config.rank else ():
+  for name in (config.products or _PRODUCTS) if config.rank else ():
     weight = getattr(module, name, None)
     if isinstance(weight, nnx.Param):
       setattr(module, name + _SUFFIX, Adapter(name, config, weight, rngs))

@@ -19,6 +19,7 @@ from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.rows import most_asked, most_segments
 from mdm_jax.data.stage_rows import stage_name
 from mdm_jax.model import lora
+from mdm_jax.model.config import LoraConfig
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.base import Objective
 from mdm_jax.objectives.draws import Plan
@@ -60,7 +61,7 @@ class Recipe(Parts):
   @property
   def plain(self) -> Denoiser:
     """The model with LoRA merged into it."""
-    config = dataclasses.replace(self.denoiser.config, lora=lora.LoraConfig())
+    config = dataclasses.replace(self.denoiser.config, lora=LoraConfig())
     return dataclasses.replace(self.denoiser, config=config)
 
   def initial_state(self, params: Params) -> TrainState:

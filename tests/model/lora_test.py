@@ -13,10 +13,9 @@ from mdm_jax.core import fields, rng, trees
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model import lora
-from mdm_jax.model.config import ModelConfig
+from mdm_jax.model.config import LoraConfig, ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
-from mdm_jax.model.lora import LoraConfig
 
 LORA = LoraConfig(rank=4, alpha=6.0)
 GROUPED = ModelConfig(
