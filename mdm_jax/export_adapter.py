@@ -17,7 +17,8 @@ from mdm_jax.data.tokenizer import load_tokenizer
 from mdm_jax.export import filling, new_folder, write_json
 from mdm_jax.huggingface import folder as folders
 from mdm_jax.huggingface import peft, safetensors
-from mdm_jax.huggingface.families import FAMILIES, Family
+from mdm_jax.huggingface.families import FAMILIES
+from mdm_jax.huggingface.family import Family
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.model.placement import mesh_for_use
 from mdm_jax.weights import architecture_of, averaged_params
