@@ -27,7 +27,8 @@ from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.core.progress import console
 from mdm_jax.data import tokenizer_json
 from mdm_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
-from mdm_jax.huggingface import safetensors, written
+from mdm_jax.data.tokenizer_base import Tokenizer
+from mdm_jax.huggingface import gguf_written, safetensors, written
 from mdm_jax.huggingface.families import Architecture
 from mdm_jax.model.context import CAUSAL, FULL
 from mdm_jax.objectives.base import Decoding
@@ -44,6 +45,11 @@ _LEFT_OUT = {
   "remasking": "none",
   "guidance": 0.0,
 }
+_BIDIRECTIONAL = (
+  "llama.cpp has to attend to all positions, as its diffusion example"
+  " (llama-diffusion-cli) does; llama-cli and llama-server draw from left to"
+  " right, which is nonsense for a masked model"
+)
 _ORDERS = "random", "spread", "left_to_right", "confidence", "margin", "entropy"
 _SCHEDULES = "linear", "cosine"
 
@@ -95,19 +101,22 @@ def export_model(
       if distributed.is_first():
         content.write_texts(partial)
       weights = written.tensors(model.params, content.found)
-      names = safetensors.write_folder(partial, weights, most)
+      if kind == "gguf":
+        names = content.write_gguf(partial, weights)
+      else:
+        names = safetensors.write_folder(partial, weights, most)
   size = sum(tensor.nbytes for tensor in weights.values())
   console.print(
     f"exported update {model.step:,} to {target}: {len(weights)} tensors in"
     f" {len([n for n in names if n != safetensors.INDEX])} file(s),"
-    f" {size / 1e6:,.1f} MB, as {content.config['architectures'][0]}",
+    f" {size / 1e6:,.1f} MB, as {content.architecture}",
     markup=False,
     soft_wrap=True,
   )
   for line in content.notes:
     console.print(line, markup=False, soft_wrap=True)
   return {"out": str(target), "step": model.step, "bytes": size} | {
-    "architecture": content.config["architectures"][0],
+    "architecture": content.architecture,
     "notes": content.notes,
   }
 
@@ -163,6 +172,8 @@ class _Content:
     config: config.json.
     tokenizer: tokenizer.json, and what is inexact about it.
     left_out: sampling settings that the exported sampler does not have.
+    gguf: metadata of a GGUF file, None for a folder of safetensors.
+    warnings: what to know about that file, each in one line.
   """
 
   model: TrainedModel
@@ -170,6 +181,8 @@ class _Content:
   config: dict[str, Any]
   tokenizer: tokenizer_json.Written
   left_out: dict[str, Any]
+  gguf: dict[str, Any] | None = None
+  warnings: tuple[str, ...] = ()
 
   @classmethod
   def of(cls, model: TrainedModel, kind: str) -> "_Content":
@@ -207,7 +220,23 @@ class _Content:
     left_out = {} if causal else _left_out(settings, sampler)
     config["mdm_jax"]["sampler"] = sampler
     file = tokenizer_json.written(model.tokenizer)
-    return cls(model, found, config, file, left_out)
+    if kind != "gguf":
+      return cls(model, found, config, file, left_out)
+    fields, why = gguf_written.tokenizer(
+      config, file.content, _template(model.tokenizer)
+    )
+    fields = gguf_written.metadata(config, model.config.name) | fields
+    warnings = (why,) if why else ()
+    if not causal:
+      warnings += (_BIDIRECTIONAL,)
+    return cls(model, found, config, file, {}, fields, warnings)
+
+  @property
+  def architecture(self) -> str:
+    """What loads the weights: a class, or an architecture of llama.cpp."""
+    if self.gguf:
+      return f"llama.cpp's {self.gguf['general.architecture']}"
+    return self.config["architectures"][0]
 
   @property
   def notes(self) -> list[str]:
@@ -222,23 +251,35 @@ class _Content:
     if self.left_out:
       given = ", ".join(f"sample.{k}={v}" for k, v in self.left_out.items())
       notes.append(f"custom_generate does not have {given}")
-    return notes
+    return [*notes, *self.warnings]
 
   def write_texts(self, folder: pathlib.Path) -> None:
     """Writes all but the weights."""
-    write_json(folder / "config.json", self.config)
-    write_json(folder / "generation_config.json", self._generation())
+    if not self.gguf:
+      self._write_settings(folder)
     if self.tokenizer.why:
       self.model.tokenizer.save(folder / "mdm_jax_tokenizer")
     if self.tokenizer.content is not None:
       text = self.tokenizer.content.encode()
       (folder / "tokenizer.json").write_bytes(text)
       write_json(folder / "tokenizer_config.json", self._tokenizer_config())
+    (folder / "README.md").write_text(self._card())
+
+  def write_gguf(
+    self, folder: pathlib.Path, weights: dict[str, safetensors.Unread]
+  ) -> list[str]:
+    """Writes weights and metadata as one file; returns the files' names."""
+    tensors = gguf_written.tensors(weights, self.config)
+    gguf_written.write(folder / gguf_written.FILE, self.gguf, tensors)
+    return [gguf_written.FILE]
+
+  def _write_settings(self, folder: pathlib.Path) -> None:
+    write_json(folder / "config.json", self.config)
+    write_json(folder / "generation_config.json", self._generation())
     if not self.found.causal:
       (folder / "custom_generate").mkdir()
       code = _resource("custom_generate.py")
       (folder / "custom_generate" / "generate.py").write_text(code)
-    (folder / "README.md").write_text(self._card())
 
   def _generation(self) -> dict[str, Any]:
     names = "eos_token_id", "pad_token_id", "bos_token_id"
@@ -263,9 +304,8 @@ class _Content:
       for here, there in names.items()
       if here in found
     }
-    if isinstance(self.model.tokenizer, HuggingFaceTokenizer):
-      template = self.model.tokenizer.chat_template
-      config |= {"chat_template": template} if template else {}
+    if template := _template(self.model.tokenizer):
+      config["chat_template"] = template
     return config | {
       "tokenizer_class": "PreTrainedTokenizerFast",
       "clean_up_tokenization_spaces": False,
@@ -289,10 +329,17 @@ class _Content:
       shift=self.found.model.shift_outputs,
       notes=self.notes,
       tokenizer=self.tokenizer.content is not None,
+      gguf=self.gguf,
       forbidden=self.model.tokenizer.vocab.forbidden,
       own=self.config["mdm_jax"],
       version=mdm_jax.__version__,
     )
+
+
+def _template(tokenizer: Tokenizer) -> str:
+  if isinstance(tokenizer, HuggingFaceTokenizer):
+    return tokenizer.chat_template
+  return ""
 
 
 def _decoding(model: TrainedModel) -> Decoding:

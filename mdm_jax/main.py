@@ -118,8 +118,8 @@ _OUT = flags.DEFINE_string("out", None, "The folder that --mode=export makes.")
 _FORMAT = flags.DEFINE_string(
   "format",
   "transformers",
-  "What --mode=export writes: transformers, llada (its names), or peft (LoRA's"
-  " additions alone).",
+  "What --mode=export writes: transformers, llada (its names), gguf (for"
+  " llama.cpp), or peft (LoRA's additions alone).",
 )
 _JSON = flags.DEFINE_bool(
   "json", False, "Print the results as JSON on the last line."

@@ -8,52 +8,26 @@ import huggingface_harness as harness
 import jax
 import numpy as np
 import pytest
+from export_harness import TINY, check_same, model_of
 
 from mdm_jax import imported_model
 from mdm_jax.checkpoints.checkpoint import Checkpoints
-from mdm_jax.config import Config
 from mdm_jax.core.errors import StorageError, UserError
 from mdm_jax.core.progress import console
 from mdm_jax.core.sharding import MeshConfig, make_mesh
 from mdm_jax.data import tokenizer as tokenizers
-from mdm_jax.data.config import StageConfig, TokenizerConfig
 from mdm_jax.export import export_model
 from mdm_jax.huggingface import safetensors, written
-from mdm_jax.huggingface.sizes import differences
-from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.model.rope_scaling import RopeScaling, frequencies
 from mdm_jax.objectives.config import AutoregressiveConfig
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.trained_model import TrainedModel
 from mdm_jax.workdir import Workdir
 
-TINY = ModelConfig(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24)
 PLAIN = dataclasses.replace(TINY, qk_norm=False)
-
-
-def model_of(sizes=TINY, kind="byte", **fields):
-  """A random model of this library, on the current mesh."""
-  config = Config(model=sizes, stages=(StageConfig(length=12),), **fields)
-  tokenizer = tokenizers.build(TokenizerConfig(kind=kind), ["the cat"])
-  denoiser = Denoiser(sizes, tokenizer.vocab)
-  mesh = jax.sharding.get_mesh()
-  params = denoiser.init(jax.random.key(0))
-  # Norms and biases start at 1 and 0, which would hide an exchange.
-  leaves, tree = jax.tree.flatten(params)
-  noisy = [leaf + 0.01 * i for i, leaf in enumerate(leaves)]
-  params = jax.tree.unflatten(tree, noisy)
-  return TrainedModel(config, tokenizer, denoiser, mesh, params, step=7)
 
 
 def read(folder):
   return imported_model.load_imported(f"hf:{folder}")
-
-
-def check_same(one, other):
-  assert not list(differences(one.config.model, other.config.model))
-  jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
-  assert type(one.config.objective) is type(other.config.objective)
 
 
 SHIFTED = dataclasses.replace(PLAIN, shift_outputs=True, qkv_bias=True)

@@ -32,16 +32,18 @@ QWEN3 = {
 QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 4}
 
 
-def weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
+def weights(
+  config: dict, seed: int = 0, rows: int = ROWS
+) -> dict[str, np.ndarray]:
   """Returns random weights of a Llama, Qwen2 or Qwen3, by their names."""
   draw = np.random.default_rng(seed)
   d, f = config["hidden_size"], config["intermediate_size"]
   k = config.get("head_dim") or d // config["num_attention_heads"]
   q = config["num_attention_heads"] * k
   kv = config["num_key_value_heads"] * k
-  shapes = {"model.embed_tokens.weight": (ROWS, d), "model.norm.weight": (d,)}
+  shapes = {"model.embed_tokens.weight": (rows, d), "model.norm.weight": (d,)}
   if not config["tie_word_embeddings"]:
-    shapes["lm_head.weight"] = (ROWS, d)
+    shapes["lm_head.weight"] = (rows, d)
   of_layer = {
     "input_layernorm.weight": (d,),
     "post_attention_layernorm.weight": (d,),

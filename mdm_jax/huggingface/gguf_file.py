@@ -1,8 +1,8 @@
-"""Reads GGUF files of the Llama architecture, as llama.cpp uses them.
+"""Reads GGUF files of Llama's, Qwen's and LLaDA's architectures.
 
-What such a file says is returned in the form of a Hugging Face folder: a
-config.json, weights by Llama's names, and a tokenizer.json. Quantized weights
-are dequantized by the package `gguf`. Format:
+llama.cpp uses such files. What one says is returned in the form of a Hugging
+Face folder: a config.json, weights by Llama's names, and a tokenizer.json.
+Quantized weights are dequantized by the package `gguf`. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -18,8 +18,18 @@ import numpy as np
 from mdm_jax.core.errors import UserError, nearest
 
 SUFFIX = ".gguf"
-_ARCHITECTURES = ("llama",)
-_SIZES = {
+# The model_type that computes the same as an architecture of llama.cpp, and
+# whether a position attends only to those before it.
+ARCHITECTURES = {
+  "llama": ("llama", True),
+  "qwen2": ("qwen2", True),
+  "qwen3": ("qwen3", True),
+  "llada": ("llama", False),
+  "dream": ("qwen2", False),
+}
+# Those whose rotary pairs are next to each other in a head.
+INTERLEAVED = "llama", "llada"
+SIZES = {
   "num_hidden_layers": "block_count",
   "hidden_size": "embedding_length",
   "intermediate_size": "feed_forward_length",
@@ -30,8 +40,9 @@ _SIZES = {
   "max_position_embeddings": "context_length",
   "rope_theta": "rope.freq_base",
 }
-_SPECIAL = {"eos": "eos", "bos": "bos", "pad": "padding", "mask": "mask"}
-_NAMES = {
+SPECIAL = {"eos": "eos", "bos": "bos", "pad": "padding", "mask": "mask"}
+SHIFTED = "diffusion.shift_logits"
+NAMES = {
   "token_embd": "model.embed_tokens",
   "output_norm": "model.norm",
   "output": "lm_head",
@@ -40,22 +51,48 @@ _NAMES = {
   "attn_k": "self_attn.k_proj",
   "attn_v": "self_attn.v_proj",
   "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
   "ffn_norm": "post_attention_layernorm",
   "ffn_gate": "mlp.gate_proj",
   "ffn_up": "mlp.up_proj",
   "ffn_down": "mlp.down_proj",
 }
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(\w+)")
-_CONTROL = 3  # type of tokens that are no text
+NORMAL, CONTROL, OWN, UNUSED = 1, 3, 4, 5  # types of tokens
 # Rules that split text into words before the merges, by llama.cpp's name.
-_BYTE_LEVEL = {
+BYTE_LEVEL = {
   "type": "ByteLevel",
   "add_prefix_space": False,
   "trim_offsets": True,
   "use_regex": True,
 }
 _DIGITS = {"type": "Digits", "individual_digits": True}
-_SPLITS = {"gpt-2": [_BYTE_LEVEL], "smollm": [_DIGITS, _BYTE_LEVEL]}
+
+
+def _words(digits: str) -> list[dict[str, Any]]:
+  """Returns the rule of Llama 3 and Qwen2, which differ in numbers."""
+  pattern = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    rf"{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  )
+  split = {
+    "type": "Split",
+    "pattern": {"Regex": pattern},
+    "behavior": "Isolated",
+    "invert": False,
+  }
+  return [split, BYTE_LEVEL | {"use_regex": False}]
+
+
+SPLITS = {
+  "gpt-2": [BYTE_LEVEL],
+  "smollm": [_DIGITS, BYTE_LEVEL],
+  "qwen2": _words(r"\p{N}"),
+  "llama-bpe": _words(r"\p{N}{1,3}"),
+}
+# Those where a word that is a token is not put together by merges.
+WHOLE_WORDS = ("llama-bpe",)
 
 
 class GGUF:
@@ -77,16 +114,17 @@ class GGUF:
     self._path, self._reader = path, _open(path)
     self.tensors = _Weights(self._reader)
     kind = self._get("general.architecture")
-    if kind not in _ARCHITECTURES:
+    if kind not in ARCHITECTURES:
       raise UserError(
         f"{path}: general.architecture={kind!r} is not supported;"
-        f" {nearest(str(kind), _ARCHITECTURES)}"
+        f" {nearest(str(kind), ARCHITECTURES)}"
       )
     self.config = self._config(kind)
-    self.tensors.heads = {
-      "attn_q": self.config["num_attention_heads"],
-      "attn_k": self.config["num_key_value_heads"],
-    }
+    if kind in INTERLEAVED:
+      self.tensors.heads = {
+        "attn_q": self.config["num_attention_heads"],
+        "attn_k": self.config["num_key_value_heads"],
+      }
     template = self._get("tokenizer.chat_template")
     self.files = {
       "tokenizer.json": self._tokenizer(),
@@ -94,21 +132,27 @@ class GGUF:
     }
 
   def _config(self, kind: str) -> dict[str, Any]:
-    found = {ours: self._get(f"{kind}.{key}") for ours, key in _SIZES.items()}
+    found = {ours: self._get(f"{kind}.{key}") for ours, key in SIZES.items()}
     heads = found["num_attention_heads"]
     if found["num_key_value_heads"] is None:
       found["num_key_value_heads"] = heads
     scaling = self._get(f"{kind}.rope.scaling.type")
     if scaling not in (None, "none"):
-      found["rope_scaling"] = {"rope_type": scaling}
+      factor = self._get(f"{kind}.rope.scaling.factor")
+      found["rope_scaling"] = {"rope_type": scaling, "factor": factor}
     rows = self.tensors.shapes.get("model.embed_tokens.weight", (0,))[0]
     special = {
       f"{name}_token_id": self._get(f"tokenizer.ggml.{key}_token_id")
-      for name, key in _SPECIAL.items()
+      for name, key in SPECIAL.items()
     }
     tied = "lm_head.weight" not in self.tensors.shapes
     more = {"vocab_size": int(rows), "tie_word_embeddings": tied}
-    found |= special | more | {"model_type": kind}
+    model_type, causal = ARCHITECTURES[kind]
+    more |= {"model_type": model_type, "is_causal": causal}
+    if not causal:
+      # Files without the key are Dream's.
+      more["shift_outputs"] = self._get(SHIFTED) is not False
+    found |= special | more
     return {name: v for name, v in found.items() if v is not None}
 
   def _tokenizer(self) -> str:
@@ -117,11 +161,11 @@ class GGUF:
     rule = self._get("tokenizer.ggml.pre") or "gpt-2"
     tokens = self._get("tokenizer.ggml.tokens") or []
     merges = self._get("tokenizer.ggml.merges") or []
-    if kind != "gpt2" or rule not in _SPLITS:
+    if kind != "gpt2" or rule not in SPLITS:
       raise UserError(
         f"{self._path}: its tokenizer (tokenizer.ggml.model={kind!r},"
         f" tokenizer.ggml.pre={rule!r}) is not supported; supported: gpt2 with"
-        f" {' or '.join(_SPLITS)}"
+        f" {' or '.join(SPLITS)}"
       )
     types = self._get("tokenizer.ggml.token_type") or []
     rules = {"single_word": False, "lstrip": False, "rstrip": False}
@@ -129,27 +173,33 @@ class GGUF:
       {"id": i, "content": tokens[i], "normalized": False, "special": True}
       | rules
       for i, kind in enumerate(types)
-      if kind == _CONTROL
+      if kind == CONTROL
     ]
+    unused = {i for i, kind in enumerate(types) if kind == UNUSED}
     model = {
       "type": "BPE",
-      "vocab": {token: i for i, token in enumerate(tokens)},
+      "vocab": {t: i for i, t in enumerate(tokens) if i not in unused},
       "merges": merges,
+      "ignore_merges": rule in WHOLE_WORDS,
     }
-    split = {"type": "Sequence", "pretokenizers": _SPLITS[rule]}
+    split = {"type": "Sequence", "pretokenizers": SPLITS[rule]}
     return json.dumps(
       {
         "version": "1.0",
         "added_tokens": control,
         "pre_tokenizer": split,
-        "decoder": _BYTE_LEVEL,
+        "decoder": BYTE_LEVEL,
         "model": model,
       }
     )
 
   def _get(self, key: str) -> Any:
     field = self._reader.get_field(key)
-    return None if field is None else field.contents()
+    found = None if field is None else field.contents()
+    if type(found) is not float or float(np.float32(found)) != found:
+      return found
+    # The number that was meant: 1e-6, not the float32 next to it.
+    return float(str(np.float32(found)))
 
 
 class _Weights(Mapping[str, Any]):
@@ -205,10 +255,10 @@ def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
 def _theirs(name: str) -> str:
   """Returns a tensor's name in a Llama of Hugging Face."""
   block = _BLOCK.fullmatch(name)
-  if block and block[2] in _NAMES:
-    return f"model.layers.{block[1]}.{_NAMES[block[2]]}.{block[3]}"
+  if block and block[2] in NAMES:
+    return f"model.layers.{block[1]}.{NAMES[block[2]]}.{block[3]}"
   stem, _, kind = name.partition(".")
-  return f"{_NAMES[stem]}.{kind}" if stem in _NAMES else name
+  return f"{NAMES[stem]}.{kind}" if stem in NAMES else name
 
 
 def _open(path: pathlib.Path) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mdm_jax.core import distributed, trees
 from mdm_jax.core.errors import UserError, nearest
+from mdm_jax.huggingface import gguf_written
 from mdm_jax.huggingface.families import FAMILIES, Architecture, architecture
 from mdm_jax.huggingface.parameters import Leaf
 from mdm_jax.huggingface.safetensors import Unread
@@ -24,6 +25,7 @@ from mdm_jax.model.rope_scaling import grown
 FORMATS = {
   "transformers": ("llama", "qwen2", "qwen3"),
   "llada": ("llada",),
+  "gguf": ("llama", "qwen2", "qwen3"),
 }
 CLASSES = {
   "llama": "LlamaForCausalLM",
@@ -80,6 +82,8 @@ def describe(
         f" model; nearest: --format=transformers, or {wanted} objective"
       )
     if not differs:
+      if kind == "gguf":
+        gguf_written.check(config)
       return config, found
     tried.append(differs)
   field, ours, theirs = min(tried, key=len)[0]

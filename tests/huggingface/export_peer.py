@@ -17,8 +17,9 @@ import transformers
 
 def main(folder, request, answer):
   asked, found = json.loads(request.read_text()), {}
+  gguf = {"gguf_file": "model.gguf"} if asked.get("gguf") else {}
   model, report = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, output_loading_info=True
+    folder, output_loading_info=True, dtype=torch.float32, **gguf
   )
   assert not any(report.values()), report
   model.eval()

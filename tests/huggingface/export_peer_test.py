@@ -20,25 +20,22 @@ import pytest
 import sampling_harness
 import scripts_harness
 from apart_harness import python_with
+from export_harness import TINY, logits, model_of
 
 from mdm_jax import imported_model
-from mdm_jax.config import Config
 from mdm_jax.data import tokenizer as tokenizers
-from mdm_jax.data.config import StageConfig, TokenizerConfig
+from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.export import export_model
-from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.context import CAUSAL, FULL, row_context
-from mdm_jax.model.denoiser import Denoiser
+from mdm_jax.model.context import CAUSAL, FULL
 from mdm_jax.model.rope_scaling import RopeScaling
 from mdm_jax.objectives.config import AutoregressiveConfig
 from mdm_jax.sample import Model
 from mdm_jax.sampling import schedule
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.trained_model import TrainedModel, load_model
+from mdm_jax.trained_model import load_model
 from mdm_jax.workdir import Workdir
 
 PEER = pathlib.Path(__file__).with_name("export_peer.py")
-TINY = ModelConfig(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24)
 IDS = np.random.default_rng(0).integers(0, 256, (2, 12))
 ROWS = 20_000
 
@@ -56,34 +53,6 @@ def ask(python, folder, **asked):
   done = subprocess.run(command, capture_output=True, text=True, timeout=900)
   assert done.returncode == 0, done.stderr
   return np.load(answer, allow_pickle=False)
-
-
-def model_of(sizes, tokenizer=None, scale=0.0, **fields):
-  config = Config(model=sizes, stages=(StageConfig(length=12),), **fields)
-  tokenizer = tokenizer or tokenizers.build(TokenizerConfig(kind="byte"), [])
-  denoiser = Denoiser(sizes, tokenizer.vocab)
-  params = denoiser.init(jax.random.key(0))
-  draw = np.random.default_rng(1)
-
-  def noisy(path, leaf):
-    # Norms and biases start at 1 and 0, which would hide an exchange.
-    plain = "norm" not in str(path) and "bias" not in str(path)
-    noise = (scale if plain else 0.3) * draw.normal(size=leaf.shape)
-    return leaf + jnp.asarray(noise, leaf.dtype)
-
-  params = jax.tree_util.tree_map_with_path(noisy, params)
-  mesh = jax.sharding.get_mesh()
-  return TrainedModel(config, tokenizer, denoiser, mesh, params, step=7)
-
-
-def logits(model, ids, visibility):
-  """Ours [B, L, V]; -inf at ids that must not be predicted."""
-  tokens = jnp.asarray(ids, jnp.int32)
-  context = row_context(jnp.ones_like(tokens), visibility=visibility)
-  hidden = jax.jit(model.denoiser.hidden)(model.params, tokens, context)
-  flat = hidden.reshape(-1, hidden.shape[-1])
-  found = jax.jit(model.denoiser.logits)(model.params, flat)
-  return np.asarray(found).reshape(*ids.shape, -1)
 
 
 SIZES = {

@@ -46,7 +46,7 @@ def write(path, config=harness.CONFIG, **more):
   file.add_token_merges(["t h"])
   file.add_eos_token_id(256)
   file.add_chat_template("{{ messages }}")
-  theirs = {there: here for here, there in gguf_file._NAMES.items()}
+  theirs = {there: here for here, there in gguf_file.NAMES.items()}
   for name, tensor in tensors.items():
     stem, _, kind = name.rpartition(".")
     layer = stem.split(".")[2] if stem.startswith("model.layers.") else None
