@@ -198,6 +198,7 @@ class _Content:
       "eos_token_id": vocab.end,
       "pad_token_id": vocab.pad,
       "mask_token_id": vocab.mask,
+      "sep_token_id": vocab.separator,
       "bos_token_id": vocab.begin if decoding.begin is None else decoding.begin,
     }
     config |= {name: i for name, i in ids.items() if i is not None}
@@ -298,6 +299,7 @@ class _Content:
 
   def _tokenizer_config(self) -> dict[str, Any]:
     names = {"end": "eos", "begin": "bos", "pad": "pad", "mask": "mask"}
+    names["separator"] = "sep"
     found = self.tokenizer.names
     config = {
       f"{there}_token": found[here]

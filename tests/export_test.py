@@ -21,6 +21,7 @@ from mdm_jax.huggingface import safetensors, written
 from mdm_jax.model.rope_scaling import RopeScaling, frequencies
 from mdm_jax.objectives.config import AutoregressiveConfig
 from mdm_jax.sampling.config import SampleConfig
+from mdm_jax.trained_model import load_model
 from mdm_jax.workdir import Workdir
 
 PLAIN = dataclasses.replace(TINY, qk_norm=False)
@@ -62,11 +63,36 @@ def test_a_model_comes_back_from_shards(tmp_path, any_mesh, name):
   again = read(tmp_path / "out")
   check_same(model, again)
   assert again.config.stages[-1].length == 12
-  ids = ("end", "pad", "mask", "size", "predictable")
+  ids = ("end", "separator", "pad", "mask", "size", "predictable")
   for field in ids:
     wanted = getattr(model.tokenizer.vocab, field)
     assert getattr(again.tokenizer.vocab, field) == wanted
   assert again.tokenizer.fresh == ()
+
+
+def test_a_runs_checkpoint_starts_another_run_bit_by_bit(tmp_path):
+  """All that a Qwen3 can hold, from eight devices' shards to those of a run."""
+  sizes = dataclasses.replace(
+    GROUPED,
+    qkv_bias=True,
+    tie_embeddings=False,
+    rope_theta=500.0,
+    rope_scaling=SCALED[-1],
+  )
+  mesh = MeshConfig(fsdp=4, tensor=2)
+  with jax.set_mesh(make_mesh(mesh)):
+    model = model_of(sizes, mesh=mesh)
+    trained = load_model(save_run(tmp_path / "run", model))
+    export_model(trained, str(tmp_path / "out"))
+    source = f"hf:{tmp_path / 'out'}"
+    found = imported_model.imported_params(source, trained.denoiser, fresh=())
+  check_same(model, read(tmp_path / "out"))
+  pairs = zip(
+    jax.tree.leaves(model.params), jax.tree.leaves(found), strict=True
+  )
+  for one, other in pairs:
+    assert one.sharding == other.sharding and other.dtype == np.float32
+    np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("scaling", SCALED, ids=lambda s: s.kind)
@@ -238,17 +264,23 @@ def test_a_tokenizer_without_a_counterpart_has_a_file_of_its_own(
   assert again.sha256 == model.tokenizer.sha256
 
 
+def save_run(folder, model):
+  """Saves a model as the averaged parameters of a run."""
+  workdir = Workdir(folder)
+  workdir.create()
+  workdir.write_config(model.config, model.tokenizer.sha256)
+  model.tokenizer.save(workdir.path)
+  raw = jax.tree.map(lambda x: x + 1, model.params)
+  with Checkpoints(workdir.path) as checkpoints:
+    state = {"params": raw, "ema_params": model.params}
+    checkpoints.save(7, state, {})
+  return workdir
+
+
 def test_the_command_writes_the_runs_averaged_weights(tmp_path):
   with jax.set_mesh(make_mesh(MeshConfig())):
     model = model_of(kind="char")
-    workdir = Workdir(tmp_path / "run")
-    workdir.create()
-    workdir.write_config(model.config, model.tokenizer.sha256)
-    model.tokenizer.save(workdir.path)
-    raw = jax.tree.map(lambda x: x + 1, model.params)
-    with Checkpoints(workdir.path) as checkpoints:
-      state = {"params": raw, "ema_params": model.params}
-      checkpoints.save(7, state, {})
+    save_run(tmp_path / "run", model)
   env = commands.environment(tmp_path / "cache")
   call = lambda *args: commands.call(
     tmp_path, env, "--mode=export", "--workdir=run", *args

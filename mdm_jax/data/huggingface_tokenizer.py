@@ -176,6 +176,7 @@ def _vocabulary(
     )
   ends = _ids(folder, tokens, "eos")
   begin = next(iter(_ids(folder, tokens, "bos")), None)
+  separator = next(iter(_ids(folder, tokens, "sep")), None)
   mask = next(iter(_ids(folder, tokens, "mask")), None)
   kind = folder.config.get("model_type")
   if mask is None and kind in FAMILIES:
@@ -202,6 +203,7 @@ def _vocabulary(
   if known < size:
     forbidden.append((known, size))
   special = {"end": end, "pad": pad, "mask": mask, "begin": begin}
+  special["separator"] = separator
   for name, i in special.items():
     if i is not None and not 0 <= i < size:
       raise UserError(f"{folder.path}: the {name} id {i} is not in [0, {size})")

@@ -40,7 +40,10 @@ SIZES = {
   "max_position_embeddings": "context_length",
   "rope_theta": "rope.freq_base",
 }
-SPECIAL = {"eos": "eos", "bos": "bos", "pad": "padding", "mask": "mask"}
+SPECIAL = {
+  **{"eos": "eos", "bos": "bos", "pad": "padding", "mask": "mask"},
+  "sep": "seperator",  # llama.cpp's spelling
+}
 SHIFTED = "diffusion.shift_logits"
 NAMES = {
   "token_embd": "model.embed_tokens",

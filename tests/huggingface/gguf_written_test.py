@@ -46,7 +46,7 @@ def test_a_model_comes_back(tmp_path, mesh, name):
   again = imported_model.load_imported(f"hf:{file}")
   check_same(model, again)
   assert again.config.stages[-1].length == 12
-  for field in ("end", "pad", "mask", "size"):
+  for field in ("end", "separator", "pad", "mask", "size"):
     wanted = getattr(model.tokenizer.vocab, field)
     assert getattr(again.tokenizer.vocab, field) == wanted
   ids = np.arange(384)
