@@ -178,25 +178,47 @@ def test_unrolled_layers_draw_what_a_loop_draws(mesh, fields):
   )
 
 
-@pytest.mark.parametrize("num_steps", [1, 5])
-def test_no_array_has_a_vocabulary_for_every_position(mesh, num_steps):
-  """The greatest array of the whole program, whatever it is."""
-  rows, length, vocab = 4, 16, Vocabulary.after_text(1000)
-  model = ModelConfig(num_layers=1, embed_dim=8, num_heads=2)
-  denoiser = Denoiser(model, vocab)
-  params = jax.jit(denoiser.init)(rng.stream(0, "init"))
-  config = settings(num_steps=num_steps, order="entropy", top_p=0.9)
-  x = np.full((rows, length), vocab.mask, np.int32)
-  place = lambda a: jax.device_put(a, batch_sharding(mesh, a.ndim))
-  lengths = np.full(rows, length, np.int32)
-  canvas = jax.tree.map(place, Canvas(x, x == vocab.mask, lengths))
-  keys = place(rng.per_row(rng.stream(0, "sample"), jnp.arange(rows)))
+def largest_array(mesh, config, vocab, rows, length):
+  """The number of entries of the greatest array of a sampler's program."""
+  denoiser = Denoiser(
+    ModelConfig(num_layers=1, embed_dim=8, num_heads=2), vocab
+  )
+
+  def shape(kind, *sizes):
+    place = batch_sharding(mesh, len(sizes))
+    return jax.ShapeDtypeStruct(sizes, kind, sharding=place)
+
+  canvas = Canvas(
+    shape(np.int32, rows, length),
+    shape(np.bool_, rows, length),
+    shape(np.int32, rows),
+  )
+  keys = shape(jax.random.key(0).dtype, rows)
   pace = schedule.pace(config, length)
   pace = jax.device_put(pace, NamedSharding(mesh, PartitionSpec()))
+  params = jax.eval_shape(denoiser.init, jax.random.key(0))
   run = make_sampler(config, denoiser, vocab)
   chosen = tokens.effective_settings(config)
   program = str(jax.make_jaxpr(run)(params, canvas, pace, chosen, keys))
   program = re.sub(r"@(\([^)]*\)|\w+)", "", program)  # how axes are split
   shapes = re.findall(r"\w\[([\d,]+)\]", program)
-  largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+  return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_no_array_has_a_vocabulary_for_every_position(mesh, num_steps):
+  """The greatest array of the whole program, whatever it is."""
+  rows, length, vocab = 4, 16, Vocabulary.after_text(1000)
+  config = settings(num_steps=num_steps, order="entropy", top_p=0.9)
+  largest = largest_array(mesh, config, vocab, rows, length)
   assert rows * vocab.size <= largest < rows * length * vocab.size / 2
+
+
+@pytest.mark.parametrize("fields", [{"order": "random"}, {"guidance": 1.0}])
+def test_150_000_ids_are_projected_at_few_positions_at_once(mesh, fields):
+  """However many are drawn in a step: a chunk has 2^25 logits, or 128 MiB."""
+  rows, length, vocab = 8, 512, Vocabulary.after_text(151_900)
+  config = settings(num_steps=1, order="entropy", top_p=0.9)
+  config = dataclasses.replace(config, **fields)
+  largest = largest_array(mesh, config, vocab, rows, length)
+  assert 2**24 < largest <= 2**25 < rows * length * vocab.size / 16
