@@ -5,7 +5,9 @@ tests/golden/NAME.MESH.txt is what
   python -m mdm_jax.plan --config=configs/NAME.py --mesh=MESH
 
 prints; recommended.h100.txt what it prints with --mesh=1 --device=h100;
-recommended.64x4 with --config.data.batch_size=64, a row a data shard.
+recommended.64x4 with --config.data.batch_size=64, a row a data shard;
+from_causal.a100-80.txt is of from_causal.py:full and a Qwen3-0.6B, on the 64
+devices that dLLM used.
 Nothing here needs devices: all is lowered for meshes that are not there. What
 the devices tell each other is told by as many fake ones, in another process.
 """
@@ -17,6 +19,7 @@ import re
 import subprocess
 import sys
 
+import huggingface_harness as harness
 import jax
 import numpy as np
 import optax
@@ -26,12 +29,13 @@ from command_harness import call, check_mistake, environment
 from ml_collections import config_flags
 from paths import GOLDEN, ROOT
 
+from mdm_jax import command_line, fit
 from mdm_jax import config as config_lib
-from mdm_jax import fit
 from mdm_jax.benchmarks import programs
 from mdm_jax.core import sharding
 from mdm_jax.core.errors import UserError
 from mdm_jax.planning.footprint import footprint, layouts
+from mdm_jax.workdir import Workdir
 
 NAMES = ["recommended", "medium", "large", "8b"]
 MESHES = ["1", "8", "64x4"]
@@ -49,16 +53,45 @@ def standard_promotion():
     yield
 
 
-def read(name, argument=""):
-  """Returns what --config=configs/NAME.py:ARGUMENT is."""
+# Qwen3-0.6B, without weights: a plan reads none.
+QWEN3 = harness.CONFIG | {
+  "model_type": "qwen3",
+  "vocab_size": 151_936,
+  "hidden_size": 1024,
+  "intermediate_size": 3072,
+  "num_hidden_layers": 28,
+  "num_attention_heads": 16,
+  "num_key_value_heads": 8,
+  "head_dim": 128,
+  "rms_norm_eps": 1e-6,
+  "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+  "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory):
+  """A folder of this model, as init_from names it."""
+  folder = tmp_path_factory.mktemp("qwen3")
+  (folder / "config.json").write_text(json.dumps(QWEN3))
+  harness.tokenizer().save(str(folder / "tokenizer.json"))
+  return f"hf:{folder}"
+
+
+def read(name, argument="", source=""):
+  """Returns what --config=configs/NAME.py:ARGUMENT is, started from a model."""
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values)
   values(["", f"--config={ROOT / 'configs' / name}.py:{argument}"])
-  return config_lib.from_config_dict(values.config)
+  config = config_lib.from_config_dict(values.config)
+  if not source:
+    return config
+  config = dataclasses.replace(config, init_from=source)
+  return command_line.with_imported_sizes(config, Workdir("none"))
 
 
-def blueprint(name, mesh):
-  config = read(name)
+def blueprint(name, mesh, source=""):
+  config = read(name, "full", source) if source else read(name)
   if config.data.batch_size % sharding.data_shards(mesh):
     data = dataclasses.replace(config.data, batch_size=mesh.shape["fsdp"])
     config = dataclasses.replace(config, data=data)
@@ -92,6 +125,14 @@ def test_a_plan_for_a_gpu_is_of_the_program_that_runs_there(capsys):
   """
   fit.plan_mesh(read("recommended"), "1", "h100")
   expected = (GOLDEN / "recommended.h100.txt").read_text()
+  assert capsys.readouterr().out == expected
+
+
+def test_a_causal_model_is_converted_on_the_published_devices(capsys, qwen3):
+  config = read("from_causal", "full", qwen3)
+  assert config.rows_per_update == 2048
+  fit.plan_mesh(config, "64", "a100-80")
+  expected = (GOLDEN / "from_causal.a100-80.txt").read_text()
   assert capsys.readouterr().out == expected
 
 
@@ -233,9 +274,9 @@ class Sizes:
   logits: int
 
 
-def sizes(name, program):
+def sizes(name, program, source):
   mesh = planned("64x4")
-  run = blueprint(name, mesh)
+  run = blueprint(name, mesh, source)
   config, model = run.config, run.config.model
   params = footprint(run, mesh).params
   whole = lambda layout: layout.bytes * mesh.shape["fsdp"] // 2
@@ -289,16 +330,19 @@ def lowered():
   """Runs the command once a config; what it says of both programs."""
   found = {}
 
-  def run(name):
+  def run(name, source=""):
     if name not in found:
-      found[name] = _lower(name)
+      found[name] = _lower(name, source)
     return found[name]
 
   return run
 
 
-def _lower(name):
+def _lower(name, source):
   args = [f"--config={ROOT / 'configs' / name}.py", "--mesh=64x4", "--json"]
+  if source:
+    args[0] += ":full"
+    args.append(f"--config.init_from={source}")
   if name == "recommended":
     args.append("--config.data.batch_size=64")
   done = subprocess.run(
@@ -313,12 +357,16 @@ def _lower(name):
 
 @pytest.mark.parametrize("program", programs.PROGRAMS)
 @pytest.mark.parametrize(
-  "name", [slow("recommended"), slow("medium"), slow("large"), "8b"]
+  "name",
+  [*map(slow, ("recommended", "medium", "large", "from_causal")), "8b"],
 )
-def test_devices_tell_each_other_what_sharding_needs(lowered, name, program):
-  found = lowered(name)[program]["by_kind"]
+def test_devices_tell_each_other_what_sharding_needs(
+  lowered, qwen3, name, program
+):
+  source = qwen3 if name == "from_causal" else ""
+  found = lowered(name, source)[program]["by_kind"]
   remat = "full" if name == "8b" else "dots"
-  allowed = budget(sizes(name, program), program, remat)
+  allowed = budget(sizes(name, program, source), program, remat)
   found = {k: v for k, v in found.items() if v["bytes"] > 2**12}
   assert found.keys() <= allowed.keys()
   for kind, sums in found.items():

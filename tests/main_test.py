@@ -23,7 +23,7 @@ CONFIGS = ROOT / "configs"
 # The quickstart is what most tests run; the quick fix starts from its run, and
 # ablate_test runs the ablation, and imported_model_test needs a folder for
 # from_causal. The large ones have no text of their own: fit_test reads and
-# lowers them, and papers_test those of the papers' texts.
+# lowers them and from_causal:full, and papers_test those of the papers' texts.
 OTHERS = sorted(
   {p.stem for p in CONFIGS.glob("*.py")}
   - {"quickstart", "quick_fix", "ablation", "medium", "large", "8b"}
