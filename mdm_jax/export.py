@@ -40,6 +40,7 @@ _MOST = 5 * 10**9  # bytes of a file, as transformers' own default
 # What the exported sampler does not do, and the value that means it need not.
 _LEFT_OUT = {
   "block_length": None,
+  "cache": "none",
   "entropy_bound": None,
   "threshold": None,
   "remasking": "none",

@@ -1,6 +1,7 @@
 """Configuration of sampling: order, schedule, remasking, filters, length."""
 
 import dataclasses
+from typing import Literal
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.fields import POSITIVE, SHARE, SIZE, field
@@ -57,6 +58,18 @@ class SampleConfig:
     "largest fraction of the revealed tokens that a step masks again",
     SHARE,
   )
+  cache: Literal["none", "prefix", "dual"] = field(
+    "none",
+    "approximate cache of a masked model: keys and values before the current"
+    " block (prefix), or before and behind it (dual), are those of the last"
+    " call over the whole row",
+  )
+  cache_refresh: int | None = field(
+    None,
+    "with a cache, read the whole row at least every so many steps (None: when"
+    " its block changes)",
+    POSITIVE,
+  )
   guidance: float = field(
     0.0,
     "classifier-free guidance weight w: logits u + (1 + w)(c - u), with (c) and"
@@ -107,6 +120,7 @@ class SampleConfig:
         f"{path}.entropy_bound and {path}.threshold both decide how many"
         " tokens a step reveals; set one of them to None"
       )
+    self._check_cache(path)
     other = given("block_length") + budgets
     if other and self.schedule != "linear":
       raise UserError(
@@ -117,4 +131,21 @@ class SampleConfig:
       raise UserError(
         f"{path}.remasking={self.remasking} needs a fixed number of tokens"
         f" per step; set {path}.{budgets[0]}=None or {path}.remasking=none"
+      )
+
+  def _check_cache(self, path: str) -> None:
+    if self.cache == "none" and self.cache_refresh is not None:
+      raise UserError(
+        f"{path}.cache_refresh={self.cache_refresh} has no effect with"
+        f" {path}.cache=none; set {path}.cache_refresh=None"
+      )
+    if self.cache != "none" and self.block_length is None:
+      raise UserError(
+        f"{path}.cache={self.cache} needs blocks; set {path}.block_length, such"
+        f" as 32, or {path}.cache=none"
+      )
+    if self.cache != "none" and self.guidance:
+      raise UserError(
+        f"{path}.cache={self.cache} has one cache, and {path}.guidance="
+        f"{self.guidance} two calls; set {path}.guidance=0.0"
       )

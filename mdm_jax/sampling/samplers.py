@@ -14,7 +14,7 @@ from mdm_jax.core.registry import Registry
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives.base import Decoding
-from mdm_jax.sampling import blocks, left_to_right, sampler
+from mdm_jax.sampling import approximate_cache, blocks, left_to_right, sampler
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import Sampler, Watch
@@ -79,12 +79,17 @@ class Method:
 
 SAMPLERS: Registry[Method] = Registry("order of drawing", "Decoding.order")
 
+
+def _any_order(config, model, vocab, decoding, watch) -> Sampler:
+  del decoding
+  room = sampler if config.cache == "none" else approximate_cache
+  return room.make_sampler(config, model, vocab, watch)
+
+
 SAMPLERS.register(
   "any_order",
   Method(
-    make=lambda config, model, vocab, decoding, watch: sampler.make_sampler(
-      config, model, vocab, watch
-    ),
+    make=_any_order,
     steps=lambda config, length, decoding: config.num_steps,
   ),
 )
@@ -97,6 +102,7 @@ SAMPLERS.register(
       *("num_steps", "order", "end_last", "block_length", "schedule"),
       *("entropy_bound", "threshold"),
       *("remasking", "remasking_rate", "guidance"),
+      *("cache", "cache_refresh"),
     ),
     draws="one token per step, from left to right",
     block=lambda decoding: 1,
@@ -109,7 +115,7 @@ SAMPLERS.register(
     steps=blocks.most_steps,
     # Without the prompt, blocks before the current one would be masked, which a
     # model never reads in training.
-    unused=("guidance",),
+    unused=("guidance", "cache", "cache_refresh"),
     draws="block by block, each from the clean text before it",
     block=lambda decoding: decoding.block,
   ),

@@ -33,6 +33,7 @@ _ORDERS = (
 )
 _BASE = {"schedule": "linear", "remasking": "none", "end_last": False}
 _BASE |= dict.fromkeys(("block_length", "entropy_bound", "threshold"))
+_BASE |= {"cache": "none", "cache_refresh": None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ _STEPS = 12, 24, 48
 # What orders start from: the run's own settings of these must not leak in.
 _BASE = {"order": "random", "schedule": "linear", "remasking": "none"}
 _BASE |= dict.fromkeys(("block_length", "entropy_bound", "threshold"))
+_BASE |= {"cache": "none", "cache_refresh": None}
 
 
 def ways(length: int) -> dict[str, dict[str, Any]]:

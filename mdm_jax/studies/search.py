@@ -183,6 +183,8 @@ def plain(settings: SampleConfig, num_steps: int) -> SampleConfig:
     schedule="linear",
     remasking="none",
     block_length=None,
+    cache="none",
+    cache_refresh=None,
     entropy_bound=None,
     threshold=None,
   )
