@@ -189,6 +189,7 @@ def main(_: list[str]) -> int:
       sample.load(values.workdir),
       *(values.texts, values.block, values.repeats),
       length=values.length,
+      refresh=tuple(int(n) or None for n in values.refresh),
       num_steps=values.num_steps,
       order=values.order,
     )
@@ -206,6 +207,11 @@ def _define_flags() -> None:
   flags.DEFINE_integer("block", 32, "Tokens per block.", 1)
   flags.DEFINE_integer("length", 128, "Tokens per text.", 1)
   flags.DEFINE_integer("num_steps", 32, "Steps per text.", 1)
+  flags.DEFINE_list(
+    "refresh",
+    [str(n or 0) for n in REFRESH],
+    "Steps between calls over whole rows; 0: only where a block begins.",
+  )
   flags.DEFINE_string("order", "confidence", "Order, as in sample.order.")
   flags.DEFINE_integer("repeats", 3, "Timed calls of each.", 1)
   flags.DEFINE_bool("json", False, "Print JSON on the last line.")
