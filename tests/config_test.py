@@ -41,6 +41,7 @@ OPTIONAL = {
   "eval.final_rows": 16,
   "sample.length": 32,
   "sample.block_length": 8,
+  "sample.cache_refresh": 4,
   "sample.entropy_bound": 0.25,
   "sample.threshold": 0.75,
   "sample.temperature_range": (0.2, 0.9),

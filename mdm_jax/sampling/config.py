@@ -134,11 +134,6 @@ class SampleConfig:
       )
 
   def _check_cache(self, path: str) -> None:
-    if self.cache == "none" and self.cache_refresh is not None:
-      raise UserError(
-        f"{path}.cache_refresh={self.cache_refresh} has no effect with"
-        f" {path}.cache=none; set {path}.cache_refresh=None"
-      )
     if self.cache != "none" and self.block_length is None:
       raise UserError(
         f"{path}.cache={self.cache} needs blocks; set {path}.block_length, such"

@@ -251,7 +251,7 @@ def effective(
   if config.remasking == "none":
     unused |= {"remasking", "remasking_rate"}
   unused |= {name for name in ("guidance", "end_last") if not used[name]}
-  unused |= {"cache"} if config.cache == "none" else set()
+  unused |= {"cache", "cache_refresh"} if config.cache == "none" else set()
   if {config.entropy_bound, config.threshold} != {None}:
     unused.add("schedule")
   return {k: v for k, v in used.items() if k not in unused and v is not None}

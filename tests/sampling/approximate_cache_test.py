@@ -101,7 +101,6 @@ def test_a_row_does_not_depend_on_the_others(mesh, cache):
   "fields, words",
   [
     ({"cache": "dual", "block_length": None}, "sample.cache=dual needs blocks"),
-    ({"cache_refresh": 2}, "sample.cache_refresh=2 has no effect"),
     ({"cache": "prefix", "guidance": 1.0}, "set sample.guidance=0.0"),
   ],
 )
