@@ -211,7 +211,7 @@ class SampledAnswers(SampledTexts):
   """
 
   def _length(self, decoding: Decoding) -> int:
-    open_end = not SAMPLERS[decoding.order].any_hole
+    open_end = SAMPLERS[decoding.order].block is not None
     return row_length(self._config, self._data, open_end)
 
   def sample(self, params: Params) -> Samples:
@@ -273,7 +273,7 @@ class SampledAnswers(SampledTexts):
         " data.eval_fraction and data.test_fraction"
       )
     length, vocab = self._sampler.length, self._data.tokenizer.vocab
-    rows = canvas(asked, length, vocab, not self.method.any_hole)
+    rows = canvas(asked, length, vocab, self.method.block is not None)
     drawn = self._draw(params, rows, settings, curve)
     is_test = held is self._data.test
     side = splits.TEST if is_test else splits.VALIDATION

@@ -120,7 +120,7 @@ def answer_each(
   asked = questions(data.validation, config.eval.samples)
   task = task_of(config.data, splits.VALIDATION)
   model, found = sample.load(workdir, config=config), []
-  open_end = not model.method.any_hole
+  open_end = model.method.block is not None
   length = row_length(config, data, open_end)
   rows = canvas(asked, length, data.tokenizer.vocab, open_end)
   for name, changed in possible(model, settings).items():
