@@ -6,6 +6,7 @@ is short for `python -m mdm_jax.main --mode=plan`; with `--json` the last line
 is the plan as JSON.
 """
 
+import math
 import runpy
 import sys
 from typing import Any
@@ -188,7 +189,7 @@ def _notes(config: Config, trainer: Trainer) -> list[str]:
   every = config.optimizer.every
   if every > 1:
     lines.append(_steps(every, trainer.curriculum.updates))
-  lines += _larger_batches(trainer)
+  lines += _lora(trainer) + _larger_batches(trainer)
   return [*lines, determinism.promise(jax.default_backend())]
 
 
@@ -200,6 +201,27 @@ def _attention(trainer: Trainer) -> list[tuple[int, Choice]]:
   }
   kinds = sorted(found, key=lambda pair: (pair[0], pair[1].kind))
   return [(n, trainer.denoiser.attention(n, kind)) for n, kind in kinds]
+
+
+def _lora(trainer: Trainer) -> list[str]:
+  """Describes what LoRA saves; nothing without it."""
+  if not trainer.has_base:
+    return []
+  mesh, full = trainer.mesh.abstract_mesh, trainer.without_lora()
+  with_scores = footprint.hold_scores(c.name for _, c in _attention(trainer))
+  found = [
+    footprint.footprint(run, mesh, with_scores) for run in (trainer, full)
+  ]
+  counts = [sum(math.prod(p.shape) for p in f.params) for f in found]
+  ours, theirs = (f"{f.total / 2**30:.2f} GiB" for f in found)
+  stage = trainer.curriculum.stages[-1]
+  share = trainer.update_flops(stage) / full.update_flops(stage)
+  rank = trainer.denoiser.config.lora.rank
+  return [
+    f"LoRA of rank {rank}: {counts[0]:,} parameters are trained beside"
+    f" {counts[1]:,}; an update needs {ours} per device at its peak (all"
+    f" trained: {theirs}) and {share:.2f} of the FLOPs"
+  ]
 
 
 def _larger_batches(trainer: Trainer) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from mesh_harness import make_mesh
 
-from mdm_jax import export, export_adapter, imported_model
+from mdm_jax import export, export_adapter, imported_model, plan
 from mdm_jax.blueprint import make_trainer
 from mdm_jax.checkpoints.checkpoint import Checkpoints
 from mdm_jax.config import Config
@@ -171,6 +172,23 @@ def test_its_additions_alone_add_to_an_export_of_the_base(trained, tmp_path):
     np.testing.assert_allclose(value, wanted[path], rtol=1e-5, atol=1e-7)
   with pytest.raises(UserError, match="has none; nearest: --format=trans"):
     export_adapter.export_workdir(base.read_config(), base, f"{out}2")
+
+
+def test_the_plan_compares_it_with_training_all(trained):
+  _, _, trainer, state, before = trained
+  (line,) = plan._lora(trainer)
+  count = sum(x.size for x in jax.tree.leaves(state.params))
+  beside = sum(x.size for x in before.values())
+  assert line.startswith(
+    f"LoRA of rank 2: {count:,} parameters are trained beside {beside:,}; "
+  )
+  found = [
+    float(x) for x in re.findall(r"([0-9.]+)(?: GiB| of the FLOPs)", line)
+  ]
+  assert len(found) == 3 and found[0] <= found[1] and 0.5 < found[2] < 1
+  full = trainer.without_lora()
+  whole = sum(x.size for x in jax.tree.leaves(full.abstract().params))
+  assert whole == beside
 
 
 def test_there_has_to_be_a_model_to_add_to():

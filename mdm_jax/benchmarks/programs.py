@@ -60,7 +60,9 @@ def _train_step(
 ) -> tuple[Any, tuple[Any, ...]]:
   stage = run.curriculum.stages[program.stage]
   state = _on_mesh(run.abstract(), mesh)
-  return run.step(stage), (state, abstract_batch(run, stage, mesh))
+  batch = abstract_batch(run, stage, mesh)
+  base = _on_mesh(run.abstract_base(), mesh)
+  return run.step(stage), (state, batch, base)
 
 
 def _sampler(

@@ -25,11 +25,8 @@ def trunk_flops(config: ModelConfig, rows: int, reads: Reads) -> float:
       how many positions each attends to. Segments of a packed row are ignored:
       masked pairs count, too.
   """
-  width, hidden = config.embed_dim, config.mlp_size
   queries = config.head_size * config.num_heads
-  keys = config.head_size * (config.num_kv_heads or config.num_heads)
-  mlp = {"swiglu": 3, "gelu": 2}[config.block] * width * hidden
-  weights = 2 * width * queries + 2 * width * keys + mlp
+  weights = sum(a * b for a, b in _products(config).values())
   # Attention: scores and weighted values, 2 K FLOPs each per head and pair.
   row = sum(q * (2 * weights + 4 * k * queries) for q, k in reads)
   return float(config.num_layers * row * rows)
@@ -54,7 +51,35 @@ def update_flops(
   """
   trunk = trunk_flops(config, rows, reads)
   # A product's backward pass is two products of the same size.
-  return 3 * (trunk + head_flops(config, positions, vocab_size))
+  whole = 3 * (trunk + head_flops(config, positions, vocab_size))
+  if not config.lora.rank:
+    return whole
+  tokens = config.num_layers * rows * sum(queries for queries, _ in reads)
+  frozen = sum(2.0 * a * b for a, b in _products(config).values())
+  added = sum(
+    2.0 * config.lora.rank * sum(size)
+    for name, size in _products(config).items()
+    if name in (config.lora.products or (name,))
+  )
+  # Weights that stay as they are need no gradient: one product less.
+  head = head_flops(config, positions, vocab_size)
+  return whole - head + tokens * (3 * added - frozen)
+
+
+def _products(config: ModelConfig) -> dict[str, tuple[int, int]]:
+  """Returns the inputs and outputs of a block's products."""
+  width, hidden = config.embed_dim, config.mlp_size
+  queries = config.head_size * config.num_heads
+  keys = config.head_size * (config.num_kv_heads or config.num_heads)
+  gate = {"gate": (width, hidden)} if config.block == "swiglu" else {}
+  return gate | {
+    "query": (width, queries),
+    "key": (width, keys),
+    "value": (width, keys),
+    "out": (queries, width),
+    "up": (width, hidden),
+    "down": (hidden, width),
+  }
 
 
 def peak_flops(device_kind: str) -> float | None:

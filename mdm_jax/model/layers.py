@@ -59,6 +59,7 @@ def project(
   x: Array,
   weight: nnx.Param | Array,
   *axes: str | None,
+  keep: bool = True,
 ) -> Array:
   """Multiplies activations by a weight, in the activations' dtype.
 
@@ -68,6 +69,7 @@ def project(
     x: activations.
     weight: a parameter; cast to the dtype of `x`.
     *axes: logical axis names of the result, for its sharding.
+    keep: whether rematerialisation may store the result for the backward pass.
   """
   spec = RULES.spec(*axes)
   with jax.named_scope(name):
@@ -75,7 +77,7 @@ def project(
       y = cpu_gradients.product(equation, spec, x, weight[...])
     else:
       y = _product(equation, spec, x.dtype, x, weight[...])
-  return checkpoint_name(y, name)
+  return checkpoint_name(y, name) if keep else y
 
 
 def head_product(

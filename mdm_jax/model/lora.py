@@ -113,8 +113,11 @@ class Adapter(nnx.Module):
     low = layers.project(
       f"{self._name}_a", product.into, x, self.a, "batch", *_TOKENS
     )
+    # As large as the product itself, but cheap to compute again.
     high = layers.project(
-      f"{self._name}_b", product.out, low, self.b, *product.result
+      *(f"{self._name}_b", product.out, low, self.b),
+      *product.result,
+      keep=False,
     )
     return high * self._config.scale
 

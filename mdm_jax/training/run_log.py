@@ -208,16 +208,7 @@ class RunLog(Hook):
     return self._attempt.ledger.seconds()[Cause.DATA]
 
   def _speed(self, seconds: float, made: int) -> dict[str, float]:
-    plan = self._trainer.plan(self._stage)
-    cost = self._objective.cost()
-    work = flops.update_flops(
-      self._trainer.denoiser.config,
-      plan.rows,
-      cost.reads,
-      cost.asked * plan.shards * plan.accumulation,
-      self._trainer.denoiser.vocab.size,
-    )
-    speed = work * made / seconds
+    speed = self._trainer.update_flops(self._stage) * made / seconds
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     mfu = {"perf/mfu": speed / (peak * jax.device_count())} if peak else {}
     waited = self._data_seconds() - self._data_before

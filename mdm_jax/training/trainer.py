@@ -18,7 +18,7 @@ from mdm_jax.data.batches import Batch
 from mdm_jax.data.prepared import PreparedData
 from mdm_jax.data.rows import most_asked, most_segments
 from mdm_jax.data.stage_rows import stage_name
-from mdm_jax.model import lora
+from mdm_jax.model import flops, lora
 from mdm_jax.model.config import LoraConfig
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.base import Objective
@@ -63,6 +63,19 @@ class Recipe(Parts):
     """The model with LoRA merged into it."""
     config = dataclasses.replace(self.denoiser.config, lora=LoraConfig())
     return dataclasses.replace(self.denoiser, config=config)
+
+  def without_lora(self) -> "Recipe":
+    """Returns the recipe that trains all parameters."""
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    values = {name: getattr(self, name) for name in names}
+    return Recipe(**values | {"denoiser": self.plain})
+
+  def update_flops(self, stage: StagePlan) -> float:
+    """Returns the FLOPs of an update, see `model/flops.py`."""
+    plan, cost = self.plan(stage), self.objective(stage).cost()
+    asked = cost.asked * plan.shards * plan.accumulation
+    model, size = self.denoiser.config, self.denoiser.vocab.size
+    return flops.update_flops(model, plan.rows, cost.reads, asked, size)
 
   def initial_state(self, params: Params) -> TrainState:
     """Returns the state before the first update; call it under `jax.jit`.

@@ -26,6 +26,7 @@ from mdm_jax.benchmarks import (
   compile_time,
   input,
   loop,
+  lora,
   md4,
   optimizer,
   parts,
@@ -349,6 +350,15 @@ def test_optimizers_are_timed(mesh, unchecked):
   results = optimizer.measure(work.config.optimizer, params, 1)
   assert {"adamw", "muon", "4 gradients, MultiSteps"} < set(results)
   assert all(found["seconds"]["median"] > 0 for found in results.values())
+
+
+@pytest.mark.slow
+def test_lora_is_compared_with_training_all(mesh, unchecked):
+  full, small = lora.measure(TINY, [2], 1)
+  assert full["FLOPs"] == full["time"] == 1 and small["time"] > 0
+  assert small["FLOPs"] < 1
+  for name in ("trained", "state", "planned"):
+    assert small[name] < full[name]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from mdm_jax.core import fields, rng, trees
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
-from mdm_jax.model import lora
+from mdm_jax.model import flops, lora
 from mdm_jax.model.config import LoraConfig, ModelConfig
 from mdm_jax.model.context import row_context
 from mdm_jax.model.denoiser import Denoiser
@@ -163,3 +163,24 @@ def test_an_mlp_without_a_gate_names_what_it_has():
   model = dataclasses.replace(MODELS["gelu"], lora=gate)
   with pytest.raises(UserError, match="has no product 'gate'; nearest: 'up'"):
     fields.check(model, "model")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_stay_need_no_gradient(mesh, name):
+  """The FLOPs of an update, written out: two products of each, not three."""
+  config = MODELS[name]
+  _, base, trained = build(config)
+  rows, length, asked, vocab = 3, 8, 5, 16
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if x.ndim > 2)
+  weights = size({"blocks": base["blocks"]})
+  if config.qkv_bias:
+    weights -= sum(
+      base["blocks"]["attention"][f"{n}_bias"].size
+      for n in ("query", "key", "value")
+    )
+  tokens = rows * length
+  pairs = 3 * 4 * config.num_layers * config.embed_dim * rows * length**2
+  wanted = 2 * tokens * (2 * weights + 3 * size(trained)) + pairs
+  wanted += 2 * 2 * asked * config.embed_dim * vocab  # the head's
+  found = flops.update_flops(config, rows, [(length, length)], asked, vocab)
+  assert found == wanted
