@@ -44,4 +44,7 @@ def get_config(arg: str = ""):
     top_k=None,
     top_p=None,
   )
-  return config_lib.apply_arg(config, arg)
+  config = config_lib.apply_arg(config, arg)
+  if arg:  # problems are shorter than most documents
+    config.data.max_documents = 200
+  return config
