@@ -84,7 +84,7 @@ def _sleeping_step(seconds: float) -> Any:
     return np.float32(number)
 
   @jax.jit(donate_argnums=0)
-  def step(state: TrainState, batch: Any):
+  def step(state: TrainState, batch: Any, base: Any = None):
     shape = jax.ShapeDtypeStruct((), jnp.float32)
     slept = jax.pure_callback(sleep, shape, state.step)
     # Uses the batch as well, so that the step waits for its rows.
