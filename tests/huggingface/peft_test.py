@@ -74,6 +74,11 @@ def test_an_adapter_is_a_model_with_its_products_added(tmp_path, mesh, rslora):
   assert found.tokenizer.sha256 == wanted.tokenizer.sha256
 
 
+def _counted(x):
+  steps = 0.01 * np.arange(x.size, dtype=np.float32).reshape(x.shape) / x.size
+  return x + jax.device_put(steps, x.sharding)
+
+
 @pytest.mark.parametrize("products", [(), ("value", "out", "gate")])
 def test_what_was_trained_here_comes_back(tmp_path, products):
   harness.save(tmp_path / "base", harness.QWEN3)
@@ -83,7 +88,8 @@ def test_what_was_trained_here_comes_back(tmp_path, products):
   with jax.set_mesh(base.mesh):  # of all eight devices
     draw = jax.jit(Denoiser(sizes, base.tokenizer.vocab).init)
     trained, _ = lora.split(draw(jax.random.key(1)))
-    trained = jax.tree.map(lambda x: x + 0.01, trained)  # B starts at zero
+    # B starts at zero, which would hide an exchange of its entries.
+    trained = jax.tree.map(_counted, trained)
     wanted = lora.merged(settings, base.params, trained)
   config, tensors = peft.written(trained, settings, FAMILIES["qwen3"].names)
   assert config["lora_alpha"] / config["r"] == settings.scale
