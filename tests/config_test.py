@@ -101,7 +101,7 @@ def test_optional_values_survive_every_form(path):
   assert config_lib.from_config_dict(raw) == config
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
   st.lists(
     st.builds(

@@ -19,6 +19,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
   os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
+import hypothesis
 import jax
 import pytest
 from mesh_harness import MESHES, make_mesh
@@ -33,6 +34,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tracing makes many objects that stay: to look through them all the time took
 # a fifth of the suite.
 gc.set_threshold(50_000, 20, 100)
+
+# On a busy machine an example may take longer than the 200 ms of the default.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 CACHE = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
 

@@ -157,6 +157,25 @@ def test_a_causal_model_becomes_one_of_blocks(tmp_path):
   assert model.generate("the", num_steps=3).texts
 
 
+@pytest.mark.slow
+def test_the_config_of_lora_trains_what_is_added_to_an_imported_model(tmp_path):
+  env = commands.environment(tmp_path / "cache")
+  harness.save(tmp_path / "model", {})
+  lines = [
+    json.dumps({"prompt": f"{i} and then ", "completion": f"{i + 1}"})
+    for i in range(100)
+  ]
+  (tmp_path / "exchanges.jsonl").write_text("\n".join(lines))
+  config = f"--config={ROOT / 'configs' / 'lora.py'}:quick"
+  given = "--config.init_from=hf:model", "--workdir=run"
+  done = commands.call(tmp_path, env, config, *given)
+  assert done.returncode == 0, done.stderr
+  results = json.loads((tmp_path / "run" / "results.json").read_text())
+  assert np.isfinite(results["nll_per_token"])
+  config = Workdir(tmp_path / "run").read_config()
+  assert config.model.lora.rank == 8 and config.model.embed_dim == 16
+
+
 def test_other_sizes_are_refused_by_name(tmp_path, mesh):
   harness.save(tmp_path, {})
   config = imported_model.config_of(f"hf:{tmp_path}")
