@@ -121,9 +121,9 @@ class Model:
       samples.texts  # two strings
 
     Args:
-      prompts: each the beginning of a text, or a template with [MASK] or
-        [MASK:5] where tokens are drawn (`mdm_jax.sampling.template`); "" for
-        free text.
+      prompts: each the beginning of a text, or a template with [MASK],
+        [MASK:5] or [MASK:1-8] where tokens are drawn
+        (`mdm_jax.sampling.template`); "" for free text.
       num_samples: texts per prompt.
       stream: yield a single text in pieces, once they are final.
       **settings: fields of `SampleConfig` that differ from the run's.
@@ -136,12 +136,12 @@ class Model:
     Raises:
       UserError: a prompt or a setting is invalid.
     """
-    canvas, config = self._canvas(prompts, num_samples, settings)
+    found, config = self._candidates(prompts, num_samples, settings)
     if not stream:
-      return self._draw(canvas, config, num_samples)
-    if (count := len(canvas.tokens) * num_samples) > 1:
+      return self._draw_prompted(found, config, num_samples)
+    if (count := len(found.counts) * num_samples) > 1:
       raise UserError(f"stream=True yields a single text, not {count}")
-    draw = lambda: self._draw(canvas, config, watch=self._pieces)
+    draw = lambda: self._draw_prompted(found, config, watch=self._pieces)
     return self._pieces.of(draw, config, self._decoding)
 
   def stream(
@@ -151,9 +151,9 @@ class Model:
     **settings: Any,
   ) -> Iterator[Samples]:
     """Yields what `generate` returns, in parts that need little memory."""
-    canvas, config = self._canvas(prompts, num_samples, settings)
-    parts = self._sampler(canvas.tokens.shape[1]).stream(
-      self._model.params, canvas, config, self._curve, num_samples
+    found, config = self._candidates(prompts, num_samples, settings)
+    parts = self._sampler(found.canvas.tokens.shape[1]).prompted(
+      self._model.params, found, config, self._curve, num_samples
     )
     # Entered for each part: held across a yield, the mesh would stay the
     # current one in the caller's code.
@@ -164,12 +164,12 @@ class Model:
         return
       yield part
 
-  def _canvas(
+  def _candidates(
     self,
     prompts: str | Sequence[str],
     num_samples: int,
     settings: dict[str, Any],
-  ) -> tuple[Canvas, SampleConfig]:
+  ) -> tuple[template.Candidates, SampleConfig]:
     # A single prompt, not a sequence of characters.
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or num_samples < 1:
@@ -179,7 +179,7 @@ class Model:
     config = self.settings(**settings)
     length = config.length or self.config.stages[-1].length
     self._sampler(length)  # raises where this length can't be sampled
-    return template.canvas(prompts, self.tokenizer, length), config
+    return template.candidates(prompts, self.tokenizer, length), config
 
   def fill(
     self,
@@ -251,18 +251,23 @@ class Model:
       self._scorer = Scorer(self._model)
     return self._scorer(texts, given, likelihood, draws)
 
-  def _draw(
+  def _draw_prompted(
     self,
-    canvas: Canvas,
+    found: template.Candidates,
     config: SampleConfig,
     repeat: int = 1,
     watch: Watch | None = None,
   ) -> Samples:
-    sampler = self._sampler(canvas.tokens.shape[1], watch)
+    sampler = self._sampler(found.canvas.tokens.shape[1], watch)
     with jax.set_mesh(self._mesh):
-      return sampler.draw(
-        self._model.params, canvas, config, self._curve, repeat
+      return sampler.draw_prompted(
+        self._model.params, found, config, self._curve, repeat
       )
+
+  def _draw(self, canvas: Canvas, config: SampleConfig) -> Samples:
+    sampler = self._sampler(canvas.tokens.shape[1])
+    with jax.set_mesh(self._mesh):
+      return sampler.draw(self._model.params, canvas, config, self._curve)
 
   def settings(self, **settings: Any) -> SampleConfig:
     """Returns the run's settings with some changed, all validated.

@@ -70,6 +70,11 @@ class SampleConfig:
     " its block changes)",
     POSITIVE,
   )
+  hole_length: Literal["likeliest", "drawn"] = field(
+    "likeliest",
+    "tokens of a hole whose length is not told, [MASK:1-8]: the likeliest"
+    " number, or drawn anew for each text",
+  )
   guidance: float = field(
     0.0,
     "classifier-free guidance weight w: logits u + (1 + w)(c - u), with (c) and"

@@ -1,7 +1,7 @@
 """Generates text: prompts and parameters in, decoded samples out."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampling import room, schedule, template, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
+from mdm_jax.sampling.hole_lengths import HoleLengths, choose
 from mdm_jax.sampling.sampler import Sampler, Watch
 from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.samples import (
@@ -28,6 +29,7 @@ from mdm_jax.sampling.samples import (
   join,
   until_end,
 )
+from mdm_jax.sampling.template import Candidates
 
 _ANY_ORDER = Decoding("any_order")
 # Tokens and rows per call of the sampler. They are enough to keep a device
@@ -90,6 +92,9 @@ class TextSampler:
       )
     rows = rows_a_call(length, jax.default_backend())
     self.rows_a_call = padded_rows(rows, mesh)
+    self._lengths = HoleLengths(
+      denoiser, tokenizer.vocab, mesh, self.rows_a_call
+    )
     # Checked here, before anything is compiled.
     room.check_length(
       length,
@@ -121,8 +126,59 @@ class TextSampler:
       UserError: a prompt is malformed or too long, the optimal schedule has no
         curve, or the result would not fit in memory.
     """
-    canvas = template.canvas(prompts, self._tokenizer, self.length)
-    return self.draw(params, canvas, config, curve)
+    found = template.candidates(prompts, self._tokenizer, self.length)
+    return self.draw_prompted(params, found, config, curve)
+
+  def draw_prompted(
+    self,
+    params: Params,
+    found: Candidates,
+    config: SampleConfig,
+    curve: Curve | None = None,
+    repeat: int = 1,
+  ) -> Samples:
+    """Returns everything that `prompted` yields as one `Samples`.
+
+    Raises:
+      UserError: as `prompted`, or it would not fit in memory.
+    """
+    self._check_room(len(found.counts) * repeat, config)
+    return join(list(self.prompted(params, found, config, curve, repeat)))
+
+  def prompted(
+    self,
+    params: Params,
+    found: Candidates,
+    config: SampleConfig,
+    curve: Curve | None = None,
+    repeat: int = 1,
+  ) -> Iterator[Samples]:
+    """Yields texts of templates, one sampler call at a time.
+
+    The lengths of holes that are not told are decided first. For told ones this
+    is `stream`.
+
+    Args:
+      params: parameters of the denoiser.
+      found: the templates' rows.
+      config: how to sample.
+      curve: loss by mask rate; only needed by the optimal schedule.
+      repeat: number of texts for each template, in the templates' order.
+
+    Raises:
+      UserError: lengths are not told, and the model doesn't draw in any order.
+    """
+    self.method.check_lengths(found)
+    log_p = self._lengths(params, found)
+    count = len(found.counts)
+
+    def row(numbers: Int[np.ndarray, "M"]) -> Int[np.ndarray, "M"]:
+      texts = numbers // repeat % count
+      return choose(log_p, found.counts, texts, numbers, config)
+
+    yield from self._stream(
+      params, found.canvas, config, curve, count * repeat, row
+    )
 
   def draw(
     self,
@@ -130,17 +186,18 @@ class TextSampler:
     canvas: Canvas,
     config: SampleConfig,
     curve: Curve | None = None,
-    repeat: int = 1,
   ) -> Samples:
     """Returns everything that `stream` yields as one `Samples`.
 
     Raises:
       UserError: it would not fit in memory, or the schedule lacks its curve.
     """
+    self._check_room(len(canvas.tokens), config)
+    return join(list(self.stream(params, canvas, config, curve)))
+
+  def _check_room(self, texts: int, config: SampleConfig) -> None:
     steps = self.method.steps(config, self.length, self._decoding)
-    room.check_texts(len(canvas.tokens) * repeat, self.length, steps)
-    parts = self.stream(params, canvas, config, curve, repeat)
-    return join(list(parts))
+    room.check_texts(texts, self.length, steps)
 
   def stream(
     self,
@@ -148,20 +205,31 @@ class TextSampler:
     canvas: Canvas,
     config: SampleConfig,
     curve: Curve | None = None,
-    repeat: int = 1,
   ) -> Iterator[Samples]:
-    """Yields samples for the rows of a canvas, one sampler call at a time.
+    """Yields a sample for each row of a canvas, one sampler call at a time.
 
     Args:
       params: parameters of the denoiser.
       canvas: given tokens and holes, in rows of `length` tokens.
       config: how to sample.
       curve: loss by mask rate; only needed by the optimal schedule.
-      repeat: number of texts for each row of the canvas, in the rows' order.
     """
+    count, row = len(canvas.tokens), lambda numbers: numbers
+    yield from self._stream(params, canvas, config, curve, count, row)
+
+  def _stream(
+    self,
+    params: Params,
+    canvas: Canvas,
+    config: SampleConfig,
+    curve: Curve | None,
+    count: int,
+    row: Callable[[Int[np.ndarray, "M"]], Int[np.ndarray, "M"]],
+  ) -> Iterator[Samples]:
+    """Yields `count` samples; `row` says which row of the canvas each is of."""
     self.method.check(config)
     self.method.check_canvas(canvas, self._decoding)
-    count, size = len(canvas.tokens) * repeat, self.rows_a_call
+    size = self.rows_a_call
     pace = schedule.pace(config, self.length, curve)
     pace = put(pace, NamedSharding(self._mesh, P()))
     settings = tokens.effective_settings(config)
@@ -170,10 +238,12 @@ class TextSampler:
     for start in range(0, count, size):
       # The last call is filled up with further texts, which are thrown away:
       # another number of rows would be another program (see `rows_a_call`).
-      # Row n is a text of row n // repeat of the canvas.
       rows = np.arange(start, start + size)
-      row = lambda x: self._place(x[rows % count // repeat])  # noqa: B023
-      part = Canvas(row(canvas.tokens), row(canvas.free), row(canvas.lengths))
+      own = row(rows % count)
+      part = Canvas(
+        *(self._place(canvas.tokens[own]), self._place(canvas.free[own])),
+        self._place(canvas.lengths[own]),
+      )
       keys = self._row_keys(stream, rows.astype(np.int32))
       ahead.append(sample(params, part, pace, settings, keys))
       # Decode one call while the devices run the next.
@@ -192,6 +262,7 @@ class TextSampler:
       schedule="linear",
       remasking_rate=1.0,
       seed=0,
+      hole_length="likeliest",
       temperature=1.0,
       temperature_range=None,
       min_p=None if config.min_p is None else 1.0,

@@ -18,7 +18,7 @@ from mdm_jax.sampling import approximate_cache, blocks, left_to_right, sampler
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.sampler import Sampler, Watch
-from mdm_jax.sampling.template import PromptError
+from mdm_jax.sampling.template import Candidates, PromptError
 
 _Make = Callable[
   [SampleConfig, Denoiser, Vocabulary, Decoding, Watch | None], Sampler
@@ -75,6 +75,17 @@ class Method:
         f"there is text behind a hole, but this model draws {self.draws}; end"
         " the prompt at its first [MASK]",
       )
+
+  def check_lengths(self, found: Candidates) -> None:
+    """Raises PromptError if a length isn't told, and can't be decided."""
+    if self.draws:
+      for text in np.flatnonzero(found.counts > 1):
+        raise PromptError(
+          int(text) + 1,
+          len(found.counts),
+          "the length of a hole is not told, but this model draws"
+          f" {self.draws}; write [MASK:*] at the end of the text",
+        )
 
 
 SAMPLERS: Registry[Method] = Registry("order of drawing", "Decoding.order")

@@ -1,9 +1,10 @@
 r"""Parses prompts and infilling templates into rows for the sampler.
 
-[MASK] is a hole of one token, [MASK:5] of five, and [MASK:*], which is allowed
-only at the end, of the rest of the row. A text without a hole is a prompt: all
-of it is given, and the rest of the row is drawn. A backslash makes \[MASK]
-literal; \\[MASK] is a backslash followed by a hole.
+[MASK] is a hole of one token, [MASK:5] of five, [MASK:1-8] of one to eight, and
+[MASK:*], which is allowed only at the end, of the rest of the row. A text
+without a hole is a prompt: all of it is given, and the rest of the row is
+drawn. A backslash makes \[MASK] literal; \\[MASK] is a backslash followed by a
+hole. Which of one to eight tokens a hole has is decided by `hole_lengths.py`.
 
 Given text is reproduced exactly, with one exception. SentencePiece tokens
 include the space before a word, so one space in front of a hole belongs to the
@@ -15,12 +16,14 @@ Byte and character tokenizers have tokens for spaces, so all spaces are given.
 """
 
 import dataclasses
+import itertools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32
 
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
@@ -28,11 +31,14 @@ from mdm_jax.data.tokenizer import Tokenizer
 from mdm_jax.sampling.call import Canvas
 
 _START = re.compile(r"(\\*)\[MASK")
-_END = re.compile(r"(?::([1-9][0-9]{0,5}|\*))?\]")
+_END = re.compile(r"(?::([1-9][0-9]{0,5})(?:-([1-9][0-9]{0,5}))?|(:\*))?\]")
 _FORMS = (
-  "write [MASK], [MASK:5] for five tokens (up to 999999), [MASK:*] at the end"
-  r" for the rest of the text, or \[MASK for literal text"
+  "write [MASK], [MASK:5] for five tokens (up to 999999), [MASK:1-8] for one to"
+  " eight, [MASK:*] at the end for the rest of the text, or \\[MASK for literal"
+  " text"
 )
+# Ways to choose the lengths of a text's holes; each costs denoiser calls.
+_MOST_WAYS = 512
 
 
 class PromptError(UserError):
@@ -55,12 +61,29 @@ class Template:
   Attributes:
     tokens: given ids, MASK in holes, and PAD.
     free: which tokens are holes.
+    untold: which tokens are in holes whose length is not told.
     grows: whether holes fill the rest of the row.
   """
 
   tokens: Int32[np.ndarray, "N"]
   free: Bool[np.ndarray, "N"]
+  untold: Bool[np.ndarray, "N"]
   grows: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+  """Rows with every choice of lengths of some templates' holes.
+
+  Attributes:
+    canvas: the rows, text by text.
+    untold: which tokens are in holes whose length is not told [B, L].
+    counts: rows of each text.
+  """
+
+  canvas: Canvas
+  untold: Bool[np.ndarray, "B L"]
+  counts: Int[np.ndarray, "N"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +103,17 @@ class Filled:
 
 
 class _Part(NamedTuple):
-  """Given text and the number of holes after it."""
+  """Given text, and the fewest and most tokens of the hole after it."""
 
   given: str
-  holes: int = 0
+  least: int = 0
+  most: int = 0
   grows: bool = False
+
+  @property
+  def tokens(self) -> str:
+    told = self.least == self.most
+    return str(self.most) if told else f"{self.least} to {self.most}"
 
 
 def parse(text: str, tokenizer: Tokenizer) -> Template:
@@ -94,28 +123,69 @@ def parse(text: str, tokenizer: Tokenizer) -> Template:
     parse("The [MASK:2] of", tokenizer).free  # e.g. [False, True, True, False]
 
   Raises:
-    UserError: a hole is malformed, [MASK:*] is not at the end, or the text is
-      not valid Unicode.
+    UserError: a hole is malformed or its length is not told, [MASK:*] is not at
+      the end, or the text is not valid Unicode.
+  """
+  return _told(text, tokenizer)[0]
+
+
+def _told(text: str, tokenizer: Tokenizer) -> list[Template]:
+  found = ways(text, tokenizer)
+  if len(found) > 1:
+    raise UserError(
+      "the length of a hole is not told; write [MASK:5] for five tokens"
+    )
+  return found
+
+
+def ways(text: str, tokenizer: Tokenizer) -> list[Template]:
+  """Returns a template for each choice of lengths of the untold holes.
+
+  The last hole's length varies fastest. There is one template if all lengths
+  are told.
+
+  Raises:
+    UserError: as `parse`, or there are too many choices.
   """
   check_characters(text)
   parts = _split(text)
-  plain = len(parts) == 1 and not parts[0].holes and not parts[0].grows
+  plain = len(parts) == 1 and not parts[0].most and not parts[0].grows
   given = [part.given for part in parts]
   # A space in front of a hole belongs to the hole (see the module's docstring).
   if _spaces_begin_words(tokenizer):
     given = [
       part.given.removesuffix(" ")
-      if part.holes or part.grows or plain
+      if part.most or part.grows or plain
       else part.given
       for part in parts
     ]
-  tokens, free = [], []
-  for ids, part in zip(tokenizer.encode_batch(given), parts, strict=True):
-    holes = np.full(part.holes, tokenizer.vocab.mask, np.int32)
-    tokens += [ids, holes]
-    free += [np.zeros(len(ids), bool), np.ones(len(holes), bool)]
+  encoded = tokenizer.encode_batch(given)
+  choices = [range(part.least, part.most + 1) for part in parts]
+  _check_ways(parts, math.prod(map(len, choices)))
   grows = plain or parts[-1].grows
-  return Template(np.concatenate(tokens), np.concatenate(free), grows)
+  found = []
+  for sizes in itertools.product(*choices):
+    tokens, free, untold = [], [], []
+    for ids, part, size in zip(encoded, parts, sizes, strict=True):
+      tokens += [ids, np.full(size, tokenizer.vocab.mask, np.int32)]
+      free += [np.zeros(len(ids), bool), np.ones(size, bool)]
+      untold += [free[-2], np.full(size, part.least < part.most)]
+    joined = map(np.concatenate, (tokens, free, untold))
+    found.append(Template(*joined, grows))
+  return found
+
+
+def _check_ways(parts: list[_Part], count: int) -> None:
+  if count <= _MOST_WAYS:
+    return
+  open_ones = [part for part in parts if part.least < part.most]
+  each = max(int(_MOST_WAYS ** (1 / len(open_ones)) + 1e-9), 1)
+  first = open_ones[0].least
+  raise UserError(
+    f"the holes whose length is not told have {count:,} choices of lengths;"
+    f" nearest valid: at most {_MOST_WAYS}, such as"
+    f" [MASK:{first}-{first + each - 1}] for each"
+  )
 
 
 def fit(template: Template, length: int, vocab: Vocabulary) -> Template:
@@ -144,6 +214,7 @@ def fit(template: Template, length: int, vocab: Vocabulary) -> Template:
   return Template(
     np.append(template.tokens, np.full(rest, filler, np.int32)),
     np.append(template.free, np.full(rest, template.grows)),
+    np.append(template.untold, np.zeros(rest, bool)),
   )
 
 
@@ -153,18 +224,41 @@ def canvas(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Canvas:
   Raises:
     PromptError: `parse` or `fit` fails; it names the text if there are several.
   """
-  rows, lengths = [], []
+  found = candidates(texts, tokenizer, length, _told)
+  return found.canvas
+
+
+def candidates(
+  texts: Sequence[str],
+  tokenizer: Tokenizer,
+  length: int,
+  read: Callable[[str, Tokenizer], list[Template]] = ways,
+) -> Candidates:
+  """Returns rows of `length` tokens, one for each of the `ways` of each text.
+
+  Raises:
+    PromptError: `read` or `fit` fails; it names the text if there are several.
+  """
+  rows, lengths, counts = [], [], []
   for number, text in enumerate(texts, start=1):
     try:
-      found = parse(text, tokenizer)
-      rows.append(fit(found, length, tokenizer.vocab))
-      lengths.append(length if found.grows else len(found.tokens))
+      found = read(text, tokenizer)
+      # The longest first: the error says what it needs.
+      fit(found[-1], length, tokenizer.vocab)
+      rows += [fit(one, length, tokenizer.vocab) for one in found]
     except UserError as error:
       raise PromptError(number, len(texts), str(error)) from None
-  tokens = np.array([row.tokens for row in rows], np.int32)
-  free = np.array([row.free for row in rows], bool)
-  tokens, free = tokens.reshape(-1, length), free.reshape(-1, length)
-  return Canvas(tokens, free, np.array(lengths, np.int32))
+    lengths += [length if one.grows else len(one.tokens) for one in found]
+    counts.append(len(found))
+  as_rows = lambda name, dtype: np.array(
+    [getattr(row, name) for row in rows], dtype
+  ).reshape(-1, length)
+  tokens, free = as_rows("tokens", np.int32), as_rows("free", bool)
+  return Candidates(
+    Canvas(tokens, free, np.array(lengths, np.int32)),
+    as_rows("untold", bool),
+    np.array(counts, np.int64),
+  )
 
 
 def filled(given: str, text: str, tokenizer: Tokenizer) -> Filled:
@@ -184,7 +278,7 @@ def filled(given: str, text: str, tokenizer: Tokenizer) -> Filled:
   check_characters(given, "given")
   check_characters(text, "the text")
   parts = _split(given, anywhere=True)
-  holes = [part for part in parts if part.holes or part.grows]
+  holes = [part for part in parts if part.most or part.grows]
   if len(holes) > 1:
     raise UserError(f"given has {len(holes)} holes, but a text fills one")
   before, after = parts[0].given, "".join(part.given for part in parts[1:])
@@ -192,9 +286,11 @@ def filled(given: str, text: str, tokenizer: Tokenizer) -> Filled:
     before, text = before[:-1], f" {text}"
   ids = tokenizer.encode_batch([before, text, after])
   sizes = [len(part) for part in ids]
-  if holes and not holes[0].grows and holes[0].holes != sizes[1]:
+  if holes and not (
+    holes[0].grows or holes[0].least <= sizes[1] <= holes[0].most
+  ):
     raise UserError(
-      f"the hole has {holes[0].holes} token(s) and the text {sizes[1]}; write"
+      f"the hole has {holes[0].tokens} token(s) and the text {sizes[1]}; write"
       f" [MASK:{sizes[1]}], or [MASK:*] for a text of any length"
     )
   return Filled(
@@ -245,16 +341,22 @@ def _split(text: str, anywhere: bool = False) -> list[_Part]:
       continue
     end = _END.match(text, at)
     if not end:
-      written = re.match(r"[^\s\[\]]{0,12}\]?", text[at:])[0]
+      written = re.match(r"[^\s\[\]]{0,14}\]?", text[at:])[0]
       raise UserError(f"[MASK{written} is not a valid mask; {_FORMS}")
     at = end.end()
-    grows = end[1] == "*"
+    grows = bool(end[3])
     if grows and at < len(text) and not anywhere:
       raise UserError(
         "[MASK:*] fills the rest of the text, so nothing may follow it; write"
         " [MASK:5] for five tokens"
       )
-    parts.append(_Part(given, 0 if grows else int(end[1] or 1), grows))
+    least = 0 if grows else int(end[1] or 1)
+    most = int(end[2] or least)
+    if most < least:
+      raise UserError(
+        f"[MASK:{least}-{most}] has no length; write [MASK:{most}-{least}]"
+      )
+    parts.append(_Part(given, least, most, grows))
     given = ""
   rest = given + text[at:]
   return [*parts, _Part(rest)] if rest or not parts else parts

@@ -282,3 +282,60 @@ def test_of_several_texts_the_wrong_one_is_named(built):
 def test_a_model_that_writes_no_space_into_words_is_recognised(built):
   found = {k: templates._spaces_begin_words(t) for k, t in built.items()}
   assert found == {"byte": False, "char": False, "sentencepiece": True}
+
+
+# MARK: holes whose length is not told
+
+
+def test_each_choice_of_lengths_is_a_told_template(tokenizer):
+  text = "The [MASK:{}] of  the [MASK:{}] is [MASK]"
+  found = templates.ways(text.format("1-3", "2-4"), tokenizer)
+  sizes = [(a, b) for a in (1, 2, 3) for b in (2, 3, 4)]
+  for one, told in zip(found, sizes, strict=True):
+    want = parse(text.format(*told), tokenizer)
+    assert one.tokens.tolist() == want.tokens.tolist()
+    assert one.free.tolist() == want.free.tolist() and not want.untold.any()
+    # Only in these holes.
+    assert one.untold.sum() == sum(told)
+    assert not (one.untold & ~one.free).any()
+
+
+def test_a_length_with_equal_bounds_is_told(tokenizer):
+  (found,) = templates.ways("a[MASK:3-3]b", tokenizer)
+  assert not found.untold.any() and found.free.sum() == 3
+
+
+def test_rows_of_all_choices_are_text_by_text(built):
+  texts = ["a[MASK:1-3]b", "ab", "[MASK:2]", "[MASK:1-2] [MASK:*]"]
+  found = templates.candidates(texts, built["byte"], 9)
+  assert found.counts.tolist() == [3, 1, 1, 2]
+  assert found.canvas.lengths.tolist() == [3, 4, 5, 9, 2, 9, 9]
+  assert found.untold.sum(axis=1).tolist() == [1, 2, 3, 0, 0, 1, 2]
+  told = canvas(texts[1:3], built["byte"], 9)
+  np.testing.assert_array_equal(found.canvas.tokens[3:5], told.tokens)
+
+
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("[MASK:8-1]", r"\[MASK:8-1\] has no length; write \[MASK:1-8\]"),
+    ("[MASK:0-5]", r"\[MASK:0-5\] is not a valid mask; .*\[MASK:1-8\]"),
+    ("[MASK:1-]", r"\[MASK:1-\] is not a valid mask"),
+    ("[MASK:1-*]", r"\[MASK:1-\*\] is not a valid mask"),
+    (
+      "[MASK:1-600]",
+      r"600 choices .* nearest valid: at most 512, such as \[MASK:1-512\]",
+    ),
+    ("[MASK:2-9] " * 4, r"4,096 choices .* such as \[MASK:2-5\] for each"),
+    ("a[MASK:1-30]b", r"has 32 tokens and a sample only 24"),
+  ],
+)
+def test_bounds_without_a_length_are_refused_in_one_line(built, text, words):
+  with pytest.raises(UserError, match=words) as error:
+    templates.candidates([text], built["byte"], 24)
+  assert "\n" not in str(error.value)
+
+
+def test_a_told_length_is_needed_where_nothing_decides_it(built):
+  with pytest.raises(UserError, match="prompt 2 of 2: .* is not told"):
+    canvas(["a", "[MASK:1-2]"], built["byte"], 9)
