@@ -18,7 +18,8 @@ from mdm_jax.workdir import Workdir
 
 _HELP = """\
 Type the beginning of a text. [MASK] in it is filled with one token, [MASK:5]
-with five. An empty line samples a text without a prompt.
+with five, [MASK:1-8] with one to eight. An empty line samples a text without a
+prompt.
 /temperature 0.7  change a setting; without a value, show it
 /settings         show all settings
 /quit             quit, as does Ctrl-D

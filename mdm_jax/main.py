@@ -9,10 +9,11 @@
 --mode=data and --mode=plan show what a run would do; prepare writes the rows of
 a corpus too large for memory; train, the default, trains and evaluates; eval,
 sample, tune (finds sampling settings), frontier (a temperature sweep), compare
-(sampling settings, one change at a time), report (an HTML page) and export (a
-folder for other libraries) use what was trained. Every field of the config is a
-flag: --config.data.batch_size=4. Without --config, the config saved in the
-workdir is used. Exit codes: docs/reliability.md.
+(sampling settings, one change at a time), infill (holes in test text), report
+(an HTML page) and export (a folder for other libraries) use what was trained.
+Every field of the config is a flag: --config.data.batch_size=4. Without
+--config, the config saved in the workdir is used. Exit codes:
+docs/reliability.md.
 """
 
 import os
@@ -38,7 +39,8 @@ _MODE = flags.DEFINE_enum(
   "train",
   [
     *("data", "plan", "prepare", "train"),
-    *("eval", "sample", "tune", "frontier", "compare", "report", "export"),
+    *("eval", "sample", "tune", "frontier", "compare", "infill"),
+    *("report", "export"),
   ],
   "The program to run.",
 )
@@ -48,7 +50,8 @@ _WORKDIR = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string(
   "prompt",
   "",
-  "Text that samples begin with; [MASK] or [MASK:5] in it is filled.",
+  "Text that samples begin with; [MASK], [MASK:5] or [MASK:1-8] in it is"
+  " filled.",
 )
 _PROMPTS = flags.DEFINE_string(
   "prompts", "", "File with one prompt per line, or .jsonl, or - for stdin."
@@ -76,8 +79,8 @@ _SAMPLING = flags.DEFINE_enum(
   "sampling",
   "auto",
   ["auto", "config", "tuned"],
-  "Settings of --mode=sample and compare: the run's own, those that --mode=tune"
-  " found, or (auto) the latter if there are any.",
+  "Settings of --mode=sample, compare and infill: the run's own, those that"
+  " --mode=tune found, or (auto) the latter if there are any.",
 )
 _WAYS = flags.DEFINE_string(
   "ways", "", "Compare only settings whose name contains this."
@@ -209,9 +212,9 @@ def _run(config: Config, workdir: Workdir) -> Any:
     training_loop,
     tuned_sampling,
   )
-  from mdm_jax.studies import compare, frontier, tune
+  from mdm_jax.studies import compare, frontier, infilled, tune
 
-  if _MODE.value in ("sample", "compare", "export"):
+  if _MODE.value in ("sample", "compare", "infill", "export"):
     config = tuned_sampling.applied(config, workdir, _SAMPLING.value)
 
   match _MODE.value:
@@ -245,6 +248,8 @@ def _run(config: Config, workdir: Workdir) -> Any:
       return frontier.frontier_workdir(config, workdir)
     case "compare":
       return compare.compare_workdir(config, workdir, _WAYS.value)
+    case "infill":
+      return infilled.infill_workdir(config, workdir)
     case "report":
       return report.report_workdir(config, workdir)
     case "export":

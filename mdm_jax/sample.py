@@ -155,8 +155,7 @@ class Model:
     parts = self._sampler(found.canvas.tokens.shape[1]).prompted(
       self._model.params, found, config, self._curve, num_samples
     )
-    # Entered for each part: held across a yield, the mesh would stay the
-    # current one in the caller's code.
+    # Entered for each part: across a yield, it would be the caller's mesh too.
     while True:
       with jax.set_mesh(self._mesh):
         part = next(parts, None)
@@ -215,7 +214,9 @@ class Model:
         " tokenizer's text tokens"
       )
     canvas = Canvas(tokens.astype(np.int32), free, lengths.astype(np.int32))
-    return self._draw(canvas, self.settings(**settings))
+    config, sampler = self.settings(**settings), self._sampler(tokens.shape[1])
+    with jax.set_mesh(self._mesh):
+      return sampler.draw(self._model.params, canvas, config, self._curve)
 
   def score(
     self,
@@ -263,11 +264,6 @@ class Model:
       return sampler.draw_prompted(
         self._model.params, found, config, self._curve, repeat
       )
-
-  def _draw(self, canvas: Canvas, config: SampleConfig) -> Samples:
-    sampler = self._sampler(canvas.tokens.shape[1])
-    with jax.set_mesh(self._mesh):
-      return sampler.draw(self._model.params, canvas, config, self._curve)
 
   def settings(self, **settings: Any) -> SampleConfig:
     """Returns the run's settings with some changed, all validated.

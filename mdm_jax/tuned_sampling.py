@@ -17,8 +17,10 @@ from mdm_jax.workdir import Workdir
 
 FILE = "sampling.json"
 # Not part of a setting's quality: how many texts, how long, which draws; and
-# guidance, which does nothing without a prompt.
-_NOT_TUNED = frozenset({"num_samples", "length", "seed", "guidance"})
+# what does nothing without a prompt.
+_NOT_TUNED = frozenset(
+  {"num_samples", "length", "seed", "guidance", "hole_length"}
+)
 FIELDS = tuple(
   f.name for f in dataclasses.fields(SampleConfig) if f.name not in _NOT_TUNED
 )

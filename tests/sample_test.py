@@ -524,3 +524,25 @@ def test_more_texts_than_can_be_kept_are_reported(model):
   with pytest.raises(UserError, match="1,000,000,000 texts") as caught:
     model.generate("", 10**9)
   assert "nearest valid: " in str(caught.value)
+
+
+# MARK: holes whose length is not told
+
+
+def test_a_hole_is_as_long_as_its_bounds_allow(model):
+  prompts = ["a[MASK:2-4]b", "ab[MASK:3]c"]
+  drawn = model.generate(prompts, num_samples=3, hole_length="drawn", seed=2)
+  free = drawn.step >= 0
+  assert {*free[:3].sum(axis=1).tolist()} <= {2, 3, 4}
+  for row, hole in zip(drawn.path[-1][:3], free[:3], strict=True):
+    size = int(hole.sum())
+    assert row[0] == ord("a") and row[1 + size] == ord("b")
+  assert free[3:].sum(axis=1).tolist() == [3, 3, 3]
+
+
+def test_a_text_of_an_untold_length_is_that_of_its_told_one(model):
+  untold = model.generate("ab[MASK:1-3]c", seed=5)
+  (size,) = (untold.step >= 0).sum(axis=1)
+  told = model.generate(f"ab[MASK:{size}]c", seed=5)
+  for name in ("path", "step", "confidence", "entropy"):
+    np.testing.assert_array_equal(getattr(untold, name), getattr(told, name))

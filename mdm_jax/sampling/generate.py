@@ -53,6 +53,7 @@ class TextSampler:
     length: tokens per text, including the prompt.
     rows_a_call: rows per call of the sampler, however many texts are drawn.
     method: the sampler, and which settings it can follow.
+    hole_lengths: how likely each length of a hole is.
   """
 
   def __init__(
@@ -92,7 +93,7 @@ class TextSampler:
       )
     rows = rows_a_call(length, jax.default_backend())
     self.rows_a_call = padded_rows(rows, mesh)
-    self._lengths = HoleLengths(
+    self.hole_lengths = HoleLengths(
       denoiser, tokenizer.vocab, mesh, self.rows_a_call
     )
     # Checked here, before anything is compiled.
@@ -169,11 +170,11 @@ class TextSampler:
       UserError: lengths are not told, and the model doesn't draw in any order.
     """
     self.method.check_lengths(found)
-    log_p = self._lengths(params, found)
+    log_p = self.hole_lengths(params, found)
     count = len(found.counts)
 
     def row(numbers: Int[np.ndarray, "M"]) -> Int[np.ndarray, "M"]:
-      texts = numbers // repeat % count
+      texts = numbers // repeat
       return choose(log_p, found.counts, texts, numbers, config)
 
     yield from self._stream(
@@ -323,6 +324,8 @@ def effective(
     unused |= {"remasking", "remasking_rate"}
   unused |= {name for name in ("guidance", "end_last") if not used[name]}
   unused |= {"cache", "cache_refresh"} if config.cache == "none" else set()
+  if config.hole_length == SampleConfig.hole_length:
+    unused.add("hole_length")
   if {config.entropy_bound, config.threshold} != {None}:
     unused.add("schedule")
   return {k: v for k, v in used.items() if k not in unused and v is not None}

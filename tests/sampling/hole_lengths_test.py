@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mdm_jax.core.errors import UserError
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.hole_lengths import HoleLengths, choose
+from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.template import candidates
 
 BYTES = tokenizers.build(TokenizerConfig(kind="byte"), [])
@@ -152,3 +154,11 @@ def test_drawn_lengths_have_their_shares_and_follow_the_seed():
   np.testing.assert_allclose(shares, [0.2, 0.5, 0.3], atol=0.03)
   assert (chosen("drawn", 0, 99)[1] == rows[:99]).all()
   assert (chosen("drawn", 1)[1] != rows).any()
+
+
+@pytest.mark.parametrize("order", ["left_to_right", "blocks"])
+def test_models_with_an_order_of_their_own_refuse_untold_lengths(order):
+  found = candidates(["ab", "[MASK:1-2]"], BYTES, LENGTH)
+  with pytest.raises(UserError, match="prompt 2 of 2: .* write"):
+    SAMPLERS[order].check_lengths(found)
+  SAMPLERS["any_order"].check_lengths(found)
