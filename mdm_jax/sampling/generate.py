@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from mdm_jax.core import distributed, memory, rng
 from mdm_jax.core.errors import UserError
