@@ -20,7 +20,7 @@ from mdm_jax.objectives.measured import Curve
 from mdm_jax.sampling import room, schedule, template, tokens
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.sampling.hole_lengths import HoleLengths, choose
+from mdm_jax.sampling.hole_lengths import HoleLengths
 from mdm_jax.sampling.sampler import Sampler, Watch
 from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.samples import (
@@ -176,7 +176,9 @@ class TextSampler:
 
     def row(numbers: Int[np.ndarray, "M"]) -> Int[np.ndarray, "M"]:
       texts = numbers // repeat
-      return choose(log_p, found.counts, texts, numbers, config)
+      return self.hole_lengths.choose(
+        log_p, found.counts, texts, numbers, config
+      )
 
     yield from self._stream(
       params, found.canvas, config, curve, count * repeat, row

@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mdm_jax.core import distributed, rng
@@ -35,7 +36,7 @@ NEAR = 8
 
 
 class HoleLengths:
-  """Computes how likely each length of a hole is; compiles once."""
+  """Says how likely each length of a hole is; compiles once."""
 
   def __init__(
     self,
@@ -56,6 +57,10 @@ class HoleLengths:
     """
     self._terms = make_terms(denoiser, vocab)
     self._mesh, self._rows, self._near = mesh, rows, near
+    draw = lambda key, rows: jax.vmap(jax.random.uniform)(
+      rng.per_row(key, rows)
+    )
+    self._uniform = jax.jit(draw, out_shardings=NamedSharding(mesh, P()))
 
   def __call__(self, params: Any, found: Candidates) -> Float[np.ndarray, "B"]:
     """Returns log p(length | given text) of each candidate of each text.
@@ -77,6 +82,39 @@ class HoleLengths:
       )
     parts = np.split(-nats, ends[:-1])
     return np.concatenate([part - _log_sum(part) for part in parts])
+
+  def choose(
+    self,
+    log_p: Float[np.ndarray, "B"],
+    counts: Int[np.ndarray, "N"],
+    text: Int[np.ndarray, "M"],
+    number: Int[np.ndarray, "M"],
+    config: SampleConfig,
+  ) -> Int[np.ndarray, "M"]:
+    """Returns the candidate that each of M samples is drawn into.
+
+    Args:
+      log_p: of each candidate, from a call.
+      counts: candidates of each text.
+      text: which text each sample is of.
+      number: of each sample; its random number depends on this and the seed.
+      config: whether lengths are drawn or the likeliest ones.
+    """
+    starts = np.cumsum(counts) - counts
+    if counts.max(initial=1) == 1:
+      return starts[text]
+    parts = [np.exp(part) for part in np.split(log_p, starts[1:])]
+    if config.hole_length == "likeliest":
+      best = np.array([int(p.argmax()) for p in parts])
+      return (starts + best)[text]
+    stream = rng.stream(config.seed, "hole_lengths")
+    uniform = distributed.fetch(self._uniform(stream, number.astype(np.int32)))
+    chosen = []
+    for i, share in zip(text, uniform, strict=True):
+      at = np.searchsorted(parts[i].cumsum(), share, side="right")
+      # The sum of all may be less than 1 by rounding.
+      chosen.append(starts[i] + min(int(at), len(parts[i]) - 1))
+    return np.array(chosen)
 
   def _steps(
     self, found: Candidates, row: int
@@ -122,41 +160,6 @@ class HoleLengths:
 
   def _place(self, values: np.ndarray) -> Array:
     return put(values, batch_sharding(self._mesh, values.ndim))
-
-
-def choose(
-  log_p: Float[np.ndarray, "B"],
-  counts: Int[np.ndarray, "N"],
-  text: Int[np.ndarray, "M"],
-  number: Int[np.ndarray, "M"],
-  config: SampleConfig,
-) -> Int[np.ndarray, "M"]:
-  """Returns the candidate that each of M samples is drawn into.
-
-  Args:
-    log_p: of each candidate, from `HoleLengths`.
-    counts: candidates of each text.
-    text: which text each sample is of.
-    number: of each sample; its random number depends on this and the seed.
-    config: whether lengths are drawn or the likeliest ones.
-  """
-  starts = np.cumsum(counts) - counts
-  if counts.max(initial=1) == 1:
-    return starts[text]
-  if config.hole_length == "drawn":
-    keys = rng.per_row(
-      rng.stream(config.seed, "hole_lengths"), jnp.asarray(number, jnp.int32)
-    )
-    uniform = np.asarray(jax.vmap(jax.random.uniform)(keys), np.float64)
-  chosen = []
-  for n, i in enumerate(text):
-    p = np.exp(log_p[starts[i] : starts[i] + counts[i]])
-    if config.hole_length == "drawn":
-      at = int(np.searchsorted(np.cumsum(p), uniform[n], side="right"))
-      chosen.append(starts[i] + min(at, len(p) - 1))
-    else:
-      chosen.append(starts[i] + int(p.argmax()))
-  return np.array(chosen)
 
 
 def _log_sum(values: Float[np.ndarray, "K"]) -> float:

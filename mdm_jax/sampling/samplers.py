@@ -84,7 +84,8 @@ class Method:
           int(text) + 1,
           len(found.counts),
           "the length of a hole is not told, but this model draws"
-          f" {self.draws}; write [MASK:*] at the end of the text",
+          f" {self.draws}; tell it, as in [MASK:5], or write [MASK:*] at the"
+          " end",
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mdm_jax.blueprint import held_out_objective
 from mdm_jax.config import Config
@@ -22,6 +22,7 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console, with_error
 from mdm_jax.core.standard_errors import Estimate, mean
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data.held_out import DOCUMENT
 from mdm_jax.measured_text import open_rows
 from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.chain_calls import (
@@ -32,9 +33,8 @@ from mdm_jax.sampling.chain_calls import (
   row_length,
 )
 from mdm_jax.sampling.generate import TextSampler
-from mdm_jax.sampling.hole_lengths import choose
 from mdm_jax.sampling.template import Candidates
-from mdm_jax.trained_model import load_model
+from mdm_jax.trained_model import TrainedModel, load_model
 from mdm_jax.workdir import Workdir
 
 LONGEST = 8  # tokens of a hole
@@ -47,11 +47,13 @@ class Hole:
   """A text with a hidden part.
 
   Attributes:
+    text: its number among the texts.
     ids: of the text.
     start: index of the first hidden token.
     size: number of hidden tokens.
   """
 
+  text: int
   ids: Int[np.ndarray, "N"]
   start: int
   size: int
@@ -78,20 +80,21 @@ def holes(texts: list[Passage], count: int, room: int) -> list[Hole]:
     room: most tokens of a text, if its hole had the largest length.
   """
   draw, found = np.random.default_rng(_SEED), []
-  texts = [text for text in texts if len(text.ids) + LONGEST - 1 <= room]
-  order = draw.permutation(len(texts))
+  fitting = [n for n, t in enumerate(texts) if len(t.ids) + LONGEST - 1 <= room]
+  order = draw.permutation(fitting).tolist()
   # Texts in turn; a few tries for each hole, as a text may have no place.
-  for attempt in range(4 * count):
-    if len(found) == count or not len(texts):
+  for attempt in range(4 * count if order else 0):
+    if len(found) == count:
       break
-    text = texts[order[attempt % len(texts)]]
+    number = order[attempt % len(order)]
+    text = texts[number]
     size = int(draw.integers(1, LONGEST + 1))
     inside = np.flatnonzero(text.free[1:-1]) + 1
     fits = inside[np.isin(inside + size - 1, inside)]
     # Without a gap of given tokens inside.
     fits = [at for at in fits if text.free[at : at + size].all()]
     if fits:
-      found.append(Hole(text.ids, int(draw.choice(fits)), size))
+      found.append(Hole(number, text.ids, int(draw.choice(fits)), size))
   return found
 
 
@@ -156,7 +159,9 @@ def infill_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
     )
     log_p = sampler.hole_lengths(model.params, rows)
     texts = np.arange(len(found))
-    chosen = choose(log_p, rows.counts, texts, texts, config.sample)
+    chosen = sampler.hole_lengths.choose(
+      log_p, rows.counts, texts, texts, config.sample
+    )
     nats = _nats(model, found, longest)
     by_way = {}
     for way, row in {"told": true, "untold": chosen}.items():
@@ -169,7 +174,9 @@ def infill_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
         ],
         np.float64,
       )
-  result = _summary(by_way, nats, log_p[true], chosen == true)
+  # Several holes may be of one document.
+  documents = data.test.texts[:, DOCUMENT][[hole.text for hole in found]]
+  result = _summary(by_way, nats, log_p[true], chosen == true, documents)
   written = {"holes": len(found), "checkpoint": model.step}
   written |= {
     name: {"value": v.value, "stderr": v.stderr} for name, v in result.items()
@@ -179,7 +186,9 @@ def infill_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
   return written
 
 
-def _nats(model, found: list[Hole], longest: int) -> Float[np.ndarray, "N"]:
+def _nats(
+  model: TrainedModel, found: list[Hole], longest: int
+) -> Float[np.ndarray, "N"]:
   """Returns -log p of each hole's text given its length and both sides."""
   calls = ChainCalls(
     *("left_to_right", model.denoiser, model.tokenizer.vocab, model.mesh),
@@ -200,18 +209,20 @@ def _summary(
   right: dict[str, Float[np.ndarray, "N"]],
   nats: Float[np.ndarray, "N"],
   log_p: Float[np.ndarray, "N"],
-  same: Any,
+  same: Bool[np.ndarray, "N"],
+  documents: Int[np.ndarray, "N"],
 ) -> dict[str, Estimate]:
   """Returns the metrics; differences have the errors of paired holes."""
-  return {
-    "right_told": mean(right["told"]),
-    "right_untold": mean(right["untold"]),
-    "right_difference": mean(right["untold"] - right["told"]),
-    "same_length_untold": mean(np.asarray(same, np.float64)),
-    "nats_told": mean(nats),
-    "nats_untold": mean(nats - log_p),
-    "nats_difference": mean(-log_p),
+  values = {
+    "right_told": right["told"],
+    "right_untold": right["untold"],
+    "right_difference": right["untold"] - right["told"],
+    "same_length_untold": np.asarray(same, np.float64),
+    "nats_told": nats,
+    "nats_untold": nats - log_p,
+    "nats_difference": -log_p,
   }
+  return {name: mean(value, documents) for name, value in values.items()}
 
 
 def _show(found: dict[str, Estimate], count: int) -> None:

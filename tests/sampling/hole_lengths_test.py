@@ -1,7 +1,6 @@
 """Lengths of holes that are not told, by enumeration of a tiny joint."""
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -14,7 +13,7 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import TokenizerConfig
 from mdm_jax.sampling.config import SampleConfig
-from mdm_jax.sampling.hole_lengths import HoleLengths, choose
+from mdm_jax.sampling.hole_lengths import HoleLengths
 from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.template import candidates
 
@@ -134,26 +133,25 @@ def fits(text, length):
   return len(text) == length and text[0] == "a"
 
 
-@functools.cache
-def chosen(way, seed=0, number=20_000):
+def chosen(mesh, way, seed=0, number=20_000):
   log = np.log([1.0, 0.2, 0.5, 0.3, 1.0])
   counts, config = np.array([1, 3, 1]), SampleConfig(hole_length=way, seed=seed)
-  texts = np.arange(number) % 3
-  return texts, choose(log, counts, texts, np.arange(number), config)
+  texts, find = np.arange(number) % 3, HoleLengths(Joint(), VOCAB, mesh, 4)
+  return texts, find.choose(log, counts, texts, np.arange(number), config)
 
 
-def test_the_likeliest_length_is_taken():
-  texts, rows = chosen("likeliest")
+def test_the_likeliest_length_is_taken(mesh):
+  texts, rows = chosen(mesh, "likeliest")
   np.testing.assert_array_equal(rows, np.array([0, 2, 4])[texts])
 
 
-def test_drawn_lengths_have_their_shares_and_follow_the_seed():
-  texts, rows = chosen("drawn")
+def test_drawn_lengths_have_their_shares_and_follow_the_seed(mesh):
+  texts, rows = chosen(mesh, "drawn")
   assert (rows[texts == 0] == 0).all() and (rows[texts == 2] == 4).all()
   shares = np.bincount(rows[texts == 1], minlength=4)[1:4] / (texts == 1).sum()
   np.testing.assert_allclose(shares, [0.2, 0.5, 0.3], atol=0.03)
-  assert (chosen("drawn", 0, 99)[1] == rows[:99]).all()
-  assert (chosen("drawn", 1)[1] != rows).any()
+  assert (chosen(mesh, "drawn", 0, 99)[1] == rows[:99]).all()
+  assert (chosen(mesh, "drawn", 1)[1] != rows).any()
 
 
 @pytest.mark.parametrize("order", ["left_to_right", "blocks"])

@@ -339,3 +339,11 @@ def test_bounds_without_a_length_are_refused_in_one_line(built, text, words):
 def test_a_told_length_is_needed_where_nothing_decides_it(built):
   with pytest.raises(UserError, match="prompt 2 of 2: .* is not told"):
     canvas(["a", "[MASK:1-2]"], built["byte"], 9)
+
+
+def test_a_text_fills_a_hole_if_it_is_within_the_bounds(built):
+  fill = lambda text: templates.filled("a[MASK:2-3]b", text, built["byte"])
+  assert fill("xy").free.tolist() == [False, True, True, False]
+  assert fill("xyz").free.sum() == 3
+  with pytest.raises(UserError, match=r"2 to 3 token\(s\) and the text 4"):
+    fill("wxyz")

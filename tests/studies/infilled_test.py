@@ -19,6 +19,7 @@ def test_holes_have_all_lengths_and_given_text_on_both_sides():
   assert len(found) == 400
   assert {hole.size for hole in found} == {*range(1, infilled.LONGEST + 1)}
   for hole in found:
+    assert len(hole.ids) == (20, 9)[hole.text]
     assert 1 <= hole.start and hole.start + hole.size < len(hole.ids)
   again = infilled.holes(texts(20, 9, 2), 400, room=40)
   assert [h.start for h in again] == [h.start for h in found]
@@ -61,6 +62,7 @@ def test_what_an_untold_length_costs_is_its_probability():
     nats=np.array([1.0, 2, 3, 4]),
     log_p=np.log([0.5, 0.25, 0.5, 1.0]),
     same=np.array([True, False, True, True]),
+    documents=np.arange(4),
   )
   assert found["right_difference"].value == -0.25
   assert found["same_length_untold"].value == 0.75
