@@ -6,8 +6,9 @@
 
 Runs one cell after the other (`studies/cells.py`) in this process, and writes
 study.json, study.md and study.png after each, marked as partial until all are
-finished. Stop it at any time; the same command resumes. --gpu is a larger model
-for a GPU, --quick a minute's test of the program.
+finished. Stop it at any time; the same command resumes. Where the runs are gone
+or on another machine, it goes on from the cells in study.json. --gpu is a
+larger model for a GPU, --quick a minute's test of the program.
 """
 
 import pathlib
@@ -21,10 +22,11 @@ from mdm_jax.core import compilation_cache, log_lines, modules, strict_json
 from mdm_jax.core.errors import Exit, Failure, Stopped, StorageError
 from mdm_jax.core.progress import console, with_error
 from mdm_jax.planning import scaling_laws
-from mdm_jax.studies import cell_plot, cell_report, cell_runs, cells
-from mdm_jax.studies.cell_runs import Text
+from mdm_jax.studies import cell_plot, cell_report, cell_runs, cell_text, cells
+from mdm_jax.studies.cell_text import Text
 from mdm_jax.studies.cells import Cell, Preset
 
+_RESULTS = "study.json"
 _WHOLE = "train_1_1", "validation", "test"  # together all of the text
 # Assumed before the first cell has said how fast this machine is: operations
 # per CPU second, and seconds a cell takes besides its updates. Autoregression
@@ -55,10 +57,11 @@ def _main() -> int:
   preset = cells.PRESETS[name]
   folder = pathlib.Path(options.workdir).expanduser() / name
   out = pathlib.Path(options.out).expanduser()
-  text = cell_runs.write_text(
+  text = cell_text.write_text(
     options.text, preset, folder / "text", 20_000 if options.quick else None
   )
-  found = cell_runs.finished(preset, text, folder)
+  found = cell_runs.published(out / _RESULTS, preset, text)
+  found |= cell_runs.finished(preset, text, folder)
   _say_estimate(preset, text, found)
   if options.list:
     return Exit.DONE
@@ -154,7 +157,7 @@ def _write(
   command = shlex.join(["python", "-m", "mdm_jax.study", *given])
   out.mkdir(parents=True, exist_ok=True)
   content = cell_report.as_json(preset, found, described)
-  (out / "study.json").write_text(strict_json.dumps(content) + "\n")
+  (out / _RESULTS).write_text(strict_json.dumps(content) + "\n")
   page = cell_report.as_markdown(preset, found, described, command)
   if modules.has("matplotlib"):
     (out / "study.png").write_bytes(cell_plot.as_png(preset, found))

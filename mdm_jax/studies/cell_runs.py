@@ -6,9 +6,7 @@ any other; what was measured is stored there as cell.json.
 
 import dataclasses
 import json
-import math
 import pathlib
-import random
 import resource
 from typing import Any
 
@@ -19,16 +17,14 @@ from mdm_jax import evaluate, likelihood
 from mdm_jax.core import strict_json
 from mdm_jax.core.errors import Stopped, UserError
 from mdm_jax.core.progress import console
-from mdm_jax.data import corpora
 from mdm_jax.objectives.measured import BITS, from_json
+from mdm_jax.studies.cell_text import Text
 from mdm_jax.studies.cells import Cell, Preset, from_plain, plain
 from mdm_jax.training.hooks import Hook
 from mdm_jax.training.state import TrainState
 from mdm_jax.training_loop import train_and_evaluate
 from mdm_jax.workdir import Workdir
 
-_PIECE = 1000  # characters of a document, or a little more
-_HELD_OUT = 0.05  # of the text for validation, and as much for test
 _BITS = "validation/bits_per_byte"
 # A run ends early when it has made this many times the updates of its best
 # checkpoint, but not in this share of its updates after the last stage began:
@@ -39,86 +35,6 @@ _PATIENCE, _NEVER_BEFORE = 2.0, 0.1
 _AR_EVALUATIONS = 4
 _SPENT = "cpu_seconds.json"
 _MASKED_INPUTS = (0.0, 0.3)  # range of rates, for the arm that has them
-
-
-# MARK: the text
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-  """The text of a study, as files of one document a line.
-
-  Attributes:
-    folder: has train_1_N.jsonl for every part N, validation.jsonl, test.jsonl.
-    characters: in each of the files, by the name before the dot.
-    sha256: of the documents that it was made of.
-  """
-
-  folder: pathlib.Path
-  characters: dict[str, int]
-  sha256: str
-
-
-def write_text(
-  corpus: str, preset: Preset, folder: pathlib.Path, most: int | None
-) -> Text:
-  """Divides a corpus into held-out text and nested parts of training text.
-
-  The last 10 % of all characters are held out, half for validation and half for
-  test, whatever the part. The rest is cut at line breaks into documents of some
-  1,000 characters, shuffled with a fixed seed; 1/N of it are the first of them.
-  So every part is a sample of the same text, and a smaller one is in a larger.
-
-  Args:
-    corpus: as in `data.corpus`, or a file.
-    preset: the study, with its parts.
-    folder: where to write.
-    most: use no more than so many characters (None: all).
-
-  Raises:
-    UserError: there is no such text, or too little.
-  """
-  if ":" not in corpus and pathlib.Path(corpus).expanduser().is_file():
-    corpus = f"text:{corpus}"
-  documents = corpora.load(corpus)
-  whole = "\n\n".join(d.text.strip() for d in documents)[:most]
-  train_end = _line_end(whole, round(len(whole) * (1 - 2 * _HELD_OUT)))
-  test_start = _line_end(whole, round(len(whole) * (1 - _HELD_OUT)))
-  pieces = _pieces(whole[:train_end])
-  random.Random(0).shuffle(pieces)
-  if len(pieces) < 2 * max(preset.parts):
-    raise UserError(
-      f"{corpus} has {len(whole):,} characters, too few to train on"
-      f" 1/{max(preset.parts)} of them: give more text"
-    )
-  made = {
-    f"train_1_{n}": pieces[: math.ceil(len(pieces) / n)]
-    for n in dict.fromkeys([1, *preset.parts])
-  }
-  made["validation"] = _pieces(whole[train_end:test_start])
-  made["test"] = _pieces(whole[test_start:])
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, documents_of in made.items():
-    lines = (json.dumps({"text": text}) + "\n" for text in documents_of)
-    (folder / f"{name}.jsonl").write_text("".join(lines))
-  sizes = {name: sum(map(len, texts)) for name, texts in made.items()}
-  return Text(folder, sizes, corpora.fingerprint(documents))
-
-
-def _line_end(text: str, at: int) -> int:
-  """Returns where the line of a character ends, or the text."""
-  found = text.find("\n", at)
-  return len(text) if found < 0 else found + 1
-
-
-def _pieces(text: str) -> list[str]:
-  """Cuts a text at line breaks into pieces, each of `_PIECE` or a bit more."""
-  pieces, start = [], 0
-  while start < len(text):
-    end = _line_end(text, start + _PIECE)
-    pieces.append(text[start:end])
-    start = end
-  return [piece for piece in pieces if piece.strip()]
 
 
 # MARK: the config
@@ -285,6 +201,37 @@ def finished(
   return made
 
 
+def published(
+  file: pathlib.Path, preset: Preset, text: Text
+) -> dict[Cell, dict[str, Any]]:
+  """Returns the cells of a study.json, by cell: a study goes on from there.
+
+  Their runs may be on another machine, or gone. Cells of another text, or with
+  other settings of the study, are left out; a line says so.
+
+  Args:
+    file: study.json; it may be missing.
+    preset: the study.
+    text: its text.
+  """
+  if not file.is_file():
+    return {}
+  made = {}
+  every = json.loads(file.read_text())["cells"]
+  for found in every:
+    cell = from_plain(found["cell"])
+    fits = cell.size in preset.sizes and cell.part in preset.parts
+    if fits and _difference(found, _what(cell, preset, text)) is None:
+      made[cell] = found
+  if other := len(every) - len(made):
+    console.print(
+      f"{file} has {other} cells of another text or with other settings; they"
+      " are left out and will be overwritten",
+      soft_wrap=True,
+    )
+  return made
+
+
 def _age(path: pathlib.Path) -> float:
   return path.stat().st_mtime
 
@@ -306,13 +253,17 @@ def _what(cell: Cell, preset: Preset, text: Text) -> dict[str, Any]:
 def _checked(
   found: dict[str, Any], what: dict[str, Any], workdir: Workdir
 ) -> dict[str, Any]:
-  for name, value in what.items():
-    if found.get(name) != value:
-      raise UserError(
-        f"{workdir.path} was run with another {name}: {found.get(name)}, now"
-        f" {value}; give another --workdir"
-      )
+  if name := _difference(found, what):
+    raise UserError(
+      f"{workdir.path} was run with another {name}: {found.get(name)}, now"
+      f" {what[name]}; give another --workdir"
+    )
   return found
+
+
+def _difference(found: dict[str, Any], what: dict[str, Any]) -> str | None:
+  """Returns what a cell was run with that is different now, if anything."""
+  return next((n for n, value in what.items() if found.get(n) != value), None)
 
 
 def _measured(

@@ -14,7 +14,7 @@ from command_harness import environment
 from mdm_jax import config as config_lib
 from mdm_jax.core.errors import Stopped, UserError
 from mdm_jax.planning import data_reuse, scaling_laws
-from mdm_jax.studies import cell_plot, cell_report, cell_runs, cells
+from mdm_jax.studies import cell_plot, cell_report, cell_runs, cell_text, cells
 from mdm_jax.studies.cells import PRESETS, Cell, Setting
 
 NIGHT, QUICK = PRESETS["night"], PRESETS["quick"]
@@ -71,7 +71,7 @@ def test_a_tuned_field_is_tried_with_the_best_of_those_before_it():
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
   folder = tmp_path_factory.mktemp("text")
-  return cell_runs.write_text("python_docs", NIGHT, folder, 400_000)
+  return cell_text.write_text("python_docs", NIGHT, folder, 400_000)
 
 
 def _documents(text, name):
@@ -114,7 +114,7 @@ def test_all_cells_are_measured_on_the_same_text(text):
 def test_too_little_text_is_said(tmp_path):
   (tmp_path / "a.txt").write_text("To be, or not.\n" * 900)
   with pytest.raises(UserError, match="13,499 characters, too few"):
-    cell_runs.write_text(str(tmp_path / "a.txt"), NIGHT, tmp_path / "w", None)
+    cell_text.write_text(str(tmp_path / "a.txt"), NIGHT, tmp_path / "w", None)
 
 
 # MARK: runs
@@ -207,6 +207,27 @@ def test_finished_cells_are_read_back_and_those_of_another_text_refused(
   (folder / "cell.json").write_text(json.dumps(found | {"text": "other"}))
   with pytest.raises(UserError, match="another text: other, now"):
     cell_runs.finished(NIGHT, text, tmp_path)
+
+
+def test_a_study_goes_on_from_the_cells_that_were_published(
+  tmp_path, text, capsys
+):
+  file = tmp_path / "study.json"
+  assert cell_runs.published(file, NIGHT, text) == {}
+  cell = Cell("plain", 32, "small", 1, BEST)
+  found = {cell: _cell_json(cell, text)}
+  content = cell_report.as_json(NIGHT, found, {"characters": 1})
+  file.write_text(json.dumps(content))
+  assert cell_runs.published(file, NIGHT, text) == found
+  assert not capsys.readouterr().out
+  larger = _cell_json(Cell("ar", 32, "small", 2), text)
+  larger["run"] = larger["run"] | {"updates": 17_000}
+  unknown = _cell_json(cell, text) | {"cell": cells.plain(cell)}
+  unknown["cell"]["size"] = "large"
+  content["cells"] += [larger, unknown]
+  file.write_text(json.dumps(content))
+  assert cell_runs.published(file, NIGHT, text) == found
+  assert "2 cells of another text" in capsys.readouterr().out
 
 
 # MARK: the report
