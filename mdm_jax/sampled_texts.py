@@ -1,5 +1,6 @@
 """Draws texts from a model, and measures them beside held-out text."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,12 +10,16 @@ import jax
 from mdm_jax.config import Config
 from mdm_jax.core.progress import console
 from mdm_jax.core.standard_errors import Clusters, Estimate
+from mdm_jax.data.held_out import HeldOut
 from mdm_jax.data.ngrams import Ngrams
 from mdm_jax.data.prepared import PreparedData, training_ngrams, training_texts
 from mdm_jax.evaluation import text_metrics
 from mdm_jax.evaluation.huggingface_judge import check as check_judge
 from mdm_jax.evaluation.judge import Judge, NgramJudge, make_judge
-from mdm_jax.evaluation.running_text import running_texts
+from mdm_jax.evaluation.running_text import (
+  count_within_documents,
+  running_texts,
+)
 from mdm_jax.model.denoiser import Denoiser, Params
 from mdm_jax.objectives.base import Decoding
 from mdm_jax.objectives.measured import Curve
@@ -23,6 +28,24 @@ from mdm_jax.sampling.call import Canvas
 from mdm_jax.sampling.config import SampleConfig
 from mdm_jax.sampling.generate import TextSampler, effective
 from mdm_jax.sampling.samples import Samples
+
+# Held-out texts for each sample: they cost no denoiser calls.
+_MORE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutTexts:
+  """What held-out texts of the samples' length and number are like.
+
+  Attributes:
+    metrics: the text metrics, by name.
+    count: number of texts; fewer than samples where there is too little text.
+    description: how many texts of how many documents, in one line.
+  """
+
+  metrics: dict[str, Estimate]
+  count: int
+  description: str
 
 
 class SampledTexts:
@@ -179,7 +202,7 @@ class SampledTexts:
       drawn: texts drawn with the run's settings.
       tuned: the tuned sampling settings, if there are any.
     """
-    config, data, count = self._config, self._data, len(drawn)
+    config, count = self._config, len(drawn)
     measured = {"sampling": self.of_texts(drawn)}
     # Also at T = 1 without filters: the model's own distribution.
     others = {"tuned": tuned, "untruncated": config.sample.untruncated()}
@@ -187,15 +210,37 @@ class SampledTexts:
       if settings:
         texts = self.draw(params, settings, count).texts
         measured[name] = self.of_texts(texts)
-    # Test texts of the samples' length: shorter ones repeat less, so the
-    # metrics could not be compared.
-    own = running_texts(data.test, data.tokenizer, count, config.sample_length)
-    if len(own.texts) < count:
-      console.print(f"warning: reference texts: {own.description}")
-    measured["held_out"] = self.of_texts(own.texts, own.documents)
+    own = self.held_out(self._data.test, count)
+    measured["held_out"] = own.metrics
     return {
       name: text_metrics.as_json(values) for name, values in measured.items()
     } | {"judge": self.judge.name, "test text": own.description}
+
+  def held_out(
+    self, held: HeldOut, count: int, pool: int | None = None
+  ) -> HeldOutTexts:
+    """Measures held-out texts, to compare samples with.
+
+    Args:
+      held: the held-out rows.
+      count: number of texts.
+      pool: samples whose pooled metrics are compared (None: count).
+    """
+    # Texts of the samples' length: shorter ones repeat less, so the metrics
+    # could not be compared.
+    texts = functools.partial(running_texts, held, self._data.tokenizer)
+    length, pool = self._config.sample_length, pool or count
+    own = texts(count, length)
+    description = own.description
+    if len(own.texts) < count:
+      console.print(f"warning: reference texts: {description}")
+    metrics = self.of_texts(own.texts, own.documents)
+    there_are = count_within_documents(held, length)
+    if (most := min(_MORE * pool, there_are)) > pool:
+      more = texts(most, length)
+      metrics |= text_metrics.of_pools(pool, more.texts, more.documents)
+      description += f"; diversity of {pool} is the mean over choices of {most}"
+    return HeldOutTexts(metrics, len(own.texts), description)
 
   @functools.cached_property
   def _copies(self) -> Ngrams | None:

@@ -42,8 +42,7 @@ def running_texts(
     count: number of texts; if there is too little text, fewer are returned.
     length: tokens per text.
   """
-  table = in_reading_order(held)
-  sizes = held.segment_sizes()[table[:, ROW], table[:, SEGMENT]]
+  table, sizes = _pieces(held)
   starts, joined = _windows(sizes, table[:, DOCUMENT], length), False
   if len(starts) < count:
     # Zeros: as if all pieces were of one document.
@@ -60,6 +59,25 @@ def running_texts(
   if len(texts) < count:
     description += f"; not enough text for {count}"
   return RunningTexts(texts, documents, description)
+
+
+def count_within_documents(held: HeldOut, length: int) -> int:
+  """Returns how many texts there are without documents being joined.
+
+  Args:
+    held: as in `running_texts`.
+    length: tokens per text.
+  """
+  table, sizes = _pieces(held)
+  return len(_windows(sizes, table[:, DOCUMENT], length))
+
+
+def _pieces(
+  held: HeldOut,
+) -> tuple[Int64[np.ndarray, "M 5"], Int64[np.ndarray, "M"]]:
+  """Returns the pieces in reading order, and their tokens."""
+  table = in_reading_order(held)
+  return table, held.segment_sizes()[table[:, ROW], table[:, SEGMENT]]
 
 
 def in_reading_order(held: HeldOut) -> Int64[np.ndarray, "M 5"]:

@@ -21,7 +21,6 @@ from mdm_jax.core.registry import Registry
 from mdm_jax.core.standard_errors import (
   Clusters,
   Estimate,
-  grouped,
   jackknife,
   mean,
   pooled_ratio,
@@ -31,6 +30,7 @@ from mdm_jax.core.standard_errors import (
 from mdm_jax.data import ngrams, readability, segments
 from mdm_jax.data import words as words_lib
 from mdm_jax.data.ngrams import Ngrams, tokens
+from mdm_jax.evaluation import distinct
 from mdm_jax.evaluation.judge import Judge, nll_per_byte
 
 Counts = collections.Counter
@@ -81,6 +81,8 @@ class Texts(Sequence[str]):
 # returns None if it needs something that is not given.
 Metric = Callable[[Texts], Estimate | None]
 METRICS: Registry[Metric] = Registry("text metric", "text_metrics")
+# Metrics of the pool of all texts: they fall as there are more texts.
+_POOLED: dict[str, Callable[..., Estimate]] = {}
 
 
 def metric(name: str, title: str, unit: str = "") -> Callable[..., Any]:
@@ -125,6 +127,24 @@ def measure(
   return {name: m for name, m in found.items() if m is not None}
 
 
+def of_pools(
+  size: int, texts: Sequence[str], documents: Clusters = None
+) -> dict[str, Estimate]:
+  """Returns the pooled metrics that `size` of the texts are expected to have.
+
+  distinct-n and the share of unique starts fall as there are more texts, so
+  they are compared for equally many. From more texts than that they are known
+  better: this is their mean over all choices of `size` texts.
+
+  Args:
+    size: number of texts that they are compared with.
+    texts: texts, as many as there are; of fewer than `size`, all count.
+    documents: document that each text is from; None if they are independent.
+  """
+  of = Texts(texts, documents)
+  return {name: metric_of(of, size=size) for name, metric_of in _POOLED.items()}
+
+
 def as_json(measured: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
   """Returns metrics as plain values, with their titles."""
   return {
@@ -166,36 +186,19 @@ def _entropy(counts: Counts) -> float:
   return float((found * np.log(total / found)).sum() / max(total, 1))
 
 
-def _pool(n: int, texts: Texts) -> Estimate:
+def _pool(n: int, texts: Texts, size: int | None = None) -> Estimate:
   """Returns distinct / all n-grams of all texts together; NaN without any.
 
   Source: distinct-n, Li et al. 2016, arXiv 1510.03055.
   """
-  return _distinct(texts.grams[n], texts.documents)
+  return distinct.share_of_pool(texts.grams[n], texts.documents, size)
 
 
-def _distinct(grams: list[Counts], documents: Clusters) -> Estimate:
-  counts = [_joined(part) for part in grouped(grams, documents)]
-  pool = _joined(counts)
-  # For the jackknife: the n-grams that the pool loses without a document are
-  # those of which it has all occurrences.
-  own = [sum(pool[g] == k for g, k in c.items()) for c in counts]
-  sizes = [c.total() for c in counts]
-  return pooled_ratio(len(pool), own, sizes, len(grams))
-
-
-def _joined(parts: list[Counts]) -> Counts:
-  pool = Counts()
-  for counts in parts:
-    pool.update(counts)
-  return pool
-
-
-def _starts(k: int, texts: Texts) -> Estimate:
+def _starts(k: int, texts: Texts, size: int | None = None) -> Estimate:
   """Returns distinct first k words / texts; shorter texts count whole."""
   # As if a text had one n-gram: its first k words.
   starts = [Counts([tuple(words[:k])]) for words in texts.words]
-  return _distinct(starts, texts.documents)
+  return distinct.share_of_pool(starts, texts.documents, size)
 
 
 # MARK: self-BLEU
@@ -328,12 +331,12 @@ for _n in _BLEU_ORDERS:
   _of = functools.partial(_seq_rep, _n)
   metric(f"seq_rep_{_n}", f"repeated {_n}-grams")(_of)
 for _n in (1, 2):
-  _of = functools.partial(_pool, _n)
+  _POOLED[f"distinct_{_n}"] = _of = functools.partial(_pool, _n)
   metric(f"distinct_{_n}", f"distinct {_n}-grams")(_of)
 metric("self_bleu_4", "self-BLEU-4")(_self_bleu_4)
 metric("unigram_entropy", "unigram entropy", "nats")(_unigram_entropy)
 for _k, _words in {1: "first word", 5: "first 5 words"}.items():
-  _of = functools.partial(_starts, _k)
+  _POOLED[f"unique_starts@{_k}"] = _of = functools.partial(_starts, _k)
   metric(f"unique_starts@{_k}", f"unique {_words}")(_of)
 metric("grade", "reading grade")(_grade)
 metric("copied_8gram", "copied 8-grams")(_copied)

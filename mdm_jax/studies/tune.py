@@ -22,7 +22,6 @@ from mdm_jax.core.progress import console, progress_bar, with_error
 from mdm_jax.data import splits
 from mdm_jax.evaluate import Measures
 from mdm_jax.evaluation import tables, targets, text_metrics
-from mdm_jax.evaluation.running_text import running_texts
 from mdm_jax.measured_text import describe, open_rows
 from mdm_jax.model.denoiser import Params
 from mdm_jax.objectives.measured import (
@@ -38,7 +37,6 @@ from mdm_jax.trained_model import load_model
 from mdm_jax.workdir import Workdir
 
 _MOST_STEPS = 25  # denoiser calls, unless more are asked for
-_POOLED = "distinct_2", "unique_starts@1"  # depend on the number of texts
 _SHOWN = "seq_rep_2", "unigram_entropy", "distinct_2", search.JUDGE
 
 
@@ -120,7 +118,13 @@ def _search(
       " (--mode=eval measures it, if the objective has one)",
       soft_wrap=True,
     )
-  own = functools.cache(lambda count: _validation(measures, count))
+  validation = measures.data.validation
+  # Texts of which the pooled metrics are compared: never more than the result
+  # is measured with, because distinct shares fall with their number.
+  pool = lambda count: min(count, config.eval.samples)
+  own = functools.cache(
+    lambda count: measures.texts.held_out(validation, count, pool(count))
+  )
   with progress_bar("settings") as bar:
     task = bar.add_task("tuning", total=None)
 
@@ -128,14 +132,16 @@ def _search(
       settings = dataclasses.replace(settings, seed=seed)
       texts = measures.texts.draw(params, settings, count, curve).texts
       bar.advance(task)
-      return _pooled_alike(measures, texts, own(count)[1])
+      found = measures.texts.of_texts(texts)
+      size = min(pool(count), own(count).count)
+      return found | text_metrics.of_pools(size, texts)
 
     tried = search.search(
-      *(plan, measure, lambda count: own(count)[0], _first_seed(config)),
+      *(plan, measure, lambda count: own(count).metrics, _first_seed(config)),
       lambda part, size: bar.reset(task, description=part.name, total=size),
       _print_round,
     )
-  text = {p.name: text_metrics.as_json(own(p.texts)[0]) for p in plan}
+  text = {p.name: text_metrics.as_json(own(p.texts).metrics) for p in plan}
   rounds = [
     {
       "varies": part.name,
@@ -151,24 +157,6 @@ def _search(
 def _first_seed(config: Config) -> int:
   # An evaluation draws with the run's seed: it must choose nothing.
   return (config.sample.seed + 1) % 2**32
-
-
-def _validation(measures: Measures, count: int) -> tuple[Measured, int]:
-  """Returns metrics of validation texts, and how many there are."""
-  data, length = measures.data, measures.config.sample_length
-  own = running_texts(data.validation, data.tokenizer, count, length)
-  if len(own.texts) < count:
-    console.print(f"warning: validation texts: {own.description}")
-  return measures.texts.of_texts(own.texts, own.documents), len(own.texts)
-
-
-def _pooled_alike(measures: Measures, texts: list[str], count: int) -> Measured:
-  """Returns metrics, those of the pool of texts for `count` texts only."""
-  found = measures.texts.of_texts(texts)
-  if count < len(texts):
-    fewer = measures.texts.of_texts(texts[:count])
-    found |= {name: fewer[name] for name in _POOLED}
-  return found
 
 
 def _as_json(trial: Trial) -> dict[str, Any]:

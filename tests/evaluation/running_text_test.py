@@ -55,6 +55,11 @@ def test_found_A6_reference_texts_run_on_for_exactly_so_many_tokens(length):
   for (a, at), (b, then) in itertools.pairwise(starts):
     assert a < b or then >= at + length, "they overlap"
   assert found.description == f"8 texts of {length} tokens from 3 documents"
+  most = running_text.count_within_documents(held, length)
+  every = running_text.running_texts(held, BYTES, most, length)
+  assert len(every.texts) == most and "joined" not in every.description
+  more = running_text.running_texts(held, BYTES, most + 1, length)
+  assert "joined" in more.description or "not enough" in more.description
   pieces = [held.rows.segments == s for s in range(1, 3)]
   sizes = np.concatenate([p.sum(axis=1) for p in pieces])
   assert 0 < np.median(sizes[sizes > 0]) < 32  # a piece alone is shorter

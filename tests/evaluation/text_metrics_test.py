@@ -1,5 +1,6 @@
 """Text metrics: hand-computed values, boundaries, and the slow definitions."""
 
+import itertools
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from mdm_jax.evaluation.text_metrics import (
   copied_share,
   measure,
   metric,
+  of_pools,
   tokens,
 )
 
@@ -100,6 +102,44 @@ def test_starts_are_of_words():
   got = measure(texts)
   _same(got["unique_starts@1"].value, 2 / 5)
   _same(got["unique_starts@5"].value, 3 / 5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 9])
+def test_pools_of_some_texts_are_the_mean_over_all_choices(size):
+  texts = ["a b a", "b a", "c c a b", "a b", "b d e", "a b a"]
+  got = of_pools(size, texts)
+  choices = list(itertools.combinations(texts, min(size, len(texts))))
+  for name in ("unique_starts@1", "unique_starts@5"):
+    every = [measure(choice)[name].value for choice in choices]
+    _same(got[name].value, np.mean(every))
+  # A pool of n-grams has a random size: the ratio of the means is taken.
+  for name, n in (("distinct_1", 1), ("distinct_2", 2)):
+    sizes = [sum(len(t.split()) - n + 1 for t in c) for c in choices]
+    distinct = [
+      measure(choice)[name].value * tokens
+      for choice, tokens in zip(choices, sizes, strict=True)
+    ]
+    _same(got[name].value, np.sum(distinct) / np.sum(sizes))
+  assert got["distinct_1"].n == len(texts)
+
+
+def test_errors_of_pools_are_over_documents():
+  texts, documents = ["a b", "b c", "a d", "e", "a b", "f"], [0, 0, 1, 1, 2, 2]
+  size = 2
+  got = of_pools(size, texts, documents)
+  without = [
+    [t for t, d in zip(texts, documents, strict=True) if d != left]
+    for left in range(3)
+  ]
+  for name, found in got.items():
+    values = [of_pools(size, rest)[name].value for rest in without]
+    _same(found.stderr, np.sqrt(2 * np.var(values)))
+  # All of the texts: what `measure` returns.
+  assert of_pools(6, texts, documents) == {
+    name: value
+    for name, value in measure(texts, documents).items()
+    if name in POOLED
+  }
 
 
 def test_self_bleu_by_hand():

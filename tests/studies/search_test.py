@@ -46,15 +46,17 @@ def measured(stderr=0.0, **changed):
 def test_texts_may_be_worse_than_text_by_its_standard_error():
   own = text()
   for better in ({"seq_rep_2": 0.0}, {"unigram_entropy": 5.0}, {}):
-    assert search.beyond(measured(**better), own) == 0
+    assert search.beyond(measured(**better), own, 1.0) == 0
   for allowed in ({"seq_rep_2": 0.054}, {"distinct_2": 0.78}):
-    assert search.beyond(measured(**allowed), own) == pytest.approx(0, abs=1e-9)
+    assert search.beyond(measured(**allowed), own, 1.0) == pytest.approx(
+      0, abs=1e-9
+    )
   worse = measured(seq_rep_2=0.07, unigram_entropy=3.88)
   # 0.02 is five errors, 0.12 four; one each is allowed.
-  assert search.beyond(worse, own) == pytest.approx(4 + 3)
+  assert search.beyond(worse, own, 1.0) == pytest.approx(4 + 3)
   # The samples' own error counts, too: hypot(0.003, 0.004) = 0.005.
   unsure = measured(0.003, seq_rep_2=0.07)
-  assert search.beyond(unsure, own) == pytest.approx(0.02 / 0.005 - 1)
+  assert search.beyond(unsure, own, 1.0) == pytest.approx(0.02 / 0.005 - 1)
 
 
 def test_an_error_of_the_text_that_is_unknown_or_zero_has_a_floor():
@@ -62,7 +64,7 @@ def test_an_error_of_the_text_that_is_unknown_or_zero_has_a_floor():
   own["unigram_entropy"] = Estimate(4.0, math.nan, 1)  # one document
   own["seq_rep_4"] = Estimate(0.0, 0.0, 8)
   worse = measured(unigram_entropy=2.8, seq_rep_4=0.006)
-  assert search.beyond(worse, own) == pytest.approx(2 + 2)
+  assert search.beyond(worse, own, 1.0) == pytest.approx(2 + 2)
 
 
 def quality(settings, count, seed):
@@ -99,6 +101,20 @@ def test_the_search_finds_the_best_of_what_it_tries():
   assert best.measured["judge_nll"].value <= cheapest + 0.02
   # Better than the coarse grid alone.
   assert best.rank < found[0][0].rank
+
+
+def test_the_last_round_allows_less_and_finds_a_weaker_truncation():
+  def measure(settings, count, seed):
+    cut = 1 - (settings.top_p or 1.0)
+    starts = 0.5 - 0.25 * cut
+    return measured(**{"judge_nll": 2 - cut, "unique_starts@1": starts})
+
+  plan, found = run_search(measure=measure)
+  assert [part.errors for part in plan] == [1.0] * 4 + [0.5]
+  before, best = found[-2][0], found[-1][0]
+  assert before.beyond == 0 and best.beyond == 0
+  # Text has 0.5 +- 0.1, and half an error may be missing: 0.2 may be cut off.
+  assert before.settings.top_p < 0.8 <= best.settings.top_p < 0.95
 
 
 def test_without_any_good_settings_the_closest_are_chosen():
