@@ -12,14 +12,15 @@ predicted, too, from the begin id.
 
   shakespeare.py          autoregressive
   shakespeare.py:masked   masked diffusion with the weights of the bound
-  shakespeare.py:quick    either of them in about a minute
+  shakespeare.py:block    the same in blocks of 16 characters
+  shakespeare.py:quick    each of them in about a minute
 """
 
 from mdm_jax import config as config_lib
 
 
 def get_config(arg: str = ""):
-  """Returns the config; takes `:masked` and `:quick`."""
+  """Returns the config; takes `:masked`, `:block` and `:quick`."""
   config = config_lib.default_config()
   config.name = "shakespeare"
   config.data.update(corpus="shakespeare", batch_size=12)
@@ -39,7 +40,11 @@ def get_config(arg: str = ""):
   config.train.checkpoint_every = 500
   config.eval.update(every=250, rows=128, final_rows=256)
   config.sample.update(length=64, temperature=0.8)
-  if "masked" in arg.split(","):
-    config.name += "_masked"
-    config.objective.update(name="masked", weighting="nelbo")
-  return config_lib.apply_arg(config, arg, "masked")
+  for name in ("masked", "block"):
+    if name in arg.split(","):
+      config.name += f"_{name}"
+      config.objective.update(name=name, weighting="nelbo")
+  if config.objective.name == "block":
+    config.objective.block_length = 16
+    config.sample.num_steps = 8  # of a block
+  return config_lib.apply_arg(config, arg, "masked", "block")

@@ -86,6 +86,30 @@ class Reader:
     return self.model.logits(params, hidden)
 
 
+@dataclasses.dataclass
+class WholeRows(Reader):
+  """The same hidden states by calls over whole rows, without a cache.
+
+  A reference for tests and benchmarks.
+  """
+
+  def hidden(
+    self, params: Any, tokens: Int[Array, "B S"], context: Context
+  ) -> Float[Array, "B S D"]:
+    """Returns the block's hidden states."""
+    row = put(self.x, tokens, self.start)
+    places = jnp.arange(row.shape[1])[None]
+    inside = (places < self.end[:, None]).astype(jnp.int32)
+    # Positions count on behind an end, where later blocks are.
+    now = Context(
+      put(inside, context.segments, self.start),
+      0 * row + places,
+      self.decoding.visibility,
+    )
+    hidden = self.model.hidden(params, row, now)
+    return window(hidden, self.start, tokens.shape[1])
+
+
 def window(values: Array, start: Int[Array, ""] | int, size: int) -> Array:
   """Returns `size` positions of each row."""
   part = jax.lax.dynamic_slice_in_dim(values, start, size, axis=1)

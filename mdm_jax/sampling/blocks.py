@@ -82,6 +82,7 @@ def make_sampler(
   vocab: Vocabulary,
   decoding: Decoding,
   watch: Watch | None = None,
+  reader: type[Reader] = Reader,
 ) -> Sampler:
   """Returns a (params, canvas, pace, settings, row_keys) -> Drawn.
 
@@ -94,6 +95,7 @@ def make_sampler(
     vocab: the special ids.
     decoding: the block length, and which positions attend to which.
     watch: see `sampler.make_sampler`.
+    reader: calls the model for a block.
 
   Raises:
     UserError: `config.block_length` does not divide the model's blocks.
@@ -120,7 +122,7 @@ def make_sampler(
     see = lambda i, x: watch and jax.debug.callback(watch, i, cut(x))
     canvas = padded(canvas, vocab.need("pad"))
     canvas = _whole_blocks(canvas, decoding.block, vocab)
-    static = config, model, vocab, decoding, see
+    static = config, model, vocab, decoding, see, reader
     loop = _Loop(*static, params, canvas, pace, settings, row_keys)
     state = jax.lax.while_loop(loop.busy, loop.block, loop.start())
     notes = {name: cut(getattr(state, name)) for name in _NOTES}
@@ -152,6 +154,7 @@ class _Loop:
   vocab: Vocabulary
   decoding: Decoding
   see: Callable[..., Any]
+  reader: type[Reader]
   params: Any
   canvas: Canvas
   pace: Pace
@@ -269,7 +272,7 @@ class _Loop:
       "cache": row.cache,
     }
     place = {"start": start, "before": before}
-    return Reader(self.model, self.decoding, **given | place | more)
+    return self.reader(self.model, self.decoding, **given | place | more)
 
   def _within(self, row: _Row, start: Int[Array, ""]) -> Steps:
     """Returns the steps of a block, which know nothing of the others."""

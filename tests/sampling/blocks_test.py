@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import types
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,11 @@ from mdm_jax.core import rng
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.sharding import batch_sharding
 from mdm_jax.model.config import ModelConfig
-from mdm_jax.model.context import Context, Visibility, row_context
+from mdm_jax.model.context import Visibility, row_context
 from mdm_jax.model.denoiser import Denoiser
 from mdm_jax.objectives.base import Decoding
 from mdm_jax.sampling import blocks, sampler, schedule, tokens
-from mdm_jax.sampling.block_reader import Reader, put, window
+from mdm_jax.sampling.block_reader import Reader, WholeRows
 from mdm_jax.sampling.samplers import SAMPLERS
 from mdm_jax.sampling.template import PromptError
 
@@ -68,8 +67,9 @@ def place(x):
 @functools.cache
 def _sampler(config, block, way, model=MODEL):
   """A sampler: with the cache, or one that reads whole rows in each step."""
-  del way
-  return blocks.make_sampler(config, model, LETTERS, decoding(block))
+  reader = {"cached": Reader, "whole": WholeRows}[way]
+  sizes = config, model, LETTERS, decoding(block)
+  return blocks.make_sampler(*sizes, reader=reader)
 
 
 def draw(given, config, block=4, seed=0, rows=None, way=(), sample=None):
@@ -118,18 +118,6 @@ def test_a_cached_draw_has_the_probability_of_an_uncached_call(mesh):
   assert new.sum() > 20 and (drawn.step[:, 8:] >= 4).any()
 
 
-def whole_rows(self, params, x, context):
-  """What `Reader.hidden` returns, by a call over the whole row."""
-  row = put(self.x, x, self.start)
-  inside = jnp.arange(row.shape[1])[None] < self.end[:, None]
-  segments = put(inside.astype(jnp.int32), context.segments, self.start)
-  # Not from 0 again behind an end, where later blocks are.
-  positions = 0 * row + jnp.arange(row.shape[1])[None]
-  now = Context(segments, positions, self.decoding.visibility)
-  hidden = self.model.hidden(params, row, now)
-  return window(hidden, self.start, x.shape[1])
-
-
 @pytest.mark.parametrize(
   "block, fields, shift",
   [
@@ -151,8 +139,7 @@ def test_texts_are_those_of_calls_without_a_cache(mesh, block, fields, shift):
   model = dataclasses.replace(MODEL, config=sizes)
   seed = 2 * shift  # some rows end early
   cached = draw(MIXED, config, block, seed, way=("cached", model))
-  with mock.patch.object(Reader, "hidden", whole_rows):
-    whole = draw(MIXED, config, block, seed, way=("whole", model))
+  whole = draw(MIXED, config, block, seed, way=("whole", model))
   for name in ("path", "step", "calls", "put_back"):
     np.testing.assert_array_equal(getattr(cached, name), getattr(whole, name))
   np.testing.assert_allclose(cached.confidence, whole.confidence, rtol=1e-4)
@@ -268,4 +255,4 @@ def test_what_a_block_cannot_see_is_refused():
   with pytest.raises(UserError, match="sample.guidance=1.0 has no effect"):
     method.check(settings(guidance=1.0))
   with pytest.raises(UserError, match="block_length=3 does not divide"):
-    _sampler(settings(block_length=3), 4, "refused")
+    _sampler(settings(block_length=3), 4, "cached")
