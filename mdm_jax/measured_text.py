@@ -64,7 +64,7 @@ def _with_other(
   texts = [document.text for document in documents]
   held, _ = make_held_out(
     *(texts, rows, data.tokenizer),
-    with_answers=corpora.has_answers(rows.data, side),
+    asked=corpora.asked(rows.data, side),
   )
   text = {"corpus": corpus, "sha256": corpora.fingerprint(documents)}
   others = data.manifest.get(_OTHER, {}) | {side: text}
@@ -76,6 +76,22 @@ def _with_other(
   return dataclasses.replace(
     data, **{side: held}, manifest=data.manifest | {_OTHER: others}
   )
+
+
+def without_holes(
+  data: PreparedData, config: Config, workdir: Workdir
+) -> PreparedData:
+  """Returns a run's data with test text in which nothing is hidden.
+
+  Raises:
+    UserError: the corpus can't be read.
+  """
+  if corpora.asked(config.data, splits.TEST) != "holes":
+    return data
+  shown = dataclasses.replace(config, data=corpora.shown(config.data))
+  found = prepare(shown.rows, workdir.path, for_training=False)
+  workdir.check_tokenizer(found.tokenizer.sha256)
+  return dataclasses.replace(data, test=found.test)
 
 
 def describe(data: PreparedData, config: Config, side: str) -> dict[str, Any]:

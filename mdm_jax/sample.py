@@ -20,6 +20,7 @@ from mdm_jax.config import Config
 from mdm_jax.core import distributed
 from mdm_jax.core.errors import UserError
 from mdm_jax.core.progress import console
+from mdm_jax.data import corpora
 from mdm_jax.evaluation.pages import picture
 from mdm_jax.evaluation.pages import samples as samples_page
 from mdm_jax.huggingface import folder as folders
@@ -169,7 +170,6 @@ class Model:
     num_samples: int,
     settings: dict[str, Any],
   ) -> tuple[template.Candidates, SampleConfig]:
-    # A single prompt, not a sequence of characters.
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or num_samples < 1:
       raise UserError(
@@ -281,12 +281,12 @@ class Model:
     return self.method.steps(self.config.sample, length, self._decoding)
 
   def _sampler(self, length: int, watch: Watch | None = None) -> TextSampler:
-    # Both are compiled into a sampler.
     key = length, watch or self.watch
     if key not in self._samplers:
       self._samplers[key] = TextSampler(
         *(self._model.denoiser, self.tokenizer, self._mesh, *key),
         decoding=self._decoding,
+        untold=corpora.untold_hole(self.config.data),
       )
     return self._samplers[key]
 
@@ -326,10 +326,10 @@ def sample_workdir(
     texts = _draw_all(config, model, workdir, given, trace, page, keep)
   except template.PromptError as error:
     # Only here is it known which file and line the prompt is from.
-    if file:
-      message = f"--prompts={file}, line {error.number}: {error.why}"
-      raise UserError(message) from None
-    raise
+    if not file:
+      raise
+    where = f"--prompts={file}, line {error.number}"
+    raise UserError(f"{where}: {error.why}") from None
   if not file or not keep:
     return texts
   n = config.sample.num_samples

@@ -116,7 +116,7 @@ class Answered:
   """Answers that were drawn, beside the true ones.
 
   Attributes:
-    prompts: as text.
+    prompts: as text, with [MASK] where text follows the answer.
     drawn: the answers, up to their end.
     true: the true answers.
     lengths: tokens of each drawn answer, with its end.
@@ -178,6 +178,11 @@ def compare(
     got.append(_until_end(row[first:past], vocab))
   texts = lambda found: [tokenizer.decode(ids) for ids in found]
   prompts, answered = texts([one.prompt for one in asked]), texts(got)
+  behind = texts([one.rest for one in asked])
+  prompts = [
+    f"{prompt}{tasks.HOLE}{rest}" if rest.strip() else prompt
+    for prompt, rest in zip(prompts, behind, strict=True)
+  ]
   right = None
   if task:
     right = [*map(task.right, prompts, answered)]
@@ -198,10 +203,14 @@ def task_of(data: DataConfig, side: str) -> tasks.Task | None:
 
 
 def _until_end(ids: Ids, vocab: Vocabulary) -> Ids:
-  """Returns ids up to the first end of text, with it, or up to padding."""
+  """Returns ids up to the first end of text, with it, or up to padding.
+
+  Of a hole these are the ones before the blanks that fill it up.
+  """
   ids = ids[: int(np.argmax(np.append(ids == vocab.pad, True)))]
   ends = np.flatnonzero(vocab.is_end(ids))
-  return ids[: ends[0] + 1] if len(ends) else ids
+  ids = ids[: ends[0] + 1] if len(ends) else ids
+  return ids[: np.max(np.flatnonzero(ids != vocab.separator) + 1, initial=0)]
 
 
 class SampledAnswers(SampledTexts):

@@ -19,7 +19,7 @@ FILE = "sampling.json"
 # Not part of a setting's quality: how many texts, how long, which draws; and
 # what does nothing without a prompt.
 _NOT_TUNED = frozenset(
-  {"num_samples", "length", "seed", "guidance", "hole_length"}
+  {"num_samples", "length", "seed", "guidance", "hole_length", "hole_rule"}
 )
 FIELDS = tuple(
   f.name for f in dataclasses.fields(SampleConfig) if f.name not in _NOT_TUNED

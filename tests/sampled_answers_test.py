@@ -28,7 +28,7 @@ def asked(*pairs, answer_length=None):
     data=DataConfig(answer_length=answer_length),
     stages=(StageConfig(unit="conversations", length=LENGTH),),
   )
-  held, _ = make_held_out(texts, config, BYTES, with_answers=True)
+  held, _ = make_held_out(texts, config, BYTES, asked="answers")
   return sampled_answers.questions(held, 9)
 
 

@@ -1,44 +1,32 @@
 """Documents with answers: which parts a model is given, and which it predicts.
 
 Such a document is one string, so that it is split, hashed and stored like any
-other. Three control characters divide it:
+other. Four control characters divide it:
 
   prompt STX answer ETX prompt STX answer ETX ...
 
 STX begins an answer. ETX ends one, and stands for the end-of-text id, which
 belongs to the answer. ETB ends one without that id: a chat template has an end
-of its own, which is in the answer.
+of its own, which is in the answer. SUB ends one that is a hole in a text
+(`holes.py`).
 """
 
-import dataclasses
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32
 
+from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.data.holes import Encoded, Holes
 from mdm_jax.data.rows import Rows
 from mdm_jax.data.tokenizer_base import Tokenizer
 
-BEGIN, END, CLOSE = "\x02", "\x03", "\x17"
-_ANSWER = re.compile(f"{BEGIN}([^{BEGIN}{END}{CLOSE}]*)([{END}{CLOSE}])")
-_REMOVED = dict.fromkeys(map(ord, (BEGIN, END, CLOSE)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-  """The ids of a document.
-
-  Attributes:
-    ids: of prompts and answers.
-    answer: which of them may be masked and predicted.
-    fits: False if its last answer is longer than `data.answer_length`.
-  """
-
-  ids: Int32[np.ndarray, "N"]
-  answer: Bool[np.ndarray, "N"]
-  fits: bool = True
+BEGIN, END, CLOSE, HOLE = "\x02", "\x03", "\x17", "\x1a"
+_ENDS = END + CLOSE + HOLE
+_ANSWER = re.compile(f"{BEGIN}([^{BEGIN}{_ENDS}]*)([{_ENDS}])")
+_REMOVED = dict.fromkeys(map(ord, BEGIN + _ENDS))
 
 
 def exchange(prompt: str, answer: str) -> str:
@@ -51,9 +39,14 @@ def exchange(prompt: str, answer: str) -> str:
   return f"{prompt}{BEGIN}{answer}{END}"
 
 
+def hole(before: str, answer: str, behind: str) -> str:
+  """Returns a document whose answer is a hole with text on both sides."""
+  return f"{before}{BEGIN}{answer}{HOLE}{behind}"
+
+
 def has_marks(text: str) -> bool:
-  """Returns whether a text has any of the three control characters."""
-  return any(mark in text for mark in (BEGIN, END, CLOSE))
+  """Returns whether a text has any of the four control characters."""
+  return any(mark in text for mark in BEGIN + _ENDS)
 
 
 def are_in(text: str) -> bool:
@@ -71,13 +64,13 @@ def plain(text: str) -> str:
 
 
 def without_marks(text: str) -> str:
-  """Returns a text without any of the three control characters."""
+  """Returns a text without any of the four control characters."""
   return text.translate(_REMOVED)
 
 
 def until_last(text: str) -> str:
   """Returns a document up to the end of its last answer."""
-  return text[: max(text.rfind(END), text.rfind(CLOSE)) + 1]
+  return text[: max(map(text.rfind, _ENDS)) + 1]
 
 
 def parts(text: str) -> tuple[str, ...]:
@@ -97,6 +90,7 @@ def encode(
   tokenizer: Tokenizer,
   answer_length: int | None = None,
   random: bool = False,
+  holes: Holes | None = None,
 ) -> list[Encoded]:
   """Returns the ids of documents, divided into `parts`.
 
@@ -109,16 +103,20 @@ def encode(
       ids (None: it isn't).
     random: fill it up to a length between its own and `answer_length`, which
       depends on the document.
+    holes: which holes are filled up (None: none are).
   """
   flat = [part for document in documents for part in document]
   # Names of special ids count in what a chat template writes. Prompts and
   # answers of such a document have none: `chat.py` refuses them.
   named = any(part.endswith(CLOSE) for part in flat)
   make = tokenizer.encode_with_names if named else tokenizer.encode_batch
-  encoded = iter(make([part.rstrip(END + CLOSE) for part in flat]))
+  encoded = iter(make([part.rstrip(_ENDS) for part in flat]))
   vocab = tokenizer.vocab
   end = vocab.need("end") if answer_length else vocab.end
-  return [_joined(d, encoded, end, answer_length, random) for d in documents]
+  return [
+    _joined(document, encoded, end, answer_length, random, holes, vocab)
+    for document in documents
+  ]
 
 
 def _joined(
@@ -127,27 +125,35 @@ def _joined(
   end: int | None,
   answer_length: int | None,
   random: bool,
+  holes: Holes | None,
+  vocab: Vocabulary,
 ) -> Encoded:
   ids, flags, size = [], [], 0
+  # A hash, so that a document has the same rows in every process.
+  place = zlib.crc32("".join(document).encode())
+  untold, fits = holes is not None and holes.is_untold(place), True
   for number, part in enumerate(document):
     own, asked = next(encoded), number % 2 == 1
     if asked and part.endswith(END) and end is not None:
       own = np.append(own, np.int32(end))
-    ids.append(own)
-    flags.append(np.full(len(own), asked))
+    known = np.full(len(own), asked)
     size = len(own) if asked else size
+    if untold and part.endswith(HOLE):
+      fits &= size <= holes.length
+      own, known = holes.filled(own, vocab)
+    ids.append(own)
+    flags.append(known)
   # An answer that something follows has the length that it has.
   if answer_length is not None and len(document) % 2 == 0:
     missing = max(answer_length - size, 0)
     if random:
-      # A hash, so that a document has the same rows in every process.
-      missing = zlib.crc32("".join(document).encode()) % (missing + 1)
+      missing = place % (missing + 1)
     ids.append(np.full(missing, end, np.int32))
     flags.append(np.ones(missing, bool))
   return Encoded(
     np.concatenate(ids).astype(np.int32),
     np.concatenate(flags),
-    answer_length is None or size <= answer_length,
+    fits and (answer_length is None or size <= answer_length),
   )
 
 

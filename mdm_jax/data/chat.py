@@ -146,7 +146,7 @@ def _check(text: Any, name: str, template: ChatTemplate | None) -> None:
   except UnicodeEncodeError:
     raise ValueError(f"half of a surrogate pair in {name}") from None
   if answers.has_marks(text):
-    raise ValueError(f"{name} has a control character (STX, ETX or ETB)")
+    raise ValueError(f"{name} has a control character (STX, ETX, ETB or SUB)")
   for special in template.names if template else ():
     if special in text:
       raise ValueError(

@@ -15,7 +15,8 @@ class DataConfig:
   corpus: str = field(  # not fixed: a resume may find it elsewhere
     "sotu",
     "`sotu`, `python_docs`, `shakespeare`, `text:GLOB`, `tfds:NAME`, `hf:NAME`;"
-    " with answers: `chat:PATH`, `task:NAME`",
+    " with answers: `chat:PATH`, `task:NAME`; with hidden spans: `infill:` and"
+    " any of the former",
   )
   batch_size: int = fixed(8, "rows per microbatch, over all devices", SIZE)
   eval_fraction: float = fixed(
@@ -56,6 +57,23 @@ class DataConfig:
   answer_fill: Literal["all", "random"] = fixed(
     "random",
     "fill training answers up to answer_length, or to a random length up to it",
+  )
+  holes: int = fixed(
+    1,
+    "`infill:`: most hidden spans of a text, or fewer, equally often",
+    "[1, 64]",
+  )
+  hole_length: int = fixed(
+    8,
+    "most tokens of a hidden span; those of `infill:` have any number up to"
+    " this, equally often",
+    "[1, 256]",
+  )
+  untold_holes: float = fixed(
+    0.5,
+    "share of the hidden spans that are filled up to hole_length with an id"
+    " without text, so that a model learns how long they are",
+    "[0, 1]",
   )
   max_documents: int | None = fixed(
     None, "read only the first N documents (None: all)", MANY

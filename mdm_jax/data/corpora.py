@@ -10,7 +10,7 @@ import itertools
 import pathlib
 import pydoc_data.topics
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from absl import logging
 
@@ -56,6 +56,9 @@ _FIELDS = {
   splits.TEST: "data.test_corpus",
 }
 CORPORA: Registry[Corpus] = Registry("corpus", "data.corpus")
+_INFILL = "infill:"
+# What of a text is predicted: all of it, its answers, or spans that are hidden.
+Asked = Literal["all", "answers", "holes"]
 
 
 def load(
@@ -97,11 +100,13 @@ def load_and_count(
     max_documents: stop after this many (None: read all).
   """
   tally = Tally(skip=data.on_bad_record == "skip")
-  kind, _, rest = corpus.partition(":")
+  kind, _, rest = (corpus.removeprefix(_INFILL) or corpus).partition(":")
   # Names with an argument need one behind the colon; others take none.
   if kind not in CORPORA or bool(rest) != bool(CORPORA[kind].argument):
     named = ((name, CORPORA[name].argument) for name in CORPORA)
     valid = [f"{name}:{more}" if more else name for name, more in named]
+    hidden = corpus.startswith(_INFILL)
+    valid = [_INFILL + name for name in valid] if hidden else valid
     raise unknown(corpus, field, "", valid)
   found = CORPORA[kind].read(rest, tally, data)
   found = (document for document in found if document.text.strip())
@@ -111,11 +116,49 @@ def load_and_count(
   return documents, tally
 
 
+def asked(data: DataConfig, side: str = splits.TRAIN) -> Asked:
+  """Returns what of a split's texts is predicted."""
+  corpus = getattr(data, _FIELDS[side].removeprefix("data.")) or data.corpus
+  if corpus.startswith(_INFILL):
+    return "holes"
+  return "answers" if _has_answers(corpus) else "all"
+
+
 def has_answers(data: DataConfig, side: str = splits.TRAIN) -> bool:
-  """Returns whether a split's documents are prompts with answers."""
-  named = sources(data)
-  name, _, _ = named.get(side, named[splits.TRAIN])[1].partition(":")
+  """Returns whether only parts of a split's texts are predicted."""
+  return asked(data, side) != "all"
+
+
+def untold_hole(data: DataConfig) -> int | None:
+  """Returns the tokens of the longest hole whose length a model learns to find.
+
+  Returns:
+    None if all holes of its training text have told lengths, or there is none.
+  """
+  has_holes = asked(data) == "holes" or tasks.has_holes(data.corpus)
+  return data.hole_length if has_holes and data.untold_holes else None
+
+
+def _has_answers(corpus: str) -> bool:
+  name, _, _ = corpus.partition(":")
   return name in CORPORA and CORPORA[name].answers
+
+
+def shown(data: DataConfig) -> DataConfig:
+  """Returns the config with the same texts, in which nothing is hidden."""
+  names = [field.removeprefix("data.") for field in _FIELDS.values()]
+  found = {name: getattr(data, name).removeprefix(_INFILL) for name in names}
+  return dataclasses.replace(data, **found)
+
+
+def check_hidden(data: DataConfig) -> None:
+  """Raises UserError if spans of documents with answers would be hidden."""
+  for side, (field, corpus) in sources(data).items():
+    if asked(data, side) == "holes" and _has_answers(corpus):
+      raise UserError(
+        f"{field}={_INFILL}{corpus}: the documents of {corpus} have answers,"
+        f" which are hidden already; set {field}={corpus}"
+      )
 
 
 def check(corpus: str, field: str, tally: Tally, documents: int) -> None:
@@ -160,7 +203,12 @@ def load_all(data: DataConfig) -> dict[str, tuple[list[Document], Tally]]:
 
 
 def sources(data: DataConfig) -> dict[str, tuple[str, str]]:
-  """Returns {split: (config field, corpus)} of the corpora that are set."""
+  """Returns {split: (config field, corpus)} of the corpora that are set.
+
+  Of `infill:CORPUS` this is CORPUS: texts are read and split as they are, and
+  spans of them are hidden last.
+  """
+  data = shown(data)
   named = {
     side: (field, getattr(data, field.removeprefix("data.")))
     for side, field in _FIELDS.items()
@@ -184,6 +232,8 @@ def settle(data: DataConfig) -> DataConfig:
     if kind == "hf" and rest:
       settled = huggingface_datasets.settle(rest, side)
       own = {_FIELDS[s]: f"hf:{text}" for s, text in settled.items()}
+    if asked(data, side) == "holes":
+      own = {name: _INFILL + text for name, text in own.items()}
     # The corpora that the config names replace a dataset's own splits.
     found |= own
   named = {field.removeprefix("data."): text for field, text in found.items()}

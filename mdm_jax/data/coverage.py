@@ -63,7 +63,7 @@ def unread_text(counts: dict[str, int]) -> str:
 
 def left_out(stage: StageConfig, counts: dict[str, Any]) -> list[str]:
   """Returns lines on how much text a stage leaves out, and for what reasons."""
-  if stage.unit == "conversations":
+  if "answer_tokens" in counts:
     return _answers(stage, counts)
   if stage.reads_all:
     return []
@@ -88,18 +88,22 @@ def left_out(stage: StageConfig, counts: dict[str, Any]) -> list[str]:
 
 def _answers(stage: StageConfig, counts: dict[str, Any]) -> list[str]:
   share = counts["answer_tokens"] / max(counts["tokens"], 1)
+  what = "answers" if stage.unit == "conversations" else "holes"
   lines = [
-    f"{counts['answer_tokens']:,} tokens of answers ({share:.0%}): only these"
+    f"{counts['answer_tokens']:,} tokens of {what} ({share:.0%}): only these"
     " are masked and predicted"
   ]
   if count := counts["texts_too_long"]:
     lines.append(
-      f"left out: {count:,} of {counts['units_found']:,} conversations, longer"
+      f"left out: {count:,} of {counts['units_found']:,} {stage.unit}, longer"
       f" than {stage.length} tokens"
     )
+  # Older manifests lack it.
+  if count := counts.get("texts_without_room", 0):
+    lines.append(f"left out: {count:,} texts, too short for their holes")
   if count := counts["answers_too_long"]:
     lines.append(
-      f"{count:,} last answers are longer than data.answer_length: they are"
-      " neither cut nor filled up"
+      f"{count:,} last answers are longer than data.answer_length, or holes"
+      " than data.hole_length: they are neither cut nor filled up"
     )
   return lines

@@ -9,7 +9,14 @@ from absl import logging
 from etils import epath
 
 from mdm_jax.core.errors import UserError
-from mdm_jax.data import blocks, corpora, huggingface_tokenizer, journal
+from mdm_jax.data import (
+  blocks,
+  corpora,
+  huggingface_tokenizer,
+  journal,
+  splits,
+  tasks,
+)
 from mdm_jax.data import tokenizer as tokenizers
 from mdm_jax.data.config import DataConfig, RowsConfig
 from mdm_jax.data.tokenizer import Tokenizer
@@ -68,6 +75,7 @@ def row_inputs(config: RowsConfig, given: Tokenizer | None) -> dict[str, Any]:
       for stage in config.stages
     ],
     **_answer_inputs(config.data),
+    **_hole_inputs(config.data),
   }
 
 
@@ -76,6 +84,15 @@ def _answer_inputs(data: DataConfig) -> dict[str, Any]:
   if data.answer_length is None:
     return {}
   return {"answers": [data.answer_length, data.answer_fill]}
+
+
+def _hole_inputs(data: DataConfig) -> dict[str, Any]:
+  # The texts are those of the corpus without holes, so what is hidden counts.
+  sides = splits.SIDES
+  hidden = [side for side in sides if corpora.asked(data, side) == "holes"]
+  if not hidden and not tasks.has_holes(data.corpus):
+    return {}
+  return {"holes": [data.holes, data.hole_length, data.untold_holes, hidden]}
 
 
 def difference(made: Any, wanted: Any, path: str = "") -> str | None:

@@ -270,7 +270,7 @@ def _rows(job: Job, block: Block) -> dict[str, Any]:
   for side in job.shares.wanted if block.side == TRAIN else (block.side,):
     texts = [document.text for document in sides[side]]
     held, counts = make_held_out(
-      texts, job.config, tokenizer, corpora.has_answers(data, block.side)
+      texts, job.config, tokenizer, corpora.asked(data, block.side)
     )
     table = {shards.TABLE: held.texts}
     made[side] = _put_rows(job, block, side, held.rows, counts, **table)

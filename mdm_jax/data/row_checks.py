@@ -14,6 +14,7 @@ from mdm_jax.core.errors import UserError
 from mdm_jax.core.vocabulary import Vocabulary
 from mdm_jax.data import corpora
 from mdm_jax.data.config import RowsConfig, StageConfig
+from mdm_jax.data.holes import Holes
 from mdm_jax.data.rows import Field, Values, field
 
 _CHUNK = 2**22  # tokens checked at once, to bound memory
@@ -97,9 +98,13 @@ def find_wrong_texts(segments: np.ndarray, texts: np.ndarray) -> str | None:
 
 def check_units(config: RowsConfig) -> None:
   """Raises UserError if a stage would lose a corpus' answers, or has none."""
+  corpora.check_hidden(config.data)
   corpus, given = config.data.corpus, corpora.has_answers(config.data)
   for i, stage in enumerate(config.stages):
     name = f"stages[{i}].unit"
+    if corpora.asked(config.data) == "holes":
+      _check_holes(config, i, stage)
+      continue
     if given and stage.unit != "conversations":
       raise UserError(
         f"{name}={stage.unit} would read data.corpus={corpus!r} without its"
@@ -110,6 +115,23 @@ def check_units(config: RowsConfig) -> None:
         f"{name}=conversations: the documents of data.corpus={corpus!r} have no"
         f" answers; give chat:PATH or task:NAME, or set {name}=paragraphs"
       )
+
+
+def _check_holes(config: RowsConfig, index: int, stage: StageConfig) -> None:
+  name, holes = f"stages[{index}]", Holes.of(config.data)
+  if stage.unit in ("pairs", "conversations"):
+    raise UserError(
+      f"{name}.unit={stage.unit} can't have the holes of data.corpus="
+      f"{config.data.corpus!r}; set {name}.unit=paragraphs, sentences or lines"
+    )
+  # Of each hole a token, and given ones before, between and behind them.
+  least = holes.growth + 2 * holes.most + 1
+  if stage.length < least:
+    raise UserError(
+      f"{name}.length={stage.length} has no room for text beside data.holes="
+      f"{holes.most} of data.hole_length={holes.length}; nearest valid:"
+      f" {name}.length={least}"
+    )
 
 
 def check_enough(config: RowsConfig, index: int, rows: int) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.data import answers, held_out, segments
-from mdm_jax.data.answers import Encoded
+from mdm_jax.data import answers, corpora, held_out, segments
 from mdm_jax.data.config import DataConfig, RowsConfig, StageConfig
+from mdm_jax.data.corpora import Asked
 from mdm_jax.data.held_out import HeldOut
+from mdm_jax.data.holes import Encoded, Holes
 from mdm_jax.data.packing import Tokens, join_sentences, pack, pack_with_places
 from mdm_jax.data.rows import Rows
 from mdm_jax.data.segments import Found, Selection, Unit
@@ -49,29 +50,31 @@ def make_rows(
     selection: units to keep (None: all).
     stage: how units become token sequences.
     tokenizer: makes the ids.
-    data: how long answers are.
+    data: how long answers are, and what is hidden.
   """
   selected = selection.units if selection else found.units
-  if talks := stage.unit == "conversations":
-    data = data or DataConfig()
-    texts = _conversations(
-      *(selected, tokenizer, data.answer_length),
-      random=data.answer_fill == "random",
-    )
+  data, room, texts, others = data or DataConfig(), stage.length, None, {}
+  if stage.unit == "conversations":
+    is_random = data.answer_fill == "random"
+    texts = _conversations(selected, tokenizer, data, is_random)
     pieces = [text.ids for text in texts]
   else:
-    pieces = _encode(selected, stage, tokenizer)
-  fitting = [p for p in pieces if len(p) <= stage.length]
-  others = {}
-  if talks:
-    texts = [text for text in texts if len(text.ids) <= stage.length]
+    holes = Holes.of(data) if corpora.asked(data) == "holes" else None
+    room -= holes.growth if holes else 0
+    pieces = _encode(selected, stage, room, tokenizer)
+    if holes:
+      texts = [holes.hide(p, tokenizer.vocab) for p in pieces if len(p) <= room]
+  fitting = [p for p in pieces if len(p) <= room]
+  if texts is not None:
+    texts = [text for text in texts if text and len(text.ids) <= stage.length]
     others["answer"] = [text.answer for text in texts]
+  shown = fitting if texts is None else [text.ids for text in texts]
   # Of paragraphs every token is kept, so all of them are read.
   read = selected
   if stage.unit != "paragraphs":
     both = zip(selected, pieces, strict=True)
-    read = [unit for unit, piece in both if len(piece) <= stage.length]
-  rows = pack(fitting, stage.length, tokenizer.vocab, **others)
+    read = [unit for unit, piece in both if len(piece) <= room]
+  rows = pack(shown, stage.length, tokenizer.vocab, **others)
   difficulty = None
   if selection:
     bars = selection.histogram(_BINS)
@@ -87,9 +90,9 @@ def make_rows(
     "characters": found.characters,
     "characters_read": sum(len(part) for unit in read for part in unit.parts),
     **_sizes(rows),
-    **(_answers(texts, rows) if talks else {}),
+    **({} if texts is None else _answers(texts, len(fitting), rows)),
     "difficulty": difficulty,
-    "examples": _examples(selection, fitting, tokenizer),
+    "examples": _examples(selection, shown, tokenizer),
   }
   return rows, counts, read
 
@@ -98,7 +101,7 @@ def make_held_out(
   texts: Sequence[str],
   config: RowsConfig,
   tokenizer: Tokenizer,
-  with_answers: bool = False,
+  asked: Asked = "all",
 ) -> tuple[HeldOut, dict[str, Any]]:
   """Returns held-out rows of the whole texts, with their table and counts.
 
@@ -106,30 +109,37 @@ def make_held_out(
     texts: documents of one split.
     config: what rows depend on.
     tokenizer: makes the ids.
-    with_answers: whether they are prompts with answers. Then only the answers
-      are measured, and texts longer than a row are left out.
+    asked: what of them is measured. Texts with answers are left out if they are
+      longer than a row, and those with holes if they are too short for these.
   """
   # All of the text, whatever the stages select.
-  unit = "conversations" if with_answers else "paragraphs"
+  unit = "conversations" if asked == "answers" else "paragraphs"
   stage = StageConfig(unit=unit, length=config.stages[-1].length)
   units = segments.units(texts, stage, config.data.language)
-  others, counts = {}, {}
-  if with_answers:
-    length = config.data.answer_length
-    found = _conversations(units, tokenizer, length)
-    both = zip(units, found, strict=True)
-    kept = [(u, text) for u, text in both if len(text.ids) <= stage.length]
-    pieces = [text.ids for _, text in kept]
-    others["answer"] = [text.answer for _, text in kept]
+  others, counts, texts_too_long = {}, {}, 0
+  if asked == "answers":
+    found = _conversations(units, tokenizer, config.data)
     size = lambda unit: len(answers.plain("".join(unit.parts)).encode())
-    lines = [(unit.document, size(unit)) for unit, _ in kept]
+    lines = [(unit.document, size(unit)) for unit in units]
+    pieces = [text.ids for text in found]
   else:
-    pieces, lines = _running(units, stage.length, tokenizer)
+    holes = Holes.of(config.data) if asked == "holes" else None
+    room = stage.length - (holes.growth if holes else 0)
+    pieces, lines = _running(units, room, tokenizer)
+    if holes:
+      found = [holes.hide(piece, tokenizer.vocab) for piece in pieces]
+  if asked != "all":
+    both = zip(lines, found, strict=True)
+    kept = [(l, t) for l, t in both if t and len(t.ids) <= stage.length]
+    texts_too_long = len(found) - len(kept) if asked == "answers" else 0
+    fitting = len(pieces) - texts_too_long
+    lines, pieces = [line for line, _ in kept], [text.ids for _, text in kept]
+    others["answer"] = [text.answer for _, text in kept]
   rows, places = pack_with_places(
     pieces, stage.length, tokenizer.vocab, **others
   )
-  if with_answers:
-    counts = _answers([text for _, text in kept], rows)
+  if asked != "all":
+    counts = _answers([text for _, text in kept], fitting, rows)
   table = np.array(lines, np.int64).reshape(-1, 2)
   # Number each document's pieces from 0: subtract its first line's index.
   _, first, of = np.unique(table[:, 0], return_index=True, return_inverse=True)
@@ -140,7 +150,7 @@ def make_held_out(
   return HeldOut(rows, table), {
     "units_found": len(units),
     "units_selected": len(units),
-    "texts_too_long": len(units) - len(pieces) if with_answers else 0,
+    "texts_too_long": texts_too_long,
     **_sizes(rows),
     **counts,
     "difficulty": None,
@@ -165,19 +175,28 @@ def _running(
 def _conversations(
   units: Sequence[Unit],
   tokenizer: Tokenizer,
-  answer_length: int | None,
+  data: DataConfig,
   random: bool = False,
 ) -> list[Encoded]:
-  found = []
+  found, holes = [], Holes.of(data)
   for group in _groups(units):
     parts = [unit.parts for unit in group]
-    found += answers.encode(parts, tokenizer, answer_length, random)
+    found += answers.encode(parts, tokenizer, data.answer_length, random, holes)
   return found
 
 
-def _answers(texts: Sequence[Encoded], rows: Rows) -> dict[str, int]:
-  """Returns counts of answers, for `coverage.left_out` and a run's start."""
+def _answers(
+  texts: Sequence[Encoded], fitting: int, rows: Rows
+) -> dict[str, int]:
+  """Returns counts of answers, for `coverage.left_out` and a run's start.
+
+  Args:
+    texts: those that were kept.
+    fitting: number of those that are no longer than a row.
+    rows: the kept ones.
+  """
   return {
+    "texts_without_room": fitting - len(texts),
     "answer_tokens": int(rows.answer.sum()),
     "answers_too_long": sum(not text.fits for text in texts),
   }
@@ -213,9 +232,12 @@ def spread(values: Sequence[Any]) -> list[Any]:
 
 
 def _encode(
-  units: list[Unit], stage: StageConfig, tokenizer: Tokenizer
+  units: list[Unit], stage: StageConfig, room: int, tokenizer: Tokenizer
 ) -> list[Tokens]:
-  """Returns the token sequences of a stage, before they are packed."""
+  """Returns the token sequences of a stage, before they are packed.
+
+  Running text is cut into pieces of up to `room` tokens.
+  """
   vocab = tokenizer.vocab
   parts = (encoded for _, encoded in _encoded(units, tokenizer))
   match stage.unit:
@@ -228,7 +250,7 @@ def _encode(
       return [
         piece
         for sentences in parts
-        for piece in join_sentences(sentences, stage.length, vocab.end)
+        for piece in join_sentences(sentences, room, vocab.end)
       ]
 
 

@@ -1,7 +1,8 @@
 """Tasks whose answers can be checked exactly: `task:NAME`, generated.
 
 A task draws problems from a seed: a prompt and one right answer. `right` says
-of any answer whether it solves a prompt, so a problem may have several. A task
+of any answer whether it solves a prompt, so a problem may have several. An
+answer is behind its prompt, or where [MASK] stands in it. A task
 is named `task:NAME` or `task:NAME:SEED`; it has `COUNT` different problems, or
 `data.max_documents`, which are split like the documents of any corpus. So no
 problem is in two splits.
@@ -20,6 +21,7 @@ from mdm_jax.data.config import DataConfig
 from mdm_jax.data.text_files import Document
 
 COUNT = 20_000
+HOLE = "[MASK]"
 _PATIENCE = 100  # draws per problem, before there seem to be no new ones
 
 
@@ -30,10 +32,12 @@ class Task:
   Attributes:
     draw: (random numbers) -> a prompt and a right answer.
     right: (prompt, answer) -> whether the answer is right.
+    in_text: whether its answers are holes in the prompts.
   """
 
   draw: Callable[[random.Random], tuple[str, str]]
   right: Callable[[str, str], bool]
+  in_text: bool = False
 
 
 TASKS: Registry[Task] = Registry("task", "data.corpus=task")
@@ -43,6 +47,12 @@ def of_corpus(corpus: str) -> Task | None:
   """Returns the task of a corpus; None if it is no task."""
   kind, _, name = corpus.partition(":")
   return TASKS[name.partition(":")[0]] if kind == "task" else None
+
+
+def has_holes(corpus: str) -> bool:
+  """Returns whether a corpus is a task whose answers are holes in prompts."""
+  task = of_corpus(corpus)
+  return task is not None and task.in_text
 
 
 def read(name: str, _: Any, data: DataConfig) -> Iterator[Document]:
@@ -69,7 +79,14 @@ def read(name: str, _: Any, data: DataConfig) -> Iterator[Document]:
         f" data.max_documents to {number:,} or less"
       )
     known.add(prompt)
-    yield Document(f"{name}:{number}", answers.exchange(prompt, answer))
+    yield Document(f"{name}:{number}", _document(prompt, answer))
+
+
+def _document(prompt: str, answer: str) -> str:
+  before, hole, behind = prompt.partition(HOLE)
+  if hole:
+    return answers.hole(before, answer, behind)
+  return answers.exchange(prompt, answer)
 
 
 # MARK: sudoku
@@ -171,6 +188,7 @@ TASKS.register("sorting", Task(_draw_sorting, _right_sorting))
 
 # MARK: a grammar
 
+_LONGEST = 8  # brackets of a hole
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -199,3 +217,19 @@ def _right_brackets(prompt: str, answer: str) -> bool:
 
 
 TASKS.register("brackets", Task(_draw_brackets, _right_brackets))
+
+
+def _draw_middle(draw: random.Random) -> tuple[str, str]:
+  # Some of the open brackets are closed behind the hole, so that how many it
+  # closes is only known from both sides.
+  prompt, closing = _draw_brackets(draw)
+  size = draw.randint(1, min(len(closing), _LONGEST))
+  return prompt[:-1] + HOLE + closing[size:] + ".", closing[:size]
+
+
+def _right_middle(prompt: str, answer: str) -> bool:
+  before, _, behind = prompt.removesuffix(".").partition(HOLE)
+  return _right_brackets(before + "=", answer + behind)
+
+
+TASKS.register("middle", Task(_draw_middle, _right_middle, in_text=True))

@@ -75,6 +75,11 @@ class SampleConfig:
     "tokens of a hole whose length is not told, [MASK:1-8]: the likeliest"
     " number, or drawn anew for each text",
   )
+  hole_rule: Literal["auto", "bayes"] = field(
+    "auto",
+    "how likely each of these numbers is; auto: as the model learned, if it was"
+    " trained with `data.untold_holes`, else by Bayes' rule",
+  )
   guidance: float = field(
     0.0,
     "classifier-free guidance weight w: logits u + (1 + w)(c - u), with (c) and"

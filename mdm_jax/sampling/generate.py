@@ -65,6 +65,7 @@ class TextSampler:
     length: int,
     watch: Watch | None = None,
     decoding: Decoding = _ANY_ORDER,
+    untold: int | None = None,
   ):
     """Checks that texts of this length fit; nothing is compiled yet.
 
@@ -75,6 +76,8 @@ class TextSampler:
       length: tokens per text, including the prompt.
       watch: see `sampler.make_sampler`.
       decoding: how the model can be sampled; its objective says so.
+      untold: tokens of the longest hole whose length the model has learned to
+        find (None: it hasn't).
 
     Raises:
       UserError: the length doesn't fit, no sampler draws in this order, or
@@ -95,7 +98,7 @@ class TextSampler:
     rows = rows_a_call(length, jax.default_backend())
     self.rows_a_call = padded_rows(rows, mesh)
     self.hole_lengths = HoleLengths(
-      denoiser, tokenizer.vocab, mesh, self.rows_a_call
+      *(denoiser, tokenizer.vocab, mesh, self.rows_a_call), untold=untold
     )
     # Checked here, before anything is compiled.
     room.check_length(
@@ -171,7 +174,7 @@ class TextSampler:
       UserError: lengths are not told, and the model doesn't draw in any order.
     """
     self.method.check_lengths(found)
-    log_p = self.hole_lengths(params, found)
+    log_p = self.hole_lengths(params, found, config.hole_rule)
     count = len(found.counts)
 
     def row(numbers: Int[np.ndarray, "M"]) -> Int[np.ndarray, "M"]:
@@ -267,6 +270,7 @@ class TextSampler:
       remasking_rate=1.0,
       seed=0,
       hole_length="likeliest",
+      hole_rule="auto",
       temperature=1.0,
       temperature_range=None,
       min_p=None if config.min_p is None else 1.0,
@@ -327,8 +331,9 @@ def effective(
     unused |= {"remasking", "remasking_rate"}
   unused |= {name for name in ("guidance", "end_last") if not used[name]}
   unused |= {"cache", "cache_refresh"} if config.cache == "none" else set()
-  if config.hole_length == SampleConfig.hole_length:
-    unused.add("hole_length")
+  for name in ("hole_length", "hole_rule"):
+    if used[name] == getattr(SampleConfig, name):
+      unused.add(name)
   if {config.entropy_bound, config.threshold} != {None}:
     unused.add("schedule")
   return {k: v for k, v in used.items() if k not in unused and v is not None}

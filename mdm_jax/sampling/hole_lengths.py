@@ -1,6 +1,8 @@
 """Decides how many tokens a hole has whose length is not told: [MASK:1-8].
 
-All lengths within the bounds are equally likely beforehand, so by Bayes' rule
+A model that was trained with such holes is asked (`learned_lengths.py`). For
+any other one, all lengths within the bounds are equally likely beforehand, so
+by Bayes' rule
 
   p(length | given text) = p(given text | length) / sum over all lengths,
 
@@ -19,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -26,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mdm_jax.core import distributed, rng
 from mdm_jax.core.sharding import batch_sharding, put
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.sampling import learned_lengths
 from mdm_jax.sampling.call import Canvas, Predictor
 from mdm_jax.sampling.chain_rule import make_terms
 from mdm_jax.sampling.config import SampleConfig
@@ -45,6 +49,7 @@ class HoleLengths:
     mesh: jax.sharding.Mesh,
     rows: int,
     near: int = NEAR,
+    untold: int | None = None,
   ):
     """Prepares the calls; nothing is compiled yet.
 
@@ -54,7 +59,10 @@ class HoleLengths:
       mesh: the devices; also to be the current mesh.
       rows: rows per call.
       near: given tokens that are scored on each side of a hole.
+      untold: tokens of the longest hole whose length the model has learned to
+        find (None: it hasn't).
     """
+    self._vocab, self._untold = vocab, untold
     self._terms = make_terms(denoiser, vocab)
     self._mesh, self._rows, self._near = mesh, rows, near
     draw = lambda key, rows: jax.vmap(jax.random.uniform)(
@@ -62,12 +70,45 @@ class HoleLengths:
     )
     self._uniform = jax.jit(draw, out_shardings=NamedSharding(mesh, P()))
 
-  def __call__(self, params: Any, found: Candidates) -> Float[np.ndarray, "B"]:
+  def describe(self, rule: str) -> str:
+    """Returns how lengths are found with a value of `sample.hole_rule`."""
+    if rule == "auto" and self._untold:
+      return f"as learned from holes of up to {self._untold} tokens"
+    return "by Bayes' rule"
+
+  def __call__(
+    self, params: Any, found: Candidates, rule: str = "auto"
+  ) -> Float[np.ndarray, "B"]:
     """Returns log p(length | given text) of each candidate of each text.
 
     It is 0, without a call, for texts whose lengths are all told.
+
+    Args:
+      params: parameters of the denoiser.
+      found: rows with every choice of lengths.
+      rule: as `sample.hole_rule`.
+
+    Raises:
+      PromptError: a hole may be longer than those whose length was learned.
     """
-    ends = np.cumsum(found.counts)
+    if (found.counts == 1).all():
+      return np.zeros(len(found.untold))
+    learned = rule == "auto" and self._untold
+    logging.info("Lengths of holes are found %s.", self.describe(rule))
+    nats = (self._learned if learned else self._bayes)(params, found)
+    parts = np.split(-nats, np.cumsum(found.counts)[:-1])
+    return np.concatenate([part - _log_sum(part) for part in parts])
+
+  def _learned(self, params: Any, found: Candidates) -> Float[np.ndarray, "B"]:
+    learned_lengths.check(found, self._untold)
+    asked = learned_lengths.queries(found, self._untold, self._vocab)
+    masked, at = [*asked.masked], asked.at.tolist()
+    number = [*range(len(at))]
+    nats = self._measured(params, asked.canvas, number, masked, at)
+    return -learned_lengths.log_p(asked, nats, self._untold)
+
+  def _bayes(self, params: Any, found: Candidates) -> Float[np.ndarray, "B"]:
+    """Returns -log p(given text | length), up to a constant of each text."""
     several = np.repeat(found.counts > 1, found.counts)
     nats = np.zeros(len(several))
     row, masked, at = [], [], []
@@ -80,8 +121,7 @@ class HoleLengths:
       np.add.at(
         nats, row, self._measured(params, found.canvas, row, masked, at)
       )
-    parts = np.split(-nats, ends[:-1])
-    return np.concatenate([part - _log_sum(part) for part in parts])
+    return nats
 
   def choose(
     self,

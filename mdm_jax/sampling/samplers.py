@@ -114,7 +114,7 @@ SAMPLERS.register(
       *("num_steps", "order", "end_last", "block_length", "schedule"),
       *("entropy_bound", "threshold"),
       *("remasking", "remasking_rate", "guidance"),
-      *("cache", "cache_refresh", "hole_length"),
+      *("cache", "cache_refresh", "hole_length", "hole_rule"),
     ),
     draws="one token per step, from left to right",
     block=lambda decoding: 1,
@@ -127,7 +127,10 @@ SAMPLERS.register(
     steps=blocks.most_steps,
     # Without the prompt, blocks before the current one would be masked, which a
     # model never reads in training.
-    unused=("guidance", "cache", "cache_refresh", "hole_length"),
+    unused=(
+      *("guidance", "cache", "cache_refresh"),
+      *("hole_length", "hole_rule"),
+    ),
     draws="block by block, each from the clean text before it",
     block=lambda decoding: decoding.block,
   ),

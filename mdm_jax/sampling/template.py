@@ -61,13 +61,14 @@ class Template:
   Attributes:
     tokens: given ids, MASK in holes, and PAD.
     free: which tokens are holes.
-    untold: which tokens are in holes whose length is not told.
+    untold: number, from 1, of the hole whose length is not told that a token is
+      in; 0 elsewhere.
     grows: whether holes fill the rest of the row.
   """
 
   tokens: Int32[np.ndarray, "N"]
   free: Bool[np.ndarray, "N"]
-  untold: Bool[np.ndarray, "N"]
+  untold: Int32[np.ndarray, "N"]
   grows: bool = False
 
 
@@ -77,12 +78,13 @@ class Candidates:
 
   Attributes:
     canvas: the rows, text by text.
-    untold: which tokens are in holes whose length is not told [B, L].
+    untold: number, from 1, of the hole whose length is not told that a token is
+      in; 0 elsewhere [B, L].
     counts: rows of each text.
   """
 
   canvas: Canvas
-  untold: Bool[np.ndarray, "B L"]
+  untold: Int32[np.ndarray, "B L"]
   counts: Int[np.ndarray, "N"]
 
 
@@ -163,13 +165,15 @@ def ways(text: str, tokenizer: Tokenizer) -> list[Template]:
   choices = [range(part.least, part.most + 1) for part in parts]
   _check_ways(parts, math.prod(map(len, choices)))
   grows = plain or parts[-1].grows
+  open_ones = np.array([part.least < part.most for part in parts])
+  numbers = (open_ones.cumsum() * open_ones).tolist()
   found = []
   for sizes in itertools.product(*choices):
     tokens, free, untold = [], [], []
-    for ids, part, size in zip(encoded, parts, sizes, strict=True):
+    for ids, number, size in zip(encoded, numbers, sizes, strict=True):
       tokens += [ids, np.full(size, tokenizer.vocab.mask, np.int32)]
       free += [np.zeros(len(ids), bool), np.ones(size, bool)]
-      untold += [free[-2], np.full(size, part.least < part.most)]
+      untold += [np.zeros(len(ids), np.int32), np.full(size, number, np.int32)]
     joined = map(np.concatenate, (tokens, free, untold))
     found.append(Template(*joined, grows))
   return found
@@ -214,7 +218,7 @@ def fit(template: Template, length: int, vocab: Vocabulary) -> Template:
   return Template(
     np.append(template.tokens, np.full(rest, filler, np.int32)),
     np.append(template.free, np.full(rest, template.grows)),
-    np.append(template.untold, np.zeros(rest, bool)),
+    np.append(template.untold, np.zeros(rest, np.int32)),
   )
 
 
@@ -256,7 +260,7 @@ def candidates(
   tokens, free = as_rows("tokens", np.int32), as_rows("free", bool)
   return Candidates(
     Canvas(tokens, free, np.array(lengths, np.int32)),
-    as_rows("untold", bool),
+    as_rows("untold", np.int32),
     np.array(counts, np.int64),
   )
 

@@ -137,7 +137,7 @@ def test_what_is_longer_than_a_row_is_left_out_and_counted():
     data=DataConfig(),
     stages=(StageConfig(unit="conversations", length=8),),
   )
-  held, counts = make_held_out(texts, config, BYTES, with_answers=True)
+  held, counts = make_held_out(texts, config, BYTES, asked="answers")
   assert len(held) == 1 and counts["texts_too_long"] == 1
   assert held.texts[:, 2].tolist() == [1]  # the document that is left
 

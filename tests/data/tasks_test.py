@@ -12,8 +12,11 @@ from mdm_jax.data.splits import Shares
 
 def problems(name, count=300):
   for document in corpora.load(f"task:{name}", count):
-    prompt, answer = answers.parts(document.text)
-    yield prompt, answer.removesuffix(answers.END)
+    prompt, answer, *behind = answers.parts(document.text)
+    if behind:  # the answer is a hole in the prompt
+      yield prompt + tasks.HOLE + behind[0], answer.removesuffix(answers.HOLE)
+    else:
+      yield prompt, answer.removesuffix(answers.END)
 
 
 @pytest.mark.parametrize("name", [*tasks.TASKS])
