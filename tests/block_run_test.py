@@ -15,6 +15,7 @@ from mdm_jax.model.config import ModelConfig
 from mdm_jax.objectives.config import BlockConfig, BlockStage
 from mdm_jax.sample import load
 from mdm_jax.sampling.config import SampleConfig
+from mdm_jax.studies import search, tune
 from mdm_jax.trained_model import load_model
 from mdm_jax.training.config import OptimizerConfig
 from mdm_jax.workdir import Workdir
@@ -77,13 +78,37 @@ def test_one_block_without_training_is_the_masked_model(masked):
   )
 
 
-def test_blocks_grow_from_a_masked_run(masked):
-  folder = masked[0]
-  run, results = in_blocks(masked, 8, "grown", learning_rate=3e-3)
+@pytest.fixture(scope="module")
+def grown(masked):
+  """A run of blocks of 8 tokens, and its results."""
+  return in_blocks(masked, 8, "grown", learning_rate=3e-3)
+
+
+def test_blocks_grow_from_a_masked_run(masked, grown):
+  run, results = grown
   # It begins where the masked run has come to, not at the start.
-  assert losses(run.path)[0] < losses(folder / "run")[0] - 0.5
+  assert losses(run.path)[0] < losses(masked[0] / "run")[0] - 0.5
   assert np.isfinite(results["nelbo_per_token"])
   text = load(run).generate("The", num_steps=2, seed=1)
   assert text.texts[0].startswith("The")
   # Two steps of each block of 8, and one call for the prompt.
   assert text.calls[0] <= 2 * LENGTH // 8 + 1
+
+
+def test_its_sampling_is_tuned(grown, monkeypatch):
+  run, _ = grown
+  whole = search.rounds
+
+  def two_settings(*args):
+    first = whole(*args)[0]
+    few = lambda best: first.propose(best)[:2]
+    return (dataclasses.replace(first, propose=few, texts=2, keep=1),)
+
+  monkeypatch.setattr(search, "rounds", two_settings)
+  config = run.read_config()
+  config = dataclasses.replace(
+    config, eval=dataclasses.replace(config.eval, samples=2)
+  )
+  found = tune.tune_workdir(config, run)
+  assert found["settings"]["num_steps"] == 4  # of a block
+  assert {"sampling", "tuned"} <= found["text_metrics"].keys()

@@ -79,7 +79,7 @@ def tune_workdir(config: Config, workdir: Workdir) -> dict[str, Any]:
         "--mode=tune finds settings for free text, and this run answers"
         " prompts; --mode=compare compares settings by its answers"
       )
-    if measures.texts.method.unused:
+    if "order" in measures.texts.method.unused:
       raise UserError(
         "--mode=tune tries orders and schedules, and this model draws from left"
         " to right; --mode=compare --ways=temperature compares temperatures"
