@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from mdm_jax import command_line
 from mdm_jax.core import compilation_cache, log_lines, rng, strict_json, tables
@@ -132,9 +132,9 @@ def estimate(
 
 
 def moments(
-  one: Callable[[Params, Key[Array, ""], Any, Any], Float[Array, ""]],
+  one: Callable[[Params, Any, Any, Any], Float[Array, ""]],
   params: Params,
-  keys: Key[Array, "D"],
+  keys: Shaped[Array, "D"],
   rows: tuple[Int[Array, "D R L"], Int[Array, "D R L"]],
 ) -> tuple[Float[Array, ""], ...]:
   """Returns the moments of D estimates, in the order of `Moments`.
