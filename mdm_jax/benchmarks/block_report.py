@@ -57,7 +57,7 @@ def as_svg(found: Mapping[str, Any]) -> bytes:
       ]
       label = f"{way}, {kind.replace('_', ' ')}"
       right.plot(*zip(*points, strict=True), style, color=color, label=label)
-  speed = found["speed"][0]["whole_rows"]["tokens_per_second"]
+  speed = found["speed"][0]["cache"]["tokens_per_second"]
   right.axhline(speed, color="C1", linestyle="--", label=AR)
   right.set_ylabel("tokens per second")
   right.set_yscale("log")

@@ -6,8 +6,8 @@ Every clip draws the mask rates of updates from its range alone
 (`stages[i].mask_rate`), with the run's objective, weighting, block length and
 rows per update. BD3-LM chooses its range so, by the variance of the loss
 (Arriola et al. 2025, arXiv 2503.09573, section 4). Here the variance of the
-gradient stands beside it, as a multiple of its squared mean: it is what an
-update feels, and can be compared between clips, whose losses differ.
+gradient stands beside it, as a multiple of the first clip's: it is what an
+update feels.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from mdm_jax.workdir import Workdir
 
 Clip = tuple[float, float]
 CLIPS = ((0.0, 1.0), (0.3, 0.8), (0.45, 0.95), (0.5, 1.0), (0.0, 0.5))
-COLUMNS = "mask rates", "loss", "its std", "gradient: variance / mean²"
+COLUMNS = "mask rates", "loss", "its std", "variance of the gradient"
 
 
 def clipped(
@@ -163,24 +163,22 @@ def _moments(
 
 
 def cells(found: dict[Clip, list[Moments]]) -> list[list[str]]:
-  """Returns the rows of a table with `COLUMNS`; errors are over repeats."""
+  """Returns the rows of a table with `COLUMNS`; errors are over repeats.
+
+  The variance of a gradient is shown as a multiple of the first clip's.
+  """
   lines = []
   for (low, high), repeats in found.items():
     value = mean([m.estimate for m in repeats])
     spread = mean([m.variance**0.5 for m in repeats])
-    # Of sums: the squared mean of one repeat's gradients can be near 0.
-    noise, signal = (
-      np.array([getattr(m, name) for m in repeats])
-      for name in ("noise", "signal")
-    )
-    ratio = noise.sum() / signal.sum()
-    off = (noise - ratio * signal).std(ddof=1) / signal.mean()
+    pairs = zip(repeats, next(iter(found.values())), strict=True)
+    ratio = mean([a.noise / b.noise for a, b in pairs])
     lines.append(
       [
         f"{low:g} to {high:g}",
         with_error(value.value, value.stderr),
         with_error(spread.value, spread.stderr),
-        with_error(ratio, off / len(repeats) ** 0.5, ".1f"),
+        with_error(ratio.value, ratio.stderr, ".2f"),
       ]
     )
   return lines

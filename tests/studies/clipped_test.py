@@ -55,11 +55,12 @@ def test_rates_are_those_of_the_clip():
   assert plan.rows == 2
 
 
-def test_a_ratio_is_of_sums_over_repeats():
-  repeats = [Moments(1.0, 0.04, 6.0, 1.0), Moments(1.0, 0.04, 2.0, 3.0)]
-  (line,) = clipped.cells({(0.5, 1.0): repeats})
+def test_gradients_are_compared_with_the_first_clips():
+  moments = lambda noise: [Moments(1.0, 0.04, noise, 1.0)] * 2
+  found = {(0.0, 1.0): moments(2.0), (0.5, 1.0): moments(3.0)}
+  first, line = clipped.cells(found)
   assert line[:3] == ["0.5 to 1", "1.000 ± 0.000", "0.200 ± 0.000"]
-  assert line[3].startswith("2.0 ±")
+  assert (first[3], line[3]) == ("1.00 ± 0.00", "1.50 ± 0.00")
 
 
 def test_what_has_no_clip_is_refused():
