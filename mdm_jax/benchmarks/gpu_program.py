@@ -219,6 +219,8 @@ def _share_read(name: str, body: Computation) -> float:
   Of a value that is only sliced this is the slices; of one that is updated in
   place, nothing.
   """
+  if body[name].root:  # a result, such as a cast value
+    return 1.0
   share = 0.0
   for use in body.values():
     if name not in use.operands:

@@ -72,6 +72,14 @@ def test_a_value_that_is_also_read_whole_counts_once():
   assert found(text)["weight"].bytes == 12 * (13 * 64 * 32 * 2 + 4)
 
 
+def test_a_value_that_is_only_cast_is_read():
+  text = LOOP.replace(
+    "ROOT %bitcast.1 = bf16[64,32]{1,0} bitcast(%slice.1)",
+    "ROOT %cast.1 = bf16[12,64,32]{2,1,0} convert(%param_0.1)",
+  )
+  assert found(text)["weight"].bytes == 12 * (2 * 12 * 64 * 32 * 2 + 4)
+
+
 def test_a_fusion_with_a_product_is_a_product():
   product = found()["product"]
   assert product.kind == "product of bf16"
