@@ -34,7 +34,7 @@ from mdm_jax import config as config_lib
 from mdm_jax.benchmarks import programs
 from mdm_jax.core import sharding
 from mdm_jax.core.errors import UserError
-from mdm_jax.planning.footprint import footprint, layouts
+from mdm_jax.planning.footprint import footprint, kept_for_backward, layouts
 from mdm_jax.workdir import Workdir
 
 NAMES = ["recommended", "medium", "large", "8b"]
@@ -180,6 +180,18 @@ def test_bytes_are_what_devices_hold(any_mesh, tiny_config):
   ]
   assert [layout.bytes for layout in found.params] == held
   assert found.held["parameters"] == sum(held)
+
+
+def test_the_last_of_unrolled_layers_counts_like_the_others(mesh, tiny_config):
+  """It stands behind the loop that is traced."""
+  model = dataclasses.replace(
+    tiny_config.model, layer_loop="unrolled", remat="none"
+  )
+  abstract = mesh.abstract_mesh
+  config = dataclasses.replace(tiny_config, model=model)
+  run = fit.blueprint(config, abstract)
+  kept = kept_for_backward(run, run.curriculum.stages[0], abstract)
+  assert {layout.shape[0] for layout in kept} == {model.num_layers}
 
 
 @pytest.mark.parametrize("name", NAMES)

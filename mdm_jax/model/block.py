@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mdm_jax.core import hardware
 from mdm_jax.model import cache as caching
@@ -287,6 +287,27 @@ class Block(nnx.Module):
     h = self.mlp_norm(x) * (1 + scale[1]) + shift[1]
     h = layers.dropout(self.mlp(h, shared.lora), self.config.dropout, keys[1])
     return x + gate[1] * h, kept
+
+  def attend(
+    self, x: Float[Array, "B L D"], layer: Int[Array, ""], shared: Shared
+  ) -> tuple[Float[Array, "B L D"], Bool[Array, "B L D"] | None]:
+    """Runs the block up to its MLP, without conditioning and LoRA.
+
+    Returns:
+      What goes into the MLP, and which entries of the MLP's output are dropped;
+      None without dropout.
+    """
+    keys = self._dropout_keys(layer, shared)
+    h, _ = self.attention(self.attention_norm(x), layer, shared, None)
+    x = x + layers.dropout(h, self.config.dropout, keys[0])
+    return x, layers.dropped(x.shape, self.config.dropout, keys[1])
+
+  def add_mlp(
+    self, x: Float[Array, "N D"], dropped: Bool[Array, "N D"] | None
+  ) -> Float[Array, "N D"]:
+    """Runs the rest of the block at any N positions; see `attend`."""
+    h = self.mlp(self.mlp_norm(x)[:, None])[:, 0]
+    return x + layers.without(h, self.config.dropout, dropped)
 
   def keys_and_values(
     self, x: Float[Array, "B L D"], shared: Shared

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from mdm_jax.core import hardware
 from mdm_jax.core.sharding import vocab_ids
@@ -35,6 +35,7 @@ from mdm_jax.model.context import (
   starts,
 )
 from mdm_jax.model.kernels import KERNELS, Case, Kernel
+from mdm_jax.model.last_mlp import Unfinished
 
 Params = dict[str, Any]
 
@@ -98,10 +99,22 @@ class Network(nnx.Module):
     x, shared, side = self.begin(tokens, context)
     # `at` is set only for a decoding cache, which is updated in place.
     run = self._stacked if shared.at is None else self._in_place
-    x, kept = run(x, shared, context)
+    x, kept = run(x, shared, context, self.blocks)
     if context.shift or self.config.shift_outputs:
       x = _shifted(x, context.segments)
     return (x, KVCache(*kept, side, shared.at)) if context.keep else x
+
+  def unfinished(self, tokens, context: Context) -> Unfinished:
+    """Runs all but the last block's MLP; see `Denoiser.unfinished`."""
+    x, shared, _ = self.begin(tokens, context)
+    last = self.config.num_layers - 1
+    first = jax.tree.map(lambda p: p[:last], self.blocks)
+    x, _ = self._stacked(x, shared, context, first)
+    block = jax.tree.map(lambda p: p[last], self.blocks)
+    found = block.attend(x, jnp.int32(last), shared)
+    if context.shift or self.config.shift_outputs:
+      found = jax.tree.map(lambda a: _shifted(a, context.segments), found)
+    return Unfinished(block, *found)
 
   def begin(
     self, tokens: Int[Array, "B L"], context: Context
@@ -111,8 +124,11 @@ class Network(nnx.Module):
     x = embedding.look_up(dtype, self.embedding[...], tokens)
     return x, *self._shared(context)
 
-  def _stacked(self, x, shared: Shared, context: Context):
-    """Scans over the layers; supports gradients and rematerialisation."""
+  def _stacked(self, x, shared: Shared, context: Context, blocks: Block):
+    """Scans over the layers; supports gradients and rematerialisation.
+
+    `blocks` are all of them, or the first ones.
+    """
 
     def body(x, layer):
       block, index, cached = layer
@@ -128,12 +144,12 @@ class Network(nnx.Module):
       body = jax.checkpoint(
         body, prevent_cse=loop.unrolled, policy=_KEPT[loop.remat]
       )
-    index = jnp.arange(self.config.num_layers)
+    index = jnp.arange(len(jax.tree.leaves(blocks)[0]))
     cached = context.cache and (context.cache.keys, context.cache.values)
-    stack = self.blocks, index, cached
+    stack = blocks, index, cached
     return jax.lax.scan(body, x, stack, unroll=loop.unrolled)
 
-  def _in_place(self, x, shared: Shared, context: Context):
+  def _in_place(self, x, shared: Shared, context: Context, blocks: Block):
     """Scans over the layers with the key/value buffers in the carry.
 
     A carry is updated in place; as scanned inputs and outputs the buffers would
@@ -148,7 +164,7 @@ class Network(nnx.Module):
 
     index = jnp.arange(self.config.num_layers)
     buffers = context.cache.keys, context.cache.values
-    return jax.lax.scan(body, (x, buffers), (self.blocks, index))[0]
+    return jax.lax.scan(body, (x, buffers), (blocks, index))[0]
 
   def _shared(self, context: Context) -> tuple[Shared, Side]:
     """Returns the inputs that all blocks share, and the keys' `Side`."""
@@ -192,7 +208,7 @@ class Network(nnx.Module):
     )
 
 
-def _shifted(x: Float[Array, "B L D"], segments) -> Float[Array, "B L D"]:
+def _shifted(x: Shaped[Array, "B L D"], segments) -> Shaped[Array, "B L D"]:
   """Moves outputs one position right; the first of a segment stays."""
   before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
   return jnp.where(starts(segments)[:, :, None], x, before)
@@ -260,6 +276,27 @@ class Denoiser:
       ValueError: time conditioning is on and `context.condition` is None.
     """
     return self.bind(params).hidden(tokens, context)
+
+  def unfinished(
+    self,
+    params: Params,
+    tokens: Int[Array, "B L"],
+    context: Context,
+  ) -> Float[Array, "B L D"] | Unfinished:
+    """Returns `hidden`, or where layers are unrolled all but its last MLP.
+
+    That saves work if only some positions are then finished, which the gather
+    of the predicted positions does (`masked_positions.pack`).
+
+    Args:
+      params: as in `hidden`, and the others, too.
+    """
+    loop = layer_loop.choose(self.config, hardware.target())
+    plain = not self.config.time_conditioning and not self.config.lora.rank
+    alone = context.cache is None and not context.keep
+    if loop.unrolled and loop.remat == "none" and plain and alone:
+      return self.bind(params).unfinished(tokens, context)
+    return self.hidden(params, tokens, context)
 
   def init_cache(self, rows: int, length: int) -> KVCache:
     """Returns an empty decoding cache of `length` tokens per row, with `at` 0.

@@ -71,8 +71,7 @@ def _head_specs(tokens: int, size: int):
   half = size // 2
   return (
     pl.BlockSpec((1, tokens, 1, 2, half), lambda h, i, b: (b, i, h, 0, 0)),
-    # Both halves have the same angles; the second one's sines have no sign.
-    pl.BlockSpec((1, tokens, half), lambda h, i, b: (b, i, 1)),
+    pl.BlockSpec((1, tokens, half), lambda h, i, b: (b, i, 0)),
     pl.BlockSpec((2, half), lambda h, i, b: (0, 0)),
   )
 
@@ -80,11 +79,12 @@ def _head_specs(tokens: int, size: int):
 def _halved(x, scale, cos, sin):
   """Splits heads into the halves that are rotated into each other."""
   half = x.shape[-1] // 2
+  # Both halves have the same angles; the second one's sines have no sign.
   return (
     x.reshape(*x.shape[:-1], 2, half),
     scale.reshape(2, half),
-    cos,
-    sin,
+    cos[..., half:],
+    sin[..., half:],
   )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mdm_jax.core import hardware, rng
 from mdm_jax.core.sharding import RULES
@@ -183,12 +183,13 @@ def _gated_forward(pair):
 
 def _gated_backward(pair, grad):
   gate, up = (pair[:, :, i, None].astype(jnp.float32) for i in (0, 1))
-  # silu(x) = x s(x), and its derivative is s(x) (1 + x (1 - s(x))).
-  share = jax.nn.sigmoid(gate)
-  of_gate = up * share * (1 + gate * (1 - share))
-  # A selection, not a concatenation: XLA makes it one kernel, not two.
+  # silu(x) = x s(x), and its derivative is s(x) (1 + x (1 - s(x))). Selections
+  # of what goes in: XLA makes that one kernel, not two, which a concatenation
+  # and sometimes a selection of the two results would be.
   first = jnp.arange(2).reshape(1, 1, 2, 1) == 0
-  factor = jnp.where(first, of_gate, gate * share)
+  share = jax.nn.sigmoid(gate)
+  slope = 1 + jnp.where(first, gate, 0) * (1 - share)
+  factor = jnp.where(first, up, gate) * share * slope
   return ((grad[:, :, None].astype(jnp.float32) * factor).astype(pair.dtype),)
 
 
@@ -356,10 +357,24 @@ def dropout(
     rate: probability that an entry is zeroed.
     keys: one key per row [B]; None disables dropout.
   """
+  return without(x, rate, dropped(x.shape, rate, keys))
+
+
+def dropped(
+  shape: tuple[int, ...], rate: float, keys: jax.Array | None
+) -> Bool[Array, "B *L D"] | None:
+  """Returns which entries `dropout` drops; None if it drops none."""
   if keys is None or rate == 0:
+    return None
+  inner = math.prod(shape[1:-1]), shape[-1]
+  drop = rng.words(keys, inner) < jnp.uint32(round(rate * 2**32))
+  return drop.reshape(shape) if len(shape) > 3 else drop
+
+
+def without(
+  x: Float[Array, "*B D"], rate: float, drop: Bool[Array, "*B D"] | None
+) -> Float[Array, "*B D"]:
+  """Returns x with entries dropped, and the others scaled to make up for it."""
+  if drop is None:
     return x
-  shape = math.prod(x.shape[1:-1]), x.shape[-1]
-  drop = rng.words(keys, shape) < jnp.uint32(round(rate * 2**32))
-  if x.ndim > 3:
-    drop = drop.reshape(x.shape)
   return jnp.where(drop, 0, x / (1 - rate)).astype(x.dtype)

@@ -22,6 +22,7 @@ from mdm_jax.data.batches import Batch
 from mdm_jax.data.held_out import HeldOut
 from mdm_jax.model.context import FULL, Context, Visibility
 from mdm_jax.model.denoiser import Denoiser, Params
+from mdm_jax.model.last_mlp import Unfinished
 from mdm_jax.objectives import cross_entropy
 from mdm_jax.objectives.draws import Draws
 from mdm_jax.objectives.measured import Jobs, Measured, Nats, Part
@@ -147,17 +148,18 @@ class Objective(abc.ABC):
 
   def hidden(
     self, model: Denoiser, params: Params, part: Any
-  ) -> Float[Array, "B S D"]:
+  ) -> Float[Array, "B S D"] | Unfinished:
     """Returns the model's output for `Examples`, before the head.
 
-    `loss` and `nats` score it. The default is one call of the model.
+    `loss` and `nats` score it, by `score` and `masked_cross_entropy`, which
+    take it `Unfinished`, too. The default is one call of the model.
 
     Args:
       model: the denoiser.
       params: its parameters.
       part: one microbatch, or the result of `pose`.
     """
-    return model.hidden(params, part.tokens, part.context)
+    return model.unfinished(params, part.tokens, part.context)
 
   def summaries(self, examples: Any, aux: Any) -> dict[str, Ratio]:
     """Returns the metrics to log for an update, by name.
@@ -268,7 +270,7 @@ def score(
   model: Denoiser,
   params: Params,
   part: Examples,
-  hidden: Float[Array, "B S D"],
+  hidden: Float[Array, "B S D"] | Unfinished,
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, "B"]]:
   """Returns the weighted cross-entropy, and the unweighted sum of each row.

@@ -25,6 +25,7 @@ from mdm_jax.core.sharding import (
   vocab_ids,
 )
 from mdm_jax.core.vocabulary import Vocabulary
+from mdm_jax.model.last_mlp import Unfinished
 from mdm_jax.objectives import masked_positions, one_pass
 
 # (params, hidden states) -> logits.
@@ -85,7 +86,7 @@ def cross_entropy(
 def masked_cross_entropy(
   head: Head,
   params: Any,
-  hidden: Float[Array, "B L D"],
+  hidden: Float[Array, "B L D"] | Unfinished,
   x0: Int[Array, "B L"],
   masked: Bool[Array, "B L"],
   capacity: int,
@@ -99,7 +100,8 @@ def masked_cross_entropy(
   Args:
     head: the vocabulary projection, to float32 logits.
     params: the head's parameters.
-    hidden: the denoiser's output before the head.
+    hidden: the denoiser's output before the head, or what `Unfinished` has of
+      it, which then is finished at masked positions only.
     x0: clean tokens.
     masked: True at the positions to score.
     capacity: maximum number of masked tokens per data shard. A batch with more
@@ -117,7 +119,7 @@ def masked_cross_entropy(
   def by_chunk(params, *parts):
     return jax.lax.map(lambda part: losses(params, *part), parts)
 
-  params = _gathered(params, hidden.dtype)
+  params = _gathered(params, states.dtype)
   packed = _in_shards(by_chunk, _BY_SLOT)(params, states, targets)
   return masked_positions.unpack(packed, masked, slot)
 
@@ -125,7 +127,7 @@ def masked_cross_entropy(
 def masked_loss(
   head: Head,
   params: Any,
-  hidden: Float[Array, "B L D"],
+  hidden: Float[Array, "B L D"] | Unfinished,
   x0: Int[Array, "B L"],
   masked: Bool[Array, "B L"],
   weight: Float[Array, "B L"],
@@ -227,7 +229,10 @@ def _weighted_sum_forward(losses, params, states, targets, weights):
   def sum_chunks(whole, *parts):
     def chunk(carry, part):
       total, by_params = carry
-      (value, by_slot), (more, by_states) = value_and_grad(whole, *part)
+      # Here and not before the loop, where XLA would drop both casts of a
+      # matrix (`_gathered`) and repeat the first one in every chunk.
+      given = jax.tree.map(lambda w, p: w.astype(p.dtype), whole, params)
+      (value, by_slot), (more, by_states) = value_and_grad(given, *part)
       add = lambda a, b: a + b.astype(a.dtype)
       by_params = jax.tree.map(add, by_params, more)
       return (total + value, by_params), (by_slot, by_states)
@@ -291,11 +296,10 @@ def _gathered(params: Any, dtype: jnp.dtype) -> Any:
 
   def gather(p):
     # Matrices are cast first: the gather then moves the compute dtype's bytes.
-    # They are cast back for each chunk's gradient to be in the parameters'
+    # The chunks cast them back for their gradients to be in the parameters'
     # dtype, as the sum over chunks is.
     small = p.astype(dtype) if p.ndim > 1 else p
-    whole = jax.reshard(small, gathered(jax.typeof(p).sharding.spec))
-    return whole.astype(p.dtype)
+    return jax.reshard(small, gathered(jax.typeof(p).sharding.spec))
 
   return jax.tree.map(gather, params)
 

@@ -9,47 +9,60 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mdm_jax.core import hardware
 from mdm_jax.core.sharding import BATCH_AXES
+from mdm_jax.model.last_mlp import Unfinished
 
 
 def pack(hidden, x0, masked, capacity: int, chunks: int):
-  """Gathers each data shard's masked positions into a buffer; see `_pack`."""
+  """Gathers each data shard's masked positions into a buffer; see `_pack`.
+
+  Hidden states that are `Unfinished` are finished in the buffer.
+  """
   rows = P(BATCH_AXES)
   run = jax.shard_map(
-    functools.partial(_pack, capacity=capacity, chunks=chunks),
+    functools.partial(_pack, slots=-(-capacity // chunks) * chunks),
     in_specs=(rows, rows, rows),
-    out_specs=(P(None, *rows), P(None, *rows), rows, rows),
+    out_specs=(rows, rows, rows, rows),
   )
-  return run(hidden, x0, masked)
+  whole = not isinstance(hidden, Unfinished)
+  given = (hidden,) if whole else hidden.by_position
+  found, targets, position, slot = run(given, x0, masked)
+  states = found[0] if whole else hidden.finished(*found)
+  split = jax.shard_map(
+    lambda x: x.reshape(chunks, -1, *x.shape[1:]),
+    in_specs=rows,
+    out_specs=P(None, *rows),
+  )
+  return split(states), split(targets), position, slot
 
 
 def _pack(
-  hidden: Float[Array, "B L D"],
+  given: tuple[Shaped[Array, "B L D"] | None, ...],
   x0: Int[Array, "B L"],
   masked: Bool[Array, "B L"],
-  capacity: int,
-  chunks: int,
+  slots: int,
 ) -> tuple[
-  Float[Array, "C N D"], Int[Array, "C N"], Int[Array, "S"], Int[Array, "M"]
+  tuple[Shaped[Array, "S D"] | None, ...],
+  Int[Array, "S"],
+  Int[Array, "S"],
+  Int[Array, "M"],
 ]:
-  """Gathers one shard's masked positions into a buffer of `capacity` slots.
+  """Gathers one shard's masked positions into a buffer.
 
   Returns:
-    The hidden states and targets of the slots, in chunks; the position that
-    fills each slot; and the slot that each position fills. Unused slots and
-    unmasked positions have an index past the end.
+    The arrays given and the targets, by slot; the position that fills each
+    slot; and the slot that each position fills. Unused slots and unmasked
+    positions have an index past the end.
   """
-  slots = -(-capacity // chunks) * chunks
   flat = masked.reshape(-1)
   slot = jnp.where(flat, jnp.cumsum(flat) - 1, slots)
   position = _positions(flat, slot, slots)
-  states = _move(hidden.reshape(flat.size, -1), position, slot)
+  move = lambda x: _move(x.reshape(flat.size, -1), position, slot)
   targets = x0.reshape(-1).at[position].get(mode="fill", fill_value=0)
-  in_chunks = lambda x: x.reshape(chunks, -1, *x.shape[1:])
-  return in_chunks(states), in_chunks(targets), position, slot
+  return jax.tree.map(move, given), targets, position, slot
 
 
 def _positions(
@@ -99,8 +112,8 @@ def _unpack(
 
 @jax.custom_vjp
 def _move(
-  x: Float[Array, "N *D"], source: Int[Array, "M"], back: Int[Array, "N"]
-) -> Float[Array, "M *D"]:
+  x: Shaped[Array, "N *D"], source: Int[Array, "M"], back: Int[Array, "N"]
+) -> Shaped[Array, "M *D"]:
   """Returns x[source], with zeros for indices past the end.
 
   Given `back`, the inverse of `source`, the gradient is a gather too; JAX's own

@@ -214,7 +214,14 @@ def kept_for_backward(
   batch = abstract_batch(run, stage, mesh)
   traced = run.step(stage).trace(run.abstract(), batch, run.abstract_base())
   loops = filter(_is_forward, _equations(traced.jaxpr.jaxpr))
-  return tuple(layout for loop in loops for layout in _stacked(loop, mesh))
+  found = (layout for loop in loops for layout in _stacked(loop, mesh))
+  # The last of unrolled layers stands behind the loop (`Network.unfinished`).
+  layers = run.denoiser.config.num_layers
+  all_layers = lambda shape: (layers, *shape[1:])
+  return tuple(
+    dataclasses.replace(layout, shape=all_layers(layout.shape))
+    for layout in found
+  )
 
 
 def _is_forward(eqn: Any) -> bool:

@@ -29,7 +29,7 @@ LENGTH = 512  # of configs/recommended.py, which has as many layers
 STEPS = 20  # of a text, by default
 # What was predicted of 64 rows, and three in a hundred more: of an update, and
 # of drawing them.
-MOST_SECONDS = 1.03 * 0.0552
+MOST_SECONDS = 1.03 * 0.0541
 MOST_SECONDS_TO_DRAW = 1.03 * 0.2819
 
 

@@ -62,7 +62,7 @@ def loss_and_gradient(
   def loss(params):
     xt = jnp.where(masked, VOCAB.mask, x0)
     context = row_context(segments, keys=keys, most_segments=2)
-    hidden = denoiser.hidden(params, xt, context)
+    hidden = denoiser.unfinished(params, xt, context)
     weight = jax.reshard(jnp.ones(x0.shape), RULES.spec("batch", None))
     return cross_entropy.masked_loss(
       *(denoiser.logits, denoiser.head(params), hidden, x0, masked, weight),
