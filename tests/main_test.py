@@ -581,9 +581,16 @@ def test_every_config_runs_quickly(name, env, tmp_path):
   exact = name in ("autoregressive", "shakespeare")
   own = OF_AUTOREGRESSIVE if exact else OF_MASKED
   # Bytes are those of whole texts, and answers are only a part.
-  left_out = {"bits_per_byte", "text_metrics"} if name == "sft" else set()
+  parts = name in ("sft", "infill")
+  left_out = {"bits_per_byte", "text_metrics"} if parts else set()
   assert set(results) >= (RESULTS - OF_MASKED - left_out) | own
   assert math.isfinite(results["nll_per_token" if exact else "nelbo_per_token"])
+  if name == "infill":
+    args = ["--mode=infill", f"--workdir={workdir}", "--config.eval.samples=4"]
+    found = _last_json(call(tmp_path, env, *args, "--json"))
+    assert found["holes"] == 4 and "learned" in found["lengths"]
+    for way in ("untold", "together"):
+      assert found[f"nats_{way}"]["value"] > 0
 
 
 # MARK: mistakes
