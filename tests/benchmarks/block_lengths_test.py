@@ -105,6 +105,6 @@ def test_the_program_trains_measures_and_plots(tmp_path):
   assert "blocks of 4, threshold 0.5" in names
   assert all("cache" in one for one in found["long_rows"])
   assert b"</svg>" in block_report.as_svg(found)
-  assert block_report.as_markdown(found).count("| ---") == 3
+  assert block_report.as_markdown(found).count("\n| --- |") == 3
   again = block_lengths.trained("masked", TINY, tmp_path)
   assert again == runs["masked"]
