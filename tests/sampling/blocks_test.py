@@ -113,7 +113,7 @@ def test_a_cached_draw_has_the_probability_of_an_uncached_call(mesh):
     )
     entropy = -(np.exp(log_p) * log_p).sum(axis=-1)
     np.testing.assert_allclose(
-      drawn.entropy[now], entropy[now], rtol=1e-5, atol=1e-6
+      drawn.entropy[now], entropy[now], rtol=1e-5, atol=1e-5
     )
   assert new.sum() > 20 and (drawn.step[:, 8:] >= 4).any()
 

@@ -91,7 +91,10 @@ def test_a_cached_draw_has_the_probability_of_an_uncached_call(mesh):
     drawn.confidence[new], np.exp(at[..., 0][new]), rtol=1e-5
   )
   entropy = -(np.exp(log_p) * log_p).sum(axis=-1)
-  np.testing.assert_allclose(drawn.entropy[new], entropy[new], rtol=1e-5)
+  # A sum of terms that were rounded: other processors round otherwise.
+  np.testing.assert_allclose(
+    drawn.entropy[new], entropy[new], rtol=1e-5, atol=1e-5
+  )
   assert new.sum() > 20 and not drawn.confidence[~new].any()
 
 
