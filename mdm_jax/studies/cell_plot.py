@@ -12,40 +12,53 @@ from mdm_jax.studies.cells import Found, Preset
 
 
 def as_png(preset: Preset, found: Found) -> bytes:
-  """Returns the plot: validation over epochs by amount of text, then test."""
+  """Returns the plot: a row for each size of the model that has finished cells.
+
+  Validation over epochs by amount of text, then the best checkpoints on test
+  text.
+  """
   # Imported here: matplotlib takes longer than the rest of a start.
   from matplotlib.figure import Figure
 
   every = groups(preset, found)
-  size = next(iter(preset.sizes))
+  sizes = [size for size in preset.sizes if any(g.size == size for g in every)]
   parts = [n for n in preset.parts if any(g.part == n for g in every)]
+  columns = len(parts) + 1
   figure = Figure(
-    figsize=(4 * (len(parts) + 1), 4.5), dpi=110, layout="constrained"
+    figsize=(4 * columns, 4.5 * len(sizes)), dpi=110, layout="constrained"
   )
-  total = cells_lib.count(preset)
   figure.suptitle(
-    f"{len(found)} of {total} cells; the {size} model; dots: best checkpoints",
+    f"{len(found)} of {cells_lib.count(preset)} cells; dots: best checkpoints",
     fontsize="medium",
   )
-  *curves, last = figure.subplots(1, len(parts) + 1, squeeze=False)[0]
   color = {arm: f"C{i}" for i, arm in enumerate(preset.arms)}
-  for axes, part in zip(curves, parts, strict=True):
-    for group in every:
-      if (group.size, group.part) != (size, part):
-        continue
-      x, y = zip(*group.curve, strict=True)
-      axes.plot(x, y, color=color[group.arm], label=group.arm)
-      best = int(np.argmin(y))
-      axes.plot(x[best], y[best], "o", color=color[group.arm])
-      axes.set_title(f"{group.runs[0]['characters']:,} characters")
-    axes.set_xscale("log")
-    axes.set_xlabel("epochs")
-  curves[0].set_ylabel("validation, bits per byte")
-  curves[0].legend(fontsize="small")
-  _plot_test(last, [g for g in every if g.size == size], preset, color)
+  rows = figure.subplots(len(sizes), columns, squeeze=False)
+  for size, (*curves, last) in zip(sizes, rows, strict=True):
+    of_size = [g for g in every if g.size == size]
+    for axes, part in zip(curves, parts, strict=True):
+      _plot_curves(axes, [g for g in of_size if g.part == part], color)
+    curves[0].set_ylabel(f"{size} model: validation, bits per byte")
+    _plot_test(last, of_size, preset, color)
+  rows[0][0].legend(fontsize="small")
   file = io.BytesIO()
   figure.savefig(file, format="png")
   return file.getvalue()
+
+
+def _plot_curves(
+  axes: Any, every: list[Group], color: Mapping[str, str]
+) -> None:
+  if not every:
+    axes.set_axis_off()  # nothing has been finished here yet
+    return
+  for group in every:
+    x, y = zip(*group.curve, strict=True)
+    axes.plot(x, y, color=color[group.arm], label=group.arm)
+    best = int(np.argmin(y))
+    axes.plot(x[best], y[best], "o", color=color[group.arm])
+  axes.set_title(f"{every[0].runs[0]['characters']:,} characters")
+  axes.set_xscale("log")
+  axes.set_xlabel("epochs")
 
 
 def _plot_test(

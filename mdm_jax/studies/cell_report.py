@@ -68,8 +68,11 @@ def groups(preset: Preset, found: Found) -> list[Group]:
     for part in preset.parts:
       for arm in preset.arms:
         best = cells_lib.tuning(preset, arm, losses).best
-        seeds = [Cell(arm, part, size, s, best) for s in range(preset.seeds)]
-        if runs := [found[cell] for cell in seeds if cell in found]:
+        every = [
+          Cell(arm, part, size, seed, best)
+          for seed in range(preset.seeds[size])
+        ]
+        if runs := [found[cell] for cell in every if cell in found]:
           made.append(Group(arm, size, part, runs))
   return made
 
@@ -175,7 +178,7 @@ def _results(preset: Preset, every: list[Group]) -> str:
     rows.append(
       [
         f"{group.size}, {group.runs[0]['characters']:,}, {group.arm}",
-        f"{len(group.runs)} of {preset.seeds}",
+        f"{len(group.runs)} of {preset.seeds[group.size]}",
         bound + group.number("bits_per_byte"),
         group.number("chain_rule"),
         f"{best:.1f}",

@@ -4,7 +4,7 @@ A cell is one run: an objective with its way of training (an arm), an amount of
 unique text, a size of the model, a seed, and what was tuned. The order is such
 that a study that is cut short says something: first every arm untuned at the
 middle amount of text, then the tuning there, then the other amounts, then other
-seeds.
+seeds, and at last other sizes of the model.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Preset:
     arms: names in `ARMS`.
     parts: 1 / share of the training text that is read, the most text first.
     sizes: the models; the first is the one that is tuned.
-    seeds: runs of each cell.
+    seeds: runs of each cell of a size.
     updates: of each run, unless it overfits before.
     length: tokens (characters) per row.
     batch: rows per update.
@@ -77,7 +77,7 @@ class Preset:
   arms: Sequence[str]
   parts: Sequence[int]
   sizes: Mapping[str, Size]
-  seeds: int
+  seeds: Mapping[str, int]
   updates: int
   length: int
   batch: int
@@ -99,22 +99,23 @@ class Preset:
 
 
 PRESETS = {
-  # About 6 hours of one core. An update of 8 rows takes 27 ms of it, and one of
-  # 3 x 96, the next size, twice as long: what there is goes into updates,
-  # because masked diffusion needs many times those of autoregression.
+  # An update of 8 rows takes 25 ms of a core, and one of the larger model twice
+  # as long, so that has one seed: what there is goes into updates, because
+  # masked diffusion needs many times those of autoregression.
   "night": Preset(
     arms=tuple(ARMS),
     parts=(8, 32, 128),
-    sizes={"small": Size(2, 64, 2)},
-    seeds=3,
+    sizes={"small": Size(2, 64, 2), "medium": Size(3, 96, 3)},
+    seeds={"small": 3, "medium": 1},
     updates=16_000,
     length=128,
     batch=8,
     evaluations=80,
     left_out=(
-      "a second size of the model, more than an eighth of the text (masked"
-      " diffusion would need more updates than there was time for), and"
-      " settings in combination: each field is tuned alone, after the others"
+      "a third size of the model, more seeds and tuning of the second, more"
+      " than an eighth of the text (masked diffusion would need more updates"
+      " than there was time for), and settings in combination: each field is"
+      " tuned alone, after the others"
     ),
   ),
   # Not tuned: a script of ten minutes has no time for it.
@@ -122,7 +123,7 @@ PRESETS = {
     arms=tuple(ARMS),
     parts=(1, 4, 16),
     sizes={"large": Size(6, 256, 4)},
-    seeds=1,
+    seeds={"large": 1},
     updates=4000,
     length=256,
     batch=64,
@@ -137,7 +138,7 @@ PRESETS = {
     arms=("ar", "plain"),
     parts=(1, 2),
     sizes={"tiny": Size(1, 32, 2)},
-    seeds=1,
+    seeds={"tiny": 1},
     updates=12,
     length=32,
     batch=4,
@@ -238,7 +239,7 @@ def cells(preset: Preset, losses: Losses) -> Iterator[Cell]:
   # The middle first; then little text, which is what the claim is about.
   parts = sorted(preset.parts, key=lambda part: (part != preset.middle, -part))
   for size in preset.sizes:
-    for seed in range(preset.seeds):
+    for seed in range(preset.seeds[size]):
       for part in parts:
         for arm in preset.arms:
           yield Cell(arm, part, size, seed, found[arm].best)
@@ -253,7 +254,7 @@ def left(preset: Preset, losses: Losses) -> list[Cell]:
 def count(preset: Preset) -> int:
   """Returns the number of cells of a whole study."""
   tuning = 1 + sum(len(values) - 1 for values in preset.grid.values())
-  final = len(preset.parts) * len(preset.sizes) * preset.seeds
+  final = len(preset.parts) * sum(preset.seeds[size] for size in preset.sizes)
   # The best setting at the middle is one of the tuning's cells.
   return len(preset.arms) * (tuning + final - 1)
 

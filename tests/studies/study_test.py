@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import signal
+import struct
 import subprocess
 import sys
 
@@ -38,7 +39,7 @@ def _all_losses(preset):
 def test_every_arm_runs_untuned_first_then_is_tuned_then_compared():
   losses = _all_losses(NIGHT)
   order = list(losses)
-  assert len(order) == cells.count(NIGHT) == 64
+  assert len(order) == cells.count(NIGHT) == 64 + 3 * 4
   assert [c.arm for c in order[:4]] == list(NIGHT.arms)
   # 8 settings an arm, all of them at the middle and with one seed; the rate of
   # every arm is tuned before the decay of any.
@@ -51,7 +52,10 @@ def test_every_arm_runs_untuned_first_then_is_tuned_then_compared():
     *((128, 0), (8, 0)),
     *((32, 1), (128, 1), (8, 1)),
     *((32, 2), (128, 2), (8, 2)),
+    *((32, 0), (128, 0), (8, 0)),
   ]
+  # The larger model last, with the settings of the small one, and one seed.
+  assert [c.size for c in order] == ["small"] * 64 + ["medium"] * 12
 
 
 def test_a_tuned_field_is_tried_with_the_best_of_those_before_it():
@@ -238,10 +242,10 @@ def test_a_partial_study_says_so_and_shows_what_it_has(text):
   found = {cell: _cell_json(cell, text) for cell in losses}
   about = {"characters": 400_000, "sha256": text.sha256}
   page = cell_report.as_markdown(NIGHT, found, about, "the command")
-  assert "a partial result: 6 of 64 cells; 360 CPU seconds" in page
+  assert "a partial result: 6 of 76 cells; 360 CPU seconds" in page
   assert "next `ar-1_32-small-seed0-rate2-decay0.1-dropout0`" not in page
   following = cells.left(NIGHT, cells.losses_of(found))[0]
-  assert f"Not finished: 58, next `{following.name}`" in page
+  assert f"Not finished: 70, next `{following.name}`" in page
   size = text.characters["train_1_32"]
   assert f"| small, {size:,}, ar | 1 of 3 | 2.500 ± 0.100 | - |" in page
   line = f"| small, {size:,}, plain | 1 of 3 | <= 2.500 ± 0.100 | 2.400 ± 0.100"
@@ -258,12 +262,16 @@ def test_a_complete_study_has_every_seed_and_nothing_left(text):
   page = cell_report.as_markdown(
     NIGHT, found, {"characters": 1, "sha256": ""}, ""
   )
-  assert "from all 64 of 64 cells" in page and "Not finished" not in page
+  assert "from all 76 of 76 cells" in page and "Not finished" not in page
   assert len(re.findall(r"\| 3 of 3 \|", page)) == 3 * 4
+  assert len(re.findall(r"\| medium, .* \| 1 of 1 \|", page)) == 3 * 4
   assert (
     page.count("rate x 2, weight decay 0.8, dropout 0.1 (3 of 3 tuned)") == 4
   )
   assert "| ar (chosen) | 2 | 0.8 | 0.1 | 2.0" in page
+  # A row of plots for each size: three amounts of text, and the test text.
+  image = cell_plot.as_png(NIGHT, found)
+  assert struct.unpack(">II", image[16:24]) == (4 * 440, 2 * 495)
 
 
 def test_the_recipe_is_compared_at_equal_updates_and_slow_runs_are_named(text):
