@@ -301,6 +301,10 @@ def _tuning(preset: Preset, found: Found) -> str:
 def _fits(every: list[Group]) -> str:
   rows = []
   for size, arm in dict.fromkeys((g.size, g.arm) for g in every):
+    if arm in cells_lib.HAS_STAGES:
+      # The law knows only how much text was read, not at which mask rates.
+      rows.append([f"{size}, {arm}", "-", "not fitted: its stages differ"])
+      continue
     points = [
       (float(group.runs[0]["characters"]), epochs, loss)
       for group in every

@@ -19,6 +19,7 @@ ARMS = {
 }
 
 IS_AR = frozenset({"ar", "ar_masked"})
+HAS_STAGES = frozenset({"recipe"})
 
 
 @dataclasses.dataclass(frozen=True)

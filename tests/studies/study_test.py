@@ -269,6 +269,8 @@ def test_a_complete_study_has_every_seed_and_nothing_left(text):
     page.count("rate x 2, weight decay 0.8, dropout 0.1 (3 of 3 tuned)") == 4
   )
   assert "| ar (chosen) | 2 | 0.8 | 0.1 | 2.0" in page
+  assert "| small, recipe | - | not fitted: its stages differ |" in page
+  assert re.search(r"\| medium, plain \| \d+ \| \d+ to \d+, error", page)
   # A row of plots for each size: three amounts of text, and the test text.
   image = cell_plot.as_png(NIGHT, found)
   assert struct.unpack(">II", image[16:24]) == (4 * 440, 2 * 495)
