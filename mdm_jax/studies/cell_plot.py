@@ -28,7 +28,8 @@ def as_png(preset: Preset, found: Found) -> bytes:
     figsize=(4 * columns, 4.5 * len(sizes)), dpi=110, layout="constrained"
   )
   figure.suptitle(
-    f"{len(found)} of {cells_lib.count(preset)} cells; dots: best checkpoints",
+    f"{len(cells_lib.in_study(preset, found))} of {cells_lib.count(preset)}"
+    " cells; dots: best checkpoints",
     fontsize="medium",
   )
   color = {arm: f"C{i}" for i, arm in enumerate(preset.arms)}

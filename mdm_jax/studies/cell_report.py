@@ -67,7 +67,7 @@ def groups(preset: Preset, found: Found) -> list[Group]:
   for size in preset.sizes:
     for part in preset.parts:
       for arm in preset.arms:
-        best = cells_lib.tuning(preset, arm, losses).best
+        best = cells_lib.tuning(preset, arm, part, losses).best
         every = [
           Cell(arm, part, size, seed, best)
           for seed in range(preset.seeds[size])
@@ -99,12 +99,11 @@ def as_json(
   preset: Preset, found: Found, text: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Returns the content of study.json."""
-  total = cells_lib.count(preset)
   return {
     "text": dict(text),
     "cells": [dict(run) for run in found.values()],
-    "cells_of_a_whole_study": total,
-    "is_complete": len(found) >= total,
+    "cells_of_a_whole_study": cells_lib.count(preset),
+    "is_complete": not cells_lib.left(preset, cells_lib.losses_of(found)),
   }
 
 
@@ -118,11 +117,17 @@ def as_markdown(
   every = groups(preset, found)
   total = cells_lib.count(preset)
   spent = sum(run["cpu_seconds"] for run in found.values())
+  others = len(found)
+  found = cells_lib.in_study(preset, found)
+  others -= len(found)
   state = "all" if len(found) >= total else "a partial result:"
   parts = [
     "# Repeated text: masked diffusion against autoregression\n",
     f"Written by `{command}`, from {state} {len(found)} of {total} cells;"
-    f" {spent:,.0f} CPU seconds so far.\n",
+    f" {spent:,.0f} CPU seconds so far."
+    + (
+      f" {others} more are in study.json and not below.\n" if others else "\n"
+    ),
     f"Text of {text['characters']:,} characters (sha256 of its documents"
     f" {text['sha256'][:12]}), one token a character. Rows of {preset.length}"
     f" tokens, {preset.batch} an update, at most {preset.updates:,} updates;"
@@ -154,16 +159,20 @@ def as_markdown(
 
 
 def _arms(preset: Preset, found: Found) -> str:
-  """Returns a line for every arm: what it is, its setting, whether tuned."""
+  """Returns a line for every arm: what it is, its settings, whether tuned."""
   losses, lines = cells_lib.losses_of(found), []
   for arm in preset.arms:
-    tuning = cells_lib.tuning(preset, arm, losses)
-    best = tuning.best
-    lines.append(
-      f"- `{arm}`: {ARMS[arm]}; learning rate x {best.rate:g}, weight decay"
-      f" {best.decay:g}, dropout {best.dropout:g} ({tuning.fields} of"
-      f" {len(preset.grid)} tuned)\n"
-    )
+    settings = []
+    for part in (preset.middle, *preset.retuned):
+      tuning = cells_lib.tuning(preset, arm, part, losses)
+      best = tuning.best
+      where = f"with 1/{part} of the text, " if preset.retuned else ""
+      settings.append(
+        f"{where}learning rate x {best.rate:g}, weight decay {best.decay:g},"
+        f" dropout {best.dropout:g} ({tuning.fields} of {len(preset.grid)}"
+        " tuned)"
+      )
+    lines.append(f"- `{arm}`: {ARMS[arm]}; {'; '.join(settings)}\n")
   return "".join(lines)
 
 
@@ -267,35 +276,46 @@ def _recipe(every: list[Group]) -> str:
 def _tuning(preset: Preset, found: Found) -> str:
   if not preset.grid:
     return "This study is not tuned.\n"
-  losses = cells_lib.losses_of(found)
   rows = []
-  for arm in preset.arms:
-    best = cells_lib.tuning(preset, arm, losses)
-    tried = [
-      (cell, run)
-      for cell, run in found.items()
-      if (cell.arm, cell.part, cell.seed) == (arm, preset.middle, 0)
-      and cell.size == next(iter(preset.sizes))
-    ]
-    for cell, run in tried:
-      setting = cell.setting
-      mark = " (best so far)" if setting == best.best else ""
-      if mark and best.fields == len(preset.grid):
-        mark = " (chosen)"
-      rows.append(
-        [
-          f"{arm}{mark}",
-          f"{setting.rate:g}",
-          f"{setting.decay:g}",
-          f"{setting.dropout:g}",
-          f"{run['validation']:.3f}",
-        ]
-      )
-  names = ["arm", "learning rate x", "weight decay", "dropout", "validation"]
+  for part in (preset.middle, *preset.retuned):
+    for arm in preset.arms:
+      rows += _tried(preset, arm, part, found)
+  names = ["text, arm"]
+  names += ["learning rate x", "weight decay", "dropout", "validation"]
+  again = "".join(
+    f" With 1/{part} of the training text it starts from what is best with"
+    f" 1/{preset.middle}."
+    for part in preset.retuned
+  )
   return tables.as_markdown(names, rows) + (
     "\nOne field after the other, with the best values of those before it, one"
-    f" seed, 1/{preset.middle} of the training text.\n"
+    f" seed.{again} Other amounts have the setting of 1/{preset.middle}.\n"
   )
+
+
+def _tried(
+  preset: Preset, arm: str, part: int, found: Found
+) -> list[list[str]]:
+  """Returns a row for every setting that was tried with an amount of text."""
+  best = cells_lib.tuning(preset, arm, part, cells_lib.losses_of(found))
+  size, rows = next(iter(preset.sizes)), []
+  for cell, run in found.items():
+    if (cell.arm, cell.part, cell.size, cell.seed) != (arm, part, size, 0):
+      continue
+    setting = cell.setting
+    mark = " (best so far)" if setting == best.best else ""
+    if mark and best.fields == len(preset.grid):
+      mark = " (chosen)"
+    rows.append(
+      [
+        f"{run['characters']:,}, {arm}{mark}",
+        f"{setting.rate:g}",
+        f"{setting.decay:g}",
+        f"{setting.dropout:g}",
+        f"{run['validation']:.3f}",
+      ]
+    )
+  return rows
 
 
 def _fits(every: list[Group]) -> str:

@@ -3,8 +3,9 @@
 A cell is one run: an objective with its way of training (an arm), an amount of
 unique text, a size of the model, a seed, and what was tuned. The order is such
 that a study that is cut short says something: first every arm untuned at the
-middle amount of text, then the tuning there, then the other amounts, then other
-seeds, and at last other sizes of the model.
+middle amount of text, then the tuning there, then that of other amounts, then
+the best setting of each amount, other seeds, and at last other sizes of the
+model.
 """
 
 import dataclasses
@@ -70,6 +71,8 @@ class Preset:
     ema: decay of the averaged parameters, which are what is measured.
     grid: values of each field of `Setting` that are tried, in this order.
     start: the setting that the tuning starts from.
+    retuned: amounts of text that are tuned, too, starting from what is best at
+      the middle; the others have the middle's setting.
     evaluations: on validation text, during a run of masked diffusion.
     rows: validation rows, and test rows.
     left_out: what a reader of the results has to know is not in them.
@@ -89,13 +92,14 @@ class Preset:
     default_factory=lambda: GRID
   )
   start: Setting = Setting()
+  retuned: Sequence[int] = ()
   evaluations: int = 40
   rows: tuple[int, int] = (64, 256)
   left_out: str = ""
 
   @property
   def middle(self) -> int:
-    """The amount of text at which everything is tuned."""
+    """The amount of text at which everything is tuned first."""
     return self.parts[len(self.parts) // 2]
 
 
@@ -112,11 +116,13 @@ PRESETS = {
     length=128,
     batch=8,
     evaluations=80,
+    # What overfits least depends on how little text there is.
+    retuned=(128,),
     left_out=(
-      "a third size of the model, more seeds and tuning of the second, more"
-      " than an eighth of the text (masked diffusion would need more updates"
-      " than there was time for), and settings in combination: each field is"
-      " tuned alone, after the others"
+      "a third size of the model, more seeds and tuning of the second, tuning"
+      " with an eighth of the text, more text than that (masked diffusion would"
+      " need more updates than there was time for), and settings in"
+      " combination: each field is tuned alone, after the others"
     ),
   ),
   # Not tuned: a script of ten minutes has no time for it.
@@ -197,21 +203,27 @@ class Tuning:
   fields: int
 
 
-def tuning(preset: Preset, arm: str, losses: Losses) -> Tuning:
+def tuning(preset: Preset, arm: str, part: int, losses: Losses) -> Tuning:
   """Returns how far an arm is tuned: one field after the other.
 
-  Each field is tried with the best values of those before it, with one seed, on
-  the middle amount of text, with the first model.
+  Each field is tried with the best values of those before it, with one seed and
+  the first model.
 
   Args:
     preset: the study.
     arm: whose setting.
+    part: the amount of text; one that isn't tuned has the middle's setting.
     losses: of the cells so far.
   """
   best = preset.start
+  if part != preset.middle:
+    middle = tuning(preset, arm, preset.middle, losses)
+    if middle.missing or part not in preset.retuned:
+      return Tuning(middle.best, [], 0)
+    best = middle.best
   for number, (field, values) in enumerate(preset.grid.items()):
     tried = [
-      _tuned(preset, arm, dataclasses.replace(best, **{field: value}))
+      _tuned(preset, arm, part, dataclasses.replace(best, **{field: value}))
       for value in values
     ]
     missing = [cell for cell in tried if cell not in losses]
@@ -221,8 +233,8 @@ def tuning(preset: Preset, arm: str, losses: Losses) -> Tuning:
   return Tuning(best, [], len(preset.grid))
 
 
-def _tuned(preset: Preset, arm: str, setting: Setting) -> Cell:
-  return Cell(arm, preset.middle, next(iter(preset.sizes)), 0, setting)
+def _tuned(preset: Preset, arm: str, part: int, setting: Setting) -> Cell:
+  return Cell(arm, part, next(iter(preset.sizes)), 0, setting)
 
 
 def cells(preset: Preset, losses: Losses) -> Iterator[Cell]:
@@ -232,18 +244,26 @@ def cells(preset: Preset, losses: Losses) -> Iterator[Cell]:
   For an arm that isn't tuned yet, all other cells have the best setting so far;
   they stand behind the tuning, so they run only when it is finished.
   """
-  yield from (_tuned(preset, arm, preset.start) for arm in preset.arms)
-  found = {arm: tuning(preset, arm, losses) for arm in preset.arms}
-  # The same field of all arms before the next one.
-  for arm in sorted(preset.arms, key=lambda arm: found[arm].fields):
-    yield from found[arm].missing
-  # The middle first; then little text, which is what the claim is about.
-  parts = sorted(preset.parts, key=lambda part: (part != preset.middle, -part))
+  for arm in preset.arms:
+    yield _tuned(preset, arm, preset.middle, preset.start)
+  found = {
+    (arm, part): tuning(preset, arm, part, losses)
+    for part in (preset.middle, *_other_parts(preset))
+    for arm in preset.arms
+  }
+  for part in (preset.middle, *preset.retuned):
+    # The same field of all arms before the next one.
+    for arm in sorted(preset.arms, key=lambda arm: found[arm, part].fields):
+      yield from found[arm, part].missing
   for size in preset.sizes:
     for seed in range(preset.seeds[size]):
-      for part in parts:
-        for arm in preset.arms:
-          yield Cell(arm, part, size, seed, found[arm].best)
+      for arm_part, tuned in found.items():
+        yield Cell(*arm_part, size, seed, tuned.best)
+
+
+def _other_parts(preset: Preset) -> list[int]:
+  """Returns the other amounts, the least first: what the claim is about."""
+  return sorted({*preset.parts} - {preset.middle}, reverse=True)
 
 
 def left(preset: Preset, losses: Losses) -> list[Cell]:
@@ -254,10 +274,28 @@ def left(preset: Preset, losses: Losses) -> list[Cell]:
 
 def count(preset: Preset) -> int:
   """Returns the number of cells of a whole study."""
+  tuned = 1 + len(preset.retuned)
   tuning = 1 + sum(len(values) - 1 for values in preset.grid.values())
   final = len(preset.parts) * sum(preset.seeds[size] for size in preset.sizes)
-  # The best setting at the middle is one of the tuning's cells.
-  return len(preset.arms) * (tuning + final - 1)
+  # The best setting of a tuned amount is one of the tuning's cells.
+  return len(preset.arms) * (tuned * tuning + final - tuned)
+
+
+def in_study(preset: Preset, found: Found) -> dict[Cell, Mapping[str, Any]]:
+  """Returns the finished cells that the study consists of, as far as known.
+
+  Others are seeds of a setting that isn't the best one any more, now that
+  another one is finished, or of a study that had other amounts tuned.
+  """
+  tuned = {
+    cell
+    for cell in found
+    if cell.seed == 0
+    and cell.size == next(iter(preset.sizes))
+    and cell.part in (preset.middle, *preset.retuned)
+  }
+  known = tuned | {*cells(preset, losses_of(found))}
+  return {cell: run for cell, run in found.items() if cell in known}
 
 
 def plain(cell: Cell) -> dict[str, Any]:

@@ -22,10 +22,13 @@ NIGHT, QUICK = PRESETS["night"], PRESETS["quick"]
 BEST = Setting(rate=2.0, decay=0.8, dropout=0.1)
 
 
+LEAST = dataclasses.replace(BEST, rate=1.0)  # the best with the least text
+
+
 def _loss(cell):
-  """The lowest at `BEST`."""
-  s = cell.setting
-  wrong = abs(s.rate - 2), abs(s.decay - 0.8), abs(s.dropout - 0.1)
+  """The lowest at `BEST`, and with the least text at `LEAST`."""
+  s, best = cell.setting, LEAST if cell.part == 128 else BEST
+  wrong = abs(s.rate - best.rate), abs(s.decay - 0.8), abs(s.dropout - 0.1)
   return 2.0 + sum(wrong) + cell.seed / 100
 
 
@@ -39,23 +42,34 @@ def _all_losses(preset):
 def test_every_arm_runs_untuned_first_then_is_tuned_then_compared():
   losses = _all_losses(NIGHT)
   order = list(losses)
-  assert len(order) == cells.count(NIGHT) == 64 + 3 * 4
+  # Tuning at two amounts; three and one seed of three amounts, without those.
+  assert len(order) == cells.count(NIGHT) == 4 * (2 * 8 + (3 + 1) * 3 - 2)
   assert [c.arm for c in order[:4]] == list(NIGHT.arms)
   # 8 settings an arm, all of them at the middle and with one seed; the rate of
   # every arm is tuned before the decay of any.
   tuned = order[:32]
   assert {(c.part, c.size, c.seed) for c in tuned} == {(32, "small", 0)}
   assert [c.setting.decay for c in order[:12]] == [0.1] * 12
-  assert {c.setting for c in order[32:]} == {BEST}
-  # Seed 0 for the other amounts, the least first; then all for other seeds.
-  assert [(c.part, c.seed) for c in order[32::4]] == [
-    *((128, 0), (8, 0)),
+  # With the least text again, from what is best at the middle.
+  again = order[32:64]
+  assert {(c.part, c.size, c.seed) for c in again} == {(128, "small", 0)}
+  assert [c.setting for c in again if c.arm == "ar"][:3] == [
+    dataclasses.replace(BEST, rate=rate) for rate in (0.5, 1.0, 2.0)
+  ]
+  final = order[64:]
+  for cell in final:
+    assert cell.setting == (LEAST if cell.part == 128 else BEST)
+  # Seed 0 for the other amounts; then all for other seeds.
+  assert [(c.part, c.seed) for c in final[::4]] == [
+    (8, 0),
     *((32, 1), (128, 1), (8, 1)),
     *((32, 2), (128, 2), (8, 2)),
     *((32, 0), (128, 0), (8, 0)),
   ]
   # The larger model last, with the settings of the small one, and one seed.
-  assert [c.size for c in order] == ["small"] * 64 + ["medium"] * 12
+  assert [c.size for c in final] == ["small"] * (len(final) - 12) + (
+    ["medium"] * 12
+  )
 
 
 def test_a_tuned_field_is_tried_with_the_best_of_those_before_it():
@@ -63,10 +77,24 @@ def test_a_tuned_field_is_tried_with_the_best_of_those_before_it():
     Cell("ar", 32, "small", 0, Setting(rate=r)): abs(r - 2)
     for r in (0.5, 1.0, 2.0)
   }
-  tuning = cells.tuning(NIGHT, "ar", losses)
+  tuning = cells.tuning(NIGHT, "ar", 32, losses)
   assert tuning.best == Setting(rate=2.0) and tuning.fields == 1
   settings = [c.setting for c in tuning.missing]
   assert settings == [Setting(2.0, decay) for decay in (0.4, 0.8, 1.6)]
+  # Other amounts have it until then, and are not tuned before it.
+  for part in (8, 128):
+    other = cells.tuning(NIGHT, "ar", part, losses)
+    assert other == cells.Tuning(Setting(rate=2.0), [], 0)
+
+
+def test_cells_of_a_setting_that_is_no_longer_the_best_are_no_part_of_it():
+  losses = _all_losses(NIGHT)
+  stale = [Cell("plain", 128, "small", seed, BEST) for seed in (0, 1, 2)]
+  assert stale[0] in losses  # it was tried
+  found = {cell: {"validation": loss} for cell, loss in losses.items()}
+  found |= {cell: {"validation": 9.0} for cell in stale[1:]}
+  kept = cells.in_study(NIGHT, found)
+  assert list(kept) == list(losses)
 
 
 # MARK: the text
@@ -242,10 +270,10 @@ def test_a_partial_study_says_so_and_shows_what_it_has(text):
   found = {cell: _cell_json(cell, text) for cell in losses}
   about = {"characters": 400_000, "sha256": text.sha256}
   page = cell_report.as_markdown(NIGHT, found, about, "the command")
-  assert "a partial result: 6 of 76 cells; 360 CPU seconds" in page
+  assert "a partial result: 6 of 104 cells; 360 CPU seconds" in page
   assert "next `ar-1_32-small-seed0-rate2-decay0.1-dropout0`" not in page
   following = cells.left(NIGHT, cells.losses_of(found))[0]
-  assert f"Not finished: 70, next `{following.name}`" in page
+  assert f"Not finished: 98, next `{following.name}`" in page
   size = text.characters["train_1_32"]
   assert f"| small, {size:,}, ar | 1 of 3 | 2.500 ± 0.100 | - |" in page
   line = f"| small, {size:,}, plain | 1 of 3 | <= 2.500 ± 0.100 | 2.400 ± 0.100"
@@ -262,13 +290,19 @@ def test_a_complete_study_has_every_seed_and_nothing_left(text):
   page = cell_report.as_markdown(
     NIGHT, found, {"characters": 1, "sha256": ""}, ""
   )
-  assert "from all 76 of 76 cells" in page and "Not finished" not in page
+  assert "from all 104 of 104 cells" in page and "Not finished" not in page
   assert len(re.findall(r"\| 3 of 3 \|", page)) == 3 * 4
   assert len(re.findall(r"\| medium, .* \| 1 of 1 \|", page)) == 3 * 4
   assert (
-    page.count("rate x 2, weight decay 0.8, dropout 0.1 (3 of 3 tuned)") == 4
+    page.count(
+      "with 1/32 of the text, learning rate x 2, weight decay 0.8, dropout 0.1"
+      " (3 of 3 tuned); with 1/128 of the text, learning rate x 1, weight"
+    )
+    == 4
   )
-  assert "| ar (chosen) | 2 | 0.8 | 0.1 | 2.0" in page
+  for part, rate in ((32, 2), (128, 1)):
+    size = text.characters[f"train_1_{part}"]
+    assert f"| {size:,}, ar (chosen) | {rate} | 0.8 | 0.1 | 2.0" in page
   assert "| small, recipe | - | not fitted: its stages differ |" in page
   assert re.search(r"\| medium, plain \| \d+ \| \d+ to \d+, error", page)
   # A row of plots for each size: three amounts of text, and the test text.
