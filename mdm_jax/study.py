@@ -7,8 +7,11 @@
 Runs one cell after the other (`studies/cells.py`) in this process, and writes
 study.json, study.md and study.png after each, marked as partial until all are
 finished. Stop it at any time; the same command resumes. Where the runs are gone
-or on another machine, it goes on from the cells in study.json. --gpu is a
-larger model for a GPU, --quick a minute's test of the program.
+or on another machine, it goes on from the cells in study.json. Two processes
+can share a --workdir, each with an --out of its own and an --only that leaves
+the other's cells alone (`--only=recipe-`, `--only=plain-`); the command without
+--only then has the cells of both. --gpu is a larger model for a GPU, --quick a
+minute's test of the program.
 """
 
 import pathlib

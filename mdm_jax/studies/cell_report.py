@@ -136,11 +136,11 @@ def as_markdown(
     _arms(preset, found),
     "## Test text\n",
     _results(preset, every),
-    "An autoregressive number is exact, a bound is an upper bound, and the"
-    " chain rule (left to right) is exact again. ± is the standard error over"
-    " seeds; with one seed, over documents. `best` is the best checkpoint's"
-    " epochs, `read` the run's, `rise` the validation loss at its end above"
-    " the best one.\n",
+    "An autoregressive number is exact. A bound is the mean over all orders in"
+    " which tokens can be revealed, the chain rule exact for one of them, left"
+    " to right. ± is the standard error over seeds; with one seed, over"
+    " documents. `best` is the best checkpoint's epochs, `read` the run's,"
+    " `rise` the validation loss at its end above the best one.\n",
     _falling_still(preset, every),
     "## Where the curves cross\n",
     _crossings(every),
