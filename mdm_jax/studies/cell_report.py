@@ -117,9 +117,9 @@ def as_markdown(
   every = groups(preset, found)
   total = cells_lib.count(preset)
   spent = sum(run["cpu_seconds"] for run in found.values())
-  others = len(found)
+  finished = len(found)
   found = cells_lib.in_study(preset, found)
-  others -= len(found)
+  others = finished - len(found)
   state = "all" if len(found) >= total else "a partial result:"
   parts = [
     "# Repeated text: masked diffusion against autoregression\n",
