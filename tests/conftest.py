@@ -22,6 +22,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 import hypothesis
 import jax
 import pytest
+from absl import flags
 from mesh_harness import MESHES, make_mesh
 
 from mdm_jax.config import Config
@@ -69,6 +70,18 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
   """What was imported stays: the garbage collector need not look at it."""
   gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_config_flag():
+  """Takes the flags of a parsed config away, so that the next test can parse.
+
+  Parsing defines them, once in a process; all others are defined on import.
+  """
+  yield
+  for name in set(flags.FLAGS):
+    if name.partition(".")[0] == "config":
+      delattr(flags.FLAGS, name)
 
 
 @pytest.fixture

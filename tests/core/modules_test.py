@@ -5,7 +5,6 @@ import pathlib
 import sys
 
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from command_harness import QUICK, call, check_mistake, environment
 
@@ -43,9 +42,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def read(monkeypatch, *args):
-  """The config of a command line, whatever another test has defined."""
-  if "config" in flags.FLAGS:
-    delattr(flags.FLAGS, "config")
+  """The config of a command line."""
   with flagsaver.flagsaver():
     monkeypatch.setattr(sys, "argv", ["main", *args])
     command_line.parse(["main", *args])
