@@ -94,11 +94,14 @@ def _say_estimate(preset: Preset, text: Text, found: dict[Cell, Any]) -> None:
   todo = _left(preset, found)
   seconds = {cell: _seconds(preset, cell, found) for cell in todo}
   # What is tuned next decides what follows: only so many cells are known.
-  finished = len(cells.in_study(preset, found))
-  unknown = max(cells.count(preset) - finished - len(todo), 0)
+  finished, whole = (
+    len(cells.in_study(preset, found)),
+    cells.count(preset, found),
+  )
+  unknown = max(whole - finished - len(todo), 0)
   total = sum(seconds.values()) * (1 + unknown / max(len(todo), 1))
   console.print(
-    f"{finished} of {cells.count(preset)} cells are finished; the others take"
+    f"{finished} of {whole} cells are finished; the others take"
     f" about {total / 3600:.1f} CPU hours",
     soft_wrap=True,
   )

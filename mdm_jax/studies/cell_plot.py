@@ -27,9 +27,10 @@ def as_png(preset: Preset, found: Found) -> bytes:
   figure = Figure(
     figsize=(4 * columns, 4.5 * len(sizes)), dpi=110, layout="constrained"
   )
+  finished = len(cells_lib.in_study(preset, found))
   figure.suptitle(
-    f"{len(cells_lib.in_study(preset, found))} of {cells_lib.count(preset)}"
-    " cells; dots: best checkpoints",
+    f"{finished} of {cells_lib.count(preset, found)} cells; dots: best"
+    " checkpoints",
     fontsize="medium",
   )
   color = {arm: f"C{i}" for i, arm in enumerate(preset.arms)}

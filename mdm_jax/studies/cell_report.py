@@ -102,7 +102,7 @@ def as_json(
   return {
     "text": dict(text),
     "cells": [dict(run) for run in found.values()],
-    "cells_of_a_whole_study": cells_lib.count(preset),
+    "cells_of_a_whole_study": cells_lib.count(preset, found),
     "is_complete": not cells_lib.left(preset, cells_lib.losses_of(found)),
   }
 
@@ -115,7 +115,7 @@ def as_markdown(
 ) -> str:
   """Returns the content of study.md."""
   every = groups(preset, found)
-  total = cells_lib.count(preset)
+  total = cells_lib.count(preset, found)
   spent = sum(run["cpu_seconds"] for run in found.values())
   finished = len(found)
   found = cells_lib.in_study(preset, found)
@@ -167,10 +167,12 @@ def _arms(preset: Preset, found: Found) -> str:
       tuning = cells_lib.tuning(preset, arm, part, losses)
       best = tuning.best
       where = f"with 1/{part} of the text, " if preset.retuned else ""
+      how_far = f"{tuning.fields} of {len(preset.grid)} tuned"
+      if tuning.missing and tuning.fields == len(preset.grid):
+        how_far += ", beyond the grid not yet"
       settings.append(
         f"{where}learning rate x {best.rate:g}, weight decay {best.decay:g},"
-        f" dropout {best.dropout:g} ({tuning.fields} of {len(preset.grid)}"
-        " tuned)"
+        f" dropout {best.dropout:g} ({how_far})"
       )
     lines.append(f"- `{arm}`: {ARMS[arm]}; {'; '.join(settings)}\n")
   return "".join(lines)
@@ -283,13 +285,15 @@ def _tuning(preset: Preset, found: Found) -> str:
   names = ["text, arm"]
   names += ["learning rate x", "weight decay", "dropout", "validation"]
   again = "".join(
-    f" With 1/{part} of the training text it starts from what is best with"
-    f" 1/{preset.middle}."
+    f" With 1/{part} of the training text it starts from what is best in the"
+    f" grid with 1/{preset.middle}."
     for part in preset.retuned
   )
   return tables.as_markdown(names, rows) + (
     "\nOne field after the other, with the best values of those before it, one"
-    f" seed.{again} Other amounts have the setting of 1/{preset.middle}.\n"
+    " seed; then, where the largest value of the grid is best, larger ones as"
+    f" long as they help.{again} Other amounts have the setting of"
+    f" 1/{preset.middle}.\n"
   )
 
 
@@ -304,7 +308,7 @@ def _tried(
       continue
     setting = cell.setting
     mark = " (best so far)" if setting == best.best else ""
-    if mark and best.fields == len(preset.grid):
+    if mark and best.is_finished(preset):
       mark = " (chosen)"
     rows.append(
       [
@@ -361,7 +365,7 @@ def _missing(preset: Preset, found: Found) -> str:
   lines = [f"Finished: {', '.join(f'`{cell.name}`' for cell in found)}.\n"]
   if missing:
     lines.append(
-      f"Not finished: {cells_lib.count(preset) - len(found)}, next"
+      f"Not finished: {cells_lib.count(preset, found) - len(found)}, next"
       f" `{missing[0].name}`.\n"
     )
   return "\n".join(lines)

@@ -44,6 +44,14 @@ GRID: dict[str, tuple[float, ...]] = {
   "dropout": (0.0, 0.1, 0.2),
 }
 
+# What is tried besides, one value after the other while it helps, where the
+# best value is the largest one of the grid.
+FURTHER: dict[str, tuple[float, ...]] = {
+  "rate": (4.0, 8.0),
+  "decay": (3.2, 6.4),
+  "dropout": (0.3, 0.4, 0.5),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Size:
@@ -70,9 +78,11 @@ class Preset:
     warmup: updates of it.
     ema: decay of the averaged parameters, which are what is measured.
     grid: values of each field of `Setting` that are tried, in this order.
+    further: larger values of a field, tried one after the other while they
+      help, once the whole grid is.
     start: the setting that the tuning starts from.
-    retuned: amounts of text that are tuned, too, starting from what is best at
-      the middle; the others have the middle's setting.
+    retuned: amounts of text that are tuned, too, starting from what is best in
+      the middle's grid; the others have the middle's setting.
     evaluations: on validation text, during a run of masked diffusion.
     rows: validation rows, and test rows.
     left_out: what a reader of the results has to know is not in them.
@@ -90,6 +100,9 @@ class Preset:
   ema: float = 0.995
   grid: Mapping[str, Sequence[float]] = dataclasses.field(
     default_factory=lambda: GRID
+  )
+  further: Mapping[str, Sequence[float]] = dataclasses.field(
+    default_factory=lambda: FURTHER
   )
   start: Setting = Setting()
   retuned: Sequence[int] = ()
@@ -194,20 +207,25 @@ class Tuning:
 
   Attributes:
     best: the best values of the fields tuned so far, `start`'s of the others.
-    missing: cells that the next field needs; none if all fields are tuned.
-    fields: number of tuned fields.
+    missing: cells that come next; none if all is tuned, or can't begin yet.
+    fields: number of fields whose grid is tried.
   """
 
   best: Setting
   missing: list[Cell]
   fields: int
 
+  def is_finished(self, preset: Preset) -> bool:
+    """Returns whether nothing is left to try."""
+    return not self.missing and self.fields == len(preset.grid)
+
 
 def tuning(preset: Preset, arm: str, part: int, losses: Losses) -> Tuning:
   """Returns how far an arm is tuned: one field after the other.
 
   Each field is tried with the best values of those before it, with one seed and
-  the first model.
+  the first model. Where the best value is the largest of the grid, larger ones
+  follow.
 
   Args:
     preset: the study.
@@ -215,12 +233,35 @@ def tuning(preset: Preset, arm: str, part: int, losses: Losses) -> Tuning:
     part: the amount of text; one that isn't tuned has the middle's setting.
     losses: of the cells so far.
   """
+  if part != preset.middle and part not in preset.retuned:
+    return Tuning(tuning(preset, arm, preset.middle, losses).best, [], 0)
+  found = _tuned_in_grid(preset, arm, part, losses)
+  if not found.is_finished(preset):
+    return found
+  best = _tuned(preset, arm, part, found.best)
+  for field, values in preset.grid.items():
+    if getattr(best.setting, field) != max(values):
+      continue
+    for value in preset.further.get(field, ()):
+      setting = dataclasses.replace(best.setting, **{field: value})
+      cell = _tuned(preset, arm, part, setting)
+      if cell not in losses:
+        return Tuning(best.setting, [cell], found.fields)
+      if losses[cell] >= losses[best]:
+        break
+      best = cell
+  return Tuning(best.setting, [], found.fields)
+
+
+def _tuned_in_grid(
+  preset: Preset, arm: str, part: int, losses: Losses
+) -> Tuning:
   best = preset.start
   if part != preset.middle:
-    middle = tuning(preset, arm, preset.middle, losses)
-    if middle.missing or part not in preset.retuned:
-      return Tuning(middle.best, [], 0)
+    middle = _tuned_in_grid(preset, arm, preset.middle, losses)
     best = middle.best
+    if not middle.is_finished(preset):
+      return Tuning(best, [], 0)
   for number, (field, values) in enumerate(preset.grid.items()):
     tried = [
       _tuned(preset, arm, part, dataclasses.replace(best, **{field: value}))
@@ -272,13 +313,32 @@ def left(preset: Preset, losses: Losses) -> list[Cell]:
   return [cell for cell in every if cell not in losses]
 
 
-def count(preset: Preset) -> int:
-  """Returns the number of cells of a whole study."""
+def count(preset: Preset, found: Found) -> int:
+  """Returns the number of cells of a whole study, as far as known.
+
+  How far the tuning goes beyond the grid is known only when it is there.
+  """
   tuned = 1 + len(preset.retuned)
   tuning = 1 + sum(len(values) - 1 for values in preset.grid.values())
   final = len(preset.parts) * sum(preset.seeds[size] for size in preset.sizes)
   # The best setting of a tuned amount is one of the tuning's cells.
-  return len(preset.arms) * (tuned * tuning + final - tuned)
+  planned = len(preset.arms) * (tuned * tuning + final - tuned)
+  known = {*in_study(preset, found), *cells(preset, losses_of(found))}
+  return planned + sum(_is_further(preset, cell) for cell in known)
+
+
+def _is_for_tuning(preset: Preset, cell: Cell) -> bool:
+  first = next(iter(preset.sizes))
+  parts = preset.middle, *preset.retuned
+  return (cell.seed, cell.size) == (0, first) and cell.part in parts
+
+
+def _is_further(preset: Preset, cell: Cell) -> bool:
+  """Returns whether a cell belongs to the tuning, but not to its grid."""
+  return _is_for_tuning(preset, cell) and any(
+    getattr(cell.setting, field) > max(values)
+    for field, values in preset.grid.items()
+  )
 
 
 def in_study(preset: Preset, found: Found) -> dict[Cell, Mapping[str, Any]]:
@@ -287,13 +347,7 @@ def in_study(preset: Preset, found: Found) -> dict[Cell, Mapping[str, Any]]:
   Others are seeds of a setting that isn't the best one any more, now that
   another one is finished, or of a study that had other amounts tuned.
   """
-  tuned = {
-    cell
-    for cell in found
-    if cell.seed == 0
-    and cell.size == next(iter(preset.sizes))
-    and cell.part in (preset.middle, *preset.retuned)
-  }
+  tuned = {cell for cell in found if _is_for_tuning(preset, cell)}
   known = tuned | {*cells(preset, losses_of(found))}
   return {cell: run for cell, run in found.items() if cell in known}
 

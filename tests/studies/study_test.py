@@ -39,24 +39,36 @@ def _all_losses(preset):
   return losses
 
 
+def _found(losses):
+  return {cell: {"validation": loss} for cell, loss in losses.items()}
+
+
 def test_every_arm_runs_untuned_first_then_is_tuned_then_compared():
   losses = _all_losses(NIGHT)
   order = list(losses)
-  # Tuning at two amounts; three and one seed of three amounts, without those.
-  assert len(order) == cells.count(NIGHT) == 4 * (2 * 8 + (3 + 1) * 3 - 2)
+  # Tuning at two amounts; three and one seed of three amounts, without those;
+  # and at the middle, where the largest rate is best, a larger one.
+  whole = 4 * (2 * 8 + (3 + 1) * 3 - 2)
+  assert cells.count(NIGHT, {}) == whole == 104
+  assert len(order) == cells.count(NIGHT, _found(losses)) == whole + 4
   assert [c.arm for c in order[:4]] == list(NIGHT.arms)
   # 8 settings an arm, all of them at the middle and with one seed; the rate of
   # every arm is tuned before the decay of any.
   tuned = order[:32]
   assert {(c.part, c.size, c.seed) for c in tuned} == {(32, "small", 0)}
   assert [c.setting.decay for c in order[:12]] == [0.1] * 12
+  further = order[32:36]
+  assert [c.arm for c in further] == list(NIGHT.arms)
+  assert {(c.part, c.setting) for c in further} == {
+    (32, dataclasses.replace(BEST, rate=4.0))
+  }
   # With the least text again, from what is best at the middle.
-  again = order[32:64]
+  again = order[36:68]
   assert {(c.part, c.size, c.seed) for c in again} == {(128, "small", 0)}
   assert [c.setting for c in again if c.arm == "ar"][:3] == [
     dataclasses.replace(BEST, rate=rate) for rate in (0.5, 1.0, 2.0)
   ]
-  final = order[64:]
+  final = order[68:]
   for cell in final:
     assert cell.setting == (LEAST if cell.part == 128 else BEST)
   # Seed 0 for the other amounts; then all for other seeds.
@@ -87,12 +99,34 @@ def test_a_tuned_field_is_tried_with_the_best_of_those_before_it():
     assert other == cells.Tuning(Setting(rate=2.0), [], 0)
 
 
+def test_larger_values_are_tried_as_long_as_they_help():
+  # Best at dropout 0.4 and at weight decay 3.2, of which 0.2 and 1.6 are the
+  # largest of the grid; learning rates are best within it.
+  def loss(cell):
+    s = cell.setting
+    return abs(s.rate - 1) + abs(s.decay - 3.2) + abs(s.dropout - 0.4)
+
+  losses, tried = {}, []
+  while missing := cells.tuning(NIGHT, "ar", 32, losses).missing:
+    tried += [cell.setting for cell in missing]
+    losses |= {cell: loss(cell) for cell in missing}
+  middle = cells.tuning(NIGHT, "ar", 32, losses)
+  assert tried[-5:] == [
+    *(Setting(1.0, 3.2, 0.2), Setting(1.0, 6.4, 0.2)),
+    *(Setting(1.0, 3.2, 0.3), Setting(1.0, 3.2, 0.4), Setting(1.0, 3.2, 0.5)),
+  ]
+  assert middle.best == Setting(1.0, 3.2, 0.4) and middle.is_finished(NIGHT)
+  # An amount that isn't tuned has it; another one begins within the grid.
+  assert cells.tuning(NIGHT, "ar", 8, losses).best == middle.best
+  begin = cells.tuning(NIGHT, "ar", 128, losses)
+  assert begin.best == Setting(1.0, 1.6, 0.2) and len(begin.missing) == 3
+
+
 def test_cells_of_a_setting_that_is_no_longer_the_best_are_no_part_of_it():
   losses = _all_losses(NIGHT)
   stale = [Cell("plain", 128, "small", seed, BEST) for seed in (0, 1, 2)]
   assert stale[0] in losses  # it was tried
-  found = {cell: {"validation": loss} for cell, loss in losses.items()}
-  found |= {cell: {"validation": 9.0} for cell in stale[1:]}
+  found = _found(losses) | {cell: {"validation": 9.0} for cell in stale[1:]}
   kept = cells.in_study(NIGHT, found)
   assert list(kept) == list(losses)
 
@@ -290,7 +324,7 @@ def test_a_complete_study_has_every_seed_and_nothing_left(text):
   page = cell_report.as_markdown(
     NIGHT, found, {"characters": 1, "sha256": ""}, ""
   )
-  assert "from all 104 of 104 cells" in page and "Not finished" not in page
+  assert "from all 108 of 108 cells" in page and "Not finished" not in page
   assert len(re.findall(r"\| 3 of 3 \|", page)) == 3 * 4
   assert len(re.findall(r"\| medium, .* \| 1 of 1 \|", page)) == 3 * 4
   assert (
