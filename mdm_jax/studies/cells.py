@@ -47,7 +47,7 @@ GRID: dict[str, tuple[float, ...]] = {
 # What is tried besides, one value after the other while it helps, where the
 # best value is the largest one of the grid.
 FURTHER: dict[str, tuple[float, ...]] = {
-  "rate": (4.0, 8.0),
+  "rate": (4.0, 8.0, 16.0),
   "decay": (3.2, 6.4),
   "dropout": (0.3, 0.4, 0.5),
 }
