@@ -303,10 +303,10 @@ def _tried(
   """Returns a row for every setting that was tried with an amount of text."""
   best = cells_lib.tuning(preset, arm, part, cells_lib.losses_of(found))
   size, rows = next(iter(preset.sizes)), []
-  for cell, run in found.items():
+  for cell in sorted(found, key=lambda c: dataclasses.astuple(c.setting)):
     if (cell.arm, cell.part, cell.size, cell.seed) != (arm, part, size, 0):
       continue
-    setting = cell.setting
+    run, setting = found[cell], cell.setting
     mark = " (best so far)" if setting == best.best else ""
     if mark and best.is_finished(preset):
       mark = " (chosen)"

@@ -250,6 +250,13 @@ def tuning(preset: Preset, arm: str, part: int, losses: Losses) -> Tuning:
       if losses[cell] >= losses[best]:
         break
       best = cell
+  # What an earlier grid or an earlier choice had tried counts, too.
+  tried = [
+    cell
+    for cell in losses
+    if (cell.arm, cell.part) == (arm, part) and _is_for_tuning(preset, cell)
+  ]
+  best = min(tried, key=losses.__getitem__, default=best)
   return Tuning(best.setting, [], found.fields)
 
 

@@ -116,6 +116,9 @@ def test_larger_values_are_tried_as_long_as_they_help():
     *(Setting(1.0, 3.2, 0.3), Setting(1.0, 3.2, 0.4), Setting(1.0, 3.2, 0.5)),
   ]
   assert middle.best == Setting(1.0, 3.2, 0.4) and middle.is_finished(NIGHT)
+  elsewhere = Cell("ar", 32, "small", 0, Setting(8.0, 3.2, 0.2))
+  lower = losses | {elsewhere: -1.0}
+  assert cells.tuning(NIGHT, "ar", 32, lower).best == elsewhere.setting
   # An amount that isn't tuned has it; another one begins within the grid.
   assert cells.tuning(NIGHT, "ar", 8, losses).best == middle.best
   begin = cells.tuning(NIGHT, "ar", 128, losses)
