@@ -13,7 +13,7 @@ predicted, too, from the begin id.
   shakespeare.py          autoregressive
   shakespeare.py:masked   masked diffusion with the weights of the bound
   shakespeare.py:block    the same in blocks of 16 characters
-  shakespeare.py:hour     each of them in about an hour of two cores
+  shakespeare.py:hour     20 times as many updates of each
   shakespeare.py:quick    each of them in about a minute
 """
 
@@ -50,8 +50,8 @@ def get_config(arg: str = ""):
     config.sample.num_steps = 8  # of a block
   if "hour" in arg.split(","):
     config.name += "_hour"
-    config.stages[0].updates = 40_000  # 31 times the text
+    config.stages[0].updates = 40_000  # nanoGPT's file 31 times
     config.eval.every = 1000
     if config.objective.name == "autoregressive":
-      config.model.dropout = 0.2  # it overfits
+      config.model.dropout = 0.2  # it would overfit
   return config_lib.apply_arg(config, arg, "masked", "block", "hour")

@@ -94,10 +94,8 @@ def _say_estimate(preset: Preset, text: Text, found: dict[Cell, Any]) -> None:
   todo = _left(preset, found)
   seconds = {cell: _seconds(preset, cell, found) for cell in todo}
   # What is tuned next decides what follows: only so many cells are known.
-  finished, whole = (
-    len(cells.in_study(preset, found)),
-    cells.count(preset, found),
-  )
+  finished = len(cells.in_study(preset, found))
+  whole = cells.count(preset, found)
   unknown = max(whole - finished - len(todo), 0)
   total = sum(seconds.values()) * (1 + unknown / max(len(todo), 1))
   console.print(

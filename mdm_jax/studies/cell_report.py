@@ -292,8 +292,8 @@ def _tuning(preset: Preset, found: Found) -> str:
   return tables.as_markdown(names, rows) + (
     "\nOne field after the other, with the best values of those before it, one"
     " seed; then, where the largest value of the grid is best, larger ones as"
-    f" long as they help.{again} Other amounts have the setting of"
-    f" 1/{preset.middle}.\n"
+    " long as they help; the lowest validation loss decides."
+    f"{again} Other amounts have the setting of 1/{preset.middle}.\n"
   )
 
 

@@ -225,7 +225,7 @@ def tuning(preset: Preset, arm: str, part: int, losses: Losses) -> Tuning:
 
   Each field is tried with the best values of those before it, with one seed and
   the first model. Where the best value is the largest of the grid, larger ones
-  follow.
+  follow. At the end the best of all settings that were tried is chosen.
 
   Args:
     preset: the study.
@@ -250,7 +250,7 @@ def tuning(preset: Preset, arm: str, part: int, losses: Losses) -> Tuning:
       if losses[cell] >= losses[best]:
         break
       best = cell
-  # What an earlier grid or an earlier choice had tried counts, too.
+  # A study with another grid may have tried better ones elsewhere.
   tried = [
     cell
     for cell in losses
