@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mdm_jax.core.standard_errors import mean
 from mdm_jax.studies import cells as cells_lib
 from mdm_jax.studies.cell_report import Group, groups
 from mdm_jax.studies.cells import Found, Preset
@@ -15,7 +16,7 @@ def as_png(preset: Preset, found: Found) -> bytes:
   """Returns the plot: a row for each size of the model that has finished cells.
 
   Validation over epochs by amount of text, then the best checkpoints on test
-  text.
+  text, with standard errors over seeds and the n-gram model of the same text.
   """
   # Imported here: matplotlib takes longer than the rest of a start.
   from matplotlib.figure import Figure
@@ -29,8 +30,9 @@ def as_png(preset: Preset, found: Found) -> bytes:
   )
   finished = len(cells_lib.in_study(preset, found))
   figure.suptitle(
-    f"{finished} of {cells_lib.count(preset, found)} cells; dots: best"
-    " checkpoints",
+    f"{finished} of {cells_lib.count(preset, found)} cells. Dots: best"
+    " checkpoints; bars: standard error over seeds; losses above the first"
+    " checkpoint's are out of the frame",
     fontsize="medium",
   )
   color = {arm: f"C{i}" for i, arm in enumerate(preset.arms)}
@@ -39,9 +41,10 @@ def as_png(preset: Preset, found: Found) -> bytes:
     of_size = [g for g in every if g.size == size]
     for axes, part in zip(curves, parts, strict=True):
       _plot_curves(axes, [g for g in of_size if g.part == part], color)
-    curves[0].set_ylabel(f"{size} model: validation, bits per byte")
+    drawn = [axes for axes in curves if axes.lines]
+    drawn[0].set_ylabel(f"{size} model: validation, bits per byte")
+    drawn[0].legend(fontsize="small")
     _plot_test(last, of_size, preset, color)
-  rows[0][0].legend(fontsize="small")
   file = io.BytesIO()
   figure.savefig(file, format="png")
   return file.getvalue()
@@ -53,11 +56,16 @@ def _plot_curves(
   if not every:
     axes.set_axis_off()  # nothing has been finished here yet
     return
+  first = []
   for group in every:
     x, y = zip(*group.curve, strict=True)
     axes.plot(x, y, color=color[group.arm], label=group.arm)
     best = int(np.argmin(y))
     axes.plot(x[best], y[best], "o", color=color[group.arm])
+    first.append(y[0])
+  # A stage that trains on few mask rates can have a far higher bound than the
+  # first checkpoint: drawn in full, it would flatten all that matters.
+  axes.set_ylim(top=max(first) + 0.1)
   axes.set_title(f"{every[0].runs[0]['characters']:,} characters")
   axes.set_xscale("log")
   axes.set_xlabel("epochs")
@@ -71,13 +79,25 @@ def _plot_test(
       of_arm = [g for g in every if g.arm == arm and name in g.runs[0]]
       if not of_arm:
         continue
-      axes.plot(
+      seeds = [mean([r[name]["value"] for r in g.runs]) for g in of_arm]
+      kind = "bound" if of_arm[0].runs[0]["is_bound"] else "exact"
+      axes.errorbar(
         [g.runs[0]["characters"] for g in of_arm],
-        [np.mean([r[name]["value"] for r in g.runs]) for g in of_arm],
-        style,
+        [of.value for of in seeds],
+        # One seed has none.
+        yerr=[of.stderr if np.isfinite(of.stderr) else 0.0 for of in seeds],
+        fmt=style,
         color=color[arm],
-        label=f"{arm}, chain rule" if name == "chain_rule" else arm,
+        label=f"{arm}, {'left to right' if name == 'chain_rule' else kind}",
       )
+  texts = {g.runs[0]["characters"]: g.runs[0]["baselines"] for g in every}
+  axes.plot(
+    sorted(texts),
+    [texts[n]["ngram"] for n in sorted(texts)],
+    ".:",
+    color="grey",
+    label="n-gram model",
+  )
   axes.set_xscale("log")
   axes.set_xlabel("unique characters")
   axes.set_title("test, best checkpoint")
