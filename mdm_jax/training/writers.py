@@ -110,6 +110,8 @@ class TensorBoardWriter:
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
     for name, value in scalars.items():
+      if math.isnan(value):
+        continue  # unknown, as the standard error over a single document
       self._write(step, summary=summary.scalar(name, value))
       if _CURVES.fullmatch(name):
         self._write(step, summary=summary.scalar(f"curves/{name}", value))

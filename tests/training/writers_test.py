@@ -73,6 +73,14 @@ def test_tensorboard_shows_what_was_made_again_once(tmp_path, monkeypatch):
   ]
 
 
+def test_an_unknown_number_is_no_point_in_tensorboard(tmp_path, caplog):
+  writer = TensorBoardWriter(epath.Path(tmp_path), after=0)
+  writer.write_scalars(1, {"nelbo_stderr": math.nan, "nelbo": 2.5})
+  writer.close()
+  assert _events(tmp_path).Tags()["scalars"] == ["nelbo"]
+  assert not caplog.records  # "NaN or Inf found in input tensor."
+
+
 def test_what_is_flushed_survives_a_kill(tmp_path):
   """The file is read while the writer, as after a kill, never closes it."""
   writer = TensorBoardWriter(epath.Path(tmp_path), after=-1)
