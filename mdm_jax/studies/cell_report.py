@@ -124,7 +124,7 @@ def as_markdown(
   parts = [
     "# Repeated text: masked diffusion against autoregression\n",
     f"Written by `{command}`, from {state} {len(found)} of {total} cells;"
-    f" {spent:,.0f} CPU seconds so far."
+    f" {spent:,.0f} CPU seconds."
     + (
       f" {others} more are in study.json and not below.\n" if others else "\n"
     ),
