@@ -46,10 +46,10 @@ def _found(losses):
 def test_every_arm_runs_untuned_first_then_is_tuned_then_compared():
   losses = _all_losses(NIGHT)
   order = list(losses)
-  # Tuning at two amounts; three and one seed of three amounts, without those;
+  # Tuning at two amounts; three seeds of two sizes and amounts, without those;
   # and at the middle, where the largest rate is best, a larger one.
-  whole = 4 * (2 * 8 + (3 + 1) * 3 - 2)
-  assert cells.count(NIGHT, {}) == whole == 104
+  whole = 4 * (2 * 8 + (3 + 3) * 3 - 2)
+  assert cells.count(NIGHT, {}) == whole == 128
   assert len(order) == cells.count(NIGHT, _found(losses)) == whole + 4
   assert [c.arm for c in order[:4]] == list(NIGHT.arms)
   # 8 settings an arm, all of them at the middle and with one seed; the rate of
@@ -76,11 +76,11 @@ def test_every_arm_runs_untuned_first_then_is_tuned_then_compared():
     (8, 0),
     *((32, 1), (128, 1), (8, 1)),
     *((32, 2), (128, 2), (8, 2)),
-    *((32, 0), (128, 0), (8, 0)),
+    *((part, seed) for seed in range(3) for part in (32, 128, 8)),
   ]
-  # The larger model last, with the settings of the small one, and one seed.
-  assert [c.size for c in final] == ["small"] * (len(final) - 12) + (
-    ["medium"] * 12
+  # The larger model last, with the settings of the small one.
+  assert [c.size for c in final] == ["small"] * (len(final) - 36) + (
+    ["medium"] * 36
   )
 
 
@@ -307,10 +307,10 @@ def test_a_partial_study_says_so_and_shows_what_it_has(text):
   found = {cell: _cell_json(cell, text) for cell in losses}
   about = {"characters": 400_000, "sha256": text.sha256}
   page = cell_report.as_markdown(NIGHT, found, about, "the command")
-  assert "a partial result: 6 of 104 cells; 360 CPU seconds" in page
+  assert "a partial result: 6 of 128 cells; 360 CPU seconds" in page
   assert "next `ar-1_32-small-seed0-rate2-decay0.1-dropout0`" not in page
   following = cells.left(NIGHT, cells.losses_of(found))[0]
-  assert f"Not finished: 98, next `{following.name}`" in page
+  assert f"Not finished: 122, next `{following.name}`" in page
   size = text.characters["train_1_32"]
   assert f"| small, {size:,}, ar | 1 of 3 | 2.500 ± 0.100 | - |" in page
   line = f"| small, {size:,}, plain | 1 of 3 | <= 2.500 ± 0.100 | 2.400 ± 0.100"
@@ -327,9 +327,8 @@ def test_a_complete_study_has_every_seed_and_nothing_left(text):
   page = cell_report.as_markdown(
     NIGHT, found, {"characters": 1, "sha256": ""}, ""
   )
-  assert "from all 108 of 108 cells" in page and "Not finished" not in page
-  assert len(re.findall(r"\| 3 of 3 \|", page)) == 3 * 4
-  assert len(re.findall(r"\| medium, .* \| 1 of 1 \|", page)) == 3 * 4
+  assert "from all 132 of 132 cells" in page and "Not finished" not in page
+  assert len(re.findall(r"\| 3 of 3 \|", page)) == 2 * 3 * 4
   assert (
     page.count(
       "with 1/32 of the text, learning rate x 2, weight decay 0.8, dropout 0.1"
