@@ -69,8 +69,7 @@ def groups(preset: Preset, found: Found) -> list[Group]:
       for arm in preset.arms:
         best = cells_lib.tuning(preset, arm, part, losses).best
         every = [
-          Cell(arm, part, size, seed, best)
-          for seed in range(preset.seeds[size])
+          Cell(arm, part, size, seed, best) for seed in range(preset.seeds)
         ]
         if runs := [found[cell] for cell in every if cell in found]:
           made.append(Group(arm, size, part, runs))
@@ -189,7 +188,7 @@ def _results(preset: Preset, every: list[Group]) -> str:
     rows.append(
       [
         f"{group.size}, {group.runs[0]['characters']:,}, {group.arm}",
-        f"{len(group.runs)} of {preset.seeds[group.size]}",
+        f"{len(group.runs)} of {preset.seeds}",
         bound + group.number("bits_per_byte"),
         group.number("chain_rule"),
         f"{best:.1f}",

@@ -70,7 +70,7 @@ class Preset:
     arms: names in `ARMS`.
     parts: 1 / share of the training text that is read, the most text first.
     sizes: the models; the first is the one that is tuned.
-    seeds: runs of each cell of a size.
+    seeds: runs of each arm, amount of text and size.
     updates: of each run, unless it overfits before.
     length: tokens (characters) per row.
     batch: rows per update.
@@ -91,7 +91,7 @@ class Preset:
   arms: Sequence[str]
   parts: Sequence[int]
   sizes: Mapping[str, Size]
-  seeds: Mapping[str, int]
+  seeds: int
   updates: int
   length: int
   batch: int
@@ -118,13 +118,13 @@ class Preset:
 
 PRESETS = {
   # An update of 8 rows takes 25 ms of a core, and one of the larger model twice
-  # as long: what there is goes into updates, because masked diffusion needs
-  # many times those of autoregression.
+  # as long. Time goes into updates rather than into tuning that one, because
+  # masked diffusion needs many times the updates of autoregression.
   "night": Preset(
     arms=tuple(ARMS),
     parts=(8, 32, 128),
     sizes={"small": Size(2, 64, 2), "medium": Size(3, 96, 3)},
-    seeds={"small": 3, "medium": 3},
+    seeds=3,
     updates=16_000,
     length=128,
     batch=8,
@@ -143,7 +143,7 @@ PRESETS = {
     arms=tuple(ARMS),
     parts=(1, 4, 16),
     sizes={"large": Size(6, 256, 4)},
-    seeds={"large": 1},
+    seeds=1,
     updates=4000,
     length=256,
     batch=64,
@@ -158,7 +158,7 @@ PRESETS = {
     arms=("ar", "plain"),
     parts=(1, 2),
     sizes={"tiny": Size(1, 32, 2)},
-    seeds={"tiny": 1},
+    seeds=1,
     updates=12,
     length=32,
     batch=4,
@@ -304,7 +304,7 @@ def cells(preset: Preset, losses: Losses) -> Iterator[Cell]:
     for arm in sorted(preset.arms, key=lambda arm: found[arm, part].fields):
       yield from found[arm, part].missing
   for size in preset.sizes:
-    for seed in range(preset.seeds[size]):
+    for seed in range(preset.seeds):
       for arm_part, tuned in found.items():
         yield Cell(*arm_part, size, seed, tuned.best)
 
@@ -327,7 +327,7 @@ def count(preset: Preset, found: Found) -> int:
   """
   tuned = 1 + len(preset.retuned)
   tuning = 1 + sum(len(values) - 1 for values in preset.grid.values())
-  final = len(preset.parts) * sum(preset.seeds[size] for size in preset.sizes)
+  final = len(preset.parts) * len(preset.sizes) * preset.seeds
   # The best setting of a tuned amount is one of the tuning's cells.
   planned = len(preset.arms) * (tuned * tuning + final - tuned)
   known = {*in_study(preset, found), *cells(preset, losses_of(found))}
